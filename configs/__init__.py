@@ -1,0 +1,1 @@
+"""The recipes, installed as dinokit.configs: YAML only, never code."""

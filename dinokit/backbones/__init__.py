@@ -1,0 +1,49 @@
+"""What turns an image into features. A shelf: a file here is a `backbone.name` in a recipe.
+
+A file defines `Config`, a dataclass with at least `channels`, and
+
+    build(cfg: Config) -> Backbone
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Tokens:
+    """What a backbone says of a batch of images; everything after the final norm."""
+
+    cls: Tensor  # (b, D)
+    registers: Tensor  # (b, R, D); R may be 0
+    patches: Tensor  # (b, N, D), row by row over the patch grid
+
+
+@dataclass(frozen=True)
+class Input:
+    """What the weights were trained to see."""
+
+    size: int  # pixels: the side of a global crop
+    mean: tuple[float, ...]  # one a channel, in [0, 1]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of an image."""
+        return len(self.mean)
+
+
+class Backbone(Protocol):
+    """An nn.Module with these; they are all that training and evaluation know of a backbone."""
+
+    width: int  # D
+    patch: int  # pixels: every side of a crop is a multiple of it
+    channels: int
+    blocks: nn.ModuleList  # in order of depth
+    input: Input  # set by whoever made the backbone for a purpose
+
+    def __call__(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+        """Groups of crops (b, C, h, w), each with a mask (b, N), True is hidden, or none; one Tokens a group."""
+        ...

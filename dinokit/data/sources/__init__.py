@@ -1,0 +1,37 @@
+"""Where images come from. A shelf: a file here is a `data.name` in a recipe.
+
+A file defines `Config`, a dataclass, and
+
+    build(cfg: Config) -> Source
+
+Opening a source must be cheap, and it must pickle (loader processes receive a copy). A source with labels has a
+field `split` in its Config, one of "all", "train", "test".
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+Picture = Image.Image | np.ndarray  # an 8-bit image in mode RGB or L; or (H, W, C) uint8, uint16 or float32 in [0, 1]
+
+
+class Source(Protocol):
+    """Images by number, in an order that is the same every time."""
+
+    classes: Sequence[str]  # names by label; empty if the source has no labels
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
+        """The image, decoded, and its label, -1 without one.
+
+        Raises:
+            OSError, ValueError: if the image cannot be read.
+        """
+        ...
+
+    def name(self, index: int) -> str:
+        """What a person would look for on disk, for messages."""
+        ...

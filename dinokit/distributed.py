@@ -1,0 +1,34 @@
+"""What is summed over processes. With one process there is no group and every function here is the identity."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0; process 0 writes the files."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of x over all processes. Changes x in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """The elementwise largest x over all processes. Changes x in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def sum_over_processes(value: float) -> float:
+    """The sum of a plain number over all processes."""
+    return value if world_size() == 1 else all_reduce_sum(torch.tensor(value, dtype=torch.float64)).item()

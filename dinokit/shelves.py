@@ -1,0 +1,105 @@
+"""From a name in a recipe to the file behind it.
+
+A shelf is a folder whose file names are the names that a recipe may use: `backbones`, `losses`, `data.sources`,
+`eval`. A file on a shelf defines `Config`, a dataclass, and one verb; `_name.py` is off the shelf. A dotted name
+is a module of another package, so a shelf can be added to from outside.
+"""
+
+import ast
+import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def suggest(name: str, have: list[str]) -> str:
+    """' Did you mean 'x'?' with the nearest of `have`, or nothing if none is near."""
+    near = get_close_matches(name, have, n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def names(shelf: str) -> list[str]:
+    """What stands on a shelf, sorted. Imports none of it."""
+    return sorted(p.stem for p in _folder(shelf).glob("*.py") if not p.stem.startswith("_"))
+
+
+def find(shelf: str, name: str) -> ModuleType:
+    """The module behind a name: 'koleo' on shelf 'losses' is dinokit.losses.koleo.
+
+    Raises:
+        LookupError: if there is no such file; it lists what there is.
+    """
+    _locate(shelf, name)
+    return import_module(name if "." in name else f"dinokit.{shelf}.{name}")
+
+
+def build(shelf: str, section: Mapping[str, Any]) -> Any:
+    """Make what a recipe's section describes: its `name` picks the file, the rest is that file's Config."""
+    values = dict(section)
+    module = find(shelf, values.pop("name"))
+    return module.build(module.Config(**values))
+
+
+def read_config(shelf: str, name: str) -> type[Any]:
+    """The Config of a file, made without running the file.
+
+    A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the file's
+    standard-library imports, plain constants, enums and dataclasses are executed here.
+
+    Raises:
+        LookupError: if there is no such file, or it defines no Config.
+    """
+    path = _locate(shelf, name)
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    tree.body = [node for node in tree.body if _is_plain(node)]
+    module = ModuleType(f"dinokit.shelves.{shelf}.{name}")
+    sys.modules[module.__name__] = module  # dataclasses look their module up by name
+    exec(compile(tree, str(path), "exec"), module.__dict__)
+    if not hasattr(module, "Config"):
+        raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
+    return module.Config
+
+
+def _is_plain(node: ast.stmt) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] in {*sys.stdlib_module_names, "omegaconf"}
+    if isinstance(node, ast.Import):
+        return all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
+    if isinstance(node, ast.ClassDef):
+        words = {n.id for part in (*node.bases, *node.decorator_list) for n in ast.walk(part) if isinstance(n, ast.Name)}
+        return bool(words & {"dataclass", "Enum", "StrEnum"})
+    if isinstance(node, ast.Assign):
+        try:
+            ast.literal_eval(node.value)
+        except ValueError:
+            return False
+        return True
+    return False
+
+
+def _folder(shelf: str) -> Path:
+    spec = find_spec(f"dinokit.{shelf}")
+    assert spec is not None and spec.submodule_search_locations, shelf
+    return Path(spec.submodule_search_locations[0])
+
+
+def _locate(shelf: str, name: str) -> Path:
+    if "." in name:
+        try:
+            spec = find_spec(name)
+        except ModuleNotFoundError as error:
+            raise LookupError(f"'{name}' (wanted for the shelf '{shelf}') cannot be imported: {error}.") from None
+        path = Path(spec.origin) if spec is not None and spec.origin else None
+    else:
+        path = _folder(shelf) / f"{name}.py"
+    if path is not None and path.is_file() and not name.startswith("_"):
+        return path
+    have = names(shelf)
+    raise LookupError(
+        f"'{name}' is not on the shelf '{shelf}', which has: {', '.join(have)}.{suggest(name, have)} "
+        f"To add it, write {name.rpartition('.')[2]}.py there, or give a dotted path such as my_package.my_module."
+    )
