@@ -5,7 +5,7 @@ A file defines `Config`, a dataclass with at least `channels`, and
     build(cfg: Config) -> Backbone
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,10 @@ class Backbone(Protocol):
     channels: int
     blocks: nn.ModuleList  # in order of depth
     input: Input  # set by whoever made the backbone for a purpose
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them, in the order of depth: tokens and embeddings, blocks, what follows."""
+        ...
 
     def __call__(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
         """Groups of crops (b, C, h, w), each with a mask (b, N), True is hidden, or none; one Tokens a group."""

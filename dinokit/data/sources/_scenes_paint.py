@@ -1,0 +1,80 @@
+"""What surfaces of the built-in scenes look like: smooth noise, patterns, colours.
+
+Letters: n surfaces, S side of the image in pixels. Arrays are float32.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+# Rows: plain, stripes, checks, dots, marble, speckle. Columns: the weight of one wave, of two crossed waves
+# multiplied and added, of coarse noise and of fine noise.
+_KINDS = (
+    (0.00, 0.00, 0.00, 0.20, 0.10),
+    (1.00, 0.00, 0.00, 0.10, 0.10),
+    (0.00, 1.50, 0.00, 0.10, 0.10),
+    (0.00, 0.00, 0.90, 0.00, 0.10),
+    (0.15, 0.00, 0.00, 0.80, 0.20),
+    (0.00, 0.00, 0.00, 0.20, 0.80),
+)
+
+
+class Noise:
+    """Smooth noise of unit variance: a few random values on a coarse grid, spread by Gaussian bumps."""
+
+    def __init__(self, size: int, cells: int) -> None:
+        place = (np.arange(size) + 0.5) / size * (cells - 1)
+        bumps = np.exp(-0.5 * ((place[:, None] - np.arange(cells)) / 0.55) ** 2)
+        # Unit rows keep the variance at one everywhere, on a grid point and between two.
+        self.spread = (bumps / np.linalg.norm(bumps, axis=1, keepdims=True)).astype(np.float32)  # (S, cells)
+
+    def __call__(self, rng: np.random.Generator, n: int) -> Floats:
+        """`n` fields (n, S, S)."""
+        cells = self.spread.shape[1]
+        grid = rng.standard_normal((n, cells, cells), dtype=np.float32)
+        return self.spread @ grid @ self.spread.T
+
+
+def colours(rng: np.random.Generator, hues: Floats, saturation: tuple[float, float]) -> Floats:
+    """Random colours (n, 3) in [0, 1] of the hues (n,), in turns, with a saturation in the range given."""
+    n = len(hues)
+    s = rng.uniform(*saturation, n).astype(np.float32)[:, None]
+    value = rng.uniform(0.25, 1.0, n).astype(np.float32)[:, None]
+    k = (np.array([5, 3, 1], dtype=np.float32) + 6 * hues[:, None]) % 6  # the usual piecewise linear colour wheel
+    return value - value * s * np.clip(np.minimum(k, 4 - k), 0, 1)
+
+
+def spread_hues(rng: np.random.Generator, n: int) -> Floats:
+    """`n` hues (n,) in turns, evenly around the wheel and in random order: every image holds all of them."""
+    return ((rng.permutation(n) + rng.random(n)) / n).astype(np.float32)
+
+
+def patterns(rng: np.random.Generator, u: Floats, v: Floats, coarse: Floats, fine: Floats) -> Floats:
+    """Where each surface (n, S, S) has its second colour, in [0, 1]; its first is where this is 0.
+
+    u, v are coordinates on the surface; coarse, fine are noise. All are (n, S, S).
+    """
+    n = len(u)
+    kind = np.asarray(_KINDS, dtype=np.float32)[rng.integers(len(_KINDS), size=n)][:, :, None, None]
+    angle = rng.uniform(0, math.pi, n)
+    pitch = np.exp(rng.uniform(math.log(5.0), math.log(14.0), n))  # radians a unit of u
+    cos, sin = ((pitch * f(angle)).astype(np.float32)[:, None, None] for f in (np.cos, np.sin))
+    phase = rng.uniform(0, 2 * math.pi, (2, n, 1, 1)).astype(np.float32)
+    bend = rng.uniform(0.0, 0.9, n).astype(np.float32)[:, None, None] * coarse
+    one = np.sin(cos * u + sin * v + bend + phase[0])
+    two = np.sin(cos * v - sin * u + bend + phase[1])
+    height = kind[:, 0] * one + kind[:, 1] * (one * two) + kind[:, 2] * (one + two - 0.4)
+    height += kind[:, 3] * coarse + kind[:, 4] * fine
+    gain = rng.uniform(0.5, 2.5, n).astype(np.float32)[:, None, None]
+    return np.clip(0.5 + gain * height, 0, 1)
+
+
+def soften(image: Floats, weight: float) -> Floats:
+    """Blur (3, S, S) along both sides by the taps (weight, 1 - 2 * weight, weight); borders repeat."""
+    taps = (weight, 1 - 2 * weight, weight)
+    wide = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    rows = taps[0] * wide[:, :-2] + taps[1] * wide[:, 1:-1] + taps[2] * wide[:, 2:]
+    return taps[0] * rows[:, :, :-2] + taps[1] * rows[:, :, 1:-1] + taps[2] * rows[:, :, 2:]

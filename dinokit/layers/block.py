@@ -1,0 +1,111 @@
+"""The pre-norm transformer block of DINO and DINOv2, and stochastic depth, once.
+
+x <- x + drop(scale1(attn(norm1(x))));  x <- x + drop(scale2(mlp(norm2(x)))), on rows (T, D) of many images.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinokit.layers.attention import Attention, Segments
+
+NORM_EPS = 1e-6  # both generations use it, not PyTorch's 1e-5
+
+
+class Mlp(nn.Module):
+    """fc1, exact GELU, fc2; four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.fc2(F.gelu(self.fc1(rows)))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(x1) * x2) with x1, x2 the halves of w12(x) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = (int(4 * width * 2 / 3) + 7) // 8 * 8  # two thirds of the MLP's, on a multiple of 8
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        x1, x2 = self.w12(rows).chunk(2, dim=-1)
+        return self.w3(F.silu(x1) * x2)
+
+
+class LayerScale(nn.Module):
+    """A gain a channel, near zero at the start (Touvron et al., arXiv 2103.17239)."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return rows * self.gamma
+
+
+def residual(
+    rows: Tensor, segments: Segments, rate: float, branch: Callable[[Tensor, Segments], Tensor]
+) -> Tensor:
+    """rows + branch(rows), the branch computed on a random subset of the images of each group only.
+
+    Of b images, max(int(b * (1 - rate)), 1) are kept and their branch is scaled by b over that number, so the mean
+    over the group is unbiased and the work shrinks with the rate (DINOv2, arXiv 2304.07193, section 5).
+
+    Args:
+        rows: (T, D).
+        segments: which rows are one image.
+        rate: share of images to leave out; 0 is the plain residual.
+        branch: (rows (T', D), their segments) -> (T', D).
+
+    Returns:
+        (T, D).
+    """
+    if rate == 0:
+        return rows + branch(rows, segments)
+    index, scale, kept, start = [], [], [], 0
+    for images, tokens in segments.groups:
+        keep = max(int(images * (1 - rate)), 1)
+        chosen = torch.rand(images, device=rows.device).argsort()[:keep]
+        token = torch.arange(start, start + tokens, device=rows.device)
+        index.append((chosen[:, None] * tokens + token).flatten())
+        scale.append(torch.full((keep * tokens, 1), images / keep, device=rows.device))
+        kept.append((keep, tokens))
+        start += images * tokens
+    places = torch.cat(index)  # (T',)
+    out = branch(rows[places], Segments(tuple(kept))) * torch.cat(scale)
+    return rows.index_add(0, places, out.to(rows.dtype))
+
+
+class Block(nn.Module):
+    """One transformer block with the parameter names of the released files."""
+
+    def __init__(
+        self, width: int, heads: int, ffn: Literal["mlp", "swiglu"], layer_scale: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width) if ffn == "mlp" else SwiGLU(width)
+        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+
+    def forward(self, rows: Tensor, segments: Segments) -> Tensor:
+        """(T, D) -> (T, D)."""
+        rate = self.drop_path if self.training else 0.0
+        rows = residual(rows, segments, rate, lambda x, s: self.ls1(self.attn(self.norm1(x), s)))
+        return residual(rows, segments, rate, lambda x, _: self.ls2(self.mlp(self.norm2(x))))

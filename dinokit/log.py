@@ -1,0 +1,104 @@
+"""What a run says: a progress bar on a terminal and plain lines elsewhere, run.log, and metrics.jsonl."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dinokit.distributed import rank
+from dinokit.files import write_text
+
+
+class RunLog:
+    """The log of a run in folder `out`; only process 0 writes. Use it in a `with` block.
+
+    Args:
+        out: the run's folder.
+        steps: of the whole run.
+        start: steps already done; records of later ones, left by an interrupted run, are dropped.
+    """
+
+    def __init__(self, out: Path, steps: int, start: int) -> None:
+        self.main = rank() == 0
+        self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)
+        self.live = self.main and sys.stdout.isatty()
+        self.steps, self.begun, self.start = steps, time.monotonic(), start
+        if self.main:
+            self.metrics_path = out / "metrics.jsonl"
+            _keep_records(self.metrics_path, start)
+            self.text = (out / "run.log").open("a", encoding="utf-8")
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"), console=self.console, disable=not self.live,
+        )  # fmt: skip
+        self.task = self.progress.add_task("train", total=steps, completed=start, values="")
+
+    def __enter__(self) -> "RunLog":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        if self.main:
+            self.text.close()
+
+    def say(self, text: str) -> None:
+        """A line for people, on the console and in run.log."""
+        if self.main:
+            self.progress.console.print(text, markup=False)
+            self._write(text)
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line for programs, in metrics.jsonl: the values after `step` steps."""
+        if self.main:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the values after `step` steps and show them, with the time that is left."""
+        self.record(step, values)
+        if not self.main:
+            return
+        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        left = (time.monotonic() - self.begun) / max(step - self.start, 1) * (self.steps - step)
+        line = f"step {step}/{self.steps}  {text}  left {_clock(left)}"
+        self._write(line)
+        if self.live:
+            self.progress.update(self.task, completed=step, values=text)
+        else:
+            self.console.print(line, markup=False)
+
+    def _write(self, text: str) -> None:
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        self.text.flush()
+
+
+def _keep_records(path: Path, start: int) -> None:
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
+        write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # cut short when the run was killed
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

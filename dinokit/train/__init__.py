@@ -1,0 +1,1 @@
+"""Pretraining: the student, the teacher, and the loop that moves them."""

@@ -1,0 +1,42 @@
+"""What a run computes on and in."""
+
+import os
+from typing import Literal
+
+import torch
+
+Precision = Literal["bf16", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `run.device`.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in have.items() if there))
+    if not have.get(name.split(":")[0], False):
+        there = ", ".join(kind for kind, is_there in have.items() if is_there)
+        raise ValueError(f"run.device={name} is not here; there is: {there}. run.device=auto takes the first.")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """The precision of `run.precision`; auto is bf16 where the device multiplies in it, else fp32 (fp16 on old CUDA)."""
+    if name != "auto":
+        return name  # type: ignore[return-value]
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")) else "fp32"
+
+
+def pick_workers(count: int) -> int:
+    """Loader processes of `run.workers`; -1 is one for each core of this process but one, 16 at most."""
+    if count >= 0:
+        return count
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores - 1, 1), 16)

@@ -1,0 +1,98 @@
+"""A run's folder: recipe.yaml, env.json, metrics.jsonl, run.log, checkpoints/, teacher.safetensors.
+
+It belongs to one recipe. Given again with the same recipe, it is gone on with; with another, that is an error.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinokit.config import Recipe, load_recipe, to_yaml
+from dinokit.distributed import rank, world_size
+from dinokit.files import write_text
+
+# Settings that may change when a run goes on, because they do not change what it learns.
+FREE = ("evals", "run.out", "run.device", "run.workers", "run.log_every", "run.checkpoint_every", "run.keep",
+        "run.max_unreadable")  # fmt: skip
+PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
+
+
+def open_run(recipe: Recipe) -> Path:
+    """Make the folder `run.out`, or take up the run that is in it. Returns its path.
+
+    Raises:
+        ValueError: if the folder holds a run of another recipe, or things that are no run.
+    """
+    out = Path(recipe.run.out)
+    saved = out / "recipe.yaml"
+    if saved.exists():
+        changes = differences(load_recipe(saved), recipe)
+        if changes:
+            raise ValueError(
+                f"run.out={out} holds a run of another recipe: {'; '.join(changes)}. Choose another run.out, or give "
+                f"the old values to go on with that run."
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"run.out={out} is not empty and holds no run. Choose another run.out.")
+    if rank() == 0:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
+        write_text(out / "env.json", json.dumps(environment(), indent=1))
+    return out
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Each setting that differs and matters for what is learnt, as 'key was A, now B'."""
+    a, b = _flat(asdict(old)), _flat(asdict(new))
+    return [
+        f"{key} was {a.get(key, 'absent')}, now {b.get(key, 'absent')}"
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key) != b.get(key) and key != "name" and not key.startswith(FREE)
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what a run runs."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "processes": world_size(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    done: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else key
+        done.update(_flat(value, path) if isinstance(value, dict) and value else {path: _plain(value)})
+    return done
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,302 @@
+"""The training loop, top to bottom: batch, colour, losses, backward, clip, step, teacher; log, evaluate, save."""
+
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinokit import shelves
+from dinokit.backbones import Backbone
+from dinokit.config import Recipe, to_yaml
+from dinokit.data.batch import Batch
+from dinokit.data.loader import loader
+from dinokit.data.masks import BlockMasks
+from dinokit.data.photometric import Photometric
+from dinokit.data.sources import Source
+from dinokit.distributed import rank, world_size
+from dinokit.log import RunLog
+from dinokit.train import checkpoint
+from dinokit.train.device import DTYPES, pick_device, pick_precision, pick_workers
+from dinokit.train.folder import open_run
+from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
+from dinokit.train.schedule import Schedules
+from dinokit.train.student_teacher import StudentTeacher
+from dinokit.train.unreadable import Unreadable
+from dinokit.weights import save_backbone
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says what happened and what to try."""
+
+
+@dataclass
+class Evaluator:
+    """A judge of the teacher, called every so many steps and at both ends of a run."""
+
+    name: str
+    every: int
+    judge: Callable[[Backbone], Mapping[str, float]]
+
+
+def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) -> Path:
+    """Run a recipe on a source of images, or go on with the run that is in its folder. Returns the folder.
+
+    Raises:
+        ValueError: before the first step, if recipe, folder and source do not fit together.
+        TrainingError: if a loss is not finite, or too many images cannot be read.
+        OSError: if a checkpoint cannot be written.
+    """
+    device = pick_device(recipe.run.device)
+    recipe.run.precision = pick_precision(recipe.run.precision, device)
+    torch.manual_seed(recipe.run.seed)
+    step = Step(recipe, device)
+    masks = block_masks(recipe, step.model.student.backbone)
+    out = open_run(recipe)
+    unreadable = Unreadable(recipe.run.max_unreadable, len(source))
+    start = _resume(out, step, unreadable, device)
+    with RunLog(out, recipe.optim.steps, start) as log, _stop_signals() as stopping:
+        log.say(f"{recipe.name}: {len(source)} images, {device.type} {recipe.run.precision}, run.out={out}")
+        if start:
+            log.say(f"goes on after step {start}")
+        run = Run(recipe, out, step, log, evaluators, unreadable)
+        run.evaluate(start, first=start == 0)
+        batches = loader(
+            source, recipe.crops, masks, seed=recipe.run.seed, start_step=start, steps=recipe.optim.steps,
+            batch=recipe.optim.batch, rank=rank(), world=world_size(), workers=pick_workers(recipe.run.workers),
+            pin=device.type == "cuda",
+        )  # fmt: skip
+        for batch in run.timed(batches):
+            run.advance(batch)
+            if stopping():
+                run.save(batch.step + 1)
+                log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")
+                return out
+        log.say(f"done: {out / 'teacher.safetensors'}")
+    return out
+
+
+class Step:
+    """One optimiser step and all that it changes: model, optimiser, scaler."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.model = StudentTeacher(recipe).to(device).train()
+        self.colour = Photometric(recipe.crops)
+        self.optimizer = build_optimizer(self.model.student, recipe.optim)
+        self.schedules = Schedules(recipe)
+        self.dtype = DTYPES[recipe.run.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Move student and teacher by one batch. Returns every loss () before its weight, and gradient norms."""
+        step, optim = batch.step, self.recipe.optim
+        # Stochastic depth draws from the global generator: a function of (seed, step, process) like all else.
+        torch.manual_seed(_mix(self.recipe.run.seed, step, rank()))
+        self.optimizer.zero_grad(set_to_none=True)
+        values = self._backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        values |= {f"grad_{name}": norm for name, norm in clip_gradients(self.model.student, optim).items()}
+        if optim.head_freeze == "gradient" and step < optim.head_frozen:
+            drop_prototype_gradients(self.optimizer)
+        s = self.schedules
+        set_rates(self.optimizer, s.lr(step), s.head_lr(step), s.weight_decay(step))
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # else the step was skipped for an overflow, and there is nothing new
+            self.model.update_teacher(s.momentum(step))
+        return values
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        parts = self.recipe.run.accumulate
+        temp = self.schedules.teacher_temp(batch.step)
+        sums: dict[str, Tensor] = {}
+        for i, part in enumerate(batch.split(parts)):
+            seen = self.coloured(part)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                losses = self.model(seen, temp, new_step=i == 0)
+            total = sum(self.recipe.losses[name]["weight"] * value for name, value in losses.items())
+            self.scaler.scale(total / parts).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / parts
+        return sums
+
+    def coloured(self, batch: Batch) -> Batch:
+        """The batch on the device, its crops coloured and normalised."""
+        batch = batch.to(self.device)
+        batch.global_crops = self.colour(batch.global_crops, batch.global_colour)
+        if len(batch.local_crops):
+            batch.local_crops = self.colour(batch.local_crops, batch.local_colour)
+        return batch
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint holds."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, dict[str, object]]) -> None:
+        """Take back what state() gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+class Run:
+    """What happens around the steps: log, evaluation, checkpoints."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        step: Step,
+        log: RunLog,
+        evaluators: Sequence[Evaluator],
+        unreadable: Unreadable,
+    ) -> None:
+        self.recipe, self.out, self.step, self.log = recipe, out, step, log
+        self.evaluators, self.unreadable = evaluators, unreadable
+        self.pending: list[dict[str, Tensor]] = []
+        self.waited, self.since = 0.0, time.monotonic()
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time spent waiting for them counted."""
+        batches = iter(batches)
+        while True:
+            begun = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - begun
+            yield batch
+
+    def advance(self, batch: Batch) -> None:
+        """One step, and what is due after it."""
+        for line in self.unreadable.add(batch.unreadable, seen=(batch.step + 1) * self.recipe.optim.batch):
+            self.log.say(line)
+        self.pending.append(self.step(batch))
+        done, run = batch.step + 1, self.recipe.run
+        last = done == self.recipe.optim.steps
+        if done % run.log_every == 0 or last:
+            self.report(done)
+        if done % run.checkpoint_every == 0 or last:
+            self.save(done)
+        self.evaluate(done, last=last)
+
+    def report(self, done: int) -> None:
+        """Fetch the values of the last steps, in one wait for the device; log their means.
+
+        Raises:
+            TrainingError: if one is not finite.
+        """
+        if not self.pending:
+            return
+        names = list(self.pending[0])
+        table = torch.stack([torch.stack([row[n].float() for n in names]) for row in self.pending]).cpu()
+        first, count = done - len(self.pending), len(self.pending)
+        self._check_finite(table, names, first)
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        s = self.step.schedules
+        self.log.step(
+            done,
+            {
+                **dict(zip(names, table.mean(dim=0).tolist(), strict=True)),
+                "lr": s.lr(done - 1),
+                "weight_decay": s.weight_decay(done - 1),
+                "momentum": s.momentum(done - 1),
+                "teacher_temp": s.teacher_temp(done - 1),
+                "images_per_second": count * self.recipe.optim.batch / seconds,
+                "data_wait": self.waited / seconds,
+                "memory_gib": _peak_memory(self.step.device),
+            },
+        )
+        self.pending.clear()
+        self.waited, self.since = 0.0, time.monotonic()
+
+    def evaluate(self, done: int, first: bool = False, last: bool = False) -> None:
+        """Let every evaluator that is due judge the teacher."""
+        for evaluator in self.evaluators:
+            if first or last or (done and done % evaluator.every == 0 and self.pending is not None):
+                begun = time.monotonic()
+                scores = evaluator.judge(self.step.model.teacher.backbone)
+                self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
+                text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
+                self.log.say(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")
+        self.since = time.monotonic() if not self.pending else self.since
+
+    def save(self, done: int) -> None:
+        """A checkpoint to go on from, and the teacher for use."""
+        self.report(done)  # nothing that is not finite is ever saved
+        if rank() == 0:
+            state = {**self.step.state(), "unreadable": self.unreadable.state()}
+            checkpoint.save(self.out / "checkpoints", done, state, self.recipe.run.keep)
+            backbone = self.step.model.teacher.backbone
+            save_backbone(self.out / "teacher.safetensors", backbone, self.recipe.backbone, to_yaml(self.recipe))
+
+    def _check_finite(self, table: Tensor, names: list[str], first: int) -> None:
+        bad = (~table.isfinite()).nonzero()
+        skips = self.step.scaler.is_enabled()  # an fp16 overflow of a gradient is the scaler's business
+        bad = bad[[not (skips and names[int(column)].startswith("grad_")) for _, column in bad]]
+        if len(bad):
+            row, column = (int(i) for i in bad[0])
+            last = checkpoint.latest(self.out / "checkpoints")
+            raise TrainingError(
+                f"'{names[column]}' became {table[row, column].item()} in step {first + row + 1}. "
+                f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint had been written yet.'} "
+                f"To try, one at a time, in a new run.out: a lower optim.lr, a longer optim.warmup, a smaller optim.clip, "
+                f"a lower second teacher.temp, run.precision=fp32."
+            )
+
+
+def block_masks(recipe: Recipe, backbone: Backbone) -> BlockMasks | None:
+    """The mask generator for a recipe's global crops, or none."""
+    side = recipe.crops.globals.size // backbone.patch
+    return BlockMasks(recipe.masks, (side, side)) if recipe.masks is not None else None
+
+
+def _resume(out: Path, step: Step, unreadable: Unreadable, device: torch.device) -> int:
+    path = checkpoint.latest(out / "checkpoints")
+    if path is None:
+        return 0
+    state = checkpoint.load(path, device)
+    step.load(state)
+    unreadable.load(state["unreadable"])
+    return int(state["step"])
+
+
+def _mix(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def _peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """While open, the first Ctrl-C or termination asks the loop to save and end; the second ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

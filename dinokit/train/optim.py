@@ -1,0 +1,89 @@
+"""AdamW with the parameter groups of DINOv2, and both ways of clipping.
+
+A group is all parameters that share (factor on the learning rate, whether they decay, whether they are prototypes).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinokit.backbones import Backbone
+from dinokit.config import Optim
+from dinokit.train.student_teacher import Network
+
+
+def parameter_groups(student: Network, cfg: Optim) -> list[dict[str, Any]]:
+    """Every trainable parameter of the student once, in groups for AdamW.
+
+    A group has `lr_scale`, `decays` and `prototypes` beside `params`. Biases, norms and LayerScale gains (all that has
+    one dimension) do not decay; tokens, positions and the prototypes' lengths do, as in DINOv2.
+    """
+    groups: dict[tuple[float, bool, bool], list[Tensor]] = {}
+    for name, p, scale in _scaled(student, cfg):
+        if p.requires_grad:
+            groups.setdefault((scale, p.ndim > 1, "last_layer" in name), []).append(p)
+    return [
+        {"params": params, "lr_scale": scale, "decays": decays, "prototypes": prototypes}
+        for (scale, decays, prototypes), params in groups.items()
+    ]
+
+
+def build_optimizer(student: Network, cfg: Optim) -> torch.optim.AdamW:
+    """AdamW over parameter_groups(); its rates and decay are set every step by set_rates()."""
+    return torch.optim.AdamW(parameter_groups(student, cfg), lr=0.0, betas=cfg.betas, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, head_lr: float, weight_decay: float) -> None:
+    """Give every group its share of this step's learning rate and weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = (head_lr if group["prototypes"] else lr) * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+@torch.no_grad()
+def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
+    """Scale gradients down to norm `clip`, part by part or tensor by tensor. Never waits for the device.
+
+    Returns:
+        The norm of each part's gradient, (), before clipping.
+    """
+    norms = {}
+    for name, part in student.named_children():
+        grads = [p.grad for p in part.parameters() if p.grad is not None]
+        each = torch.stack(torch._foreach_norm(grads))  # (tensors,)
+        norms[name] = each.norm()
+        if cfg.clip and cfg.clip_per == "part":
+            torch._foreach_mul_(grads, (cfg.clip / (norms[name] + 1e-6)).clamp(max=1))
+        elif cfg.clip:
+            torch._foreach_mul_(grads, list((cfg.clip / (each + 1e-6)).clamp(max=1).unbind()))
+    return norms
+
+
+def drop_prototype_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Leave the prototypes out of the next step altogether: DINO's way of freezing, which spares Adam's moments."""
+    for group in optimizer.param_groups:
+        if group["prototypes"]:
+            for p in group["params"]:
+                p.grad = None
+
+
+def _scaled(student: Network, cfg: Optim) -> Iterator[tuple[str, Tensor, float]]:
+    """Each parameter with its name and its factor on the learning rate."""
+    scales = _layer_scales(student.backbone, cfg.layer_decay)
+    for name, p in student.named_parameters():
+        yield name, p, scales.get(id(p), 1.0) * (cfg.patch_lr if "patch_embed" in name else 1.0)
+
+
+def _layer_scales(backbone: Backbone, decay: float) -> dict[int, float]:
+    """By id of the parameter: block i of n has decay ** (n - i), what stands before the blocks one power more."""
+    depth = len(backbone.blocks)
+    scales = {id(p): decay ** (depth - i) for i, block in enumerate(backbone.blocks) for p in block.parameters()}
+    first = decay ** (depth + 1)
+    for p in backbone.parameters():  # in order of registration: tokens and embeddings, blocks, final norm
+        if id(p) in scales:
+            first = 1.0
+        else:
+            scales[id(p)] = first
+    return scales

@@ -1,0 +1,129 @@
+"""The student and the teacher: the algorithm box of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193).
+
+    B  images in this forward pass      G, L  global and local crops      N  patches a global crop      D  width
+    K  prototypes      M  masked patches
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from dinokit import shelves
+from dinokit.backbones import Backbone, Input, Tokens
+from dinokit.config import Head, Recipe
+from dinokit.data.batch import Batch
+from dinokit.layers.head import PrototypeHead
+from dinokit.losses import Views
+
+
+class Network(nn.Module):
+    """A backbone and its heads; the parts that gradients are clipped by are its children."""
+
+    backbone: Backbone
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.backbone = build_backbone(recipe)
+        self.dino_head = _head(self.backbone.width, recipe.heads.cls)
+        self.shared = recipe.heads.patch is None
+        if recipe.heads.patch is not None:
+            self.ibot_head = _head(self.backbone.width, recipe.heads.patch)
+
+    def patch_logits(self, patches: Tensor) -> Tensor:
+        """(M, D) -> (M, K), by the patches' own head or the class token's."""
+        return self.dino_head(patches) if self.shared else self.ibot_head(patches)
+
+
+class StudentTeacher(nn.Module):
+    """A student, a teacher that is its moving average, and the losses between them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.student = Network(recipe)
+        self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.losses = nn.ModuleDict(
+            {name: shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()}
+        )
+
+    def train(self, mode: bool = True) -> "StudentTeacher":
+        """As nn.Module.train, but the teacher stays in evaluation mode: it drops no branch."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch, teacher_temp: float, new_step: bool = True) -> dict[str, Tensor]:
+        """Every loss (), before its weight, for a coloured batch on the device of the parameters.
+
+        Args:
+            batch: crops are normalised floats.
+            teacher_temp: softmax temperature of the teacher's targets.
+            new_step: whether this is the first part of an optimiser step.
+        """
+        groups, masks = [batch.global_crops], [batch.masks]
+        if len(batch.local_crops):
+            groups, masks = [*groups, batch.local_crops], [*masks, None]
+        views = self._views(
+            teacher=self._see_all(batch.global_crops),
+            student=self.student.backbone(groups, masks),
+            batch=batch,
+            teacher_temp=teacher_temp,
+            new_step=new_step,
+        )
+        with torch.autocast(batch.global_crops.device.type, enabled=False):
+            return {name: loss(views) for name, loss in self.losses.items()}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+
+    @torch.no_grad()
+    def _see_all(self, crops: Tensor) -> Tokens:
+        return self.teacher.backbone([crops], [None])[0]
+
+    def _views(
+        self, teacher: Tokens, student: list[Tokens], batch: Batch, teacher_temp: float, new_step: bool
+    ) -> Views:
+        images, masked = batch.images, batch.masked
+        with torch.no_grad():
+            teacher_cls = self.teacher.dino_head(teacher.cls)
+            teacher_patch = self.teacher.patch_logits(teacher.patches.flatten(0, 1)[masked])
+        return Views(
+            student_cls=self.student.dino_head(torch.cat([s.cls for s in student])).unflatten(0, (-1, images)),
+            teacher_cls=teacher_cls.unflatten(0, (-1, images)),
+            student_feature=student[0].cls.unflatten(0, (-1, images)),
+            student_patch=self.student.patch_logits(student[0].patches.flatten(0, 1)[masked]),
+            teacher_patch=teacher_patch,
+            mask_weight=batch.mask_weight,
+            teacher_temp=teacher_temp,
+            new_step=new_step,
+        )
+
+
+def build_backbone(recipe: Recipe) -> Backbone:
+    """The backbone of a recipe, held against the crops that it will see.
+
+    Raises:
+        ValueError: if a crop's side is no multiple of the patch, or the channels do not match.
+    """
+    crops = recipe.crops
+    backbone: Backbone = shelves.build("backbones", recipe.backbone)
+    if backbone.channels != len(crops.mean):
+        raise ValueError(
+            f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for {len(crops.mean)} "
+            f"channels: give one number a channel."
+        )
+    for name, group in {"globals": crops.globals, "locals": crops.locals}.items():
+        if group.count and group.size % backbone.patch:
+            near = max(round(group.size / backbone.patch), 1) * backbone.patch
+            raise ValueError(
+                f"crops.{name}.size={group.size} is no multiple of the backbone's patch of {backbone.patch} pixels; "
+                f"the nearest that is: {near}."
+            )
+    backbone.input = Input(crops.globals.size, tuple(crops.mean), tuple(crops.std))
+    return backbone
+
+
+def _head(width: int, cfg: Head) -> PrototypeHead:
+    return PrototypeHead(width, cfg.prototypes, cfg.hidden, cfg.bottleneck, cfg.layers, cfg.norm_last_layer)

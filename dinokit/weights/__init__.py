@@ -1,0 +1,1 @@
+"""A backbone file: safetensors that carries its architecture, its input and its recipe."""
