@@ -1,9 +1,9 @@
 """Make the environment of this clone, and print the absolute path of its interpreter: what `make` runs first.
 
-The packages that dinokit needs (torch and the rest: gigabytes) are installed once, in a cache that all clones share:
-${DINOKIT_CACHE:-~/.cache/dinokit}/HASH, where HASH stands for what was asked for. The clone gets a thin .venv which
-sees them and holds dinokit alone, editable. A lock keeps two runs apart; a marker, written last, tells a whole
-environment from half of one.
+The packages that dinokit needs (torch and the rest: gigabytes) are installed once, in a cache for all clones:
+${DINOKIT_CACHE:-~/.cache/dinokit}/HASH, where HASH stands for what was asked for. The clone gets a thin .venv
+which sees them and holds dinokit alone, editable. A lock keeps two runs apart; a marker, written last, tells
+a whole environment from half of one.
 """
 
 import fcntl
@@ -16,33 +16,34 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TextIO
+
+OTHER = "Name another one, as in: make test PYTHON=python3.12"
+try:
+    import tomllib  # came with Python 3.11, the oldest that dinokit runs on
+except ModuleNotFoundError:
+    sys.exit(f"dinokit needs Python 3.11 or newer; {sys.executable} is {platform.python_version()}. {OTHER}")
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 
 
-def main():
-    check_python()
+def main() -> None:
+    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+        sys.exit(
+            f"{sys.executable} cannot make virtual environments: it lacks venv or ensurepip. "
+            f"On Debian and Ubuntu: apt install python3-venv. {OTHER}"
+        )
     cache = Path(os.environ.get("DINOKIT_CACHE") or "~/.cache/dinokit").expanduser().resolve()
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         wait_for(lock)
-        thin_environment(shared_environment(cache))
+        make_thin(make_shared(cache))
     sys.stdout.write(f"{ROOT / '.venv/bin/python'}\n")
 
 
-def check_python():
-    other = "Name another one, as in: make test PYTHON=python3.12"
-    if sys.version_info < (3, 11):
-        sys.exit(f"dinokit needs Python 3.11 or newer; {sys.executable} is {platform.python_version()}. {other}")
-    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
-        sys.exit(
-            f"{sys.executable} cannot make virtual environments: it lacks venv or ensurepip. "
-            f"On Debian and Ubuntu: apt install python3-venv. {other}"
-        )
-
-
-def wait_for(lock):
+def wait_for(lock: TextIO) -> None:
+    os.set_inheritable(lock.fileno(), True)  # so that a pip which outlives this process keeps the lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -50,78 +51,74 @@ def wait_for(lock):
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def requirements():
+def requirements() -> list[str]:
     """What pyproject.toml asks for: to build dinokit, to run it, and the extras that its tests need."""
-    import tomllib
-
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = asked["project"]["optional-dependencies"]
-    return [*asked["build-system"]["requires"], *asked["project"]["dependencies"], *extras["cpu"], *extras["dev"]]
+    build, project = asked["build-system"], asked["project"]
+    extras = project["optional-dependencies"]
+    return [*build["requires"], *project["dependencies"], *extras["cpu"], *extras["dev"]]
 
 
-def shared_environment(cache):
+def make_shared(cache: Path) -> Path:
     """The folder with every package but dinokit, made if it is not there."""
     asked = "\n".join(requirements())
-    machine = f"{platform.python_version()} {sys.platform} {platform.machine()}"
+    machine = f"{sys.implementation.cache_tag} {sys.platform} {platform.machine()}"
     folder = cache / digest(asked, CONSTRAINTS.read_text(encoding="utf-8"), machine)
     if (folder / ".complete").exists() and (folder / "bin/python").exists():
         return folder
-    say(f"Installing torch and the other packages into {folder}; this once, it takes minutes and about 6 GB.")
-    make_environment(folder)
+    say(f"Installing torch and the rest into {folder}: once, for minutes, about 6 GB on Linux.")
+    make_venv(folder)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(asked)
         file.flush()
-        pip(folder / "bin/python", "install", "--requirement", file.name, "--constraint", str(CONSTRAINTS))
+        pip(folder, "install", "--requirement", file.name, "--constraint", str(CONSTRAINTS))
     (folder / ".complete").touch()
     return folder
 
 
-def thin_environment(shared):
-    """The clone's .venv over the folder `shared`, made again if either or pyproject.toml has changed."""
+def make_thin(shared: Path) -> None:
+    """The clone's .venv over `shared`, made again if that, pyproject.toml or the clone's path changes."""
     folder = ROOT / ".venv"
     marker = folder / ".complete"
     state = digest(str(shared), str(ROOT), (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    if marker.exists() and marker.read_text() == state:
+    if (folder / "bin/python").exists() and marker.exists() and marker.read_text() == state:
         return
     say(f"Making {folder}.")
-    make_environment(folder, "--without-pip")
-    python = folder / "bin/python"
-    packages, packages_shared = (site_packages(where / "bin/python") for where in (folder, shared))
-    (packages / "shared.pth").write_text(f"import site; site.addsitedir({str(packages_shared)!r})\n")
-    (folder / "bin/ruff").symlink_to(shared / "bin/ruff")  # a program, not a module: looked for beside the interpreter
-    pip(
-        shared / "bin/python", "--python", str(python), "install", "--no-deps", "--no-build-isolation",
-        "--editable", str(ROOT),
-    )  # fmt: skip
+    make_venv(folder, "--without-pip")
+    packages = site_packages(folder)
+    (packages / "shared.pth").write_text(f"import site; site.addsitedir({str(site_packages(shared))!r})\n")
+    (folder / "bin/ruff").symlink_to(shared / "bin/ruff")  # a program: `python -m ruff` looks for it there
+    python = str(folder / "bin/python")
+    pip(shared, "--python", python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     marker.write_text(state)
 
 
-def make_environment(folder, *options):
+def make_venv(folder: Path, *options: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     run(sys.executable, "-I", "-m", "venv", *options, str(folder))
 
 
-def site_packages(python):
+def site_packages(folder: Path) -> Path:
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(subprocess.check_output([str(python), "-I", "-c", code], text=True).strip())
+    return Path(subprocess.check_output([str(folder / "bin/python"), "-I", "-c", code], text=True).strip())
 
 
-def pip(python, *arguments):
-    run(str(python), "-I", "-m", "pip", "-qq", "--disable-pip-version-check", *arguments)
+def pip(folder: Path, *arguments: str) -> None:
+    run(str(folder / "bin/python"), "-I", "-m", "pip", "-qq", "--disable-pip-version-check", *arguments)
 
 
-def run(*command):
+def run(*command: str) -> None:
     """Run a command; its words go to stderr, because stdout is for the path alone."""
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
+    done = subprocess.run(command, stdout=sys.stderr, close_fds=False, check=False)
     if done.returncode:
         sys.exit(f"This failed, so the environment is not ready: {' '.join(command)}")
 
 
-def digest(*texts):
+def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def say(text):
+def say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

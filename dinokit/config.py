@@ -156,6 +156,22 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _read_yaml(path)
     values.setdefault("name", path.stem)
     _merge(values, parse_overrides(overrides), "")
+    return _complete(values)
+
+
+def load_recipe_text(text: str) -> Recipe:
+    """The recipe that to_yaml() wrote.
+
+    Raises:
+        ValueError, LookupError: as load_recipe().
+    """
+    values: Any = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(values, dict)
+    return _complete(values)
+
+
+def _complete(values: dict[str, Any]) -> Recipe:
+    values = {**values, "losses": values.get("losses") or {}, "evals": values.get("evals") or {}}
     done = Recipe(**_typed(Recipe, values, ""))
     done.backbone = _section("backbones", values.get("backbone"), "backbone")
     done.data = _section("data.sources", values.get("data"), "data")
@@ -167,6 +183,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     done.evals = {
         name: _eval_section(name, section or {}) for name, section in done.evals.items() if section is not None
     }
+    inside = [value for section in done.evals.values() for value in section.values() if isinstance(value, dict)]
+    for source in (done.data, *inside):
+        if "channels" in source and "channels" in done.backbone:
+            source["channels"] = done.backbone["channels"]
     done.run.out = done.run.out or f"runs/{done.name}"
     _check(done)
     return done
@@ -175,7 +195,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`values` of a section, checked against the Config of shelf/name and completed by its defaults.
 
-    A field of that Config with metadata {"shelf": ...} is itself a section, or none.
+    A field of that Config with metadata {"shelf": ...} is itself a section, or none. One with a "split" is a labelled
+    source: without a name, a folder with one sub-folder a class.
 
     Raises:
         ValueError, LookupError: as `load_recipe`; `where` is put before the key.
@@ -184,7 +205,10 @@ def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str)
     done = _typed(cls, values, where)
     for item in fields(cls):
         if "shelf" in item.metadata and done[item.name]:
-            done[item.name] = _section(item.metadata["shelf"], done[item.name], _join(where, item.name))
+            section = done[item.name]
+            if "split" in item.metadata and "name" not in section:
+                section = {"name": "folder", "labels": "folders", **section}
+            done[item.name] = _section(item.metadata["shelf"], section, _join(where, item.name))
     return done
 
 
@@ -198,7 +222,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in text:
             raise ValueError(f"'{text}' is not of the form key=value.")
     try:
-        done = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        done: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:  # the YAML reader's own errors have no common base that OmegaConf exports
         raise ValueError(f"These overrides cannot be read: {' '.join(overrides)}: {_first_line(error)}") from None
     assert isinstance(done, dict)
@@ -235,9 +259,9 @@ def _recipe_path(recipe: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # as in parse_overrides
-        raise ValueError(f"{path} is not a recipe: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: it should hold the sections {_list(Recipe)}.")
     return values
@@ -285,12 +309,26 @@ def _typed(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, A
             raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
         done = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = _join(where, str(getattr(error, "full_key", None) or ""))
-        raise ValueError(f"{key}: {_first_line(error)}.") from None
+        raise ValueError(f"{_culprit(cls, values, where)}: {_first_line(error)}.") from None
     return {item.name: getattr(done, item.name) for item in fields(cls)}
 
 
-def _unknown_keys(cls: type[Any], values: Mapping[str, Any], where: str) -> None:
+def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> str:
+    """The key whose value does not fit: OmegaConf's error does not always name it."""
+    for item in fields(cls):
+        if item.name in values:
+            key, value = _join(where, item.name), values[item.name]
+            try:
+                OmegaConf.merge(OmegaConf.structured(cls), {item.name: value})
+            except OmegaConfBaseException:
+                inner = _dataclass_of(item)
+                return _culprit(inner, value, key) if inner and isinstance(value, Mapping) else key
+    return where
+
+
+def _unknown_keys(cls: type[Any], values: object, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}={values}: it is a section, which may hold: {_list(cls) or 'nothing'}.")
     known = {item.name: item for item in fields(cls)}
     for key, value in values.items():
         if key not in known:
@@ -300,7 +338,7 @@ def _unknown_keys(cls: type[Any], values: Mapping[str, Any], where: str) -> None
                 f"{shelves.suggest(str(key), list(known))} There is: {_list(cls) or 'nothing to set'}."
             )
         inner = _dataclass_of(known[key])
-        if inner is not None and isinstance(value, Mapping):
+        if inner is not None and value is not None:
             _unknown_keys(inner, value, _join(where, key))
 
 

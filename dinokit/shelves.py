@@ -48,20 +48,37 @@ def read_config(shelf: str, name: str) -> type[Any]:
     """The Config of a file, made without running the file.
 
     A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the file's
-    standard-library imports, plain constants, enums and dataclasses are executed here.
+    standard-library imports, its plain constants, Config and the enums and dataclasses that Config names are
+    executed here.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config.
     """
     path = _locate(shelf, name)
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    tree.body = [node for node in tree.body if _is_plain(node)]
+    wanted = _named_by_config(tree)
+    tree.body = [
+        node for node in tree.body if _is_plain(node) and (not isinstance(node, ast.ClassDef) or node.name in wanted)
+    ]
     module = ModuleType(f"dinokit.shelves.{shelf}.{name}")
     sys.modules[module.__name__] = module  # dataclasses look their module up by name
     exec(compile(tree, str(path), "exec"), module.__dict__)
     if not hasattr(module, "Config"):
         raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
     return module.Config
+
+
+def _named_by_config(tree: ast.Module) -> set[str]:
+    """Config and the classes of the same file that it is written in terms of."""
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    done: set[str] = set()
+    todo = {"Config"} & set(classes)
+    while todo:
+        name = todo.pop()
+        done.add(name)
+        words = {node.id for node in ast.walk(classes[name]) if isinstance(node, ast.Name)}
+        todo |= (words & set(classes)) - done
+    return done
 
 
 def _is_plain(node: ast.stmt) -> bool:

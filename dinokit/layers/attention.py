@@ -41,10 +41,21 @@ def attend(qkv: Tensor, heads: int, segments: Segments) -> Tensor:
     """
     outs = []
     for group in segments.split(qkv):
-        q, k, v = group.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (images, H, tokens, d) each
-        out = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = group.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (images, H, tokens, d) each
+        out = _short(q, k, v) if _is_short(q) else F.scaled_dot_product_attention(q, k, v)
         outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))  # (images * tokens, D)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _is_short(q: Tensor) -> bool:
+    # The fused CPU kernel's backward is made for long sequences: at 17 to 197 tokens in bf16 the two plain products
+    # took a fifth of its time (docs/performance.md), and their scores are small.
+    return q.device.type == "cpu" and q.shape[2] <= 256
+
+
+def _short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):  # it would take the softmax to float32 and back
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):

@@ -1,6 +1,5 @@
 """What a run computes on and in."""
 
-import os
 from typing import Literal
 
 import torch
@@ -32,11 +31,3 @@ def pick_precision(name: str, device: torch.device) -> Precision:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     able = torch.cpu.get_capabilities()
     return "bf16" if device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")) else "fp32"
-
-
-def pick_workers(count: int) -> int:
-    """Loader processes of `run.workers`; -1 is one for each core of this process but one, 16 at most."""
-    if count >= 0:
-        return count
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores - 1, 1), 16)

@@ -23,7 +23,7 @@ from dinokit.data.sources import Source
 from dinokit.distributed import rank, world_size
 from dinokit.log import RunLog
 from dinokit.train import checkpoint
-from dinokit.train.device import DTYPES, pick_device, pick_precision, pick_workers
+from dinokit.train.device import DTYPES, pick_device, pick_precision
 from dinokit.train.folder import open_run
 from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
 from dinokit.train.schedule import Schedules
@@ -66,10 +66,11 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
         if start:
             log.say(f"goes on after step {start}")
         run = Run(recipe, out, step, log, evaluators, unreadable)
-        run.evaluate(start, first=start == 0)
+        if not start:
+            run.evaluate(0, always=True)
         batches = loader(
             source, recipe.crops, masks, seed=recipe.run.seed, start_step=start, steps=recipe.optim.steps,
-            batch=recipe.optim.batch, rank=rank(), world=world_size(), workers=pick_workers(recipe.run.workers),
+            batch=recipe.optim.batch, rank=rank(), world=world_size(), workers=recipe.run.workers,
             pin=device.type == "cuda",
         )  # fmt: skip
         for batch in run.timed(batches):
@@ -189,9 +190,9 @@ class Run:
         last = done == self.recipe.optim.steps
         if done % run.log_every == 0 or last:
             self.report(done)
+        self.evaluate(done, always=last)
         if done % run.checkpoint_every == 0 or last:
             self.save(done)
-        self.evaluate(done, last=last)
 
     def report(self, done: int) -> None:
         """Fetch the values of the last steps, in one wait for the device; log their means.
@@ -223,16 +224,19 @@ class Run:
         self.pending.clear()
         self.waited, self.since = 0.0, time.monotonic()
 
-    def evaluate(self, done: int, first: bool = False, last: bool = False) -> None:
-        """Let every evaluator that is due judge the teacher."""
-        for evaluator in self.evaluators:
-            if first or last or (done and done % evaluator.every == 0 and self.pending is not None):
-                begun = time.monotonic()
-                scores = evaluator.judge(self.step.model.teacher.backbone)
-                self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
-                text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
-                self.log.say(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")
-        self.since = time.monotonic() if not self.pending else self.since
+    def evaluate(self, done: int, always: bool = False) -> None:
+        """Let every evaluator that is due, or every one, judge the teacher."""
+        due = [e for e in self.evaluators if always or done % e.every == 0]
+        if not due:
+            return
+        self.report(done)
+        for evaluator in due:
+            begun = time.monotonic()
+            scores = evaluator.judge(self.step.model.teacher.backbone)
+            self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
+            text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
+            self.log.say(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")
+        self.since = time.monotonic()
 
     def save(self, done: int) -> None:
         """A checkpoint to go on from, and the teacher for use."""

@@ -1,7 +1,7 @@
-"""How one built-in scene is made: a tilted ground, clutter on it, and some objects of one silhouette before it.
+"""How one built-in scene is made: a tilted ground, clutter on it, some objects of one silhouette before it.
 
-Letters: n objects, S side of the image in pixels. The image spans [-1, 1] both ways; x points right, y down. A
-distance is in metres from the camera.
+Letters: n objects, S side of the image in pixels. The image spans [-1, 1] both ways; x points right, y down.
+A distance is in metres from the camera.
 """
 
 import math
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from dinokit.data.sources._scenes_paint import Floats, Noise, colours, patterns, soften, spread_hues
 from dinokit.data.sources._scenes_shapes import outline
+
+Reals = NDArray[np.float64]  # (n,): one number an object
 
 OBJECTS = (3, 5)  # fewest, most
 GROUNDS = 3  # textures on the ground of one image
@@ -55,11 +57,10 @@ class Renderer:
         ground_depth = self._ground_depth(rng)
         objects = self._place(rng, label)
         n = len(objects.distance)
-        everywhere = np.broadcast_to(self.x, (GROUNDS, *self.x.shape)), np.broadcast_to(self.y, (GROUNDS, *self.x.shape))
         surface = patterns(
             rng,
-            np.concatenate([everywhere[0] * 1.5, objects.u]),
-            np.concatenate([everywhere[1] * 1.5, objects.v]),
+            [*[1.5 * self.x] * GROUNDS, *objects.u],
+            [*[1.5 * self.y] * GROUNDS, *objects.v],
             self.coarse(rng, GROUNDS + n),
             self.fine(rng, GROUNDS + n),
         )
@@ -69,22 +70,22 @@ class Renderer:
         image *= 1 - 0.5 * self._shadow(objects, light)
         image += _fog(ground_depth) * (HAZE - image)
         self._paint(rng, image, objects, surface[GROUNDS:], light)
-        image *= np.exp(0.22 * self.broad(rng, 1)[0] - 0.02)
-        image = soften(image, rng.uniform(0.02, 0.2))
-        image += rng.uniform(0.01, 0.035) * rng.standard_normal(image.shape, dtype=np.float32)
+        image *= np.exp(0.15 * self.broad(rng, 1)[0] - 0.02)
+        image = soften(image, rng.uniform(0.06, 0.14))
+        image += rng.uniform(0.015, 0.025) * rng.standard_normal(image.shape, dtype=np.float32)
         mask, depth = _truth(objects, ground_depth, label)
         pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
         return Scene(np.ascontiguousarray(pixels.transpose(1, 2, 0)), mask, depth, label)
 
     def _ground_depth(self, rng: np.random.Generator) -> Floats:
-        # A plane has an inverse depth that is linear in the image. The slopes add up to 0.5 at most, so it lies
-        # between 9 / 1.5 = 6 and 12 / 0.5 = 24 metres.
+        # A plane has an inverse depth that is linear in the image. The slopes add up to 0.5 at most, so it
+        # lies between 9 / 1.5 = 6 and 12 / 0.5 = 24 metres.
         down, across = rng.uniform(0.15, 0.4), rng.uniform(-0.1, 0.1)
         return (rng.uniform(9, 12) / (1 + down * self.y + across * self.x)).astype(np.float32)
 
     def _place(self, rng: np.random.Generator, label: int) -> Objects:
         n = int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
-        # One object a stratum, with a gap between two strata: there is a step in depth wherever one hides another.
+        # One object a stratum, with a gap between two: there is a step in depth wherever one hides another.
         strata = (np.arange(n)[::-1] + rng.uniform(0.15, 0.85, n)) / n
         distance = NEAR * (FAR / NEAR) ** strata
         radius = rng.uniform(0.95, 1.25, n) / distance  # of things of like size, the far ones look small
@@ -102,12 +103,13 @@ class Renderer:
         return Objects(distance.astype(np.float32), u, v, cover, np.clip(edge * -5, 0, 1))
 
     def _ground(self, rng: np.random.Generator, surface: Floats) -> Floats:
-        first, second = colours(rng, spread_hues(rng, 2 * GROUNDS), (0.1, 0.7)).reshape(2, GROUNDS, 3, 1, 1)
-        regions = np.clip(0.5 + 6 * self.broad(rng, GROUNDS), 0, 1)
-        image = np.zeros((3, self.size, self.size), dtype=np.float32)
+        # Faint patterns in patches, on a hue that wanders over the whole wheel: all grounds are alike on the whole.
+        image = 0.5 + 0.09 * self.coarse(rng, 3)
+        image += 0.05 * self.fine(rng, 1)
+        share = self.coarse(rng, GROUNDS)
+        best = share.max(axis=0)
         for k in range(GROUNDS):
-            paint = first[k] + surface[k] * (second[k] - first[k])
-            image += (regions[k] if k else np.float32(1)) * (paint - image)
+            image += (share[k] == best) * (0.2 * surface[k] - np.float32(0.1))
         return image
 
     def _clutter(self, rng: np.random.Generator, image: Floats) -> None:
@@ -116,15 +118,16 @@ class Renderer:
         angle = rng.uniform(0, math.pi, CLUTTER)
         long = np.exp(rng.uniform(math.log(0.15), math.log(1.2), CLUTTER))
         wide = np.maximum(0.04, 0.04 / long)
-        dx, dy = self.x - _column(x), self.y - _column(y)
-        cos, sin = np.cos(angle), np.sin(angle)
-        u = _column(cos / long) * dx + _column(sin / long) * dy
-        v = _column(cos / wide) * dy - _column(sin / wide) * dx
-        ragged = u * u + v * v - 1 + 0.8 * self.coarse(rng, CLUTTER)
-        cover = np.clip(0.5 - 2.5 * ragged, 0, 1) * _column(rng.uniform(0.35, 1.0, CLUTTER))
-        paint = colours(rng, spread_hues(rng, CLUTTER), (0.2, 1.0))[:, :, None, None]
-        for k in range(CLUTTER):
-            image += cover[k] * (paint[k] - image)
+        turn = np.array(
+            [np.cos(angle) / long, np.sin(angle) / long, -np.sin(angle) / wide, np.cos(angle) / wide]
+        )
+        opacity = rng.uniform(0.3, 0.7, CLUTTER)
+        paint = colours(rng, spread_hues(rng, CLUTTER), (0.1, 0.6))[:, :, None, None]
+        ragged = 0.8 * self.coarse(rng, CLUTTER) - 1
+        for k, (a, b, c, d) in enumerate(turn.T.tolist()):
+            dx, dy = self.x - float(x[k]), self.y - float(y[k])
+            edge = ragged[k] + (a * dx + b * dy) ** 2 + (c * dx + d * dy) ** 2
+            image += np.clip(0.5 - 2.5 * edge, 0, 1) * float(opacity[k]) * (paint[k] - image)
 
     def _shadow(self, objects: Objects, light: Floats) -> Floats:
         # What the objects cover, moved away from the light by up to a twentieth of the image.
@@ -139,17 +142,18 @@ class Renderer:
     ) -> None:
         n = len(surface)
         paint = colours(rng, spread_hues(rng, 2 * n), (0.3, 1.0)).reshape(2, n, 3, 1, 1)
-        rim = np.float32(rng.uniform(0.2, 0.6))  # an outline in the dark, as on anything that is not flat
+        contrast = rng.uniform(0.1, 0.7, n).tolist()
+        rim = np.float32(rng.uniform(0.3, 0.5))  # an outline in the dark, as on anything that is not flat
         shade = (1 - rim + rim * objects.inside) * (1 + 0.12 * (light[0] * objects.u + light[1] * objects.v))
         fog = _fog(objects.distance)
         for k in range(n):
-            lit = (paint[0, k] + surface[k] * (paint[1, k] - paint[0, k])) * shade[k]
+            lit = (paint[0, k] + surface[k] * contrast[k] * (paint[1, k] - paint[0, k])) * shade[k]
             lit += fog[k] * (HAZE - lit)
             image += objects.cover[k] * (lit - image)
 
 
-def _spread_out(rng: np.random.Generator, radius: Floats, lower: Floats) -> tuple[Floats, Floats]:
-    # Each object takes, of some random places, the one least hidden by those before it: near ones choose first.
+def _spread_out(rng: np.random.Generator, radius: Reals, lower: Reals) -> tuple[Reals, Reals]:
+    # Of some random places each object takes the one least hidden by those before it; near ones choose first.
     n = len(radius)
     reach = 1 - 0.75 * radius
     places = rng.uniform(-1, 1, (2, n, 8)) * reach[:, None]  # (2, n, candidates)
@@ -174,5 +178,5 @@ def _truth(objects: Objects, ground_depth: Floats, label: int) -> tuple[NDArray[
     return mask, depth
 
 
-def _column(values: NDArray[np.floating]) -> Floats:
+def _column(values: Reals) -> Floats:
     return values.astype(np.float32)[:, None, None]

@@ -1,7 +1,7 @@
 """The ten silhouettes of the built-in scenes, as functions of the plane.
 
-A silhouette is where its function is negative; the value is about the distance to the outline. All have the same
-area, so the share of object pixels says nothing of the class. u points right and v down, as in an image.
+A silhouette is where its function is negative; the value is about the distance to the outline. All have the
+same area, so the share of object pixels says nothing of the class. u points right and v down, as in an image.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Plane = NDArray[np.float32]  # any shape
+Plane = NDArray[np.floating[Any]]  # any shape
 
 AREA = 2.0  # of every silhouette
 REACH = 1.55  # no silhouette has a point farther from the origin
@@ -34,7 +34,7 @@ def _triangle(u: Plane, v: Plane) -> Plane:
 
 
 def _star(u: Plane, v: Plane) -> Plane:
-    # A pentagram is the set of points outside at most one side of its inner pentagon: the second largest of five.
+    # A pentagram is the points outside at most one side of its inner pentagon: the second largest of five.
     angles = [math.pi / 2 + 2 * math.pi * k / 5 for k in range(5)]
     first = math.cos(angles[0]) * u + math.sin(angles[0]) * v
     second = np.full_like(first, -np.inf)
@@ -93,7 +93,7 @@ def _crescent_area() -> float:
     return math.pi - overlap
 
 
-def _table() -> dict[str, tuple[Callable[[Any, Any], Any], float]]:
+def _table() -> dict[str, tuple[Callable[[Plane, Plane], Plane], float]]:
     return {
         "disc": (_disc, math.pi),
         "square": (_square, 4.0),

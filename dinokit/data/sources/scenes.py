@@ -1,12 +1,12 @@
-"""Built-in pictures with a known truth, so that a first run needs no data set: nothing is stored or downloaded.
+"""Built-in pictures with a known truth, so that a first run needs no data set and no download.
 
-A scene shows three to five objects of one silhouette, the class, before a cluttered ground. Colour, texture, size,
-pose, place and ground are drawn from the same distributions for all classes, and vary inside an image as much as
-between images: two crops of an image have little but the silhouette in common. Every pixel's class and depth are
-known, so segmentation and depth can be judged as well.
+A scene shows three to five objects of one silhouette, the class, before a cluttered ground. Colour, texture,
+size, pose, place and ground are drawn from the same distributions for all classes, and vary inside an image
+about as much as between images: what two crops of an image share is the silhouette. Every pixel's class and
+depth are known, so segmentation and depth can be judged as well.
 
-Scene i is a function of (seed, split, i) alone. Between two machines a pixel may differ by one grey level, where
-their sines or matrix products round differently.
+Scene i is a function of (seed, split, i) alone. Between two machines a pixel may differ by one grey level,
+where their sines or matrix products round differently.
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,9 @@ class Scenes:
 
     def _locate(self, index: int) -> tuple[str, int]:
         if not 0 <= index < len(self):
-            raise IndexError(f"There is no scene {index}: split '{self.cfg.split}' has {len(self)}, counted from 0.")
+            raise IndexError(
+                f"There is no scene {index}: split '{self.cfg.split}' has {len(self)}, counted from 0."
+            )
         if self.cfg.split != "all":
             return self.cfg.split, index
         return ("train", index) if index < self.cfg.count else ("test", index - self.cfg.count)

@@ -1,0 +1,256 @@
+"""dinokit VERB [WHAT] [key=value ...]: train, judge and use self-supervised visual features.
+
+  dinokit train RECIPE      pretrain; RECIPE is a name in configs/ or the path of a YAML file
+      dinokit train scenes_cpu data.name=folder data.path=PHOTOS
+      dinokit train small_photos data.path=PHOTOS run.out=runs/photos
+      The same command goes on with a run that was interrupted.
+  dinokit eval EVALUATOR    judge frozen features; the last line printed is JSON
+      dinokit eval knn weights=runs/photos train.path=LABELLED/train test.path=LABELLED/test
+      dinokit eval knn backbone.name=pixels train.path=LABELLED/train test.path=LABELLED/test
+  dinokit show RECIPE       the whole recipe, its size, memory and learning rate; runs nothing
+  dinokit demo              pretrain on the built-in scenes, judge, print a table (minutes on a laptop)
+
+  dinokit VERB --help       what a verb takes            dinokit --version
+  --traceback               with any verb: show where in the code an error arose
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinokit.backbones import Backbone
+    from dinokit.config import Recipe
+    from dinokit.data.sources import Source
+    from dinokit.train.loop import Evaluator
+
+
+def train(what: str, overrides: Sequence[str]) -> None:
+    """Dinokit train RECIPE [key=value ...]: pretrain, or go on with the run in run.out."""
+    from dinokit.config import load_recipe
+
+    recipe = load_recipe(what, overrides)
+    pretrain(recipe)
+
+
+def evaluate(what: str, overrides: Sequence[str]) -> None:
+    """Dinokit eval EVALUATOR weights=FILE_OR_RUN [key=value ...]: judge frozen features.
+
+    Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source given by
+    its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of weights=... judges a
+    backbone without training.
+    """
+    from dinokit import shelves
+    from dinokit.config import parse_overrides
+
+    shelves.read_config("eval", what)
+    values = parse_overrides(overrides)
+    weights, untrained = values.pop("weights", None), values.pop("backbone", None)
+    if (weights is None) == (untrained is None):
+        raise ValueError("Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training).")
+    values = _checked_eval(what, values)
+    backbone, data = _load_judged(weights, untrained)
+    scores = _run_evaluator(what, _with_data(what, values, data), backbone)
+    print(json.dumps({"eval": what, "weights": weights or f"untrained {untrained['name']}", **scores}))
+
+
+def show(what: str, overrides: Sequence[str]) -> None:
+    """Dinokit show RECIPE [key=value ...]: the recipe with every default filled in, and what it amounts to."""
+    from dinokit.config import load_recipe, to_yaml
+
+    recipe = load_recipe(what, overrides)
+    from dinokit.train.plan import plan
+
+    print(to_yaml(recipe))
+    for key, value in plan(recipe).items():
+        print(f"# {key}: {value}")
+
+
+def demo(what: str, overrides: Sequence[str]) -> None:
+    """Dinokit demo [key=value ...]: recipe scenes_cpu from start to end in runs/demo, and a table of k-NN accuracies."""
+    from dinokit.config import load_recipe
+
+    recipe = load_recipe(what or "scenes_cpu", ["run.out=runs/demo", *overrides])
+    out = pretrain(recipe)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("features", "k-NN top-1 (k=20)", title="Built-in scenes: ten shapes, test images never seen in training")
+    judged: dict[str, tuple[str | None, dict[str, Any] | None]] = {
+        "raw pixels, 16 x 16": (None, {"name": "pixels"}),
+        "the same ViT, untrained": (None, recipe.backbone),
+        "your DINOv2": (out, None),
+    }
+    values = {key: value for key, value in recipe.evals["knn"].items() if key != "every"}
+    for label, (weights, untrained) in judged.items():
+        backbone, _ = _load_judged(weights, untrained, size=recipe.crops.globals.size)
+        scores = _run_evaluator("knn", _with_data("knn", values, recipe.data), backbone)
+        table.add_row(label, f"{100 * scores['top1@20']:.1f} %")
+    Console().print(table)
+    print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
+    print("Now your own: dinokit train small_photos data.path=PHOTOS run.out=runs/photos")
+
+
+VERBS: dict[str, Callable[[str, Sequence[str]], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "show": show,
+    "demo": demo,
+}
+
+
+def pretrain(recipe: "Recipe") -> str:
+    """Train a recipe on its data with its evaluators. Returns the run's folder."""
+    from dinokit import shelves
+    from dinokit.train import loop
+
+    source = shelves.build("data.sources", recipe.data)
+    return str(loop.train(recipe, source, _evaluators(recipe, source)))
+
+
+def _evaluators(recipe: "Recipe", source: "Source") -> list["Evaluator"]:
+    from functools import partial
+
+    from dinokit.train.loop import Evaluator
+
+    done = []
+    for name, section in recipe.evals.items():
+        values = {key: value for key, value in section.items() if key != "every"}
+        own_data = any(values[key] is None for key in _source_fields(name))
+        if own_data and not source.classes:
+            print(
+                f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To watch the run by it, give "
+                f"{' and '.join(f'evals.{name}.{key}.path' for key in _source_fields(name))}.",
+                file=sys.stderr,
+            )
+            continue
+        done.append(Evaluator(name, section["every"], partial(_run_evaluator, name, _with_data(name, values, recipe.data))))
+    return done
+
+
+def _source_fields(name: str) -> dict[str, str]:
+    """The fields of an evaluator's Config that are sources, with the split that each stands for."""
+    from dinokit import shelves
+
+    return {f.name: f.metadata["split"] for f in fields(shelves.read_config("eval", name)) if "split" in f.metadata}
+
+
+def _checked_eval(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    from dinokit.config import section_values
+
+    for key in _source_fields(name):
+        if isinstance(values.get(key), dict):
+            values[key] = {"name": "folder", **({} if "name" in values[key] else {"labels": "folders"}), **values[key]}
+    return section_values("eval", name, values, "")
+
+
+def _with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
+    done = dict(values)
+    for key, split in _source_fields(name).items():
+        if done[key] is None:
+            if data is None or "split" not in data:
+                raise ValueError(f"{key}.path (a folder with one sub-folder a class) or {key}.name must be given.")
+            done[key] = {**data, "split": split}
+    return done
+
+
+def _load_judged(
+    weights: str | None, untrained: Mapping[str, Any] | None, size: int = 0
+) -> tuple["Backbone", dict[str, Any] | None]:
+    """The backbone to judge, and the data section that it was trained on."""
+    import torch
+
+    from dinokit import shelves
+    from dinokit.config import load_recipe_text, section_values
+    from dinokit.weights import describe, load_backbone
+
+    if weights is not None:
+        recipe = describe(weights)["recipe"]
+        return load_backbone(weights), load_recipe_text(recipe).data if recipe else None
+    assert untrained is not None
+    if "name" not in untrained:
+        raise ValueError(f"backbone.name must be given; there is: {', '.join(shelves.names('backbones'))}.")
+    rest = {key: value for key, value in untrained.items() if key != "name"}
+    if size and "size" in {f.name for f in fields(shelves.read_config("backbones", untrained["name"]))}:
+        rest["size"] = size
+    section = {"name": untrained["name"], **section_values("backbones", untrained["name"], rest, "backbone")}
+    torch.manual_seed(0)
+    return shelves.build("backbones", section).eval(), None
+
+
+def _run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") -> dict[str, float]:
+    from dinokit import shelves
+
+    module = shelves.find("eval", name)
+    return module.evaluate(module.Config(**values), backbone)
+
+
+def _help(verb: str | None, what: str | None) -> str:
+    from dinokit import shelves
+    from dinokit.config import recipe_names
+
+    if verb is None:
+        return __doc__ or ""
+    lines = [(VERBS[verb].__doc__ or "").replace("Dinokit", "dinokit", 1)]
+    if verb == "eval" and what in shelves.names("eval"):
+        lines.append(f"keys of {what}:")
+        for f in fields(shelves.read_config("eval", what)):
+            default = "" if f.default is MISSING else f" = {json.dumps(f.default, default=list)}"
+            lines.append(f"    {f.name}{default}")
+    elif verb == "eval":
+        lines.append(f"evaluators: {', '.join(shelves.names('eval'))}; dinokit eval NAME --help lists the keys")
+    elif verb != "demo":
+        lines.append(f"recipes: {', '.join(recipe_names())}")
+        lines.append("dinokit show RECIPE prints every key with its value")
+    return "\n".join(lines)
+
+
+def _parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
+    """The verb, what it is about, the overrides and the flags of a command line."""
+    from dinokit.shelves import suggest
+
+    flags = {word for word in argv if word.startswith("-")}
+    known = {"--help", "-h", "--version", "--traceback"}
+    for flag in sorted(flags - known):
+        near = suggest(flag, sorted(known))
+        raise ValueError(f"There is no option {flag}.{near} Settings are given as key=value.")
+    words = [word for word in argv if not word.startswith("-")]
+    verb = words[0] if words else None
+    if verb is not None and verb not in VERBS:
+        raise LookupError(f"There is no verb '{verb}'.{suggest(verb, list(VERBS))} Verbs are: {', '.join(VERBS)}.")
+    named = [word for word in words[1:] if "=" not in word]
+    if len(named) > 1:
+        raise ValueError(f"'{named[1]}' is not of the form key=value, and '{named[0]}' was given already.")
+    return verb, named[0] if named else "", [word for word in words[1:] if "=" in word], flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns the exit status: 0, or 2 if something was asked that cannot be done."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        verb, what, overrides, flags = _parse(argv)
+        if "--version" in flags:
+            from dinokit import __version__
+
+            print(f"dinokit {__version__}")
+        elif verb is None or flags & {"--help", "-h"}:
+            print(_help(verb, what))
+        elif not what and verb != "demo":
+            raise ValueError(f"dinokit {verb} of what? {_help(verb, None)}")
+        else:
+            VERBS[verb](what, overrides)
+    except (ValueError, LookupError, OSError, RuntimeError) as error:
+        if "--traceback" in argv:
+            raise
+        print(f"dinokit: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dinokit: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

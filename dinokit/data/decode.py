@@ -1,0 +1,185 @@
+"""From the bytes of a file to an image: the only file that knows image formats.
+
+Pillow reads everything but `.npy` arrays and those TIFF files that it would cut down to 8 bits or 3 bands;
+they go to tifffile. torchvision.io is not used: its PNG reader kills the process on a damaged file (0.29.1).
+"""
+
+from importlib import import_module
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from dinokit.data.sources import Picture
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2", ".pbm", ".pgm",
+    ".ppm", ".npy",
+)  # fmt: skip
+
+_LUMA = np.array([19595, 38470, 7471], np.uint32)  # ITU-R 601, of 65536: the whole numbers that Pillow uses
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BITS, _SAMPLES = 258, 277  # TIFF tags: bits per sample, samples per pixel
+_RGB = 2  # TIFF photometric interpretation
+
+
+def suffix(name: str) -> str:
+    """'.jpg' of 'a/B.JPG'; empty if there is none."""
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
+
+
+def decode(data: bytes, name: str, channels: int) -> Picture:
+    """The image in `data`, with `channels` channels.
+
+    With 3 channels it is RGB and with 1 it is grey, converted if need be as Pillow's `convert` does: a
+    palette is looked up, alpha is dropped. With any other number the file must hold just that many, and they
+    come as stored. 16 bits stay 16 bits in PNG, TIFF, `.npy` and grey PGM; of JPEG 2000, AVIF and PPM in
+    colour, Pillow gives 8. The orientation that EXIF notes is not applied: pixels come as they are stored. Of
+    an animation or a stack of pages, the first is read. An array in `.npy` is (H, W) or (H, W, C).
+
+    Args:
+        data: the whole file.
+        name: what to call it in messages.
+        channels: as `backbone.channels`.
+
+    Returns:
+        For 8 bits and 1 or 3 channels a loaded Pillow image in mode L or RGB; otherwise an array
+        (H, W, channels) of uint8, uint16, or float32 in [0, 1].
+
+    Raises:
+        ValueError: if the file is damaged, cut short or in no known format, if its channels or values do not
+            fit, or if it has more pixels than Pillow lets pass; the message begins with `name`.
+    """
+    try:
+        if data.startswith(b"\x93NUMPY"):
+            return _checked(np.load(BytesIO(data), allow_pickle=False), channels)
+        if data.startswith(_TIFF):
+            return _tiff(data, channels)
+        image = Image.open(BytesIO(data))
+        stored = image.tile[0].args if image.format == "PNG" and image.tile else None
+        if stored in ("LA;16B", "RGB;16B", "RGBA;16B"):
+            return _deep_png(data, str(stored), channels)
+        return _pillow(image, channels)
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{name} cannot be read: {len(data)} bytes that begin like no image format."
+        ) from None
+    except Exception as error:  # a decoder raises anything on damage: SyntaxError, struct.error, zlib.error
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def _pillow(image: ImageFile, channels: int) -> Picture:
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        array = np.array(image)
+        if array.dtype == np.int32 and array.min() >= 0 and array.max() <= np.iinfo(np.uint16).max:
+            array = array.astype(np.uint16)  # Pillow keeps 16 bits of some formats in 32
+        return _colour(array, channels, alpha=False)
+    if channels not in (1, 3):
+        return _checked(np.array(image), channels)
+    mode = "RGB" if channels == 3 else "L"
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert(mode)  # in one move, Pillow warns
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _deep_png(data: bytes, stored: str, channels: int) -> np.ndarray:
+    """A PNG of 16 bits with colour or alpha; `stored` is what Pillow calls the order of its bytes.
+
+    Pillow has no mode for these and would keep the upper bytes only. But it can be asked for the lower ones:
+    a second reading takes the big-endian numbers for little-endian ones.
+    """
+    if stored == "LA;16B":  # a pixel is as wide as one of RGBA
+        array = _planes(data, "RGBA").view(">u2").astype(np.uint16)
+    else:
+        high, low = _planes(data, stored), _planes(data, stored.replace("16B", "16L"))
+        array = (high.astype(np.uint16) << 8) | low
+    return _colour(array, channels, alpha=array.shape[2] != 3)
+
+
+def _planes(data: bytes, order: str) -> np.ndarray:
+    image = Image.open(BytesIO(data))
+    image.tile = [image.tile[0]._replace(args=order)]
+    return np.array(image)  # (H, W, C) uint8
+
+
+def _tiff(data: bytes, channels: int) -> Picture:
+    try:
+        image = Image.open(BytesIO(data))
+    except UnidentifiedImageError:
+        return _many_bands(data, channels)
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    whole = max(tags.get(_BITS, (1,))) <= 8 and tags.get(_SAMPLES, 1) == len(image.getbands())
+    if whole or image.mode in ("I;16", "I;16B", "F"):
+        return _pillow(image, channels)
+    return _many_bands(data, channels)
+
+
+def _many_bands(data: bytes, channels: int) -> np.ndarray:
+    try:
+        tifffile = import_module("tifffile")
+    except ModuleNotFoundError:
+        raise ValueError(
+            "TIFF files of many bands or deep colour need: pip install 'dinokit[tiff]'"
+        ) from None
+    with tifffile.TiffFile(BytesIO(data)) as file:
+        series = file.series[0]
+        axes = series.axes
+        if not {"Y", "X"} <= set(axes) or len(axes) > 3:
+            raise ValueError(f"its axes are {axes}; an image has Y, X and at most one more.")
+        if series.size > 2 * (Image.MAX_IMAGE_PIXELS or series.size) * max(channels, 4):
+            raise ValueError(
+                f"its shape {series.shape} is larger than Pillow's limit, PIL.Image.MAX_IMAGE_PIXELS."
+            )
+        array = series.asarray().transpose(axes.index("Y"), axes.index("X"), *_other(axes))
+        if series.keyframe.photometric != _RGB and array.ndim == 3:
+            return _checked(array, channels)
+        return _colour(array, channels, alpha=bool(set(series.keyframe.extrasamples) & {1, 2}))
+
+
+def _other(axes: str) -> list[int]:
+    return [place for place, axis in enumerate(axes) if axis not in "YX"]
+
+
+def _colour(array: np.ndarray, channels: int, alpha: bool) -> np.ndarray:
+    """Convert between grey and RGB, with or without alpha, where that is what `channels` asks for."""
+    array = array[..., None] if array.ndim == 2 else array
+    if channels in (1, 3) and array.shape[2] != channels:
+        array = array[..., :-1] if alpha else array
+        if array.shape[2] == 1:
+            array = array.repeat(3, axis=2) if channels == 3 else array
+        elif array.shape[2] == 3 and channels == 1:
+            array = _grey(array)
+    return _checked(array, channels)
+
+
+def _grey(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind == "f":
+        return (array @ (_LUMA / 65536).astype(array.dtype))[..., None]
+    return ((array.astype(np.uint32) @ _LUMA + np.uint32(1 << 15)) >> 16).astype(array.dtype)[..., None]
+
+
+def _checked(array: np.ndarray, channels: int) -> np.ndarray:
+    """The array as (H, W, channels), uint8, uint16 or float32, if it is that."""
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or not array.size:
+        raise ValueError(f"its shape is {array.shape}; an image is (height, width, channels).")
+    if array.shape[2] != channels:
+        raise ValueError(
+            f"it has {array.shape[2]} channels, but backbone.channels is {channels}. "
+            f"Set backbone.channels={array.shape[2]}, or store the image with {channels}."
+        )
+    if array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(
+                f"its values go from {array.min():g} to {array.max():g}; floats must lie in [0, 1]."
+            )
+        return np.ascontiguousarray(array, np.float32)
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise ValueError(f"its values are {array.dtype}; uint8, uint16 and floats in [0, 1] can be read.")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))

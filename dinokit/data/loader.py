@@ -1,0 +1,217 @@
+"""Loader processes: from images by number to the batches of a run, or to the crops of an evaluation.
+
+A worker makes a Sample of (step, place) alone, without a memory of what it made before: so batches are the
+same for any number of workers and processes, and a run that goes on at step k sees the rest of what it would
+have seen.
+"""
+
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dinokit.config import CropGroup, Crops
+from dinokit.data import photometric
+from dinokit.data.batch import Batch, Sample, collate
+from dinokit.data.crops import MultiCrop, center_crop
+from dinokit.data.masks import BlockMasks
+from dinokit.data.order import generator, hash_key, image_at, permute
+from dinokit.data.sources import Source
+
+CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
+ATTEMPTS = 20  # images tried for one place before the run gives up
+MOST_WORKERS = 16
+UNREADABLE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
+
+
+class EvalBatch(NamedTuple):
+    crops: Tensor  # (b, C, size, size) uint8, or float32 in [0, 1]; zeros where the image is unreadable
+    labels: Tensor  # (b,) int64; -1 without a label, and where the image is unreadable
+    indices: Tensor  # (b,) int64: the images' numbers in the source
+    unreadable: list[str]  # names
+
+
+def loader(
+    source: Source, crops: Crops, masks: BlockMasks | None, *, seed: int, start_step: int, steps: int,
+    batch: int, rank: int = 0, world: int = 1, workers: int = -1, pin: bool = False,
+) -> Iterable[Batch]:  # fmt: skip
+    """This process's part of the batches of steps `start_step` to `steps` - 1.
+
+    Args:
+        source: the images; an unreadable one is named in its batch, and another takes its place.
+        crops: how they are cut and coloured.
+        masks: none if no loss needs them.
+        seed: of everything random.
+        start_step: the first step.
+        steps: the step to stop before: the length of the whole run.
+        batch: images a step over all processes.
+        rank: the number of this process, of `world`.
+        world: the number of processes.
+        workers: loader processes; -1 is one a core but one, 16 at most; 0 loads in this process.
+        pin: whether to put batches into page-locked memory, for a GPU.
+
+    Raises:
+        ValueError: if the batch cannot be shared out, or the source is empty.
+        RuntimeError: while iterating, if a worker dies, or if no readable image is found for a place.
+    """
+    if batch % world:
+        raise ValueError(
+            f"optim.batch={batch} images cannot be shared out over {world} processes: "
+            f"take a multiple of {world}, such as {-(-batch // world) * world}."
+        )
+    if not len(source):
+        raise ValueError("the data source holds no images.")
+    places = range(rank * (batch // world), (rank + 1) * (batch // world))
+    return _data_loader(
+        _Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
+    )
+
+
+def eval_loader(
+    source: Source, resize: int, size: int, batch: int, workers: int = -1, channels: int = 3
+) -> Iterable[EvalBatch]:
+    """All images in order, centre-cropped; an unreadable one is `channels` planes of zeros.
+
+    Raises:
+        ValueError: while iterating, if `resize` is smaller than `size`.
+    """
+    order = [list(range(i, min(i + batch, len(source)))) for i in range(0, len(source), batch)]
+    blank = partial(_collate_eval, channels=channels, size=size)
+    return _data_loader(_Centres(source, resize, size), order, blank, workers, pin=False)
+
+
+class _Places(Dataset[Sample]):
+    """The samples of a run, by (step, place)."""
+
+    def __init__(self, source: Source, crops: Crops, masks: BlockMasks | None, seed: int, batch: int) -> None:
+        self.source, self.crops, self.masks, self.seed, self.batch = source, crops, masks, seed, batch
+        self.cut = MultiCrop(crops)
+
+    def __getitem__(self, at: tuple[int, int]) -> Sample:
+        step, place = at
+        (global_crops, local_crops), unreadable = self._crops(step, place)
+        rng = generator(self.seed, step, place, COLOUR)
+        return Sample(
+            step=step,
+            global_crops=global_crops,
+            local_crops=local_crops,
+            global_colour=self._colour(self.crops.globals, rng),
+            local_colour=self._colour(self.crops.locals, rng),
+            masks=self._masks(step, place),
+            unreadable=unreadable,
+        )
+
+    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
+        unreadable: list[str] = []
+        reason: Exception | None = None
+        for index in self._candidates(step, place):
+            try:
+                image, _ = self.source[index]
+                return self.cut(image, generator(self.seed, step, place, CROPS)), unreadable
+            except UNREADABLE as error:
+                unreadable.append(self.source.name(index))
+                reason = error
+        raise RuntimeError(
+            f"{len(unreadable)} images in a row cannot be read, the last being "
+            f"{', '.join(unreadable[-3:])}: {reason}"
+        )
+
+    def _candidates(self, step: int, place: int) -> Iterator[int]:
+        """The image whose turn it is, then others in case it cannot be read; no image twice."""
+        n = len(self.source)
+        first = image_at(self.seed, step * self.batch + place, n)
+        yield first
+        for attempt in range(min(ATTEMPTS, n)):
+            other = permute(attempt, n, hash_key(self.seed, step, place))
+            if other != first:
+                yield other
+
+    def _colour(self, group: CropGroup, rng: np.random.Generator) -> Tensor:
+        rows = np.zeros((group.count, photometric.COLUMNS), dtype=np.float32)
+        for crop in range(group.count):
+            rows[crop] = photometric.draw(self.crops, group, crop, rng)
+        return torch.from_numpy(rows)
+
+    def _masks(self, step: int, place: int) -> Tensor | None:
+        if self.masks is None:
+            return None
+        total = self.crops.globals.count * self.batch
+        numbers = range(place, total, self.batch)  # crop-major, as in a batch
+        rows = [self.masks(self.seed, step, j, total, generator(self.seed, step, j, MASKS)) for j in numbers]
+        return torch.from_numpy(np.stack(rows))
+
+
+class _Steps:
+    """For each step, this process's places in it."""
+
+    def __init__(self, start: int, stop: int, places: range) -> None:
+        self.steps, self.places = range(start, stop), places
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(step, place) for place in self.places] for step in self.steps)
+
+
+class _Centres(Dataset[tuple[int, Tensor | None, int, str]]):
+    """Number, centre crop, label and name of each image; no crop if the image is unreadable."""
+
+    def __init__(self, source: Source, resize: int, size: int) -> None:
+        self.source, self.resize, self.size = source, resize, size
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, int, str]:
+        try:
+            image, label = self.source[index]
+            return index, center_crop(image, self.resize, self.size), label, ""
+        except UNREADABLE:
+            return index, None, -1, self.source.name(index)
+
+
+def _collate_eval(rows: Sequence[tuple[int, Tensor | None, int, str]], channels: int, size: int) -> EvalBatch:
+    blank = torch.zeros(channels, size, size, dtype=torch.uint8)
+    return EvalBatch(
+        crops=torch.stack([blank if crop is None else crop for _, crop, _, _ in rows]),
+        labels=torch.tensor([label for _, _, label, _ in rows]),
+        indices=torch.tensor([index for index, _, _, _ in rows]),
+        unreadable=[name for _, crop, _, name in rows if crop is None],
+    )
+
+
+def _data_loader(
+    dataset: Dataset[Any],
+    batches: Iterable[list[Any]],
+    collate_fn: Callable[[Any], Any],
+    workers: int,
+    pin: bool,
+) -> DataLoader[Any]:
+    workers = _spare_cores() if workers < 0 else workers
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # else it would draw from torch's own, and change what training draws
+    )
+
+
+def _spare_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores - 1)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    # Ctrl-C and a scheduler's warning reach every process of a job; the parent still needs batches to end in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

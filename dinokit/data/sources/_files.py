@@ -1,0 +1,37 @@
+"""Images that are files of their own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinokit.data.decode import decode
+from dinokit.data.names import Names
+from dinokit.data.sources import Picture
+from dinokit.data.sources._split import Rows
+
+
+@dataclass
+class ImageFiles:
+    """A source of image files, by their names from a folder on."""
+
+    root: Path
+    names: Names  # of the files, from root on, or absolute
+    rows: Rows  # which of them belong to the split
+    labels: np.ndarray | None  # (len(names),); None without labels
+    classes: Sequence[str]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
+        row = self.rows[index]
+        path = self.root / self.names[row]
+        label = -1 if self.labels is None else int(self.labels[row])
+        return decode(path.read_bytes(), str(path), self.channels), label
+
+    def name(self, index: int) -> str:
+        """The path of the file."""
+        return str(self.root / self.names[self.rows[index]])

@@ -1,0 +1,53 @@
+"""From the words that a data set says of its images (a class, a split) to numbers."""
+
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+
+_NONE = ("", "-1")  # what stands for "no label" in the formats that have a place for one anyway
+
+
+class Words:
+    """One word an image, met one by one and kept as a number each."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._codes = array("i")
+
+    def add(self, word: str) -> None:
+        """The word of the next image."""
+        self._codes.append(self._numbers.setdefault(word, len(self._numbers)))
+
+    @property
+    def words(self) -> list[str]:
+        """The different words, in the order in which they were met."""
+        return list(self._numbers)
+
+    @property
+    def codes(self) -> np.ndarray:
+        """(n,) int32: image i has words[codes[i]]."""
+        return np.array(self._codes, np.int32)
+
+
+def class_ids(codes: np.ndarray, words: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The sorted classes, and the label of each image.
+
+    Classes that are all whole numbers are sorted as numbers, others as text. The words "" and "-1" mean that
+    there is no label, as does a code of -1. Every split is numbered by the classes of all of them.
+
+    Args:
+        codes: (n,), the place of each image's word in `words`.
+        words: class names, in any order.
+
+    Returns:
+        The class names by label; (n,) int32, -1 without a label.
+    """
+    names = [word for word in words if word not in _NONE]
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        classes = sorted(names, key=int)
+    else:
+        classes = sorted(names)
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number.get(word, -1) for word in words]
+    return classes, np.array([*labels, -1], np.int32)[codes]  # the last place is for a code of -1

@@ -1,0 +1,174 @@
+"""Images in .tar files, read where they lie.
+
+All headers are read when the source is opened, one for each member; then an image costs one read at a known
+place, in any order. A file `KEY.cls` beside `KEY.jpg`, or `KEY.json` with "label" or "cls", gives the label:
+that is the layout of WebDataset.
+"""
+
+import json
+import os
+import tarfile
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dinokit.data.decode import SUFFIXES, decode, suffix
+from dinokit.data.names import Names
+from dinokit.data.sources import Picture
+from dinokit.data.sources._labels import Words, class_ids
+from dinokit.data.sources._paths import shards, wrong_kind
+from dinokit.data.sources._split import choose, sides_of_files
+
+_OPEN = 128  # files that a process holds open; systems allow about a thousand
+
+
+@dataclass
+class Config:
+    path: str = "???"  # a .tar, a folder of them, a glob, or a range such as shard-{000..011}.tar
+    split: Literal["all", "train", "test"] = "all"  # by files named train and test or val, else by a hash
+    test_share: float = 0.1  # of images held out, where the files do not say
+    channels: int = 3  # as backbone.channels
+
+
+class Tar:
+    def __init__(self, cfg: Config) -> None:
+        """Read the headers.
+
+        Raises:
+            ValueError: if there is no such file, one is compressed or damaged, there is no image, or none in
+                the split.
+        """
+        self._files = shards(cfg.path, ".tar")
+        self._channels = cfg.channels
+        index = _Index()
+        self._members = Names.of(
+            name for number, file in enumerate(self._files) for name in index.read(number, file)
+        )
+        if not len(self._members):
+            raise ValueError(f"path='{cfg.path}': {len(self._files)} tar file(s) without an image in it.")
+        self._shards, self._offsets, self._sizes = index.places()
+        self.classes: Sequence[str]
+        self.classes, self._labels = class_ids(index.labels.codes, index.labels.words)
+        said = None if cfg.split == "all" else (self._shards, sides_of_files(self._files))
+        hashed = (
+            f"{self._files[shard].name}/{name}"
+            for shard, name in zip(self._shards, self._members, strict=True)
+        )
+        self._rows = choose(cfg.split, cfg.test_share, hashed, len(self._members), said, cfg.path)
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the one used last at the end
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
+        row = self._rows[index]
+        size = int(self._sizes[row])
+        data = os.pread(self._open(int(self._shards[row])), size, int(self._offsets[row]))
+        if len(data) < size:
+            raise OSError(
+                f"{self.name(index)} is cut short: the file ends after {len(data)} of its {size} bytes."
+            )
+        return decode(data, self.name(index), self._channels), int(self._labels[row])
+
+    def name(self, index: int) -> str:
+        """The file and the member."""
+        row = self._rows[index]
+        return f"{self._files[self._shards[row]]}: {self._members[row]}"
+
+    def _open(self, shard: int) -> int:
+        """A descriptor of the file. A forked process may share it: pread has no position to fight over."""
+        if shard not in self._descriptors:
+            if len(self._descriptors) == _OPEN:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[shard] = os.open(self._files[shard], os.O_RDONLY)
+        self._descriptors.move_to_end(shard)
+        return self._descriptors[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_descriptors", {}).values():  # none if __init__ failed
+            os.close(descriptor)
+
+
+build = Tar
+
+
+class _Index:
+    """Where the images of all files lie, in columns."""
+
+    def __init__(self) -> None:
+        self.labels = Words()
+        self._shards, self._offsets, self._sizes = array("i"), array("q"), array("q")
+
+    def read(self, shard: int, file: Path) -> Iterator[str]:
+        """Note the images of one file; gives their names."""
+        labels: dict[str, str] = {}  # by key
+        names: list[str] = []
+        try:
+            with tarfile.open(file, "r:") as tar:
+                for member in _members(tar):
+                    kind = suffix(member.name)
+                    if kind in SUFFIXES:
+                        names.append(member.name)
+                        self._shards.append(shard)
+                        self._offsets.append(member.offset_data)
+                        self._sizes.append(member.size)
+                    elif kind in (".cls", ".json"):
+                        content = tar.extractfile(member)
+                        assert content is not None, member.name
+                        labels[member.name[: -len(kind)]] = _label(content.read(), kind, member.name)
+        except (tarfile.TarError, ValueError) as error:
+            raise _unreadable(file, error) from error
+        for name in names:
+            folder, slash, base = name.rpartition("/")
+            stem, key = name[: name.rfind(".")], folder + slash + base.partition(".")[0]
+            self.labels.add(labels.get(stem, labels.get(key, "")))
+        yield from names
+
+    def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(n,) each: the number of the file, the first byte, how many bytes."""
+        return (
+            np.array(self._shards, np.int32),
+            np.array(self._offsets, np.int64),
+            np.array(self._sizes, np.int64),
+        )
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    library: Any = tar
+    while (member := tar.next()) is not None:
+        library.members = []  # it would keep an object for each
+        if member.isreg() and not member.issparse() and not Path(member.name).name.startswith("."):
+            yield member
+
+
+def _label(content: bytes, kind: str, name: str) -> str:
+    if kind == ".cls":
+        return content.decode().strip()
+    try:
+        noted = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"its member {name} is not JSON: {error}") from None
+    label = noted.get("label", noted.get("cls")) if isinstance(noted, dict) else None
+    return "" if label is None else str(label)
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    with file.open("rb") as head:
+        magic = head.read(6)
+    packed = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    for start, tool in packed.items():
+        if magic.startswith(start):
+            return ValueError(
+                f"{file} is compressed; no image in it can be reached by itself. Undo it with: {tool} -d"
+            )
+    if file.suffix.lower() != ".tar":
+        return wrong_kind(file, "a .tar file")
+    return ValueError(f"{file} is damaged or cut short: {error}")

@@ -1,0 +1,155 @@
+"""Frozen features: what a backbone says of every image of a source, one row an image, in the source's order.
+
+N  images that could be read     D  width of the backbone
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dinokit.backbones import Backbone
+from dinokit.data.loader import EvalBatch, eval_loader
+from dinokit.data.sources import Picture, Source
+from dinokit.distributed import all_reduce_sum, rank, world_size
+
+
+@dataclass
+class Features:
+    """On the backbone's device; the same in every process."""
+
+    x: Tensor  # (N, D) float32: the class token after the final norm, at its own length
+    y: Tensor  # (N,) int64 labels, -1 without one
+    unreadable: list[str]  # names of the images that are left out, because they could not be read
+
+
+class Part:
+    """Some images of a source: those at `places`, in that order."""
+
+    def __init__(self, source: Source, places: Sequence[int]) -> None:
+        self.source, self.places = source, places
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
+        return self.source[self.places[index]]
+
+    def name(self, index: int) -> str:
+        """As the source calls it."""
+        return self.source.name(self.places[index])
+
+
+def extract(
+    backbone: Backbone,
+    source: Source,
+    resize: int,
+    size: int,
+    batch: int = 256,
+    workers: int = 0,
+    precision: torch.dtype | None = None,
+) -> Features:
+    """Features of the centre of each image. Leaves the backbone as it was.
+
+    With several processes all must call this; each reads its share of the images, and all get all features.
+
+    Args:
+        backbone: on the device to compute on.
+        source: images, with or without labels.
+        resize: pixels of the shorter side before the centre is cut out.
+        size: pixels, the side of that centre; a multiple of the backbone's patch.
+        batch: images at a time.
+        workers: processes that load images.
+        precision: bfloat16 or float16 runs the backbone in autocast; None leaves it in float32.
+
+    Raises:
+        ValueError: if the size or the channels do not fit the backbone, no image can be read, or a feature is
+            not finite.
+    """
+    if size < 1 or size % backbone.patch:
+        raise ValueError(f"size={size} is no multiple of the backbone's patch, {backbone.patch} pixels.")
+    device = device_of(backbone)
+    x = torch.zeros(len(source), backbone.width, device=device)
+    y = torch.zeros(len(source), dtype=torch.int64, device=device)
+    seen = torch.zeros(len(source), dtype=torch.int64, device=device)
+    share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is the whole
+    loader = eval_loader(Part(source, share), resize, size, batch, workers, backbone.channels)
+    with frozen(backbone), torch.inference_mode():
+        for part in loader:
+            places = part.indices * world_size() + rank()
+            kept = _readable(source, places, part)
+            if not kept.any():
+                continue
+            crops = normalised(backbone, part.crops[kept].to(device))
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                tokens = backbone([crops], [None])[0]
+            places = places[kept].to(device)
+            x[places], y[places], seen[places] = tokens.cls.float(), part.labels[kept].to(device), 1
+    x, y, whole = all_reduce_sum(x), all_reduce_sum(y), all_reduce_sum(seen) > 0
+    lost = [source.name(int(i)) for i in (~whole).nonzero()]
+    if len(lost) == len(source):
+        raise ValueError(f"None of the {len(source)} images can be read{_first_reason(source)}.")
+    if lost:
+        x, y = x[whole], y[whole]
+    broken = int((~x.isfinite()).any(dim=1).sum())
+    if broken:
+        hint = " or float16 is too narrow for them: try precision=bf16" if precision == torch.float16 else ""
+        raise ValueError(
+            f"Features of {broken} of {len(x)} images are not finite: the weights are broken{hint}."
+        )
+    return Features(x, y, lost)
+
+
+def normalised(backbone: Backbone, crops: Tensor) -> Tensor:
+    """Crops (b, C, h, w), uint8 or float32 in [0, 1], as the backbone was trained to see them.
+
+    Raises:
+        ValueError: if C is not what the backbone takes.
+    """
+    if crops.shape[1] != backbone.channels:
+        raise ValueError(
+            f"The images have {crops.shape[1]} channels, but the backbone takes {backbone.channels}. Judge it "
+            f"on images like those that it was trained on."
+        )
+    mean, std = (
+        torch.tensor(v, device=crops.device).view(-1, 1, 1) for v in (backbone.input.mean, backbone.input.std)
+    )
+    x = crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
+    return (x - mean) / std
+
+
+def device_of(backbone: Backbone) -> torch.device:
+    """Where the backbone's parameters, or else its buffers, are."""
+    assert isinstance(backbone, nn.Module)
+    return next((t.device for t in (*backbone.parameters(), *backbone.buffers())), torch.device("cpu"))
+
+
+@contextmanager
+def frozen(backbone: Backbone) -> Iterator[None]:
+    """Eval mode inside the block; after it each module is in the mode that it was in."""
+    assert isinstance(backbone, nn.Module)
+    before = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def _readable(source: Source, places: Tensor, part: EvalBatch) -> Tensor:
+    """(b,) bool. A batch gives the names of unreadable images, not their places; they have no label."""
+    names = set(part.unreadable)
+    lost = [bool(names) and source.name(int(i)) in names for i in places]
+    return ~(torch.tensor(lost) & (part.labels < 0))
+
+
+def _first_reason(source: Source) -> str:
+    try:
+        source[0]
+    except (OSError, ValueError) as error:
+        return f": {str(error).rstrip('.')}"
+    return ""

@@ -1,0 +1,262 @@
+"""Weighted k-nearest-neighbour classification: how good are features before anything is trained on them.
+
+Each training image among the k nearest by cosine votes for its class with weight exp(cosine / T) (Wu et al. 2018,
+arXiv 1805.01978, section 3.4; the protocol of DINO, arXiv 2104.14294, section 4.1, and of DINOv2, arXiv
+2304.07193). Exact: no index, no approximation. The whole matrix of cosines never exists; it is made in blocks.
+
+    Q  queries: test images     N  bank: training images     D  width     C  classes
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinokit import shelves
+from dinokit.backbones import Backbone
+from dinokit.data.sources import Source
+from dinokit.features import Features, Part, extract
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four times that while it is searched
+
+
+@dataclass
+class Config:
+    train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "train"})
+    test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "test"})
+    k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; more than there are images means all of them
+    temp: float = 0.07  # T
+    few_shot: tuple[int, ...] = ()  # training images a class, for further scores
+    tries: int = 1  # draws of these images, averaged
+    size: int = 0  # pixels; 0: what the backbone was trained on
+    resize: int = 0  # pixels of the shorter side before the centre is cut out; 0: 256 / 224 of `size`
+    batch: int = 256  # images, for the backbone
+    workers: int = 0  # processes that load images
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the backbone
+    max_train: int = 0  # images, drawn evenly from the set; 0: all
+    max_test: int = 0
+
+    def __post_init__(self) -> None:
+        least = {
+            "k": 1,
+            "few_shot": 1,
+            "tries": 1,
+            "size": 0,
+            "resize": 0,
+            "batch": 1,
+            "max_train": 0,
+            "max_test": 0,
+        }
+        for key, low in least.items():
+            given = getattr(self, key)
+            if any(n < low for n in (given if isinstance(given, tuple | list) else (given,))):
+                raise ValueError(f"knn: {key}={given}, but it must be {low} or more.")
+        if not self.k:
+            raise ValueError("knn: k is empty; give at least one number of neighbours, such as k=[20].")
+        if self.temp <= 0:
+            raise ValueError(f"knn: temp={self.temp}, but it must be above 0.")
+
+
+def nearest(
+    query: Tensor, bank: Tensor, k: int, rows: int = ROWS, columns: int = COLUMNS
+) -> tuple[Tensor, Tensor]:
+    """The k rows of bank (N, D) nearest to each row of query (Q, D), both on the unit sphere.
+
+    Returns:
+        Cosines (Q, k), largest first, and places in the bank (Q, k); of equal cosines the smaller place comes
+        first. k is at most N. Memory grows with rows * columns, the size of a block, and with Q * k.
+    """
+    k = min(k, len(bank))
+    done = [_nearest_to_few(part, bank, k, columns) for part in query.split(rows)]
+    return torch.cat([cosines for cosines, _ in done]), torch.cat([places for _, places in done])
+
+
+def vote(query: Tensor, bank: Tensor, labels: Tensor, k: int, temp: float, classes: int) -> Tensor:
+    """How much of the vote of its k nearest neighbours each query gives to each class.
+
+    Args:
+        query: (Q, D) features, any length.
+        bank: (N, D) features with known classes.
+        labels: (N,) int64, in [0, classes).
+        k: neighbours; N if larger.
+        temp: T; a vote weighs softmax(cosine / T) over the k neighbours.
+        classes: C.
+
+    Returns:
+        (Q, C); rows sum to 1.
+    """
+    cosines, places = nearest(F.normalize(query, dim=1), F.normalize(bank, dim=1), k)
+    return _tally((cosines / temp).softmax(dim=1), labels[places], classes)
+
+
+def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
+    """Accuracy of the class token's neighbours: 'top1@20' is the share of test images that 20 neighbours get right.
+
+    A test image is right in 'top5@20' if its class is among the five with the most votes; there must be more than
+    five classes. 'top1@5 5-shot' is from 5 training images a class, the mean over `tries` draws, as in DINOv2's
+    own evaluation: only the k up to the number of shots, and that number.
+
+    Raises:
+        ValueError, LookupError: if the data cannot be judged; the message names the key to set.
+    """
+    sources = {split: _open(cfg, split, backbone) for split in ("train", "test")}
+    classes = _shared_classes(sources["train"], sources["test"])
+    if cfg.train == cfg.test:
+        raise ValueError(
+            "`train` and `test` are the same images, so each would find itself. Give another path, or "
+            "train.split=train test.split=test."
+        )
+    train, test = (_features(cfg, split, backbone, source) for split, source in sources.items())
+    scores = _accuracies(train, test, sorted(set(cfg.k)), cfg.temp, len(classes))
+    for shots in cfg.few_shot:
+        ks = sorted({k for k in cfg.k if k < shots} | {shots})
+        tries = [
+            _accuracies(_draw(train, shots, seed, classes), test, ks, cfg.temp, len(classes))
+            for seed in range(cfg.tries)
+        ]
+        scores |= {f"{key} {shots}-shot": sum(t[key] for t in tries) / cfg.tries for key in tries[0]}
+    scores |= {"images_train": float(len(train.y)), "images_test": float(len(test.y))}
+    unreadable = len(train.unreadable) + len(test.unreadable)
+    return scores | ({"images_unreadable": float(unreadable)} if unreadable else {})
+
+
+def spread(n: int, count: int) -> list[int]:
+    """`count` of range(n), one drawn at random from each of `count` equal parts; the same ones every time.
+
+    A fixed stride would take one class alone from a set in which the classes go round and round.
+    """
+    if not 0 < count < n:
+        return list(range(n))
+    draw = random.Random(0)
+    return [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)]
+
+
+def _open(cfg: Config, split: str, backbone: Backbone) -> Source:
+    section = cfg.train if split == "train" else cfg.test
+    if not section or not section.get("name"):
+        raise ValueError(f"{split}.name must be given; there is: {', '.join(shelves.names('data.sources'))}.")
+    if "channels" in section:
+        section = {**section, "channels": backbone.channels}
+    source: Source = shelves.build("data.sources", section)
+    if not source.classes:
+        key = (
+            f"{split}.labels=folders (one sub-folder a class)"
+            if "labels" in section
+            else f"another {split}.name"
+        )
+        raise ValueError(f"The {split} images have no labels to compare with: set {key}.")
+    most = cfg.max_train if split == "train" else cfg.max_test
+    return Part(source, spread(len(source), most)) if 0 < most < len(source) else source
+
+
+def _shared_classes(train: Source, test: Source) -> list[str]:
+    have, want = list(train.classes), list(test.classes)
+    if have == want:
+        return have
+    only = {"train": set(have) - set(want), "test": set(want) - set(have)}
+    parts = [f"only {split} has {_few(sorted(names))}" for split, names in only.items() if names]
+    raise ValueError(
+        f"The classes of train ({len(have)}) and test ({len(want)}) are not the same: "
+        f"{' and '.join(parts) or 'their order differs'}. Give both the same classes."
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:5]) + (
+        f" and {len(names) - 5} more" if len(names) > 5 else ""
+    )
+
+
+def _features(cfg: Config, split: str, backbone: Backbone, source: Source) -> Features:
+    """With every row of x on the unit sphere.
+
+    Raises:
+        ValueError: as `extract`, or if an image has no label.
+    """
+    size = cfg.size or backbone.input.size
+    resize = cfg.resize or round(size * 256 / 224)
+    done = extract(backbone, source, resize, size, cfg.batch, cfg.workers, DTYPES[cfg.precision])
+    bare = int((done.y < 0).sum())
+    if bare:
+        raise ValueError(
+            f"{bare} of {len(done.y)} {split} images have no label: take them out, or give them one."
+        )
+    return Features(F.normalize(done.x, dim=1), done.y, done.unreadable)
+
+
+def _draw(train: Features, shots: int, seed: int, classes: Sequence[str]) -> Features:
+    """`shots` training images of each class, drawn by `seed`.
+
+    Raises:
+        ValueError: if a class has fewer.
+    """
+    y, rng = train.y.cpu(), torch.Generator().manual_seed(seed)
+    chosen = []
+    for label, name in enumerate(classes):
+        places = (y == label).nonzero().flatten()
+        if len(places) < shots:
+            raise ValueError(
+                f"few_shot={shots} takes {shots} training images a class, but '{name}' has {len(places)}. "
+                f"Take fewer, or raise max_train if it is set."
+            )
+        chosen.append(places[torch.randperm(len(places), generator=rng)[:shots]])
+    places = torch.cat(chosen).sort().values.to(train.x.device)
+    return Features(train.x[places], train.y[places], [])
+
+
+def _accuracies(
+    train: Features, test: Features, ks: Sequence[int], temp: float, classes: int
+) -> dict[str, float]:
+    """Top-1, and with more than five classes top-5, for each number of neighbours."""
+    tops = (1, 5) if classes > 5 else (1,)
+    right = torch.zeros(len(ks), len(tops), dtype=torch.int64, device=test.x.device)
+    for x, y in zip(test.x.split(ROWS), test.y.split(ROWS), strict=True):
+        cosines, places = nearest(x, train.x, max(ks))
+        weights, labels = (cosines / temp).softmax(dim=1), train.y[places]  # shared by all k, as in DINOv2
+        for i, k in enumerate(ks):
+            rank = _rank(_tally(weights[:, :k], labels[:, :k], classes), y)
+            right[i] += torch.stack([(rank < top).sum() for top in tops])
+    shares = right.double().div(len(test.y)).tolist()
+    return {f"top{top}@{k}": shares[i][j] for j, top in enumerate(tops) for i, k in enumerate(ks)}
+
+
+def _tally(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Weights (Q, k) summed by the labels (Q, k) that they are given to: (Q, classes)."""
+    return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
+
+
+def _rank(votes: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the true one, (Q,): of equal votes the smaller class does; unvoted is last."""
+    own = votes.gather(1, labels[:, None])
+    before = torch.arange(votes.shape[1], device=votes.device) < labels[:, None]
+    rank = ((votes > own) | ((votes == own) & before)).sum(dim=1)
+    return torch.where(own[:, 0] > 0, rank, votes.shape[1])
+
+
+def _nearest_to_few(query: Tensor, bank: Tensor, k: int, columns: int) -> tuple[Tensor, Tensor]:
+    cosines = query.new_empty(len(query), 0)
+    places = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+    for start in range(0, len(bank), columns):
+        block = query @ bank[start : start + columns].T
+        numbers = torch.arange(start, start + block.shape[1], device=query.device).expand(len(query), -1)
+        cosines, chosen = _largest(torch.cat([cosines, block], dim=1), k)
+        places = torch.cat([places, numbers], dim=1).gather(1, chosen)
+    return cosines, places
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, largest first, and their columns; of equal ones the first (topk takes any)."""
+    if x.shape[1] > k:
+        least = x.topk(k, dim=1).values[:, -1:]
+        above, level = x > least, x == least
+        kept = above | (level & (level.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+        columns = kept.nonzero()[:, 1].view(len(x), k)
+    else:
+        columns = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    values, order = x.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)

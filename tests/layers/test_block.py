@@ -1,0 +1,60 @@
+"""Stochastic depth and the feed-forward parts."""
+
+import pytest
+import torch
+
+from dinokit.layers.attention import Segments
+from dinokit.layers.block import Block, SwiGLU, residual
+
+
+def ones(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
+    return torch.ones_like(rows)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.4, 0.9])
+def test_dropped_branches_leave_the_mean_as_it_was(rate):
+    segments = Segments(((7, 3), (10, 2), (1, 4)))
+    rows = torch.zeros(sum(b * n for b, n in segments.groups), 5)
+    for added in segments.split(residual(rows, segments, rate, ones)):
+        images = added.shape[0]
+        torch.testing.assert_close(added.mean(), torch.ones(()))
+        touched = (added != 0).flatten(1)
+        assert (touched.all(dim=1) | ~touched.any(dim=1)).all()  # whole images
+        assert touched.any(dim=1).sum() == max(int(images * (1 - rate)), 1)
+
+
+def test_the_branch_sees_only_the_images_it_is_kept_for():
+    seen = []
+    segments = Segments(((10, 3),))
+    rows = torch.arange(10.0).repeat_interleave(3)[:, None]
+    residual(rows, segments, 0.4, lambda x, s: seen.append((x, s)) or x)
+    ((x, kept),) = seen
+    assert kept.groups == ((6, 3),)
+    assert (x.view(6, 3) == x.view(6, 3)[:, :1]).all()  # the tokens of an image stay together
+
+
+def test_every_image_is_dropped_at_some_time():
+    segments = Segments(((8, 1),))
+    kept = sum((residual(torch.zeros(8, 1), segments, 0.5, ones) != 0).float() for _ in range(400))
+    assert kept.min() > 120
+    assert kept.max() < 280
+
+
+def test_gradients_flow_through_kept_and_dropped_images():
+    x = torch.zeros(12, 2, requires_grad=True)
+    residual(x, Segments(((4, 3),)), 0.5, lambda rows, _: 3 * rows).sum().backward()
+    assert sorted(x.grad.view(4, -1).mean(dim=1).tolist()) == pytest.approx([1, 1, 7, 7])
+
+
+def test_evaluation_drops_nothing():
+    block = Block(width=8, heads=2, ffn="mlp", layer_scale=1.0, drop_path=0.9).eval()
+    x, segments = torch.randn(12, 8), Segments(((4, 3),))
+    torch.testing.assert_close(block(x, segments), block(x, segments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(384, 1024), (768, 2048), (1024, 2736), (1536, 4096)])
+def test_swiglu_is_as_wide_as_in_the_released_files(width, hidden):
+    with torch.device("meta"):
+        mlp = SwiGLU(width)
+    assert mlp.w12.weight.shape == (2 * hidden, width)
+    assert mlp.w3.weight.shape == (width, hidden)

@@ -1,0 +1,215 @@
+"""Six whole optimiser steps against trajectories recorded from the reference implementations.
+
+Schedules, parameter groups, clipping, freezing, centres and the moving average are all in there.
+"""
+
+import math
+
+import pytest
+import torch
+
+from dinokit.config import CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher, section_values
+from dinokit.data.batch import Batch
+from dinokit.data.photometric import draw
+from dinokit.train.loop import Step
+
+PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def crops_of(globals_: torch.Tensor, locals_: torch.Tensor | None, images: int) -> Crops:
+    def group(x: torch.Tensor | None) -> CropGroup:
+        count, size = (0, 16) if x is None else (len(x) // images, x.shape[-1])
+        return CropGroup(count=count, size=size, blur=(0.0,), solarize=(0.0,))
+
+    return Crops(globals=group(globals_), locals=group(locals_), **PLAIN)
+
+
+def backbone_section(**values) -> dict:
+    return {"name": "vit", **section_values("backbones", "vit", values, "backbone")}
+
+
+def losses_section(**losses) -> dict:
+    return {name: section_values("losses", name, values, f"losses.{name}") for name, values in losses.items()}
+
+
+def batch_of(recorded, i: int, crops: Crops) -> Batch:
+    globals_ = recorded[f"batch/{i}/global"]
+    locals_ = recorded[f"batch/{i}/local"] if f"batch/{i}/local" in recorded else globals_.new_zeros(0, *globals_.shape[1:])
+    masks = recorded[f"batch/{i}/masks"] if f"batch/{i}/masks" in recorded else None
+    weight = torch.zeros(0)
+    if masks is not None:
+        weight = (1 / masks.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(masks)[masks]
+    import numpy as np
+
+    row = torch.as_tensor(np.asarray(draw(crops, crops.globals, 0, np.random.default_rng(0))))
+    return Batch(
+        global_crops=globals_,
+        local_crops=locals_,
+        global_colour=row.expand(len(globals_), -1),
+        local_colour=row.expand(len(locals_), -1),
+        masks=masks,
+        masked=masks.flatten().nonzero().flatten() if masks is not None else torch.zeros(0, dtype=torch.long),
+        mask_weight=weight,
+        step=i,
+        unreadable=[],
+        images=len(globals_) // 2,
+    )
+
+
+def close(got: float, want: float, what: str) -> None:
+    assert got == pytest.approx(want, rel=1e-4, abs=1e-7), what
+
+
+def check_end(step: Step, recorded) -> None:
+    for who, network in {"student": step.model.student, "teacher": step.model.teacher}.items():
+        end = recorded.under(f"end/{who}/")
+        got = rename(network.state_dict(), end)
+        assert got.keys() == end.keys()
+        for name in end:
+            torch.testing.assert_close(got[name], end[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{who} {n}: {m}")
+
+
+def rename(state: dict, like: dict) -> dict:
+    """DINO calls its one head `head`."""
+    old, new = ("dino_head.", "head.") if any(k.startswith("head.") for k in like) else ("", "")
+    return {new + k.removeprefix(old) if old and k.startswith(old) else k: v for k, v in state.items()}
+
+
+def load_start(step: Step, recorded) -> None:
+    for who, network in {"student": step.model.student, "teacher": step.model.teacher}.items():
+        start = recorded.under(f"start/{who}/")
+        names = rename({k: k for k in network.state_dict()}, start)
+        network.load_state_dict({names[k]: v for k, v in start.items()}, strict=True)
+
+
+@pytest.mark.parametrize("name", ["step_v2_sinkhorn_separate", "step_v2_centering_shared", "step_v2_no_local"])
+def test_dinov2_steps_are_the_recorded_ones(golden, name):
+    recorded = golden(name)
+    recipe, columns = dinov2_recipe(recorded), recorded.settings["columns"]
+    step = Step(recipe, torch.device("cpu"))
+    load_start(step, recorded)
+    for i, values in enumerate(recorded["rows"].tolist()):
+        want = dict(zip(columns, values, strict=True))
+        schedules = step.schedules
+        close(schedules.lr(i), want["lr"], f"lr of step {i}")
+        close(schedules.head_lr(i), want["last_layer_lr"], f"last_layer_lr of step {i}")
+        close(schedules.weight_decay(i), want["weight_decay"], f"weight decay of step {i}")
+        close(schedules.momentum(i), want["momentum"], f"momentum of step {i}")
+        close(schedules.teacher_temp(i), want["teacher_temp"], f"teacher temperature of step {i}")
+        got = {k: v.item() for k, v in step(batch_of(recorded, i, recipe.crops)).items()}
+        weighted = {k: recipe.losses[k]["weight"] * got[k] for k in recipe.losses}
+        close(weighted["dino"], want["dino_local"] + want["dino_global"], f"DINO of step {i}")
+        close(weighted["ibot"], want["ibot"], f"iBOT of step {i}")
+        close(weighted["koleo"], want["koleo_weighted"], f"KoLeo of step {i}")
+        close(sum(weighted.values()), want["total"], f"total of step {i}")
+        for part in ("backbone", "dino_head", "ibot_head"):
+            if f"grad_norm_{part}" in want:
+                close(got[f"grad_{part}"], want[f"grad_norm_{part}"], f"gradient of the {part} in step {i}")
+    check_end(step, recorded)
+
+
+def dinov2_recipe(recorded) -> Recipe:
+    c, vit, first = recorded.settings["config"], recorded.settings["vit"], recorded["batch/0/global"]
+    images, epoch = len(first) // 2, c["train"]["OFFICIAL_EPOCH_LENGTH"]
+    crops = crops_of(first, recorded["batch/0/local"] if "batch/0/local" in recorded else None, images)
+    student, teacher, optim = c["student"], c["teacher"], c["optim"]
+    targets = "sinkhorn" if c["train"]["centering"] == "sinkhorn_knopp" else "centering"
+    # Without local crops the reference still counts one local pair in its denominator.
+    locals_ = crops.locals.count
+    missing_pair = (2 + 2 * locals_) / (2 + max(2 * locals_, 1))
+    start = recorded.under("start/student/backbone.")
+
+    def head(section: dict) -> Head:
+        return Head(
+            prototypes=section["head_n_prototypes"],
+            hidden=section["head_hidden_dim"],
+            bottleneck=section["head_bottleneck_dim"],
+            layers=section["head_nlayers"],
+        )
+
+    return Recipe(
+        name="golden",
+        backbone=backbone_section(
+            width=vit["embed_dim"], depth=vit["depth"], heads=vit["num_heads"], patch=student["patch_size"],
+            size=round(math.sqrt(start["pos_embed"].shape[1] - 1)) * student["patch_size"],
+            ffn=student["ffn_layer"].removesuffix("fused"), layer_scale=student["layerscale"],
+            registers=student["num_register_tokens"], pos_offset=student["interpolate_offset"],
+            pos_antialias=student["interpolate_antialias"],
+        ),
+        heads=Heads(cls=head(c["dino"]), patch=head(c["ibot"]) if c["ibot"]["separate_head"] else None),
+        losses=losses_section(
+            dino={"weight": c["dino"]["loss_weight"] * missing_pair, "targets": targets},
+            ibot={"weight": c["ibot"]["loss_weight"], "targets": targets},
+            koleo={"weight": c["dino"]["koleo_loss_weight"]},
+        ),
+        teacher=Teacher(
+            momentum=(teacher["momentum_teacher"], teacher["final_momentum_teacher"]),
+            temp=(teacher["warmup_teacher_temp"], teacher["teacher_temp"]),
+            temp_warmup=teacher["warmup_teacher_temp_epochs"] * epoch,
+        ),
+        crops=crops,
+        masks=Masks(),
+        optim=Optim(
+            steps=optim["epochs"] * epoch, batch=images, lr=optim["lr"], lr_rule="none",
+            warmup=optim["warmup_epochs"] * epoch, min_lr=optim["min_lr"],
+            weight_decay=(optim["weight_decay"], optim["weight_decay_end"]),
+            betas=(optim["adamw_beta1"], optim["adamw_beta2"]), clip=optim["clip_grad"],
+            layer_decay=optim["layerwise_decay"], patch_lr=optim["patch_embed_lr_mult"],
+            head_frozen=optim["freeze_last_layer_epochs"] * epoch,
+        ),
+        run=Run(precision="fp32"),
+    )  # fmt: skip
+
+
+def test_dino_steps_are_the_recorded_ones(golden):
+    recorded = golden("step_v1")
+    recipe, rows = dino_recipe(recorded), recorded["rows"].tolist()
+    step = Step(recipe, torch.device("cpu"))
+    load_start(step, recorded)
+    for i, values in enumerate(rows):
+        want = dict(zip(recorded.settings["columns"], values, strict=True))
+        close(step.schedules.lr(i), want["lr"], f"lr of step {i}")
+        close(step.schedules.weight_decay(i), want["weight_decay"], f"weight decay of step {i}")
+        close(step.schedules.momentum(i), want["momentum"], f"momentum of step {i}")
+        close(step.schedules.teacher_temp(i), want["teacher_temp"], f"teacher temperature of step {i}")
+        close(step(batch_of(recorded, i, recipe.crops))["dino"].item(), want["loss"], f"loss of step {i}")
+    check_end(step, recorded)
+    centre = step.model.losses["dino"].targets
+    centre.fold()
+    torch.testing.assert_close(centre.center, recorded["center"].flatten(), rtol=1e-4, atol=1e-5)
+
+
+def dino_recipe(recorded) -> Recipe:
+    """The settings beside the recording, and, for the schedules' ends which are not among them, its first two rows."""
+    s, vit, rows = recorded.settings, recorded.settings["vit"], recorded["rows"].double()
+    epoch, epochs, images = s["iterations_per_epoch"], s["epochs"], s["batch"]
+    steps, (lr, decay, momentum, temp) = epoch * epochs, rows[:, 1:].unbind(dim=1)
+    warmup = int(lr.argmax()) + 1
+
+    def end_of_cosine(values: torch.Tensor, at: int, over: int) -> float:
+        share = (1 + math.cos(math.pi * at / over)) / 2
+        return ((values[at] - share * values[0]) / (1 - share)).item()
+
+    return Recipe(
+        name="golden",
+        backbone=backbone_section(
+            width=vit["embed_dim"], depth=vit["depth"], heads=vit["num_heads"], patch=vit["patch"],
+            size=vit["img_size"], layer_scale=0.0, mask_token=False,
+        ),
+        heads=Heads(cls=Head(prototypes=s["prototypes"], **s["head"])),
+        losses=losses_section(dino={"targets": "centering"}),
+        teacher=Teacher(
+            momentum=(momentum[0].item(), end_of_cosine(momentum, 1, steps)),
+            temp=(temp[0].item(), temp[-1].item()),
+            temp_warmup=s["warmup_teacher_temp_epochs"] * epoch, temp_every=epoch,
+        ),
+        crops=crops_of(recorded["batch/0/global"], recorded["batch/0/local"], images),
+        optim=Optim(
+            steps=steps, batch=images, lr=lr.max().item(), lr_rule="none", warmup=warmup,
+            min_lr=end_of_cosine(lr[warmup:], 1, steps - warmup),
+            weight_decay=(decay[0].item(), end_of_cosine(decay, 1, steps)),
+            clip=s["clip_per_tensor"], clip_per="tensor",
+            head_frozen=s["freeze_last_layer_epochs"] * epoch, head_freeze="gradient",
+        ),
+        run=Run(precision="fp32"),
+    )  # fmt: skip
