@@ -171,7 +171,7 @@ def load_recipe_text(text: str) -> Recipe:
 
 
 def _complete(values: dict[str, Any]) -> Recipe:
-    values = {**values, "losses": values.get("losses") or {}, "evals": values.get("evals") or {}}
+    values = {**values, **{key: values.get(key) or {} for key in ("backbone", "losses", "data", "evals")}}
     done = Recipe(**_typed(Recipe, values, ""))
     done.backbone = _section("backbones", values.get("backbone"), "backbone")
     done.data = _section("data.sources", values.get("data"), "data")

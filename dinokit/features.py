@@ -3,6 +3,7 @@
 N  images that could be read     D  width of the backbone
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,18 @@ class Part:
         return self.source.name(self.places[index])
 
 
+def spread(source: Source, count: int) -> Source:
+    """`count` images of a source: one drawn from each of so many equal parts, the same every time.
+
+    A fixed stride would meet one class alone where the classes go round and round. 0, or more than there are,
+    means all.
+    """
+    n, draw = len(source), random.Random(0)
+    if not 0 < count < n:
+        return source
+    return Part(source, [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)])
+
+
 def extract(
     backbone: Backbone,
     source: Source,
@@ -71,6 +84,8 @@ def extract(
     """
     if size < 1 or size % backbone.patch:
         raise ValueError(f"size={size} is no multiple of the backbone's patch, {backbone.patch} pixels.")
+    if resize < size:
+        raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
     device = device_of(backbone)
     x = torch.zeros(len(source), backbone.width, device=device)
     y = torch.zeros(len(source), dtype=torch.int64, device=device)
@@ -111,8 +126,8 @@ def normalised(backbone: Backbone, crops: Tensor) -> Tensor:
     """
     if crops.shape[1] != backbone.channels:
         raise ValueError(
-            f"The images have {crops.shape[1]} channels, but the backbone takes {backbone.channels}. Judge it "
-            f"on images like those that it was trained on."
+            f"The images have {crops.shape[1]} channels, but the backbone takes {backbone.channels}: give it "
+            f"images like those that it was trained on."
         )
     mean, std = (
         torch.tensor(v, device=crops.device).view(-1, 1, 1) for v in (backbone.input.mean, backbone.input.std)

@@ -1,13 +1,12 @@
 """Weighted k-nearest-neighbour classification: how good are features before anything is trained on them.
 
-Each training image among the k nearest by cosine votes for its class with weight exp(cosine / T) (Wu et al. 2018,
-arXiv 1805.01978, section 3.4; the protocol of DINO, arXiv 2104.14294, section 4.1, and of DINOv2, arXiv
-2304.07193). Exact: no index, no approximation. The whole matrix of cosines never exists; it is made in blocks.
+Each training image among the k nearest by cosine votes for its class with weight exp(cosine / T) (Wu et al.
+2018, arXiv 1805.01978, section 3.4; the protocol of DINO, arXiv 2104.14294, and DINOv2, arXiv 2304.07193).
+The search is exact. The whole matrix of cosines never exists; it is made block by block.
 
     Q  queries: test images     N  bank: training images     D  width     C  classes
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from torch import Tensor
 from dinokit import shelves
 from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
-from dinokit.features import Features, Part, extract
+from dinokit.features import Features, extract, spread
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four times that while it is searched
@@ -42,24 +41,15 @@ class Config:
     max_test: int = 0
 
     def __post_init__(self) -> None:
-        least = {
-            "k": 1,
-            "few_shot": 1,
-            "tries": 1,
-            "size": 0,
-            "resize": 0,
-            "batch": 1,
-            "max_train": 0,
-            "max_test": 0,
-        }
-        for key, low in least.items():
-            given = getattr(self, key)
-            if any(n < low for n in (given if isinstance(given, tuple | list) else (given,))):
-                raise ValueError(f"knn: {key}={given}, but it must be {low} or more.")
+        least = {"tries": 1, "size": 0, "resize": 0, "batch": 1, "max_train": 0, "max_test": 0}
+        given = [("k", k, 1) for k in self.k] + [("few_shot", n, 1) for n in self.few_shot]
+        for key, value, low in given + [(key, getattr(self, key), low) for key, low in least.items()]:
+            if value < low:
+                raise ValueError(f"{key}={value}, but it must be {low} or more.")
         if not self.k:
-            raise ValueError("knn: k is empty; give at least one number of neighbours, such as k=[20].")
+            raise ValueError("k is empty: give at least one number of neighbours, such as k=[20].")
         if self.temp <= 0:
-            raise ValueError(f"knn: temp={self.temp}, but it must be above 0.")
+            raise ValueError(f"temp={self.temp}, but it must be above 0.")
 
 
 def nearest(
@@ -95,22 +85,21 @@ def vote(query: Tensor, bank: Tensor, labels: Tensor, k: int, temp: float, class
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
-    """Accuracy of the class token's neighbours: 'top1@20' is the share of test images that 20 neighbours get right.
+    """How often the votes of neighbours are right.
 
-    A test image is right in 'top5@20' if its class is among the five with the most votes; there must be more than
-    five classes. 'top1@5 5-shot' is from 5 training images a class, the mean over `tries` draws, as in DINOv2's
-    own evaluation: only the k up to the number of shots, and that number.
+    Returns:
+        'top1@20': the share of test images whose class gets the most votes of 20 neighbours. 'top5@20': the
+        share whose class is among the five with most votes, given if there are more than five classes.
+        'top1@5 5-shot': with 5 training images a class, the mean over `tries` draws; k then is every one of
+        `k` below the number of shots, and that number, as in DINOv2's own evaluation. 'images_train',
+        'images_test': how many could be read; 'images_unreadable': how many could not, if there are any.
 
     Raises:
         ValueError, LookupError: if the data cannot be judged; the message names the key to set.
     """
+    _refuse_overlap(cfg)
     sources = {split: _open(cfg, split, backbone) for split in ("train", "test")}
     classes = _shared_classes(sources["train"], sources["test"])
-    if cfg.train == cfg.test:
-        raise ValueError(
-            "`train` and `test` are the same images, so each would find itself. Give another path, or "
-            "train.split=train test.split=test."
-        )
     train, test = (_features(cfg, split, backbone, source) for split, source in sources.items())
     scores = _accuracies(train, test, sorted(set(cfg.k)), cfg.temp, len(classes))
     for shots in cfg.few_shot:
@@ -120,20 +109,20 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
             for seed in range(cfg.tries)
         ]
         scores |= {f"{key} {shots}-shot": sum(t[key] for t in tries) / cfg.tries for key in tries[0]}
-    scores |= {"images_train": float(len(train.y)), "images_test": float(len(test.y))}
+    scores |= {"images_train": len(train.y), "images_test": len(test.y)}
     unreadable = len(train.unreadable) + len(test.unreadable)
-    return scores | ({"images_unreadable": float(unreadable)} if unreadable else {})
+    return scores | ({"images_unreadable": unreadable} if unreadable else {})
 
 
-def spread(n: int, count: int) -> list[int]:
-    """`count` of range(n), one drawn at random from each of `count` equal parts; the same ones every time.
-
-    A fixed stride would take one class alone from a set in which the classes go round and round.
-    """
-    if not 0 < count < n:
-        return list(range(n))
-    draw = random.Random(0)
-    return [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)]
+def _refuse_overlap(cfg: Config) -> None:
+    """A test image among the training images would find itself."""
+    train, test = dict(cfg.train or {}), dict(cfg.test or {})
+    splits = train.pop("split", "all"), test.pop("split", "all")
+    if train and train == test and (splits[0] == splits[1] or "all" in splits):
+        raise ValueError(
+            f"`train` and `test` share images: they are the same data with train.split={splits[0]} and "
+            f"test.split={splits[1]}. Set train.split=train test.split=test, or give another test.path."
+        )
 
 
 def _open(cfg: Config, split: str, backbone: Backbone) -> Source:
@@ -144,14 +133,10 @@ def _open(cfg: Config, split: str, backbone: Backbone) -> Source:
         section = {**section, "channels": backbone.channels}
     source: Source = shelves.build("data.sources", section)
     if not source.classes:
-        key = (
-            f"{split}.labels=folders (one sub-folder a class)"
-            if "labels" in section
-            else f"another {split}.name"
-        )
-        raise ValueError(f"The {split} images have no labels to compare with: set {key}.")
-    most = cfg.max_train if split == "train" else cfg.max_test
-    return Part(source, spread(len(source), most)) if 0 < most < len(source) else source
+        hint = f"set {split}.labels=folders" if "labels" in section else "give images with labels"
+        hint = f"set {split}.label to the column that has them" if "label" in section else hint
+        raise ValueError(f"The {split} images ({split}.name={section['name']}) have no labels: {hint}.")
+    return spread(source, cfg.max_train if split == "train" else cfg.max_test)
 
 
 def _shared_classes(train: Source, test: Source) -> list[str]:
@@ -167,9 +152,8 @@ def _shared_classes(train: Source, test: Source) -> list[str]:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names[:5]) + (
-        f" and {len(names) - 5} more" if len(names) > 5 else ""
-    )
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(f"'{name}'" for name in names[:5]) + more
 
 
 def _features(cfg: Config, split: str, backbone: Backbone, source: Source) -> Features:
@@ -184,7 +168,7 @@ def _features(cfg: Config, split: str, backbone: Backbone, source: Source) -> Fe
     bare = int((done.y < 0).sum())
     if bare:
         raise ValueError(
-            f"{bare} of {len(done.y)} {split} images have no label: take them out, or give them one."
+            f"{bare} of {len(done.y)} {split} images have no label: label them, or take them out."
         )
     return Features(F.normalize(done.x, dim=1), done.y, done.unreadable)
 
@@ -221,7 +205,7 @@ def _accuracies(
         for i, k in enumerate(ks):
             rank = _rank(_tally(weights[:, :k], labels[:, :k], classes), y)
             right[i] += torch.stack([(rank < top).sum() for top in tops])
-    shares = right.double().div(len(test.y)).tolist()
+    shares = (right.cpu().double() / len(test.y)).tolist()
     return {f"top{top}@{k}": shares[i][j] for j, top in enumerate(tops) for i, k in enumerate(ks)}
 
 
@@ -231,7 +215,7 @@ def _tally(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def _rank(votes: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the true one, (Q,): of equal votes the smaller class does; unvoted is last."""
+    """How many classes come before the true one, (Q,). Of equal votes, the smaller; none is last."""
     own = votes.gather(1, labels[:, None])
     before = torch.arange(votes.shape[1], device=votes.device) < labels[:, None]
     rank = ((votes > own) | ((votes == own) & before)).sum(dim=1)
@@ -250,7 +234,7 @@ def _nearest_to_few(query: Tensor, bank: Tensor, k: int, columns: int) -> tuple[
 
 
 def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, largest first, and their columns; of equal ones the first (topk takes any)."""
+    """The k largest of each row, in order, and their columns: of equal ones the first; topk takes any."""
     if x.shape[1] > k:
         least = x.topk(k, dim=1).values[:, -1:]
         above, level = x > least, x == least

@@ -36,7 +36,10 @@ class Input:
 
 
 class Backbone(Protocol):
-    """An nn.Module with these; they are all that training and evaluation know of a backbone."""
+    """An nn.Module with these; they are all that training and evaluation know of a backbone.
+
+    One that can be trained with masks has a parameter `mask_token` besides.
+    """
 
     width: int  # D
     patch: int  # pixels: every side of a crop is a multiple of it

@@ -112,8 +112,8 @@ def _tiff(data: bytes, channels: int) -> Picture:
     except UnidentifiedImageError:
         return _many_bands(data, channels)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    whole = max(tags.get(_BITS, (1,))) <= 8 and tags.get(_SAMPLES, 1) == len(image.getbands())
-    if whole or image.mode in ("I;16", "I;16B", "F"):
+    uncut = max(tags.get(_BITS, (1,))) <= 8 or image.mode in ("I;16", "I;16B", "F")
+    if uncut and tags.get(_SAMPLES, 1) == len(image.getbands()):
         return _pillow(image, channels)
     return _many_bands(data, channels)
 

@@ -81,8 +81,10 @@ def eval_loader(
     """All images in order, centre-cropped; an unreadable one is `channels` planes of zeros.
 
     Raises:
-        ValueError: while iterating, if `resize` is smaller than `size`.
+        ValueError: if `resize` is smaller than `size`.
     """
+    if resize < size:
+        raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
     order = [list(range(i, min(i + batch, len(source)))) for i in range(0, len(source), batch)]
     blank = partial(_collate_eval, channels=channels, size=size)
     return _data_loader(_Centres(source, resize, size), order, blank, workers, pin=False)

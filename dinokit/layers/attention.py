@@ -49,7 +49,7 @@ def attend(qkv: Tensor, heads: int, segments: Segments) -> Tensor:
 
 def _is_short(q: Tensor) -> bool:
     # The fused CPU kernel's backward is made for long sequences: at 17 to 197 tokens in bf16 the two plain products
-    # took a fifth of its time (docs/performance.md), and their scores are small.
+    # took a fifth of its time on an AVX-512 machine, and their scores are small.
     return q.device.type == "cpu" and q.shape[2] <= 256
 
 

@@ -105,7 +105,7 @@ def build_backbone(recipe: Recipe) -> Backbone:
     """The backbone of a recipe, held against the crops that it will see.
 
     Raises:
-        ValueError: if a crop's side is no multiple of the patch, or the channels do not match.
+        ValueError: if a crop's side is no multiple of the patch, the channels do not match, or masks find no token.
     """
     crops = recipe.crops
     backbone: Backbone = shelves.build("backbones", recipe.backbone)
@@ -114,6 +114,8 @@ def build_backbone(recipe: Recipe) -> Backbone:
             f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for {len(crops.mean)} "
             f"channels: give one number a channel."
         )
+    if recipe.masks is not None and not hasattr(backbone, "mask_token"):
+        raise ValueError("`masks` are given, but the backbone has no mask token: set backbone.mask_token=true.")
     for name, group in {"globals": crops.globals, "locals": crops.locals}.items():
         if group.count and group.size % backbone.patch:
             near = max(round(group.size / backbone.patch), 1) * backbone.patch

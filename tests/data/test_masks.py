@@ -15,14 +15,19 @@ def step_of(cfg: Masks, grid: tuple[int, int], total: int, seed: int = 0, step: 
     return np.stack([masks(seed, step, j, total, generator(seed, step, j, 2)) for j in range(total)])
 
 
-def by_hand(wanted: int, rows: int, columns: int, rng: np.random.Generator) -> tuple[set[tuple[int, int]], list[int]]:
+def by_hand(
+    wanted: int, rows: int, columns: int, rng: np.random.Generator
+) -> tuple[set[tuple[int, int]], list[int]]:
     """The rule as a loop over sets of cells; also the sizes of what each box added."""
     covered: set[tuple[int, int]] = set()
     added = []
     while len(covered) < wanted:
         cap = min(wanted - len(covered), 0.5 * rows * columns)
         for _ in range(10):
-            area, ratio = rng.uniform(min(4, cap), max(4, cap)), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+            area, ratio = (
+                rng.uniform(min(4, cap), max(4, cap)),
+                math.exp(rng.uniform(math.log(0.3), -math.log(0.3))),
+            )
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if h >= rows or w >= columns:
                 continue
@@ -47,7 +52,7 @@ def test_half_of_the_crops_are_masked_and_their_shares_climb_evenly(grid: tuple[
     assert (counts[32:] <= cells * edges[1:]).all()  # never more than the slice's upper end
     lower = np.floor(cells * edges[:-1]) - counts[32:]
     assert lower.max() <= max(4, 0.06 * cells)  # a box that does not fit leaves a few patches out
-    assert abs(counts[32:].mean() / cells - 0.3) < 0.06
+    assert abs(counts[32:].mean() / cells - 0.3) < 0.04 + 0.6 / cells  # whole patches, rounded down
 
 
 def test_slices_are_dealt_to_crops_anew_each_step() -> None:
@@ -98,9 +103,11 @@ def test_no_share_of_images_is_no_mask_and_a_whole_share_masks_all() -> None:
     assert step_of(Masks(images=1.0), (14, 14), 8).any(axis=1).all()
 
 
-@pytest.mark.parametrize(("grid", "patches"), [((2, 9), (0.1, 0.5)), ((9, 2), (0.1, 0.5)), ((3, 3), (0.0, 0.1))])
+@pytest.mark.parametrize(
+    ("grid", "patches"), [((2, 9), (0.1, 0.5)), ((9, 2), (0.1, 0.5)), ((3, 3), (0.0, 0.1))]
+)
 def test_a_grid_too_small_to_mask_is_refused(grid: tuple[int, int], patches: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=r"crops\.globals\.size .* masks\.patches .* smaller patch"):
+    with pytest.raises(ValueError, match=r"crops\.globals\.size .* masks\.patches=.* smaller patch"):
         BlockMasks(Masks(patches=patches), grid)
 
 

@@ -19,7 +19,7 @@ def test_indices_of_a_very_large_set_stay_inside_it_and_apart() -> None:
     n = 3_000_000_019
     moved = [permute(i, n, 7) for i in range(n - 500, n)]
     assert len(set(moved)) == 500
-    assert 0 <= min(moved)
+    assert min(moved) >= 0
     assert max(moved) < n
 
 
@@ -36,8 +36,8 @@ def test_an_index_out_of_range_is_refused(index: int) -> None:
 
 def test_all_orders_of_few_images_come_equally_often() -> None:
     """Fewer images make a harder test: the network has few cells to mix."""
-    for n, orders in ((2, 2), (3, 6), (4, 24), (5, 120)):
-        seen = Counter(tuple(permute(i, n, key) for i in range(n)) for key in range(orders * 50))
+    for n, orders in ((2, 2), (3, 6), (4, 24), (5, 120), (6, 720)):
+        seen = Counter(tuple(permute(i, n, key) for i in range(n)) for key in range(orders * 20))
         assert len(seen) == orders
         assert stats.chisquare(list(seen.values())).pvalue > 1e-3
 
@@ -72,7 +72,9 @@ def test_each_image_comes_once_in_each_pass(n: int) -> None:
 
 def test_passes_and_seeds_have_their_own_order() -> None:
     n = 1000
-    orders = [[image_at(seed, number * n + i, n) for i in range(n)] for seed in (0, 1) for number in (0, 1, 2)]
+    orders = [
+        [image_at(seed, number * n + i, n) for i in range(n)] for seed in (0, 1) for number in (0, 1, 2)
+    ]
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
@@ -85,7 +87,15 @@ def test_keys_of_different_numbers_differ() -> None:
 
 
 def test_generators_repeat_themselves_and_never_each_other() -> None:
-    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (-1, 0, 0, 0), (0, 10**6, 10**5, 2)]
+    places = [
+        (0, 0, 0, 0),
+        (1, 0, 0, 0),
+        (0, 1, 0, 0),
+        (0, 0, 1, 0),
+        (0, 0, 0, 1),
+        (-1, 0, 0, 0),
+        (0, 10**6, 10**5, 2),
+    ]
     drawn = [generator(*at).random(100) for at in places]
     for at, numbers in zip(places, drawn, strict=True):
         np.testing.assert_array_equal(numbers, generator(*at).random(100))

@@ -119,6 +119,33 @@ def test_a_crop_is_coloured_alike_in_any_company(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_the_device_is_never_asked_for_a_value() -> None:
+    """A tensor on the device "meta" has no values to give: asking for one raises, as on a GPU it would wait."""
+    cfg = Crops(globals=CropGroup(blur=(0.5,), solarize=(0.5,)))
+    rows = [ph.draw(cfg, cfg.globals, 0, generator(0, 0, i, 0)) for i in range(20)]
+    done = ph.Photometric(cfg)(photo_like(20).to("meta"), torch.from_numpy(np.stack(rows)))
+    assert done.device.type == "meta"
+    assert done.shape == (20, 3, 48, 48)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_gpu_gives_what_the_cpu_gives_without_being_waited_for() -> None:
+    cfg = Crops(globals=CropGroup(blur=(0.5,), solarize=(0.0,)))
+    params = torch.from_numpy(
+        np.stack([ph.draw(cfg, cfg.globals, 0, generator(0, 0, i, 0)) for i in range(20)])
+    )
+    crops = photo_like(20)
+    there = crops.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        done = ph.Photometric(cfg)(there, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(done.cpu(), ph.Photometric(cfg)(crops, params), atol=1e-4, rtol=1e-4)
+
+
 def test_no_crops_are_no_work() -> None:
     assert (
         ph.Photometric(Crops())(torch.zeros(0, 3, 96, 96, dtype=torch.uint8), torch.zeros(0, 11)).shape[0]

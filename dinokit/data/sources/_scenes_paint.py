@@ -43,7 +43,7 @@ def colours(rng: np.random.Generator, hues: Floats, saturation: tuple[float, flo
     """Random colours (n, 3) in [0, 1] of the hues (n,), in turns, with a saturation in the range given."""
     n = len(hues)
     s = rng.uniform(*saturation, n).astype(np.float32)[:, None]
-    value = rng.uniform(0.25, 1.0, n).astype(np.float32)[:, None]
+    value = rng.uniform(0.5, 0.95, n).astype(np.float32)[:, None]
     k = (
         np.array([5, 3, 1], dtype=np.float32) + 6 * hues[:, None]
     ) % 6  # the usual piecewise linear colour wheel
@@ -52,7 +52,7 @@ def colours(rng: np.random.Generator, hues: Floats, saturation: tuple[float, flo
 
 def spread_hues(rng: np.random.Generator, n: int) -> Floats:
     """`n` hues (n,) in turns, evenly around the wheel and in random order: every image holds all of them."""
-    return ((rng.permutation(n) + rng.random(n)) / n).astype(np.float32)
+    return ((rng.permutation(n) + rng.uniform(0, 0.5, n)) / n).astype(np.float32)
 
 
 def patterns(

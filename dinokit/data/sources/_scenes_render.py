@@ -15,7 +15,7 @@ from dinokit.data.sources._scenes_shapes import outline
 
 Reals = NDArray[np.float64]  # (n,): one number an object
 
-OBJECTS = (3, 5)  # fewest, most
+OBJECTS = (4, 6)  # fewest, most
 GROUNDS = 3  # textures on the ground of one image
 CLUTTER = 6  # spots and streaks on the ground of one image
 NEAR, FAR = 2.2, 4.4  # metres: where objects stand; the ground begins at 6
@@ -141,9 +141,9 @@ class Renderer:
         self, rng: np.random.Generator, image: Floats, objects: Objects, surface: Floats, light: Floats
     ) -> None:
         n = len(surface)
-        paint = colours(rng, spread_hues(rng, 2 * n), (0.3, 1.0)).reshape(2, n, 3, 1, 1)
-        contrast = rng.uniform(0.1, 0.7, n).tolist()
-        rim = np.float32(rng.uniform(0.3, 0.5))  # an outline in the dark, as on anything that is not flat
+        paint = colours(rng, spread_hues(rng, 2 * n), (0.45, 0.8)).reshape(2, n, 3, 1, 1)
+        contrast = rng.uniform(0.2, 0.6, n).tolist()
+        rim = np.float32(0.4)  # an outline in the dark, as on anything that is not flat
         shade = (1 - rim + rim * objects.inside) * (1 + 0.12 * (light[0] * objects.u + light[1] * objects.v))
         fog = _fog(objects.distance)
         for k in range(n):

@@ -72,9 +72,9 @@ class Parquet:
             self._fill()
         elif size > _SLOW * len(rows):
             warn(
-                f"path='{cfg.path}' has {size / 2**30:.2f} GiB of images, above memory_gib="
-                f"{cfg.memory_gib:g}, so one drawn at random costs reading {size / 2**20 / len(rows):.0f} MiB. Raise memory_gib, "
-                f"or store the images as files or in .tar.",
+                f"path='{cfg.path}' has {size / 2**30:.2f} GiB of images, above "
+                f"memory_gib={cfg.memory_gib:g}, so one drawn at random costs reading "
+                f"{size / 2**20 / len(rows):.0f} MiB. Raise memory_gib, or store them as files or in .tar.",
                 stacklevel=2,
             )
 

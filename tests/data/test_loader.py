@@ -1,0 +1,287 @@
+"""The loader: the same batches for any workers, processes and starting step; damaged images; dying workers."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinokit.config import CropGroup, Crops, Masks
+from dinokit.data.batch import Batch
+from dinokit.data.loader import eval_loader, loader
+from dinokit.data.masks import BlockMasks
+from dinokit.data.order import image_at
+from dinokit.data.photometric import Photometric
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than cores, on purpose
+
+CROPS = Crops(globals=CropGroup(size=32), locals=CropGroup(count=2, size=16, scale=(0.05, 0.32)))
+MASKS = BlockMasks(Masks(), (4, 4))
+TENSORS = ("global_crops", "local_crops", "global_colour", "local_colour", "masks")
+
+
+class Plain:
+    """Image i is of one colour, i; some cannot be read, and one kills the process that asks for it."""
+
+    classes = ("even", "odd")
+
+    def __init__(self, count: int = 23, bad: Iterable[int] = (), deadly: int = -1) -> None:
+        self.count, self.bad, self.deadly = count, set(bad), deadly
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        if index in self.bad:
+            raise (OSError, ValueError, SyntaxError)[index % 3]("damaged")
+        if index == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        image = np.full((40, 48, 3), index, dtype=np.uint8)
+        image[:, :24, 0] = np.arange(40)[:, None]  # so that where a crop lies can be seen
+        return image, index % 2
+
+    def name(self, index: int) -> str:
+        return f"images/{index}.jpg"
+
+
+class Files:
+    """JPEG files in a folder."""
+
+    classes = ()
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.glob("*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.paths[index]) as image:
+            return image.convert("RGB"), -1
+
+    def name(self, index: int) -> str:
+        return self.paths[index].name
+
+
+def run(source: object, *, start: int = 0, steps: int = 6, **changes: object) -> list[Batch]:
+    settings = {"masks": MASKS, "seed": 3, "batch": 4, "workers": 0, **changes}
+    return list(loader(source, CROPS, start_step=start, steps=steps, **settings))
+
+
+def shown(batch: Batch) -> list[int]:
+    """Which image each row of the first crops shows: its last channel says."""
+    return [int(value) for value in batch.global_crops[: batch.images, 2, 16, 16]]
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert [b.step for b in one] == [b.step for b in other]
+    for a, b in zip(one, other, strict=True):
+        assert a.unreadable == b.unreadable
+        for key in (*TENSORS, "masked", "mask_weight"):
+            assert torch.equal(getattr(a, key), getattr(b, key)), key
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> list[Batch]:
+    return run(Plain())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_the_same_for_any_number_of_workers(workers: int, unbroken: list[Batch]) -> None:
+    assert_same(run(Plain(), workers=workers), unbroken)
+
+
+def test_a_run_that_goes_on_sees_the_rest_of_an_unbroken_one(unbroken: list[Batch]) -> None:
+    assert_same(run(Plain(), start=4), unbroken[4:])
+    assert run(Plain(), start=6) == []
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_batches_of_all_processes_make_that_of_one(world: int, unbroken: list[Batch]) -> None:
+    ranks = [run(Plain(), rank=rank, world=world) for rank in range(world)]
+    for whole, *parts in zip(unbroken, *ranks, strict=True):
+        for key in TENSORS:
+            crop_major = [getattr(part, key).unflatten(0, (-1, part.images)) for part in parts]
+            assert torch.equal(torch.cat(crop_major, dim=1).flatten(0, 1), getattr(whole, key)), key
+
+
+def test_each_image_comes_once_a_pass_and_passes_differ() -> None:
+    seen = [index for batch in run(Plain(20), steps=10) for index in shown(batch)]
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
+    assert seen[:20] != seen[20:]
+
+
+def test_another_seed_is_another_run(unbroken: list[Batch]) -> None:
+    other = run(Plain(), seed=4)
+    assert shown(other[0]) + shown(other[1]) != shown(unbroken[0]) + shown(unbroken[1])
+    assert not torch.equal(other[0].global_colour, unbroken[0].global_colour)
+
+
+def test_half_of_a_steps_crops_are_masked_over_all_processes(unbroken: list[Batch]) -> None:
+    for batch in unbroken:
+        assert batch.masks is not None
+        assert batch.masks.any(dim=1).sum() <= 4
+    total = sum(int(b.masks.any(dim=1).sum()) for b in unbroken if b.masks is not None)
+    assert total >= 20  # of 24; a share of a few patches may be rounded to none
+
+
+def test_loading_leaves_torchs_own_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    run(Plain(), steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_batch_can_be_coloured() -> None:
+    batch = run(Plain(), steps=1)[0]
+    colour = Photometric(CROPS)
+    assert colour(batch.global_crops, batch.global_colour).isfinite().all()
+    assert colour(batch.local_crops, batch.local_colour).shape == (8, 3, 16, 16)
+
+
+def test_without_masks_or_local_crops_batches_have_none() -> None:
+    crops = Crops(globals=CropGroup(size=32), locals=CropGroup(count=0))
+    batch = next(iter(loader(Plain(), crops, None, seed=0, start_step=0, steps=1, batch=4, workers=0)))
+    assert batch.masks is None
+    assert len(batch.local_crops) == len(batch.local_colour) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named_and_another_takes_its_place(
+    workers: int, unbroken: list[Batch]
+) -> None:
+    bad = {2, 3, 4}
+    batches = run(Plain(bad=bad), workers=workers)
+    named = Counter(name for batch in batches for name in batch.unreadable)
+    turns = {image_at(3, position, 23) for position in range(24)}
+    assert {f"images/{i}.jpg" for i in bad & turns} <= set(named) <= {f"images/{i}.jpg" for i in bad}
+    for batch, before in zip(batches, unbroken, strict=True):
+        for now, then in zip(shown(batch), shown(before), strict=True):
+            assert now not in bad
+            assert now == then or then in bad
+        assert torch.equal(batch.global_colour, before.global_colour)
+    assert_same(batches, run(Plain(bad=bad)))
+
+
+def test_damaged_files_are_passed_over(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:300])
+    (tmp_path / "2.jpg").write_bytes(b"")
+    (tmp_path / "3.jpg").write_bytes(b"GIF89a" + bytes(5))
+    batches = run(Files(tmp_path), batch=6, steps=2)
+    named = {name for batch in batches for name in batch.unreadable}
+    assert named == {"1.jpg", "2.jpg", "3.jpg"}
+
+
+def test_an_image_of_other_channels_counts_as_unreadable() -> None:
+    class OneGray(Plain):
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            image, label = super().__getitem__(index)
+            return (image[:, :, :1] if index == 5 else image), label
+
+    named = [name for batch in run(OneGray()) for name in batch.unreadable]
+    assert set(named) == {"images/5.jpg"}
+
+
+@pytest.mark.parametrize(("count", "tried"), [(1, "1"), (3, "3"), (200, "2[01]")])
+def test_a_set_without_readable_images_stops_the_run_with_names(count: int, tried: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"^{tried} images in a row .*images/\d+\.jpg: damaged"):
+        run(Plain(count, bad=range(count)))
+
+
+def test_a_killed_worker_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited)"):
+        run(Plain(deadly=image_at(3, 9, 23)), workers=1)
+
+
+@pytest.mark.parametrize(("batch", "world"), [(4, 3), (2, 4)])
+def test_a_batch_that_cannot_be_shared_out_is_refused(batch: int, world: int) -> None:
+    with pytest.raises(ValueError, match=rf"optim\.batch={batch} .* {world} processes: .* such as"):
+        run(Plain(), batch=batch, world=world)
+
+
+def test_an_empty_source_is_refused() -> None:
+    with pytest.raises(ValueError, match="no images"):
+        run(Plain(0))
+
+
+def test_what_workers_receive_can_be_pickled() -> None:
+    data = loader(Plain(), CROPS, MASKS, seed=0, start_step=0, steps=2, batch=4, workers=2)
+    for part in (data.dataset, data.collate_fn, data.worker_init_fn):
+        pickle.dumps(part)
+
+
+def test_images_for_evaluation_come_in_order_with_their_labels() -> None:
+    source = Plain(11, bad=[7])
+    for workers in (0, 2):
+        batches = list(eval_loader(source, resize=40, size=32, batch=4, workers=workers))
+        assert [len(b.crops) for b in batches] == [4, 4, 3]
+        assert torch.cat([b.indices for b in batches]).tolist() == list(range(11))
+        assert torch.cat([b.labels for b in batches]).tolist() == [-1 if i == 7 else i % 2 for i in range(11)]
+        crops = torch.cat([b.crops for b in batches])
+        assert crops.shape == (11, 3, 32, 32)
+        assert crops.dtype == torch.uint8
+        assert crops[:, 2, 16, 16].tolist() == [0 if i == 7 else i for i in range(11)]
+        assert [b.unreadable for b in batches] == [[], ["images/7.jpg"], []]
+
+
+def test_a_second_reading_for_evaluation_equals_the_first() -> None:
+    data = eval_loader(Plain(5), resize=40, size=32, batch=2, workers=1)
+    first, second = list(data), list(data)
+    assert all(torch.equal(a.crops, b.crops) for a, b in zip(first, second, strict=True))
+
+
+def test_evaluation_refuses_a_crop_larger_than_the_image() -> None:
+    with pytest.raises(ValueError, match=r"resize=32 .* size=48"):
+        eval_loader(Plain(5), resize=32, size=48, batch=2, workers=0)
+
+
+def test_ctrl_c_is_answered_by_one_process_only(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time, numpy as np\n"
+        "from dinokit.config import CropGroup, Crops\n"
+        "from dinokit.data.loader import loader\n"
+        "class Source:\n"
+        "    classes = ()\n"
+        "    def __len__(self): return 50\n"
+        "    def __getitem__(self, i): time.sleep(0.05); return np.zeros((20, 20, 3), np.uint8), -1\n"
+        "    def name(self, i): return str(i)\n"
+        "crops = Crops(globals=CropGroup(size=8), locals=CropGroup(count=0), blur_kernel=3)\n"
+        "try:\n"
+        "    for b in loader(Source(), crops, None, seed=0, start_step=0, steps=10**6, batch=2, workers=2):\n"
+        "        print(b.step, flush=True)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    list(islice(process.stdout, 3))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process at once
+    begin = time.monotonic()
+    out, err = process.communicate(timeout=20)
+    assert out.splitlines()[-1] == "stopped"
+    assert "Traceback" not in err
+    assert process.returncode == 0
+    assert time.monotonic() - begin < 15

@@ -1,0 +1,91 @@
+"""The command line: quick answers without torch, and words for every mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dinokit.__main__ import main
+
+QUICK = """
+import sys
+from dinokit.__main__ import main
+status = main(sys.argv[1:])
+heavy = {"torch", "numpy", "PIL", "timm", "torchvision"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else status)
+"""
+
+
+def quick(*words: str) -> subprocess.CompletedProcess:
+    """A command line, which must be answered without importing anything heavy."""
+    done = subprocess.run([sys.executable, "-c", QUICK, *words], capture_output=True, text=True)
+    assert "imported" not in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["eval", "knn", "--help"], ["--version"]])
+def test_help_is_given_at_once(words):
+    done = quick(*words)
+    assert done.returncode == 0
+    assert "dinokit" in done.stdout or "keys of" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["trian", "scenes_cpu"], "There is no verb 'trian'. Did you mean 'train'?"),
+        (["train", "scene_cpu"], "There is no recipe 'scene_cpu'. Did you mean 'scenes_cpu'?"),
+        (["train", "scenes_cpu", "optm.lr=1"], "there is no key 'optm'. Did you mean 'optim'?"),
+        (["train", "scenes_cpu", "optim.lrr=1"], "optim.lrr: there is no key 'lrr' in 'optim'. Did you mean 'lr"),
+        (["train", "scenes_cpu", "crops.globals.sise=1"], "crops.globals.sise: there is no key 'sise'"),
+        (["train", "scenes_cpu", "optim.steps=many"], "optim.steps: Value 'many'"),
+        (["train", "scenes_cpu", "losses.kolo.weight=1"], "Did you mean 'koleo'?"),
+        (["train", "scenes_cpu", "losses.koleo.wieght=1"], "losses.koleo.wieght: there is no key 'wieght'"),
+        (["train", "scenes_cpu", "data.name=foldr"], "Did you mean 'folder'?"),
+        (["train", "scenes_cpu", "data.name=folder"], "data.path must be given"),
+        (["train", "scenes_cpu", "backbone.depht=3"], "Did you mean 'depth'?"),
+        (["train", "scenes_cpu", "evals.knn.evry=3"], "evals.knn.evry: there is no key 'evry'"),
+        (["train", "scenes_cpu", "nonsense", "more"], "'nonsense' is not of the form key=value"),
+        (["train", "scenes_cpu", "--resume"], "There is no option --resume"),
+        (["train"], "recipes: "),
+        (["eval", "kn", "weights=x"], "Did you mean 'knn'?"),
+        (["eval", "knn", "weights=x", "kk=3"], "there is no key 'kk'"),
+        (["eval", "knn"], "weights=FILE_OR_RUN"),
+    ],
+)
+def test_every_mistake_is_answered_at_once_with_what_was_meant(words, answer):
+    done = quick(*words)
+    assert done.returncode == 2
+    assert answer in done.stderr
+
+
+def test_show_says_what_a_recipe_amounts_to_and_runs_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "dinov2_vitl16_short", "data.path=/nowhere"]) == 0
+    out = capsys.readouterr().out
+    assert "backbone 303," in out
+    assert "dino_head 23,662,848" in out
+    assert "0.005657 at the peak" in out
+    assert "2,048 images" in out or "2048 images" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_line_of_an_evaluation_is_json(capsys):
+    words = ["train.name=scenes", "train.split=train", "train.count=60", "test.name=scenes", "test.split=test", "test.count=30"]
+    assert main(["eval", "knn", "backbone.name=pixels", "k=[5]", *words]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["eval"] == "knn"
+    assert 0 <= last["top1@5"] <= 1
+    assert last["images_train"] == 60
+
+
+def test_an_error_in_a_run_is_a_sentence_and_a_traceback_on_request(capsys, tmp_path):
+    words = ["train", "scenes_cpu", "data.name=folder", f"data.path={tmp_path / 'nothing'}", f"run.out={tmp_path / 'out'}"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "nothing" in err
+    assert "Traceback" not in err
+    with pytest.raises((ValueError, LookupError, OSError)):
+        main([*words, "--traceback"])

@@ -1,0 +1,263 @@
+"""Frozen features against one image at a time, computed by hand."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dinokit.backbones import Input, Tokens
+from dinokit.features import Part, extract, frozen, spread
+
+
+class Squares:
+    """Images of 8 x 8 pixels in plain colours, made from their number; some cannot be read."""
+
+    def __init__(self, n=23, lost=(), channels=3, labelled=True):
+        self.n, self.lost, self.channels = n, set(lost), channels
+        self.classes = ["a", "b", "c"] if labelled else []
+
+    def __len__(self):
+        return self.n
+
+    def colour(self, index):
+        return np.array([index * 10, 255 - index, index % 3][: self.channels], np.uint8)
+
+    def __getitem__(self, index):
+        if index in self.lost:
+            raise OSError(f"{self.name(index)} is damaged")
+        pixels = np.tile(self.colour(index), (8, 8, 1))
+        image = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
+        return image, index % 3 if self.classes else -1
+
+    def name(self, index):
+        return f"square-{index}"
+
+
+class Linear(nn.Module):
+    """A linear map of the mean colour, with dropout and batch norm, which tell train from eval mode."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.width, self.patch, self.channels, self.blocks = 5, 4, channels, nn.ModuleList()
+        self.input = Input(8, (0.2, 0.3, 0.4)[:channels], (0.5, 0.6, 0.7)[:channels])
+        self.map = nn.Linear(channels, self.width)
+        self.norm = nn.BatchNorm1d(self.width)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, crops, masks):
+        assert masks == [None] * len(crops)
+        done = []
+        for x in crops:
+            cls = self.drop(self.norm(self.map(x.mean(dim=(2, 3)))))
+            done.append(Tokens(cls, cls[:, None][:, :0], cls[:, None]))
+        return done
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    net = Linear()
+    net.norm.running_mean.fill_(0.3)
+    return net
+
+
+def by_hand(net, source, index):
+    """The definition in float64, for one image."""
+    c = source.colour(index) / 255
+    x = (c - np.array(net.input.mean)) / np.array(net.input.std)
+    weight, bias = (p.detach().double().numpy() for p in (net.map.weight, net.map.bias))
+    mean, var = (b.double().numpy() for b in (net.norm.running_mean, net.norm.running_var))
+    return (weight @ x + bias - mean) / np.sqrt(var + net.norm.eps)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100])
+def test_a_row_is_what_the_backbone_says_of_that_image_alone(backbone, batch):
+    source = Squares()
+    done = extract(backbone, source, 8, 8, batch)
+    assert done.x.dtype == torch.float32
+    assert done.y.tolist() == [i % 3 for i in range(23)]
+    assert done.unreadable == []
+    for i, row in enumerate(done.x.double().numpy()):
+        np.testing.assert_allclose(row, by_hand(backbone, source, i), atol=1e-5)
+
+
+def test_unreadable_images_are_left_out_and_named(backbone):
+    source = Squares(lost=(0, 4, 5, 6, 7, 22))
+    done = extract(backbone, source, 8, 8, batch=4)  # one batch is lost as a whole
+    kept = [i for i in range(23) if i not in source.lost]
+    assert done.unreadable == [f"square-{i}" for i in sorted(source.lost)]
+    assert done.y.tolist() == [i % 3 for i in kept]
+    whole = extract(backbone, Squares(), 8, 8).x
+    torch.testing.assert_close(done.x, whole[kept])
+
+
+def test_black_images_without_labels_are_not_taken_for_unreadable_ones(backbone):
+    class Black(Squares):
+        def colour(self, index):
+            return np.zeros(3, np.uint8)
+
+    done = extract(backbone, Black(n=6, lost=(2,), labelled=False), 8, 8)
+    assert done.unreadable == ["square-2"]
+    assert done.y.tolist() == [-1] * 5
+
+
+def test_the_backbone_is_left_exactly_as_it_was(backbone):
+    backbone.train()
+    backbone.norm.eval()
+    backbone.map.requires_grad_(False)
+    modes = [m.training for m in backbone.modules()]
+    wanted = [p.requires_grad for p in backbone.parameters()]
+    state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    extract(backbone, Squares(), 8, 8)
+    assert [m.training for m in backbone.modules()] == modes
+    assert [p.requires_grad for p in backbone.parameters()] == wanted
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+
+
+def test_the_mode_comes_back_after_an_error(backbone):
+    backbone.train()
+    with pytest.raises(KeyError), frozen(backbone):
+        assert not backbone.drop.training
+        raise KeyError
+    assert backbone.drop.training
+
+
+def test_the_dice_of_training_are_not_thrown(backbone):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    extract(backbone.train(), Squares(), 8, 8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_something_can_be_trained_on_the_features(backbone):
+    done = extract(backbone, Squares(), 8, 8)
+    probe = nn.Linear(5, 3)
+    nn.functional.cross_entropy(probe(done.x), done.y).backward()
+    assert probe.weight.grad.abs().sum() > 0
+
+
+def test_half_precision_is_used_inside_and_float32_comes_out(backbone):
+    exact = extract(backbone, Squares(), 8, 8).x
+    rounded = extract(backbone, Squares(), 8, 8, precision=torch.bfloat16).x
+    assert rounded.dtype == torch.float32
+    assert 1e-5 < (exact - rounded).abs().max() < 0.05
+
+
+def test_float_images_in_0_1_and_bytes_give_the_same_features(backbone):
+    class Floats(Squares):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return np.asarray(image, np.float32) / 255, label
+
+    torch.testing.assert_close(extract(backbone, Floats(), 8, 8).x, extract(backbone, Squares(), 8, 8).x)
+
+
+def test_the_resize_comes_before_the_crop(backbone):
+    class Rims(Squares):
+        def __getitem__(self, index):
+            pixels = np.full((16, 16, 3), 255, np.uint8)
+            pixels[4:12, 4:12] = self.colour(index)
+            return Image.fromarray(pixels), index % 3
+
+    torch.testing.assert_close(extract(backbone, Rims(), 16, 8).x, extract(backbone, Squares(), 8, 8).x)
+
+
+def test_grey_images_on_a_colour_backbone_are_refused_in_words(backbone):
+    with pytest.raises(ValueError, match="The images have 1 channels, but the backbone takes 3"):
+        extract(backbone, Squares(channels=1), 8, 8)
+
+
+def test_grey_images_on_a_grey_backbone_work(backbone):
+    done = extract(Linear(channels=1), Squares(channels=1, lost=(3,)), 8, 8)
+    assert done.x.shape == (22, 5)
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "words"), [(9, 6, "multiple of the backbone's patch, 4"), (4, 8, "no crop")]
+)
+def test_sizes_that_do_not_fit_are_refused_before_an_image_is_read(backbone, resize, size, words):
+    with pytest.raises(ValueError, match=words):
+        extract(backbone, Squares(lost=range(23)), resize, size)
+
+
+def test_nothing_readable_says_why(backbone):
+    with pytest.raises(ValueError, match="None of the 5 images can be read: square-0 is damaged"):
+        extract(backbone, Squares(n=5, lost=range(5)), 8, 8)
+
+
+def test_features_that_are_not_finite_are_refused(backbone):
+    with torch.no_grad():
+        backbone.map.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="Features of 23 of 23 images are not finite"):
+        extract(backbone, Squares(), 8, 8)
+
+
+def test_a_part_is_the_images_at_its_places():
+    part = Part(Squares(), [4, 2])
+    assert len(part) == 2
+    assert part.name(0) == "square-4"
+    assert part[1][1] == 2
+    assert list(part.classes) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("order", ["in turn", "in blocks"])
+def test_a_spread_meets_every_class_about_equally_in_whatever_order_they_lie(order):
+    class Labels(Squares):
+        def __getitem__(self, index):
+            return None, index % 10 if order == "in turn" else index * 10 // self.n
+
+    part = spread(Labels(n=10_000), 1000)
+    counts = Counter(part[i][1] for i in range(len(part)))
+    assert len(part) == 1000
+    assert part.places == sorted(set(part.places))
+    assert len(counts) == 10
+    assert all(60 <= n <= 140 for n in counts.values())
+    assert spread(Labels(n=10_000), 1000).places == part.places
+
+
+@pytest.mark.parametrize("count", [0, 23, 24])
+def test_a_spread_over_all_is_the_source_itself(count):
+    source = Squares()
+    assert spread(source, count) is source
+
+
+WORKER = """
+import json, sys
+import torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_features import Linear, Squares
+from dinokit.features import extract
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
+torch.manual_seed(0)
+done = extract(Linear(), Squares(n=9, lost=(3, 4)), 8, 8, batch=2)
+print(json.dumps([done.x.tolist(), done.y.tolist(), done.unreadable]))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_each_get_what_one_would(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    here = str(Path(__file__).parent)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "worker.py"), here, str(rank), str(tmp_path / "meet")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
+    torch.manual_seed(0)
+    alone = extract(Linear(), Squares(n=9, lost=(3, 4)), 8, 8)
+    for x, y, unreadable in told:
+        torch.testing.assert_close(torch.tensor(x), alone.x)
+        assert y == alone.y.tolist()
+        assert unreadable == ["square-3", "square-4"]

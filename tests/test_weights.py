@@ -1,0 +1,265 @@
+"""A backbone file against the format itself: the header is read by hand, and broken files are made byte by byte."""
+
+import json
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dinokit import __version__, shelves
+from dinokit.backbones import Input
+from dinokit.weights import describe, load_backbone, save_backbone
+
+VIT = {"name": "vit", "width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 32}
+RECIPE = "name: small\nbackbone: {name: vit}\n"
+
+
+@pytest.fixture
+def vit():
+    torch.manual_seed(0)
+    backbone = shelves.build("backbones", VIT)
+    backbone.input = Input(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    return backbone
+
+
+@pytest.fixture
+def saved(vit, tmp_path):
+    path = tmp_path / "run" / "teacher.safetensors"
+    save_backbone(path, vit, VIT, RECIPE)
+    return path
+
+
+def split(path):
+    """The header as JSON and the bytes after it, as the format lays them out."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header, rest):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+def damage(path, **changes):
+    """The file again with other texts in its metadata."""
+    header, rest = split(path)
+    header["__metadata__"] |= changes
+    path.write_bytes(joined(header, rest))
+
+
+def test_a_backbone_comes_back_from_its_file_alone(vit, saved):
+    back = load_backbone(saved)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(back([x], [None])[0].cls, vit.eval()([x], [None])[0].cls)
+    assert back.input == Input(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_a_loaded_backbone_is_frozen_and_in_eval_mode(saved):
+    back = load_backbone(saved)
+    assert not any(module.training for module in back.modules())
+    assert not any(parameter.requires_grad for parameter in back.parameters())
+
+
+def test_the_file_is_plain_safetensors_that_other_readers_open(vit, saved):
+    tensors = load_file(saved)
+    assert set(tensors) == set(vit.state_dict())
+    assert all(torch.equal(tensors[name], value) for name, value in vit.state_dict().items())
+
+
+def test_the_header_carries_version_architecture_input_and_recipe(saved):
+    header, _ = split(saved)
+    metadata = header["__metadata__"]
+    assert metadata["dinokit"] == __version__
+    assert json.loads(metadata["backbone"]) == VIT
+    assert json.loads(metadata["input"]) == {"size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert metadata["recipe"] == RECIPE
+
+
+def test_a_run_folder_stands_for_the_weights_in_it(saved):
+    assert describe(saved.parent) == describe(saved)
+    assert load_backbone(saved.parent).width == 32
+
+
+def test_describe_reads_no_tensor(vit, saved):
+    header, rest = split(saved)
+    before = describe(saved)
+    saved.write_bytes(joined(header, b"\xff" * len(rest)))
+    assert describe(saved) == before
+    assert before["tensors"] == {name: tuple(value.shape) for name, value in vit.state_dict().items()}
+    assert before["backbone"] == VIT
+    assert before["recipe"] == RECIPE
+
+
+def test_a_tuple_in_the_section_is_a_tuple_again(tmp_path, monkeypatch):
+    (tmp_path / "toy_backbone.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "from dinokit.backbones import Input\n"
+        "@dataclass\n"
+        "class Config:\n"
+        "    channels: int = 3\n"
+        "    grid: tuple[int, int] = (4, 4)\n"
+        "class Toy(nn.Module):\n"
+        "    def __init__(self, cfg):\n"
+        "        super().__init__()\n"
+        "        self.grid, self.channels = cfg.grid, cfg.channels\n"
+        "        self.linear = nn.Linear(2, 2)\n"
+        "        self.input = Input(8, (0.5,) * 3, (0.5,) * 3)\n"
+        "build = Toy\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    section = {"name": "toy_backbone", "channels": 3, "grid": (2, 5)}
+    with pytest.raises(LookupError, match="not on the shelf"):
+        shelves.build("backbones", section)
+    package = tmp_path / "my_models"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (tmp_path / "toy_backbone.py").rename(package / "toy.py")
+    section["name"] = "my_models.toy"
+    save_backbone(tmp_path / "toy.safetensors", shelves.build("backbones", section), section)
+    assert load_backbone(tmp_path / "toy.safetensors").grid == (2, 5)
+
+
+def test_saving_again_replaces_the_file_whole(vit, saved):
+    inode = saved.stat().st_ino
+    with torch.no_grad():
+        vit.cls_token.fill_(7)
+    save_backbone(saved, vit, VIT)
+    assert saved.stat().st_ino != inode
+    assert (load_backbone(saved).cls_token == 7).all()
+    assert [p.name for p in saved.parent.iterdir()] == ["teacher.safetensors"]
+
+
+def test_others_may_read_the_file_as_far_as_the_umask_lets_them(saved):
+    plain = saved.parent / "plain"
+    plain.touch()
+    assert stat.S_IMODE(saved.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_a_section_without_a_name_is_refused(vit, tmp_path):
+    with pytest.raises(ValueError, match="needs its `name`"):
+        save_backbone(tmp_path / "x.safetensors", vit, {"width": 32})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_file_names_its_neighbour(saved):
+    with pytest.raises(LookupError, match=r"Did you mean 'teacher.safetensors'"):
+        load_backbone(saved.parent / "techer.safetensor")
+
+
+def test_a_folder_without_weights_says_which_file_is_missing(tmp_path, saved):
+    with pytest.raises(LookupError, match=r"no teacher.safetensors in the folder"):
+        load_backbone(tmp_path)
+    saved.rename(tmp_path / "best.safetensors")
+    with pytest.raises(LookupError, match=r"Give the path of one that is: best.safetensors"):
+        load_backbone(tmp_path)
+
+
+def test_a_missing_folder_is_said_to_be_missing(tmp_path):
+    with pytest.raises(LookupError, match="no folder"):
+        load_backbone(tmp_path / "nowhere" / "teacher.safetensors")
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"teacher": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match=r"not a safetensors file. Only .safetensors files of dinokit"):
+        load_backbone(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"abc",
+        b"\x02" + b"\0" * 7 + b"[]",
+        b"\x02" + b"\0" * 7 + b"{]",
+        b"\x0a" + b"\0" * 7 + b'{"a": 1} }',
+    ],
+)
+def test_bytes_that_are_no_safetensors_are_refused_in_words(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x.safetensors is (an empty file|not a safetensors file)"):
+        describe(path)
+
+
+def test_safetensors_of_others_are_told_from_ours(tmp_path):
+    path = tmp_path / "vit.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 32)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"dinokit did not write it.*Other formats are not readable yet"):
+        load_backbone(path)
+
+
+@pytest.mark.parametrize("keep", [0.999, 0.5, 0.01])
+def test_a_file_cut_off_anywhere_is_said_to_be_cut_off(saved, keep):
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(ValueError, match="is cut off: .* Copy or download it again"):
+        load_backbone(saved)
+
+
+def test_bytes_after_the_end_are_refused(saved):
+    saved.write_bytes(saved.read_bytes() + b"more")
+    with pytest.raises(ValueError, match="is broken"):
+        load_backbone(saved)
+
+
+def test_tensors_that_do_not_fit_are_named_with_both_shapes(saved, vit):
+    section = {**VIT, "width": 64}
+    save_backbone(saved, vit, section)
+    with pytest.raises(
+        ValueError, match=r"cls_token: asked for \(1, 1, 64\), found \(1, 1, 32\).*and \d+ more"
+    ):
+        load_backbone(saved)
+
+
+def test_absent_and_surplus_tensors_are_named(saved, vit):
+    save_backbone(saved, vit, {**VIT, "mask_token": False})
+    with pytest.raises(ValueError, match=r"mask_token: not asked for, found \(1, 32\)"):
+        load_backbone(saved)
+    save_backbone(saved, vit, {**VIT, "registers": 4})
+    with pytest.raises(ValueError, match=r"register_tokens: asked for \(1, 4, 32\), absent"):
+        load_backbone(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"backbone": "{"}, "The header of .* is damaged"),
+        ({"backbone": "[1, 2]"}, "The header of .* is damaged"),
+        ({"input": '{"size": 32}'}, "is damaged: `input`"),
+        (
+            {"input": '{"size": 32, "mean": [0.5], "std": [0.5]}'},
+            "1 means and 1 deviations, but the backbone takes 3",
+        ),
+        (
+            {"backbone": '{"name": "vit", "wide": 3}', "dinokit": "9.9"},
+            "written by dinokit 9.9, cannot be rebuilt.*wide",
+        ),
+        ({"backbone": '{"name": "../../evil"}'}, "which is no name of a backbone"),
+        ({"backbone": "{}"}, "which is no name of a backbone"),
+    ],
+)
+def test_a_damaged_header_is_refused_in_words(saved, changes, words):
+    damage(saved, **changes)
+    with pytest.raises(ValueError, match=words):
+        load_backbone(saved)
+
+
+def test_a_file_of_an_unknown_backbone_lists_what_there_is(saved):
+    damage(saved, backbone='{"name": "vitt"}')
+    with pytest.raises(
+        LookupError, match=r"'vitt' is not on the shelf 'backbones', which has:.*Did you mean 'vit'"
+    ):
+        load_backbone(saved)
+
+
+def test_a_path_in_a_header_runs_no_file(saved, tmp_path):
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
+    damage(saved, backbone=json.dumps({"name": str(tmp_path / "evil")}))
+    with pytest.raises(ValueError, match="no name of a backbone"):
+        load_backbone(saved)

@@ -1,0 +1,47 @@
+"""A run small enough to be done in seconds."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinokit.config import load_recipe
+
+TINY = """
+backbone: {name: vit, size: 32, width: 24, depth: 2, heads: 2, patch: 8, layer_scale: 1.0, drop_path: 0.2}
+heads: {cls: {prototypes: 32, hidden: 32, bottleneck: 16}}
+losses: {dino: {}, ibot: {}, koleo: {}}
+teacher: {momentum: [0.9, 1.0], temp: [0.04, 0.07], temp_warmup: 4}
+crops: {globals: {count: 2, size: 32}, locals: {count: 2, size: 16}}
+masks: {images: 0.5, patches: [0.2, 0.5]}
+optim: {steps: 6, batch: 4, lr: 1e-3, lr_rule: none, warmup: 2}
+data: {name: folder, path: "???"}
+run: {precision: fp32, workers: 0, log_every: 1, checkpoint_every: 2}
+"""
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        pixels = np.kron(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def tiny(recipe_file, photos, tmp_path):
+    """load(*overrides): the recipe of a run into tmp_path/NAME."""
+
+    def load(out, *overrides):
+        return load_recipe(recipe_file, [f"data.path={photos}", f"run.out={tmp_path / out}", *overrides])
+
+    return load

@@ -1,0 +1,228 @@
+"""Whole runs: exact resumption, accumulation, and what bad input gets."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dinokit import shelves
+from dinokit.train import loop
+from dinokit.train.loop import Evaluator, Step, TrainingError, block_masks
+from dinokit.train.unreadable import TooManyUnreadable
+
+
+def train(recipe, evaluators=()):
+    return loop.train(recipe, shelves.build("data.sources", recipe.data), evaluators)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "teacher.safetensors")
+
+
+def records(out: Path) -> list[dict]:
+    timing = {"images_per_second", "data_wait", "memory_gib"}
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert records(a) == records(b)
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_run_leaves_what_it_promises(tiny):
+    out = train(tiny("a"))
+    have = {p.name for p in out.iterdir()}
+    assert have == {"recipe.yaml", "env.json", "metrics.jsonl", "run.log", "checkpoints", "teacher.safetensors"}
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_0000004.pt", "step_0000006.pt"]
+    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
+    assert {"dino", "ibot", "koleo", "lr", "momentum", "teacher_temp"} <= records(out)[0].keys()
+    assert json.loads((out / "env.json").read_text())["packages"]["torch"] in torch.__version__
+
+
+def test_the_teacher_moves_and_the_losses_do_too(tiny):
+    recipe = tiny("a")
+    torch.manual_seed(recipe.run.seed)
+    start = Step(recipe, torch.device("cpu")).model.teacher.backbone.state_dict()
+    out = train(recipe)
+    end = weights(out)
+    assert any(not torch.equal(start[k], end[k]) for k in end)
+    assert len({r["dino"] for r in records(out)}) == 6
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(tiny, workers):
+    assert_same_run(train(tiny("a")), train(tiny("b", f"run.workers={workers}")))
+
+
+COMMAND = "from dinokit.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
+
+
+def start(recipe_file, photos, out, *overrides) -> subprocess.Popen:
+    words = ["train", str(recipe_file), f"data.path={photos}", f"run.out={out}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        if (out / "checkpoints" / f"step_{step:07d}.pt").exists():
+            return
+        time.sleep(0.005)
+    pytest.fail(f"no checkpoint of step {step}: {process.communicate()}")
+
+
+LONG = ("optim.steps=30", "run.checkpoint_every=3")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path):
+    whole = train(tiny("whole", *LONG))
+    broken = tmp_path / "broken"
+    process = start(recipe_file, photos, broken, *LONG)
+    wait_for_step(process, broken, 6)
+    process.kill()
+    process.communicate()
+    assert not (broken / "checkpoints" / "step_0000030.pt").exists()  # it was killed on the way
+    train(tiny("broken", *LONG, "run.workers=2"))
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, number):
+    whole = train(tiny("whole", *LONG))
+    broken = tmp_path / "broken"
+    process = start(recipe_file, photos, broken, *LONG, "run.checkpoint_every=1", "run.workers=1")
+    wait_for_step(process, broken, 2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "the same command goes on from here" in out
+    assert "Traceback" not in err
+    train(tiny("broken", *LONG))
+    assert_same_run(whole, broken)
+
+
+def test_a_finished_run_is_not_run_again(tiny):
+    out = train(tiny("a"))
+    before = records(out)
+    train(tiny("a"))
+    assert records(out) == before
+
+
+def test_another_recipe_does_not_touch_a_run(tiny):
+    out = train(tiny("a"))
+    before = weights(out)
+    with pytest.raises(ValueError, match=r"run of another recipe: optim.lr was 0.001, now 0.002.*another run.out"):
+        train(tiny("a", "optim.lr=2e-3"))
+    assert all(torch.equal(before[k], v) for k, v in weights(out).items())
+
+
+def test_a_folder_with_other_things_is_left_alone(tiny, photos):
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        train(tiny("photos"))
+    assert len(list(photos.iterdir())) == 10
+
+
+def test_parts_of_a_batch_are_the_whole_when_nothing_is_compared(tiny):
+    """With centring and without KoLeo every statistic is a sum, so accumulation is exact."""
+    overrides = ("losses.dino.targets=centering", "losses.ibot.targets=centering", "losses.koleo=null",
+                 "backbone.drop_path=0.0")  # fmt: skip
+    whole, parts = train(tiny("a", *overrides)), train(tiny("b", *overrides, "run.accumulate=2"))
+    one, two = weights(whole), weights(parts)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-5)
+    for a, b in zip(records(whole), records(parts), strict=True):
+        assert a["dino"] == pytest.approx(b["dino"], rel=1e-4)
+        assert a["ibot"] == pytest.approx(b["ibot"], rel=1e-4)
+
+
+def test_bf16_trains_nearly_the_same(tiny):
+    full, half = train(tiny("a")), train(tiny("b", "run.precision=bf16"))
+    for a, b in zip(records(full), records(half), strict=True):
+        assert a["dino"] == pytest.approx(b["dino"], rel=0.05)
+
+
+def test_fp16_skips_overflowing_steps_and_then_trains(tiny):
+    recipe = tiny("a", "run.precision=fp16", "optim.steps=30")
+    step = Step(recipe, torch.device("cpu"))
+    assert step.scaler.get_scale() > 1000
+    out = train(recipe)
+    done = records(out)
+    assert not math.isfinite(done[0]["grad_dino_head"])  # these heads start with gradients of thousands
+    assert math.isfinite(done[-1]["grad_dino_head"])
+    assert all(math.isfinite(r["dino"]) for r in done)
+    assert all(v.isfinite().all() for v in weights(out).values())
+
+
+def test_an_evaluator_is_called_at_both_ends_and_when_due_and_sees_the_teacher(tiny):
+    seen = []
+
+    def judge(backbone):
+        seen.append(backbone.training)
+        return {"answer": 42.0}
+
+    out = train(tiny("a"), [Evaluator("deep", 4, judge)])
+    assert [r["step"] for r in records(out) if "deep/answer" in r] == [0, 4, 6]
+    assert seen == [False] * 3
+
+
+def test_evaluation_changes_nothing_of_the_run(tiny):
+    quiet = train(tiny("a"))
+    torch_user = Evaluator("noisy", 1, lambda _: {"x": torch.rand(3).sum().item()})
+    judged = train(tiny("b"), [torch_user])
+    assert all(torch.equal(weights(quiet)[k], v) for k, v in weights(judged).items())
+
+
+def test_a_loss_that_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tiny):
+    with pytest.raises(TrainingError, match=r"'(dino|ibot|koleo|grad_\w+)' became (nan|inf) in step [3-9].*step_0000002\.pt.*optim\.lr"):
+        train(tiny("a", "optim.lr=1e30", "optim.warmup=1", "optim.clip=0", "run.log_every=2", "optim.steps=20"))
+    out = Path(tiny("a").run.out)
+    state = torch.load(out / "checkpoints" / "step_0000002.pt", weights_only=True)
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_an_unreadable_image_is_named_once_and_the_run_goes_on(tiny, photos):
+    whole = (photos / "3.png").read_bytes()
+    (photos / "3.png").write_bytes(whole[: len(whole) // 2])
+    out = train(tiny("a", "run.max_unreadable=0.2"))
+    assert (out / "run.log").read_text().count("3.png") == 1
+    with pytest.raises(TooManyUnreadable, match=r"1 of 10 .*3\.png.*run\.max_unreadable=0\.2"):
+        train(tiny("b"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["crops.globals.size=36"], "crops.globals.size=36 is no multiple of .* 8 pixels; the nearest that is: 32"),
+        (["crops.locals.size=15"], "crops.locals.size=15"),
+        (["crops.globals.size=16"], "masks"),
+        (["backbone.channels=4"], "backbone.channels=4, but crops.mean .* 3 channels"),
+        (["backbone.mask_token=false"], "backbone.mask_token=true"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_first_step(tiny, overrides, message):
+    recipe = tiny("a", *overrides)
+    with pytest.raises(ValueError, match=message):
+        train(recipe)
+    assert not (Path(recipe.run.out) / "checkpoints").exists()
+
+
+def test_masks_fit_the_global_crops(tiny):
+    recipe = tiny("a")
+    step = Step(recipe, torch.device("cpu"))
+    masks = block_masks(recipe, step.model.student.backbone)
+    assert masks.grid == (4, 4)
