@@ -101,11 +101,11 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     sources = {split: _open(cfg, split, backbone) for split in ("train", "test")}
     classes = _shared_classes(sources["train"], sources["test"])
     train, test = (_features(cfg, split, backbone, source) for split, source in sources.items())
-    scores = _accuracies(train, test, sorted(set(cfg.k)), cfg.temp, len(classes))
+    scores = accuracies(train, test, sorted(set(cfg.k)), cfg.temp, len(classes))
     for shots in cfg.few_shot:
         ks = sorted({k for k in cfg.k if k < shots} | {shots})
         tries = [
-            _accuracies(_draw(train, shots, seed, classes), test, ks, cfg.temp, len(classes))
+            accuracies(draw_shots(train, shots, seed, classes), test, ks, cfg.temp, len(classes))
             for seed in range(cfg.tries)
         ]
         scores |= {f"{key} {shots}-shot": sum(t[key] for t in tries) / cfg.tries for key in tries[0]}
@@ -173,7 +173,7 @@ def _features(cfg: Config, split: str, backbone: Backbone, source: Source) -> Fe
     return Features(F.normalize(done.x, dim=1), done.y, done.unreadable)
 
 
-def _draw(train: Features, shots: int, seed: int, classes: Sequence[str]) -> Features:
+def draw_shots(train: Features, shots: int, seed: int, classes: Sequence[str]) -> Features:
     """`shots` training images of each class, drawn by `seed`.
 
     Raises:
@@ -193,7 +193,7 @@ def _draw(train: Features, shots: int, seed: int, classes: Sequence[str]) -> Fea
     return Features(train.x[places], train.y[places], [])
 
 
-def _accuracies(
+def accuracies(
     train: Features, test: Features, ks: Sequence[int], temp: float, classes: int
 ) -> dict[str, float]:
     """Top-1, and with more than five classes top-5, for each number of neighbours."""

@@ -8,6 +8,7 @@ have seen.
 import os
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -214,6 +215,18 @@ def _spare_cores() -> int:
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    # Ctrl-C and a scheduler's warning reach every process of a job; the parent still needs batches to end in order.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Make a worker deaf to Ctrl-C and to a scheduler's warning, which reach every process of a job at once.
+
+    The parent answers them, and still needs batches to end in order. Its own SIGTERM is obeyed: Python sends
+    one to each child when it ends, and then waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none; there a SIGTERM ends the worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_asks, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_parent_asks(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

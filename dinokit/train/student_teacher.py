@@ -42,8 +42,9 @@ class StudentTeacher(nn.Module):
         super().__init__()
         self.student = Network(recipe)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.losses = nn.ModuleDict(
-            {name: shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()}
+        self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
+        self.losses = nn.ModuleList(
+            shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
         )
 
     def train(self, mode: bool = True) -> "StudentTeacher":
@@ -71,7 +72,7 @@ class StudentTeacher(nn.Module):
             new_step=new_step,
         )
         with torch.autocast(batch.global_crops.device.type, enabled=False):
-            return {name: loss(views) for name, loss in self.losses.items()}
+            return {name: loss(views) for name, loss in zip(self.names, self.losses, strict=True)}
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

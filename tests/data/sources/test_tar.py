@@ -71,12 +71,16 @@ def test_labels_come_from_cls_or_json_beside_the_image_in_any_order(
         "5.png": paint(5),
         "6.json": b"[1, 2]",
         "6.png": paint(6),
+        "7.1.png": paint(7),
+        "7.1.cls": b"dog",
+        "7.2.png": paint(8),
+        "7.2.cls": b"cat",
         "._6.png": b"what a Mac leaves",
         "read.me": b"",
     }
     source = opened(pack(tmp_path / "x.tar", members))
     assert list(source.classes) == ["cat", "dog", "emu"]
-    assert numbers(source) == [(1, 1), (2, 0), (3, 2), (4, 2), (5, -1), (6, -1)]
+    assert numbers(source) == [(1, 1), (2, 0), (3, 2), (4, 2), (5, -1), (6, -1), (7, 1), (8, 0)]
 
 
 def test_class_numbers_are_sorted_as_numbers(tmp_path: Path, paint: Paint, numbers: Numbers) -> None:

@@ -1,0 +1,305 @@
+"""Weighted k-NN against its definition in Python floats, and against scikit-learn; then whole evaluations."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dinokit import shelves
+from dinokit.backbones import Input, Tokens
+from dinokit.config import section_values
+from dinokit.data.crops import center_crop
+from dinokit.eval.knn import Config, accuracies, draw_shots, evaluate, nearest, vote
+from dinokit.features import Features
+
+SPLITS = ("train", "test")
+
+
+def points(n, width, seed=0):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def labels_of(n, classes, seed=1):
+    return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def vote_by_hand(query, bank, labels, k, temp, classes):
+    """Wu et al. 2018, section 3.4, for one query, with the weights made to sum to 1."""
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+
+    near = sorted(((-cosine(query, row), i) for i, row in enumerate(bank)))[:k]
+    weights = [math.exp(-minus / temp) for minus, _ in near]
+    votes = [0.0] * classes
+    for weight, (_, i) in zip(weights, near, strict=True):
+        votes[labels[i]] += weight / sum(weights)
+    return votes
+
+
+@pytest.mark.parametrize(("n", "k"), [(40, 1), (40, 7), (40, 40), (3, 20)])
+def test_a_vote_is_the_definition(n, k):
+    query, bank, labels = points(9, 5), points(n, 5, seed=2), labels_of(n, 4)
+    votes = vote(query, bank, labels, k, 0.07, 4)
+    for row, x in zip(votes.tolist(), query.tolist(), strict=True):
+        assert row == pytest.approx(vote_by_hand(x, bank.tolist(), labels.tolist(), k, 0.07, 4), abs=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 10, 50])
+def test_the_class_is_the_one_that_scikit_learn_predicts(k):
+    query, bank, labels = points(300, 8), points(500, 8, seed=2), labels_of(500, 7)
+    other = KNeighborsClassifier(
+        k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute"
+    )
+    other.fit(bank.double().numpy(), labels.numpy())
+    ours = vote(query.double(), bank.double(), labels, k, 0.07, 7).argmax(dim=1)
+    assert ours.tolist() == other.predict(query.double().numpy()).tolist()
+
+
+def test_the_length_of_a_feature_has_no_say():
+    query, bank, labels = points(9, 5), points(40, 5, seed=2), labels_of(40, 4)
+    scale = torch.rand(40, 1, generator=torch.Generator().manual_seed(4)) + 0.1
+    torch.testing.assert_close(
+        vote(3 * query, scale * bank, labels, 7, 0.1, 4), vote(query, bank, labels, 7, 0.1, 4)
+    )
+
+
+def test_more_neighbours_than_there_are_means_all():
+    query, bank, labels = points(9, 5), points(40, 5, seed=2), labels_of(40, 4)
+    assert torch.equal(vote(query, bank, labels, 400, 0.1, 4), vote(query, bank, labels, 40, 0.1, 4))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 7), (100, 13), (5, 1000)])
+def test_the_size_of_a_block_changes_nothing(rows, columns):
+    query, bank = F.normalize(points(23, 6), dim=1), F.normalize(points(101, 6, seed=2), dim=1)
+    cosines, places = nearest(query, bank, 17)
+    other_cosines, other_places = nearest(query, bank, 17, rows, columns)
+    torch.testing.assert_close(other_cosines, cosines, atol=1e-6, rtol=0)
+    assert torch.equal(other_places, places)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 8, 100])
+def test_of_equally_near_images_the_first_are_taken_in_order(columns):
+    # Cosines of axis-aligned unit vectors are exact, so these ties are ties in every block.
+    axes = torch.eye(3)
+    bank = axes[torch.tensor([1, 0, 2, 0, 1, 0, 0, 2, 1, 1, 0])]
+    _, places = nearest(axes, bank, 6, columns=columns)
+    assert places.tolist() == [[1, 3, 5, 6, 10, 0], [0, 4, 8, 9, 1, 2], [2, 7, 0, 1, 3, 4]]
+
+
+def test_the_search_holds_one_block_of_cosines_at_a_time():
+    query, bank = F.normalize(points(1000, 2), dim=1), F.normalize(points(600, 2, seed=2), dim=1)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            done = func(*args, **(kwargs or {}))
+            sizes.extend(leaf.numel() for leaf in tree_leaves(done) if torch.is_tensor(leaf))
+            return done
+
+    with Watch():
+        nearest(query, bank, 5, rows=100, columns=100)
+    assert max(sizes) == 100 * (5 + 100)  # the block and the best so far; all cosines would be 600,000
+
+
+def test_top_1_and_top_5_are_counted_from_the_votes():
+    train = Features(F.normalize(points(200, 4), dim=1), labels_of(200, 9), [])
+    test = Features(F.normalize(points(70, 4, seed=5), dim=1), labels_of(70, 9, seed=6), [])
+    scores = accuracies(train, test, [3, 30], 0.07, 9)
+    for k in (3, 30):
+        votes = vote(test.x, train.x, train.y, k, 0.07, 9).tolist()
+        ranked = [
+            sorted((c for c in range(9) if row[c] > 0), key=lambda c, row=row: -row[c]) for row in votes
+        ]
+        for top in (1, 5):
+            share = np.mean([y in row[:top] for row, y in zip(ranked, test.y.tolist(), strict=True)])
+            assert scores[f"top{top}@{k}"] == pytest.approx(share, abs=1e-12)
+
+
+def test_a_class_without_a_vote_is_never_among_the_five():
+    train = Features(torch.eye(6), torch.arange(6), [])
+    test = Features(torch.eye(6).roll(1, 0), torch.arange(6), [])
+    assert accuracies(train, test, [1], 0.07, 6) == {"top1@1": 0.0, "top5@1": 0.0}
+
+
+def test_of_equal_votes_the_smaller_class_wins():
+    train = Features(torch.eye(2), torch.tensor([1, 0]), [])
+    test = Features(F.normalize(torch.ones(2, 2), dim=1), torch.tensor([0, 1]), [])
+    assert accuracies(train, test, [2], 0.07, 2) == {"top1@2": 0.5}
+
+
+def test_shots_are_so_many_different_images_of_each_class_and_another_draw_for_another_seed():
+    train = Features(torch.arange(60.0)[:, None], torch.arange(60) % 3, [])
+    draws = [draw_shots(train, 5, seed, ["a", "b", "c"]) for seed in (0, 1, 0)]
+    for draw in draws:
+        assert np.bincount(draw.y.numpy()).tolist() == [5, 5, 5]
+        assert len(set(draw.x.flatten().tolist())) == 15
+        assert (draw.x.flatten().long() % 3).tolist() == draw.y.tolist()
+    assert torch.equal(draws[0].x, draws[2].x)
+    assert not torch.equal(draws[0].x, draws[1].x)
+
+
+class Corner(nn.Module):
+    """A feature that is the image's first pixel, sharpened: a truth that tests can choose."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.width, self.patch, self.channels, self.blocks = channels, 4, channels, nn.ModuleList()
+        self.input = Input(16, (0.0,) * channels, (1.0,) * channels)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, crops, masks):
+        return [Tokens(x[:, :, 0, 0] * self.gain, x[:, :0, 0], x[:, :, 0]) for x in crops]
+
+
+HUES = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
+
+
+def paint(root, counts, noise=0):
+    """Folders root/NAME with images in the colour of their name, every pixel moved by up to `noise`."""
+    rng = np.random.default_rng(len(str(root)))
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            colour = np.clip(np.array(HUES[name]) + rng.integers(0, noise + 1, 3), 0, 255).astype(np.uint8)
+            Image.fromarray(np.tile(colour, (20, 24, 1))).save(root / name / f"{i}.png")
+    return {"name": "folder", "path": str(root), "labels": "folders"}
+
+
+def config(**values):
+    return Config(**section_values("eval", "knn", values, "knn"))
+
+
+@pytest.fixture
+def colours(tmp_path):
+    train = paint(tmp_path / "a", {"red": 12, "green": 10, "blue": 8}, noise=60)
+    return {"train": train, "test": paint(tmp_path / "b", {"red": 3, "green": 4, "blue": 5}, noise=60)}
+
+
+def test_colours_are_told_apart_by_colour(colours):
+    scores = evaluate(config(**colours, k=[1, 5, 1000]), Corner())
+    assert scores == {"top1@1": 1.0, "top1@5": 1.0, "top1@1000": 1.0, "images_train": 30, "images_test": 12}
+
+
+def test_the_scores_are_plain_numbers_for_a_line_of_json(colours):
+    scores = evaluate(config(**colours, k=[1]), Corner())
+    assert json.loads(json.dumps({"eval": "knn", **scores}))["top1@1"] == 1.0
+
+
+def test_an_image_of_the_wrong_colour_costs_its_share(colours, tmp_path):
+    Image.new("RGB", (20, 20), (0, 0, 250)).save(tmp_path / "b" / "red" / "wrong.png")
+    assert evaluate(config(**colours, k=[5]), Corner())["top1@5"] == pytest.approx(12 / 13)
+
+
+def test_an_unreadable_image_is_left_out_and_counted(colours, tmp_path):
+    (tmp_path / "b" / "red" / "broken.png").write_bytes(b"\x89PNG")
+    (tmp_path / "a" / "red" / "0.png").write_bytes(b"")
+    scores = evaluate(config(**colours, k=[5]), Corner())
+    assert scores == {"top1@5": 1.0, "images_train": 29, "images_test": 12, "images_unreadable": 2}
+
+
+def test_the_backbone_is_left_as_it_was(colours):
+    backbone = Corner().train()
+    evaluate(config(**colours, k=[5]), backbone)
+    assert backbone.training
+    assert backbone.gain.requires_grad
+
+
+def test_a_grey_backbone_gets_grey_images(colours):
+    scores = evaluate(config(**colours, k=[1]), Corner(channels=1))
+    assert scores["images_test"] == 12
+    assert scores["top1@1"] < 1  # one number on a ray: the cosine of any two is 1
+
+
+def test_few_shot_scores_stand_beside_the_full_ones(colours):
+    scores = evaluate(config(**colours, k=[2, 10], few_shot=[1, 5], tries=3), Corner())
+    names = ["top1@2", "top1@10", "top1@1 1-shot", "top1@2 5-shot", "top1@5 5-shot"]
+    assert scores == {**dict.fromkeys(names, 1.0), "images_train": 30, "images_test": 12}
+
+
+def test_a_class_with_too_few_images_for_the_shots_is_named(colours):
+    with pytest.raises(ValueError, match="few_shot=9 .* but 'blue' has 8"):
+        evaluate(config(**colours, few_shot=[9]), Corner())
+
+
+def test_a_cut_takes_so_many_images(colours):
+    scores = evaluate(config(**colours, k=[1], max_train=15, max_test=6), Corner())
+    assert scores == {"top1@1": 1.0, "images_train": 15, "images_test": 6}
+
+
+def test_a_vit_is_judged_on_the_built_in_scenes_as_the_definition_says():
+    torch.manual_seed(0)
+    vit = shelves.build(
+        "backbones", {"name": "vit", "width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 32}
+    )
+    halves = {
+        split: {"name": "scenes", "size": 32, "count": 60, "test_count": 20, "split": split}
+        for split in SPLITS
+    }
+    scores = evaluate(config(**halves, k=[10]), vit)
+    x, y = {}, {}
+    for split, section in halves.items():
+        source = shelves.build("data.sources", section)
+        crops = torch.stack([center_crop(source[i][0], 37, 32) for i in range(len(source))])
+        with torch.no_grad():
+            x[split] = vit.eval()([(crops / 255 - 0.5) / 0.5], [None])[0].cls.tolist()
+        y[split] = [source[i][1] for i in range(len(source))]
+    votes = [vote_by_hand(row, x["train"], y["train"], 10, 0.07, 10) for row in x["test"]]
+    right = [row.index(max(row)) == label for row, label in zip(votes, y["test"], strict=True)]
+    assert scores["top1@10"] == pytest.approx(np.mean(right))
+
+
+def test_images_without_labels_are_refused_with_the_key_to_set(colours):
+    test = {**colours["test"], "labels": "none"}
+    with pytest.raises(ValueError, match=r"The test images .* have no labels: set test.labels=folders"):
+        evaluate(config(train=colours["train"], test=test), Corner())
+
+
+def test_single_images_without_a_label_are_counted(colours, tmp_path):
+    rows = ["path,label", "a/red/0.png,red", "a/green/0.png,green", "a/blue/0.png,blue", "a/blue/1.png,"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    train = {"name": "manifest", "path": str(tmp_path / "list.csv")}
+    with pytest.raises(ValueError, match="1 of 4 train images have no label"):
+        evaluate(config(train=train, test=colours["test"]), Corner())
+
+
+def test_different_classes_are_named(colours, tmp_path):
+    (tmp_path / "b" / "red").rename(tmp_path / "b" / "rouge")
+    with pytest.raises(ValueError, match=r"only train has 'red' and only test has 'rouge'"):
+        evaluate(config(**colours), Corner())
+
+
+@pytest.mark.parametrize("splits", [("all", "all"), ("test", "test"), ("all", "test"), ("train", "all")])
+def test_a_test_image_may_not_be_a_training_image(colours, splits):
+    train, test = ({**colours["train"], "split": split} for split in splits)
+    with pytest.raises(
+        ValueError, match=f"share images: .* train.split={splits[0]} and test.split={splits[1]}"
+    ):
+        evaluate(config(train=train, test=test), Corner())
+
+
+def test_a_missing_source_is_named():
+    with pytest.raises(ValueError, match=r"train.name must be given; there is: .*folder"):
+        evaluate(Config(), Corner())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("k", (5, 0)), ("few_shot", (0,)), ("tries", 0), ("max_test", -1), ("temp", 0.0), ("batch", 0)],
+)
+def test_a_number_that_makes_no_sense_is_named(key, value):
+    with pytest.raises(ValueError, match=key):
+        Config(**{key: value})
+
+
+def test_no_neighbours_at_all_is_no_setting():
+    with pytest.raises(ValueError, match="k is empty"):
+        config(k=[])
