@@ -1,17 +1,17 @@
 """dinokit VERB [WHAT] [key=value ...]: train, judge and use self-supervised visual features.
 
-  dinokit train RECIPE      pretrain; RECIPE is a name in configs/ or the path of a YAML file
-      dinokit train scenes_cpu data.name=folder data.path=PHOTOS
-      dinokit train small_photos data.path=PHOTOS run.out=runs/photos
-      The same command goes on with a run that was interrupted.
-  dinokit eval EVALUATOR    judge frozen features; the last line printed is JSON
-      dinokit eval knn weights=runs/photos train.path=LABELLED/train test.path=LABELLED/test
-      dinokit eval knn backbone.name=pixels train.path=LABELLED/train test.path=LABELLED/test
-  dinokit show RECIPE       the whole recipe, its size, memory and learning rate; runs nothing
-  dinokit demo              pretrain on the built-in scenes, judge, print a table (minutes on a laptop)
+dinokit train RECIPE      pretrain; RECIPE is a name in configs/ or the path of a YAML file
+dinokit train scenes_cpu data.name=folder data.path=PHOTOS
+dinokit train small_photos data.path=PHOTOS run.out=runs/photos
+The same command goes on with a run that was interrupted.
+dinokit eval EVALUATOR    judge frozen features; the last line printed is JSON
+dinokit eval knn weights=runs/photos train.path=LABELLED/train test.path=LABELLED/test
+dinokit eval knn backbone.name=pixels train.path=LABELLED/train test.path=LABELLED/test
+dinokit show RECIPE       the whole recipe, its size, memory and learning rate; runs nothing
+dinokit demo              pretrain on the built-in scenes, judge, print a table (minutes on a laptop)
 
-  dinokit VERB --help       what a verb takes            dinokit --version
-  --traceback               with any verb: show where in the code an error arose
+dinokit VERB --help       what a verb takes            dinokit --version
+--traceback               with any verb: show where in the code an error arose
 """
 
 import json
@@ -49,7 +49,9 @@ def evaluate(what: str, overrides: Sequence[str]) -> None:
     values = parse_overrides(overrides)
     weights, untrained = values.pop("weights", None), values.pop("backbone", None)
     if (weights is None) == (untrained is None):
-        raise ValueError("Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training).")
+        raise ValueError(
+            "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
+        )
     values = _checked_eval(what, values)
     backbone, data = _load_judged(weights, untrained)
     scores = _run_evaluator(what, _with_data(what, values, data), backbone)
@@ -77,7 +79,11 @@ def demo(what: str, overrides: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("features", "k-NN top-1 (k=20)", title="Built-in scenes: ten shapes, test images never seen in training")
+    table = Table(
+        "features",
+        "k-NN top-1 (k=20)",
+        title="Built-in scenes: ten shapes, test images never seen in training",
+    )
     judged: dict[str, tuple[str | None, dict[str, Any] | None]] = {
         "raw pixels, 16 x 16": (None, {"name": "pixels"}),
         "the same ViT, untrained": (None, recipe.backbone),
@@ -126,7 +132,11 @@ def _evaluators(recipe: "Recipe", source: "Source") -> list["Evaluator"]:
                 file=sys.stderr,
             )
             continue
-        done.append(Evaluator(name, section["every"], partial(_run_evaluator, name, _with_data(name, values, recipe.data))))
+        done.append(
+            Evaluator(
+                name, section["every"], partial(_run_evaluator, name, _with_data(name, values, recipe.data))
+            )
+        )
     return done
 
 
@@ -134,7 +144,11 @@ def _source_fields(name: str) -> dict[str, str]:
     """The fields of an evaluator's Config that are sources, with the split that each stands for."""
     from dinokit import shelves
 
-    return {f.name: f.metadata["split"] for f in fields(shelves.read_config("eval", name)) if "split" in f.metadata}
+    return {
+        f.name: f.metadata["split"]
+        for f in fields(shelves.read_config("eval", name))
+        if "split" in f.metadata
+    }
 
 
 def _checked_eval(name: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +156,11 @@ def _checked_eval(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
     for key in _source_fields(name):
         if isinstance(values.get(key), dict):
-            values[key] = {"name": "folder", **({} if "name" in values[key] else {"labels": "folders"}), **values[key]}
+            values[key] = {
+                "name": "folder",
+                **({} if "name" in values[key] else {"labels": "folders"}),
+                **values[key],
+            }
     return section_values("eval", name, values, "")
 
 
@@ -151,7 +169,9 @@ def _with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | N
     for key, split in _source_fields(name).items():
         if done[key] is None:
             if data is None or "split" not in data:
-                raise ValueError(f"{key}.path (a folder with one sub-folder a class) or {key}.name must be given.")
+                raise ValueError(
+                    f"{key}.path (a folder with one sub-folder a class) or {key}.name must be given."
+                )
             done[key] = {**data, "split": split}
     return done
 
@@ -200,7 +220,9 @@ def _help(verb: str | None, what: str | None) -> str:
             default = "" if f.default is MISSING else f" = {json.dumps(f.default, default=list)}"
             lines.append(f"    {f.name}{default}")
     elif verb == "eval":
-        lines.append(f"evaluators: {', '.join(shelves.names('eval'))}; dinokit eval NAME --help lists the keys")
+        lines.append(
+            f"evaluators: {', '.join(shelves.names('eval'))}; dinokit eval NAME --help lists the keys"
+        )
     elif verb != "demo":
         lines.append(f"recipes: {', '.join(recipe_names())}")
         lines.append("dinokit show RECIPE prints every key with its value")
@@ -219,7 +241,9 @@ def _parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
     words = [word for word in argv if not word.startswith("-")]
     verb = words[0] if words else None
     if verb is not None and verb not in VERBS:
-        raise LookupError(f"There is no verb '{verb}'.{suggest(verb, list(VERBS))} Verbs are: {', '.join(VERBS)}.")
+        raise LookupError(
+            f"There is no verb '{verb}'.{suggest(verb, list(VERBS))} Verbs are: {', '.join(VERBS)}."
+        )
     named = [word for word in words[1:] if "=" not in word]
     if len(named) > 1:
         raise ValueError(f"'{named[1]}' is not of the form key=value, and '{named[0]}' was given already.")

@@ -41,7 +41,10 @@ class Heads:
 @dataclass
 class Teacher:
     momentum: tuple[float, float] = (0.992, 1.0)  # of the moving average that the teacher is
-    temp: tuple[float, float] = (0.04, 0.07)  # softmax temperature: a straight line over temp_warmup steps, then flat
+    temp: tuple[float, float] = (
+        0.04,
+        0.07,
+    )  # softmax temperature: a straight line over temp_warmup steps, then flat
     temp_warmup: int = 0
     temp_every: int = 1  # steps between two changes of the temperature; DINO changes it once an epoch
 
@@ -82,7 +85,10 @@ class Masks:
     """Block masks over the student's global crops (BEiT, arXiv 2106.08254; iBOT, arXiv 2111.07832)."""
 
     images: float = 0.5  # share of global crops that get a mask
-    patches: tuple[float, float] = (0.1, 0.5)  # share of a masked crop's patches, spread evenly over the batch
+    patches: tuple[float, float] = (
+        0.1,
+        0.5,
+    )  # share of a masked crop's patches, spread evenly over the batch
 
 
 @dataclass
@@ -99,7 +105,9 @@ class Optim:
     weight_decay: tuple[float, float] = (0.04, 0.4)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 3.0  # largest gradient norm; 0 is off
-    clip_per: Literal["part", "tensor"] = "part"  # part: backbone and each head; DINO clips every tensor by itself
+    clip_per: Literal["part", "tensor"] = (
+        "part"  # part: backbone and each head; DINO clips every tensor by itself
+    )
     layer_decay: float = 1.0  # block i of n trains at lr * layer_decay ** (n - i)
     patch_lr: float = 1.0  # factor on the patch embedding's learning rate
     head_frozen: int = 0  # the prototypes stand still for so many steps at the start
@@ -181,9 +189,13 @@ def _complete(values: dict[str, Any]) -> Recipe:
         if section is not None
     }
     done.evals = {
-        name: _eval_section(name, section or {}) for name, section in done.evals.items() if section is not None
+        name: _eval_section(name, section or {})
+        for name, section in done.evals.items()
+        if section is not None
     }
-    inside = [value for section in done.evals.values() for value in section.values() if isinstance(value, dict)]
+    inside = [
+        value for section in done.evals.values() for value in section.values() if isinstance(value, dict)
+    ]
     for source in (done.data, *inside):
         if "channels" in source and "channels" in done.backbone:
             source["channels"] = done.backbone["channels"]
@@ -224,7 +236,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         done: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:  # the YAML reader's own errors have no common base that OmegaConf exports
-        raise ValueError(f"These overrides cannot be read: {' '.join(overrides)}: {_first_line(error)}") from None
+        raise ValueError(
+            f"These overrides cannot be read: {' '.join(overrides)}: {_first_line(error)}"
+        ) from None
     assert isinstance(done, dict)
     return done
 
@@ -273,7 +287,7 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> No
         if not isinstance(change, Mapping) or not isinstance(old, dict):
             values[key] = change
             continue
-        renamed = where == "" and key in ("backbone", "data") or "." in _join(where, key)
+        renamed = (where == "" and key in ("backbone", "data")) or "." in _join(where, key)
         if renamed and change.get("name", old.get("name")) != old.get("name"):
             values[key] = dict(change)
         else:
@@ -294,7 +308,9 @@ def _section(shelf: str, values: Any, where: str) -> dict[str, Any]:
 def _eval_section(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     where = f"evals.{name}"
     if not isinstance(values, Mapping) or not isinstance(values.get("every"), int) or values["every"] < 1:
-        raise ValueError(f"{where}.every must be given: the number of steps between two evaluations, 1 or more.")
+        raise ValueError(
+            f"{where}.every must be given: the number of steps between two evaluations, 1 or more."
+        )
     rest = {key: value for key, value in values.items() if key != "every"}
     return {"every": values["every"], **section_values("eval", name, rest, where)}
 
@@ -358,7 +374,9 @@ def _check(recipe: Recipe) -> None:
     if optim.warmup >= optim.steps:
         raise ValueError(f"optim.warmup={optim.warmup} leaves nothing of optim.steps={optim.steps}.")
     if optim.batch % run.accumulate:
-        raise ValueError(f"optim.batch={optim.batch} cannot be cut into run.accumulate={run.accumulate} equal parts.")
+        raise ValueError(
+            f"optim.batch={optim.batch} cannot be cut into run.accumulate={run.accumulate} equal parts."
+        )
     for name, group in {"globals": crops.globals, "locals": crops.locals}.items():
         for key in ("blur", "solarize"):
             given = getattr(group, key)
@@ -375,14 +393,18 @@ def _check(recipe: Recipe) -> None:
 
 def _check_losses(recipe: Recipe) -> None:
     if not recipe.losses:
-        raise ValueError(f"losses is empty, so there is nothing to learn from. There is: {_shelf_list('losses')}.")
+        raise ValueError(
+            f"losses is empty, so there is nothing to learn from. There is: {_shelf_list('losses')}."
+        )
     configs = {name: shelves.read_config("losses", name) for name in recipe.losses}
     masked = [name for name, cls in configs.items() if "masks" in getattr(cls, "uses", ())]
     if masked and recipe.masks is None:
         raise ValueError(f"losses.{masked[0]} learns from masked patches, but there is no section `masks`.")
     for key, value in {"masks": recipe.masks, "heads.patch": recipe.heads.patch}.items():
         if value is not None and not masked:
-            raise ValueError(f"`{key}` is given, but no loss of this recipe reads it; take it out with {key}=null.")
+            raise ValueError(
+                f"`{key}` is given, but no loss of this recipe reads it; take it out with {key}=null."
+            )
     part = recipe.optim.batch // recipe.run.accumulate
     for name, cls in configs.items():
         least = getattr(cls, "least_images", 1)

@@ -58,7 +58,9 @@ def read_config(shelf: str, name: str) -> type[Any]:
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     wanted = _named_by_config(tree)
     tree.body = [
-        node for node in tree.body if _is_plain(node) and (not isinstance(node, ast.ClassDef) or node.name in wanted)
+        node
+        for node in tree.body
+        if _is_plain(node) and (not isinstance(node, ast.ClassDef) or node.name in wanted)
     ]
     module = ModuleType(f"dinokit.shelves.{shelf}.{name}")
     sys.modules[module.__name__] = module  # dataclasses look their module up by name
@@ -87,7 +89,12 @@ def _is_plain(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
         return all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
     if isinstance(node, ast.ClassDef):
-        words = {n.id for part in (*node.bases, *node.decorator_list) for n in ast.walk(part) if isinstance(n, ast.Name)}
+        words = {
+            n.id
+            for part in (*node.bases, *node.decorator_list)
+            for n in ast.walk(part)
+            if isinstance(n, ast.Name)
+        }
         return bool(words & {"dataclass", "Enum", "StrEnum"})
     if isinstance(node, ast.Assign):
         try:
@@ -109,7 +116,9 @@ def _locate(shelf: str, name: str) -> Path:
         try:
             spec = find_spec(name)
         except ModuleNotFoundError as error:
-            raise LookupError(f"'{name}' (wanted for the shelf '{shelf}') cannot be imported: {error}.") from None
+            raise LookupError(
+                f"'{name}' (wanted for the shelf '{shelf}') cannot be imported: {error}."
+            ) from None
         path = Path(spec.origin) if spec is not None and spec.origin else None
     else:
         path = _folder(shelf) / f"{name}.py"

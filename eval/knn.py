@@ -58,12 +58,12 @@ def nearest(
     """The k rows of bank (N, D) nearest to each row of query (Q, D), both on the unit sphere.
 
     Returns:
-        Cosines (Q, k), largest first, and places in the bank (Q, k); of equal cosines the smaller place comes
-        first. k is at most N. Memory grows with rows * columns, the size of a block, and with Q * k.
+        cosine - 1, (Q, k), largest first, and places in the bank, (Q, k); of equal cosines the smaller place
+        comes first. k is at most N. Memory grows with rows * columns, the size of a block, and with Q * k.
     """
     k = min(k, len(bank))
     done = [_nearest_to_few(part, bank, k, columns) for part in query.split(rows)]
-    return torch.cat([cosines for cosines, _ in done]), torch.cat([places for _, places in done])
+    return torch.cat([near for near, _ in done]), torch.cat([places for _, places in done])
 
 
 def vote(query: Tensor, bank: Tensor, labels: Tensor, k: int, temp: float, classes: int) -> Tensor:
@@ -80,8 +80,8 @@ def vote(query: Tensor, bank: Tensor, labels: Tensor, k: int, temp: float, class
     Returns:
         (Q, C); rows sum to 1.
     """
-    cosines, places = nearest(F.normalize(query, dim=1), F.normalize(bank, dim=1), k)
-    return _tally((cosines / temp).softmax(dim=1), labels[places], classes)
+    near, places = nearest(F.normalize(query, dim=1), F.normalize(bank, dim=1), k)
+    return _tally((near / temp).softmax(dim=1), labels[places], classes)
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
@@ -163,8 +163,15 @@ def _features(cfg: Config, split: str, backbone: Backbone, source: Source) -> Fe
         ValueError: as `extract`, or if an image has no label.
     """
     size = cfg.size or backbone.input.size
-    resize = cfg.resize or round(size * 256 / 224)
-    done = extract(backbone, source, resize, size, cfg.batch, cfg.workers, DTYPES[cfg.precision])
+    done = extract(
+        backbone,
+        source,
+        cfg.resize or round(size * 256 / 224),
+        size,
+        cfg.batch,
+        cfg.workers,
+        DTYPES[cfg.precision],
+    )
     bare = int((done.y < 0).sum())
     if bare:
         raise ValueError(
@@ -200,8 +207,8 @@ def accuracies(
     tops = (1, 5) if classes > 5 else (1,)
     right = torch.zeros(len(ks), len(tops), dtype=torch.int64, device=test.x.device)
     for x, y in zip(test.x.split(ROWS), test.y.split(ROWS), strict=True):
-        cosines, places = nearest(x, train.x, max(ks))
-        weights, labels = (cosines / temp).softmax(dim=1), train.y[places]  # shared by all k, as in DINOv2
+        near, places = nearest(x, train.x, max(ks))
+        weights, labels = (near / temp).softmax(dim=1), train.y[places]  # shared by all k, as in DINOv2
         for i, k in enumerate(ks):
             rank = _rank(_tally(weights[:, :k], labels[:, :k], classes), y)
             right[i] += torch.stack([(rank < top).sum() for top in tops])
@@ -223,14 +230,19 @@ def _rank(votes: Tensor, labels: Tensor) -> Tensor:
 
 
 def _nearest_to_few(query: Tensor, bank: Tensor, k: int, columns: int) -> tuple[Tensor, Tensor]:
-    cosines = query.new_empty(len(query), 0)
+    # Features of an untrained or collapsed backbone are so alike that all their cosines round to 1. Distances,
+    # seen from a point in their midst, do not: on the unit sphere, cosine - 1 is minus half their square.
+    middle = bank.mean(dim=0)
+    query = query - middle
+    near = query.new_empty(len(query), 0)
     places = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), columns):
-        block = query @ bank[start : start + columns].T
-        numbers = torch.arange(start, start + block.shape[1], device=query.device).expand(len(query), -1)
-        cosines, chosen = _largest(torch.cat([cosines, block], dim=1), k)
+        part = bank[start : start + columns] - middle
+        block = query @ part.T - query.square().sum(dim=1, keepdim=True) / 2 - part.square().sum(dim=1) / 2
+        numbers = torch.arange(start, start + len(part), device=query.device).expand(len(query), -1)
+        near, chosen = _largest(torch.cat([near, block], dim=1), k)
         places = torch.cat([places, numbers], dim=1).gather(1, chosen)
-    return cosines, places
+    return near, places
 
 
 def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

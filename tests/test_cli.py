@@ -25,7 +25,9 @@ def quick(*words: str) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["eval", "knn", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["train", "--help"], ["eval", "knn", "--help"], ["--version"]]
+)
 def test_help_is_given_at_once(words):
     done = quick(*words)
     assert done.returncode == 0
@@ -38,7 +40,10 @@ def test_help_is_given_at_once(words):
         (["trian", "scenes_cpu"], "There is no verb 'trian'. Did you mean 'train'?"),
         (["train", "scene_cpu"], "There is no recipe 'scene_cpu'. Did you mean 'scenes_cpu'?"),
         (["train", "scenes_cpu", "optm.lr=1"], "there is no key 'optm'. Did you mean 'optim'?"),
-        (["train", "scenes_cpu", "optim.lrr=1"], "optim.lrr: there is no key 'lrr' in 'optim'. Did you mean 'lr"),
+        (
+            ["train", "scenes_cpu", "optim.lrr=1"],
+            "optim.lrr: there is no key 'lrr' in 'optim'. Did you mean 'lr",
+        ),
         (["train", "scenes_cpu", "crops.globals.sise=1"], "crops.globals.sise: there is no key 'sise'"),
         (["train", "scenes_cpu", "optim.steps=many"], "optim.steps: Value 'many'"),
         (["train", "scenes_cpu", "losses.kolo.weight=1"], "Did you mean 'koleo'?"),
@@ -73,7 +78,14 @@ def test_show_says_what_a_recipe_amounts_to_and_runs_nothing(capsys, tmp_path, m
 
 
 def test_the_last_line_of_an_evaluation_is_json(capsys):
-    words = ["train.name=scenes", "train.split=train", "train.count=60", "test.name=scenes", "test.split=test", "test.count=30"]
+    words = [
+        "train.name=scenes",
+        "train.split=train",
+        "train.count=60",
+        "test.name=scenes",
+        "test.split=test",
+        "test.count=30",
+    ]
     assert main(["eval", "knn", "backbone.name=pixels", "k=[5]", *words]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["eval"] == "knn"
@@ -82,7 +94,13 @@ def test_the_last_line_of_an_evaluation_is_json(capsys):
 
 
 def test_an_error_in_a_run_is_a_sentence_and_a_traceback_on_request(capsys, tmp_path):
-    words = ["train", "scenes_cpu", "data.name=folder", f"data.path={tmp_path / 'nothing'}", f"run.out={tmp_path / 'out'}"]
+    words = [
+        "train",
+        "scenes_cpu",
+        "data.name=folder",
+        f"data.path={tmp_path / 'nothing'}",
+        f"run.out={tmp_path / 'out'}",
+    ]
     assert main(words) == 2
     err = capsys.readouterr().err
     assert "nothing" in err

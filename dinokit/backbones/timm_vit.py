@@ -70,7 +70,9 @@ def _create(cfg: Config) -> VisionTransformer:
         )
     options = {"img_size": cfg.size, "in_chans": cfg.channels, "drop_path_rate": cfg.drop_path}
     try:
-        net = timm.create_model(cfg.model, num_classes=0, global_pool="token", dynamic_img_size=True, **options)
+        net = timm.create_model(
+            cfg.model, num_classes=0, global_pool="token", dynamic_img_size=True, **options
+        )
     except TypeError as error:
         raise ValueError(f"backbone.model={cfg.model} is not a plain ViT: {error}.") from None
     if not isinstance(net, VisionTransformer) or net.cls_token is None:

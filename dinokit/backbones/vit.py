@@ -81,7 +81,9 @@ class VisionTransformer(nn.Module):
         if cfg.size % cfg.patch:
             raise ValueError(f"backbone.size={cfg.size} is no multiple of backbone.patch={cfg.patch}.")
         if cfg.width % cfg.heads:
-            raise ValueError(f"backbone.width={cfg.width} cannot be shared by backbone.heads={cfg.heads} heads.")
+            raise ValueError(
+                f"backbone.width={cfg.width} cannot be shared by backbone.heads={cfg.heads} heads."
+            )
         self.width, self.patch, self.channels = cfg.width, cfg.patch, cfg.channels
         self.offset, self.antialias = cfg.pos_offset, cfg.pos_antialias
         self.side = cfg.size // cfg.patch  # M
@@ -175,7 +177,9 @@ class VisionTransformer(nn.Module):
             if i in wanted:
                 outs.append(self._tokens(segments.split(self.norm(rows) if norm else rows)[0]))
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
-        patches = [o.patches.transpose(1, 2).unflatten(2, grid).contiguous() if reshape else o.patches for o in outs]
+        patches = [
+            o.patches.transpose(1, 2).unflatten(2, grid).contiguous() if reshape else o.patches for o in outs
+        ]
         if return_class_token:
             return tuple(zip(patches, (o.cls for o in outs), strict=True))
         return tuple(patches)

@@ -39,9 +39,9 @@ class BlockMasks:
             )
         if min(grid) < 3 or rows * columns * high < 1:
             raise ValueError(
-                f"crops.globals.size over the patch size gives a grid of {rows} x {columns} patches, and masks of "
-                f"masks.patches=[{low}, {high}] need 3 x 3 patches, one of them to hide. Raise "
-                f"crops.globals.size, take a smaller patch, raise masks.patches, or drop the masks: masks=null."
+                f"crops.globals.size over the patch size gives a grid of {rows} x {columns} patches, but "
+                f"masks.patches=[{low}, {high}] needs 3 x 3 and one of them to hide. Raise the size, take a "
+                f"smaller patch, raise masks.patches, or drop the masks with masks=null."
             )
         self.cfg, self.grid = cfg, grid
         # One column of h patches, as bits; times the bits of a row, it is a box.

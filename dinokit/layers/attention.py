@@ -41,7 +41,9 @@ def attend(qkv: Tensor, heads: int, segments: Segments) -> Tensor:
     """
     outs = []
     for group in segments.split(qkv):
-        q, k, v = group.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()  # (images, H, tokens, d) each
+        q, k, v = (
+            group.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        )  # (images, H, tokens, d) each
         out = _short(q, k, v) if _is_short(q) else F.scaled_dot_product_attention(q, k, v)
         outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))  # (images * tokens, D)
     return outs[0] if len(outs) == 1 else torch.cat(outs)

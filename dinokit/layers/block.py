@@ -59,7 +59,7 @@ class LayerScale(nn.Module):
 def residual(
     rows: Tensor, segments: Segments, rate: float, branch: Callable[[Tensor, Segments], Tensor]
 ) -> Tensor:
-    """rows + branch(rows), the branch computed on a random subset of the images of each group only.
+    """Rows + branch(rows), the branch computed on a random subset of the images of each group only.
 
     Of b images, max(int(b * (1 - rate)), 1) are kept and their branch is scaled by b over that number, so the mean
     over the group is unbiased and the work shrinks with the rate (DINOv2, arXiv 2304.07193, section 5).

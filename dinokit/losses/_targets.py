@@ -1,6 +1,6 @@
 """What the teacher asks of the student: logits (R, K) to probabilities, balanced over the batch or by a centre.
 
-    R  rows on this process      K  prototypes
+R  rows on this process      K  prototypes
 """
 
 from typing import Literal

@@ -17,9 +17,11 @@ def pick_device(name: str) -> torch.device:
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in have.items() if there))
-    if not have.get(name.split(":")[0], False):
+    if not have.get(name.split(":", maxsplit=1)[0], False):
         there = ", ".join(kind for kind, is_there in have.items() if is_there)
-        raise ValueError(f"run.device={name} is not here; there is: {there}. run.device=auto takes the first.")
+        raise ValueError(
+            f"run.device={name} is not here; there is: {there}. run.device=auto takes the first."
+        )
     return torch.device(name)
 
 

@@ -80,7 +80,9 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     here = Path(__file__).parent
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+        )
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None

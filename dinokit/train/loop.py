@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinokit import shelves
 from dinokit.backbones import Backbone
 from dinokit.config import Recipe, to_yaml
 from dinokit.data.batch import Batch
@@ -111,7 +110,9 @@ class Step:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else the step was skipped for an overflow, and there is nothing new
+        if (
+            self.scaler.get_scale() >= scale
+        ):  # else the step was skipped for an overflow, and there is nothing new
             self.model.update_teacher(s.momentum(step))
         return values
 
@@ -245,7 +246,9 @@ class Run:
             state = {**self.step.state(), "unreadable": self.unreadable.state()}
             checkpoint.save(self.out / "checkpoints", done, state, self.recipe.run.keep)
             backbone = self.step.model.teacher.backbone
-            save_backbone(self.out / "teacher.safetensors", backbone, self.recipe.backbone, to_yaml(self.recipe))
+            save_backbone(
+                self.out / "teacher.safetensors", backbone, self.recipe.backbone, to_yaml(self.recipe)
+            )
 
     def _check_finite(self, table: Tensor, names: list[str], first: int) -> None:
         bad = (~table.isfinite()).nonzero()

@@ -79,7 +79,9 @@ def _scaled(student: Network, cfg: Optim) -> Iterator[tuple[str, Tensor, float]]
 def _layer_scales(backbone: Backbone, decay: float) -> dict[int, float]:
     """By id of the parameter: block i of n has decay ** (n - i), what stands before the blocks one power more."""
     depth = len(backbone.blocks)
-    scales = {id(p): decay ** (depth - i) for i, block in enumerate(backbone.blocks) for p in block.parameters()}
+    scales = {
+        id(p): decay ** (depth - i) for i, block in enumerate(backbone.blocks) for p in block.parameters()
+    }
     first = decay ** (depth + 1)
     for p in backbone.parameters():  # in order of registration: tokens and embeddings, blocks, final norm
         if id(p) in scales:

@@ -46,7 +46,9 @@ def _activations(recipe: Recipe, student: Network, images: int) -> tuple[int, fl
     for group in (recipe.crops.globals, recipe.crops.locals):
         tokens += images * group.count * (1 + (group.size // backbone.patch) ** 2)
     blocks = tokens * backbone.width * len(backbone.blocks) * BYTES_A_TOKEN
-    crops = 2 * recipe.crops.globals.count + recipe.crops.locals.count  # student's, and the teacher's global ones
+    crops = (
+        2 * recipe.crops.globals.count + recipe.crops.locals.count
+    )  # student's, and the teacher's global ones
     logits = images * crops * recipe.heads.cls.prototypes * 3 * 4  # logits, exponentials, gradient
     if recipe.masks is not None:
         head = recipe.heads.patch or recipe.heads.cls

@@ -1,7 +1,7 @@
 """The student and the teacher: the algorithm box of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193).
 
-    B  images in this forward pass      G, L  global and local crops      N  patches a global crop      D  width
-    K  prototypes      M  masked patches
+B  images in this forward pass      G, L  global and local crops      N  patches a global crop      D  width
+K  prototypes      M  masked patches
 """
 
 import copy
@@ -76,7 +76,7 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, for every parameter."""
+        """Teacher <- momentum * teacher + (1 - momentum) * student, for every parameter."""
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
 
     @torch.no_grad()
@@ -91,7 +91,9 @@ class StudentTeacher(nn.Module):
             teacher_cls = self.teacher.dino_head(teacher.cls)
             teacher_patch = self.teacher.patch_logits(teacher.patches.flatten(0, 1)[masked])
         return Views(
-            student_cls=self.student.dino_head(torch.cat([s.cls for s in student])).unflatten(0, (-1, images)),
+            student_cls=self.student.dino_head(torch.cat([s.cls for s in student])).unflatten(
+                0, (-1, images)
+            ),
             teacher_cls=teacher_cls.unflatten(0, (-1, images)),
             student_feature=student[0].cls.unflatten(0, (-1, images)),
             student_patch=self.student.patch_logits(student[0].patches.flatten(0, 1)[masked]),
@@ -116,7 +118,9 @@ def build_backbone(recipe: Recipe) -> Backbone:
             f"channels: give one number a channel."
         )
     if recipe.masks is not None and not hasattr(backbone, "mask_token"):
-        raise ValueError("`masks` are given, but the backbone has no mask token: set backbone.mask_token=true.")
+        raise ValueError(
+            "`masks` are given, but the backbone has no mask token: set backbone.mask_token=true."
+        )
     for name, group in {"globals": crops.globals, "locals": crops.locals}.items():
         if group.count and group.size % backbone.patch:
             near = max(round(group.size / backbone.patch), 1) * backbone.patch

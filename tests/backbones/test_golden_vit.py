@@ -35,7 +35,9 @@ def load(weights: dict[str, torch.Tensor], heads: int) -> VisionTransformer:
     return vit
 
 
-def load_by_features(weights: dict[str, torch.Tensor], x: torch.Tensor, cls: torch.Tensor) -> VisionTransformer:
+def load_by_features(
+    weights: dict[str, torch.Tensor], x: torch.Tensor, cls: torch.Tensor
+) -> VisionTransformer:
     """A file of weights does not tell the number of heads; its features do."""
     width = weights["cls_token"].shape[-1]
     tried = [load(weights, heads) for heads in range(1, width + 1) if width % heads == 0]
@@ -54,7 +56,9 @@ def test_dinov2_features_are_the_recorded_ones(golden, name):
         got = vit.forward_features(io["x"])
         torch.testing.assert_close(got["x_norm_clstoken"], io["cls"], **CLOSE)
         torch.testing.assert_close(got["x_norm_patchtokens"], io["patches"], **CLOSE)
-        torch.testing.assert_close(got["x_norm_regtokens"], io["registers"].reshape(got["x_norm_regtokens"].shape), **CLOSE)
+        torch.testing.assert_close(
+            got["x_norm_regtokens"], io["registers"].reshape(got["x_norm_regtokens"].shape), **CLOSE
+        )
         torch.testing.assert_close(got["x_prenorm"], io["prenorm"], **CLOSE)
         masked = vit([io["x"]], [io["mask"]])[0]
         torch.testing.assert_close(masked.cls, io["masked_cls"], **CLOSE)

@@ -38,7 +38,13 @@ def test_other_sizes_and_masks(generator):
 def test_parameters_come_in_the_order_of_depth():
     names = [name for name, _ in model().named_parameters()]
     first, last = names.index("net.blocks.0.norm1.weight"), names.index("net.norm.weight")
-    before = {"mask_token", "net.cls_token", "net.pos_embed", "net.patch_embed.proj.weight", "net.patch_embed.proj.bias"}
+    before = {
+        "mask_token",
+        "net.cls_token",
+        "net.pos_embed",
+        "net.patch_embed.proj.weight",
+        "net.patch_embed.proj.bias",
+    }
     assert before == set(names[:first])
     assert all(".blocks." in name for name in names[first:last])
 

@@ -39,7 +39,9 @@ def small(**values) -> VisionTransformer:
 @torch.no_grad()
 def test_groups_in_one_pass_are_groups_one_by_one(generator):
     vit = small(registers=2)
-    crops = [torch.randn(b, 3, h, w, generator=generator) for b, h, w in ((2, 32, 32), (3, 16, 24), (1, 48, 8))]
+    crops = [
+        torch.randn(b, 3, h, w, generator=generator) for b, h, w in ((2, 32, 32), (3, 16, 24), (1, 48, 8))
+    ]
     masks = [torch.rand(2, 16, generator=generator) < 0.4, None, None]
     together = vit(crops, masks)
     for x, mask, tokens in zip(crops, masks, together, strict=True):
@@ -113,7 +115,10 @@ def test_layers_come_in_their_own_order_and_unknown_ones_are_named(generator):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"size": 33}, "size=33 is no multiple of backbone.patch=8"), ({"heads": 5}, "cannot be shared by backbone.heads=5")],
+    [
+        ({"size": 33}, "size=33 is no multiple of backbone.patch=8"),
+        ({"heads": 5}, "cannot be shared by backbone.heads=5"),
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused(values, message):
     with pytest.raises(ValueError, match=message):

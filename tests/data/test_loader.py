@@ -289,7 +289,12 @@ def start(folder: Path, rest: str) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_is_answered_by_one_process_only(tmp_path: Path) -> None:
-    rest = "try:\n    for b in batches: print(b.step, flush=True)\nexcept KeyboardInterrupt:\n    print('stopped')\n"
+    rest = (
+        "try:\n"
+        "    for batch in batches: print(batch.step, flush=True)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped')\n"
+    )
     process = start(tmp_path, rest)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process at once
     out, err = process.communicate(timeout=20)
@@ -300,7 +305,7 @@ def test_ctrl_c_is_answered_by_one_process_only(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs to know who sent a signal")
 def test_a_schedulers_warning_leaves_time_for_more_steps_and_an_end_in_order(tmp_path: Path) -> None:
-    """The batches are still referred to when the process ends: Python then asks the workers to end, and waits."""
+    """The batches are still referred to at the end: Python then asks the workers to end, and waits."""
     rest = (
         "warned = []\n"
         "signal.signal(signal.SIGTERM, lambda *_: warned.append(1))\n"

@@ -1,4 +1,4 @@
-"""Block masks: the counts they promise over a whole step; for one, a slow generator with sets is the oracle."""
+"""Block masks: the counts they promise over a whole step; a slow generator with sets as the oracle."""
 
 import math
 

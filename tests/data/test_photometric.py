@@ -120,7 +120,7 @@ def test_a_crop_is_coloured_alike_in_any_company(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_device_is_never_asked_for_a_value() -> None:
-    """A tensor on the device "meta" has no values to give: asking for one raises, as on a GPU it would wait."""
+    """A tensor on the device "meta" has no values: asking for one raises; on a GPU it would wait."""
     cfg = Crops(globals=CropGroup(blur=(0.5,), solarize=(0.5,)))
     rows = [ph.draw(cfg, cfg.globals, 0, generator(0, 0, i, 0)) for i in range(20)]
     done = ph.Photometric(cfg)(photo_like(20).to("meta"), torch.from_numpy(np.stack(rows)))

@@ -88,11 +88,21 @@ def test_the_size_of_a_block_changes_nothing(rows, columns):
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 8, 100])
 def test_of_equally_near_images_the_first_are_taken_in_order(columns):
-    # Cosines of axis-aligned unit vectors are exact, so these ties are ties in every block.
+    # Unit vectors along the axes, 4 and 8 and 4 of each, have a middle and distances without rounding.
     axes = torch.eye(3)
-    bank = axes[torch.tensor([1, 0, 2, 0, 1, 0, 0, 2, 1, 1, 0])]
+    bank = axes[torch.tensor([1, 0, 2, 1, 0, 1, 1, 0, 2, 1, 1, 2, 1, 0, 1, 2])]
     _, places = nearest(axes, bank, 6, columns=columns)
-    assert places.tolist() == [[1, 3, 5, 6, 10, 0], [0, 4, 8, 9, 1, 2], [2, 7, 0, 1, 3, 4]]
+    assert places.tolist() == [[1, 4, 7, 13, 0, 2], [0, 3, 5, 6, 9, 10], [2, 8, 11, 15, 0, 1]]
+
+
+def test_features_that_differ_by_a_hundred_thousandth_are_still_told_apart():
+    # In float32 all of these cosines are 1, or one step beside it.
+    query, bank = (torch.ones(16) + 1e-5 * points(n, 16, seed=n) for n in (8, 60))
+    labels = labels_of(60, 5)
+    near = F.normalize(query, dim=1) @ F.normalize(bank, dim=1).T
+    assert near.unique().numel() < 9
+    for row, x in zip(vote(query, bank, labels, 5, 0.07, 5).tolist(), query.tolist(), strict=True):
+        assert row == pytest.approx(vote_by_hand(x, bank.tolist(), labels.tolist(), 5, 0.07, 5), abs=1e-5)
 
 
 def test_the_search_holds_one_block_of_cosines_at_a_time():
@@ -226,7 +236,7 @@ def test_few_shot_scores_stand_beside_the_full_ones(colours):
 
 
 def test_a_class_with_too_few_images_for_the_shots_is_named(colours):
-    with pytest.raises(ValueError, match="few_shot=9 .* but 'blue' has 8"):
+    with pytest.raises(ValueError, match=r"few_shot=9 .* but 'blue' has 8"):
         evaluate(config(**colours, few_shot=[9]), Corner())
 
 
@@ -237,9 +247,8 @@ def test_a_cut_takes_so_many_images(colours):
 
 def test_a_vit_is_judged_on_the_built_in_scenes_as_the_definition_says():
     torch.manual_seed(0)
-    vit = shelves.build(
-        "backbones", {"name": "vit", "width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 32}
-    )
+    sizes = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 32}
+    vit = shelves.build("backbones", {"name": "vit", "layer_scale": 1.0, **sizes})
     halves = {
         split: {"name": "scenes", "size": 32, "count": 60, "test_count": 20, "split": split}
         for split in SPLITS
@@ -281,7 +290,7 @@ def test_different_classes_are_named(colours, tmp_path):
 def test_a_test_image_may_not_be_a_training_image(colours, splits):
     train, test = ({**colours["train"], "split": split} for split in splits)
     with pytest.raises(
-        ValueError, match=f"share images: .* train.split={splits[0]} and test.split={splits[1]}"
+        ValueError, match=rf"share images: .* train.split={splits[0]} and test.split={splits[1]}"
     ):
         evaluate(config(train=train, test=test), Corner())
 

@@ -18,7 +18,12 @@ def by_hand(student: list, teacher: list, temp: float) -> float:
                 continue
             for logits, probabilities in zip(crop, target, strict=True):
                 total = sum(math.exp(x / temp) for x in logits)
-                terms.append(-sum(p * math.log(math.exp(x / temp) / total) for x, p in zip(logits, probabilities, strict=True)))
+                terms.append(
+                    -sum(
+                        p * math.log(math.exp(x / temp) / total)
+                        for x, p in zip(logits, probabilities, strict=True)
+                    )
+                )
     return sum(terms) / len(terms)
 
 

@@ -35,7 +35,11 @@ def losses_section(**losses) -> dict:
 
 def batch_of(recorded, i: int, crops: Crops) -> Batch:
     globals_ = recorded[f"batch/{i}/global"]
-    locals_ = recorded[f"batch/{i}/local"] if f"batch/{i}/local" in recorded else globals_.new_zeros(0, *globals_.shape[1:])
+    locals_ = (
+        recorded[f"batch/{i}/local"]
+        if f"batch/{i}/local" in recorded
+        else globals_.new_zeros(0, *globals_.shape[1:])
+    )
     masks = recorded[f"batch/{i}/masks"] if f"batch/{i}/masks" in recorded else None
     weight = torch.zeros(0)
     if masks is not None:
@@ -65,7 +69,9 @@ def check_end(step: Step, recorded) -> None:
         got = rename(network.state_dict(), end)
         assert got.keys() == end.keys()
         for name in end:
-            torch.testing.assert_close(got[name], end[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{who} {n}: {m}")
+            torch.testing.assert_close(
+                got[name], end[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{who} {n}: {m}"
+            )
 
 
 def rename(state: dict, like: dict) -> dict:
@@ -81,7 +87,9 @@ def load_start(step: Step, recorded) -> None:
         network.load_state_dict({names[k]: v for k, v in start.items()}, strict=True)
 
 
-@pytest.mark.parametrize("name", ["step_v2_sinkhorn_separate", "step_v2_centering_shared", "step_v2_no_local"])
+@pytest.mark.parametrize(
+    "name", ["step_v2_sinkhorn_separate", "step_v2_centering_shared", "step_v2_no_local"]
+)
 def test_dinov2_steps_are_the_recorded_ones(golden, name):
     recorded = golden(name)
     recipe, columns = dinov2_recipe(recorded), recorded.settings["columns"]

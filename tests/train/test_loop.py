@@ -43,7 +43,14 @@ def assert_same_run(a: Path, b: Path) -> None:
 def test_a_run_leaves_what_it_promises(tiny):
     out = train(tiny("a"))
     have = {p.name for p in out.iterdir()}
-    assert have == {"recipe.yaml", "env.json", "metrics.jsonl", "run.log", "checkpoints", "teacher.safetensors"}
+    assert have == {
+        "recipe.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "run.log",
+        "checkpoints",
+        "teacher.safetensors",
+    }
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_0000004.pt", "step_0000006.pt"]
     assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
     assert {"dino", "ibot", "koleo", "lr", "momentum", "teacher_temp"} <= records(out)[0].keys()
@@ -73,7 +80,11 @@ def start(recipe_file, photos, out, *overrides) -> subprocess.Popen:
     words = ["train", str(recipe_file), f"data.path={photos}", f"run.out={out}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", COMMAND, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
@@ -126,7 +137,9 @@ def test_a_finished_run_is_not_run_again(tiny):
 def test_another_recipe_does_not_touch_a_run(tiny):
     out = train(tiny("a"))
     before = weights(out)
-    with pytest.raises(ValueError, match=r"run of another recipe: optim.lr was 0.001, now 0.002.*another run.out"):
+    with pytest.raises(
+        ValueError, match=r"run of another recipe: optim.lr was 0.001, now 0.002.*another run.out"
+    ):
         train(tiny("a", "optim.lr=2e-3"))
     assert all(torch.equal(before[k], v) for k, v in weights(out).items())
 
@@ -188,8 +201,13 @@ def test_evaluation_changes_nothing_of_the_run(tiny):
 
 
 def test_a_loss_that_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tiny):
-    with pytest.raises(TrainingError, match=r"'(dino|ibot|koleo|grad_\w+)' became (nan|inf) in step [3-9].*step_0000002\.pt.*optim\.lr"):
-        train(tiny("a", "optim.lr=1e30", "optim.warmup=1", "optim.clip=0", "run.log_every=2", "optim.steps=20"))
+    with pytest.raises(
+        TrainingError,
+        match=r"'(dino|ibot|koleo|grad_\w+)' became (nan|inf) in step [3-9].*step_0000002\.pt.*optim\.lr",
+    ):
+        train(
+            tiny("a", "optim.lr=1e30", "optim.warmup=1", "optim.clip=0", "run.log_every=2", "optim.steps=20")
+        )
     out = Path(tiny("a").run.out)
     state = torch.load(out / "checkpoints" / "step_0000002.pt", weights_only=True)
     assert all(v.isfinite().all() for v in state["model"].values())
@@ -207,7 +225,10 @@ def test_an_unreadable_image_is_named_once_and_the_run_goes_on(tiny, photos):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["crops.globals.size=36"], "crops.globals.size=36 is no multiple of .* 8 pixels; the nearest that is: 32"),
+        (
+            ["crops.globals.size=36"],
+            "crops.globals.size=36 is no multiple of .* 8 pixels; the nearest that is: 32",
+        ),
         (["crops.locals.size=15"], "crops.locals.size=15"),
         (["crops.globals.size=16"], "masks"),
         (["backbone.channels=4"], "backbone.channels=4, but crops.mean .* 3 channels"),

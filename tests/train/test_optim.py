@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from dinokit.config import Crops, Head, Heads, Optim, Recipe, section_values
-from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, parameter_groups, set_rates
+from dinokit.train.optim import (
+    build_optimizer,
+    clip_gradients,
+    drop_prototype_gradients,
+    parameter_groups,
+    set_rates,
+)
 from dinokit.train.student_teacher import Network
 
 DEPTH = 3
@@ -18,7 +24,9 @@ def network(**backbone) -> Network:
     recipe = Recipe(
         name="x",
         backbone={"name": "vit", **section_values("backbones", "vit", values, "backbone")},
-        heads=Heads(cls=Head(prototypes=6, hidden=8, bottleneck=4), patch=Head(prototypes=5, hidden=8, bottleneck=4)),
+        heads=Heads(
+            cls=Head(prototypes=6, hidden=8, bottleneck=4), patch=Head(prototypes=5, hidden=8, bottleneck=4)
+        ),
         crops=Crops(),
     )
     return Network(recipe)

@@ -7,14 +7,19 @@ from dinokit.train.unreadable import TooManyUnreadable, Unreadable
 
 def test_each_is_named_once():
     counter = Unreadable(share=0.01, images=10_000)
-    assert counter.add(["a", "a", "b"], seen=100) == ["cannot be read, left out: a", "cannot be read, left out: b"]
+    assert counter.add(["a", "a", "b"], seen=100) == [
+        "cannot be read, left out: a",
+        "cannot be read, left out: b",
+    ]
     assert counter.add(["a"], seen=200) == []
 
 
 def test_more_than_the_share_end_the_run_with_the_way_out():
     counter = Unreadable(share=0.01, images=300)
     counter.add(["1", "2", "3"], seen=10)
-    with pytest.raises(TooManyUnreadable, match=r"4 of 300 .* run\.max_unreadable=0\.01: 1, 2, 3, 4\. .*=0\.027"):
+    with pytest.raises(
+        TooManyUnreadable, match=r"4 of 300 .* run\.max_unreadable=0\.01: 1, 2, 3, 4\. .*=0\.027"
+    ):
         counter.add(["4"], seen=20)
 
 

@@ -1,8 +1,8 @@
 """Images in .tar files, read where they lie.
 
-All headers are read when the source is opened, one for each member (about 80 seconds for a million images with
-labels); then an image costs one read at a known place, in any order. A file `KEY.cls` beside `KEY.jpg`, or
-`KEY.json` with "label" or "cls", gives the label: that is the layout of WebDataset.
+All headers are read when the source is opened, one for each member (about 80 seconds for a million images
+with labels); then an image costs one read at a known place, in any order. A file `KEY.cls` beside `KEY.jpg`,
+or `KEY.json` with "label" or "cls", gives the label: that is the layout of WebDataset.
 """
 
 import json
