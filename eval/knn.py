@@ -104,10 +104,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     scores = accuracies(train, test, sorted(set(cfg.k)), cfg.temp, len(classes))
     for shots in cfg.few_shot:
         ks = sorted({k for k in cfg.k if k < shots} | {shots})
-        tries = [
-            accuracies(draw_shots(train, shots, seed, classes), test, ks, cfg.temp, len(classes))
-            for seed in range(cfg.tries)
-        ]
+        banks = [draw_shots(train, shots, seed, classes) for seed in range(cfg.tries)]
+        tries = [accuracies(bank, test, ks, cfg.temp, len(classes)) for bank in banks]
         scores |= {f"{key} {shots}-shot": sum(t[key] for t in tries) / cfg.tries for key in tries[0]}
     scores |= {"images_train": len(train.y), "images_test": len(test.y)}
     unreadable = len(train.unreadable) + len(test.unreadable)
@@ -163,19 +161,12 @@ def _features(cfg: Config, split: str, backbone: Backbone, source: Source) -> Fe
         ValueError: as `extract`, or if an image has no label.
     """
     size = cfg.size or backbone.input.size
-    done = extract(
-        backbone,
-        source,
-        cfg.resize or round(size * 256 / 224),
-        size,
-        cfg.batch,
-        cfg.workers,
-        DTYPES[cfg.precision],
-    )
+    resize, dtype = cfg.resize or round(size * 256 / 224), DTYPES[cfg.precision]
+    done = extract(backbone, source, resize, size, cfg.batch, cfg.workers, dtype)
     bare = int((done.y < 0).sum())
     if bare:
         raise ValueError(
-            f"{bare} of {len(done.y)} {split} images have no label: label them, or take them out."
+            f"{bare} of {len(done.y)} {split} images have no label: label them or take them out."
         )
     return Features(F.normalize(done.x, dim=1), done.y, done.unreadable)
 
@@ -200,9 +191,7 @@ def draw_shots(train: Features, shots: int, seed: int, classes: Sequence[str]) -
     return Features(train.x[places], train.y[places], [])
 
 
-def accuracies(
-    train: Features, test: Features, ks: Sequence[int], temp: float, classes: int
-) -> dict[str, float]:
+def accuracies(train: Features, test: Features, ks: list[int], temp: float, classes: int) -> dict[str, float]:
     """Top-1, and with more than five classes top-5, for each number of neighbours."""
     tops = (1, 5) if classes > 5 else (1,)
     right = torch.zeros(len(ks), len(tops), dtype=torch.int64, device=test.x.device)
@@ -230,15 +219,15 @@ def _rank(votes: Tensor, labels: Tensor) -> Tensor:
 
 
 def _nearest_to_few(query: Tensor, bank: Tensor, k: int, columns: int) -> tuple[Tensor, Tensor]:
-    # Features of an untrained or collapsed backbone are so alike that all their cosines round to 1. Distances,
-    # seen from a point in their midst, do not: on the unit sphere, cosine - 1 is minus half their square.
+    # Features of an untrained or collapsed backbone are so alike that all their cosines round to 1. Distances
+    # seen from a point in their midst do not: on the unit sphere, cosine - 1 is minus half their square.
     middle = bank.mean(dim=0)
     query = query - middle
     near = query.new_empty(len(query), 0)
     places = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), columns):
         part = bank[start : start + columns] - middle
-        block = query @ part.T - query.square().sum(dim=1, keepdim=True) / 2 - part.square().sum(dim=1) / 2
+        block = query @ part.T - part.square().sum(1) / 2 - query.square().sum(1, keepdim=True) / 2
         numbers = torch.arange(start, start + len(part), device=query.device).expand(len(query), -1)
         near, chosen = _largest(torch.cat([near, block], dim=1), k)
         places = torch.cat([places, numbers], dim=1).gather(1, chosen)
@@ -250,7 +239,9 @@ def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if x.shape[1] > k:
         least = x.topk(k, dim=1).values[:, -1:]
         above, level = x > least, x == least
-        kept = above | (level & (level.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+        kept = above | (
+            level & (level.cumsum(dim=1, dtype=torch.int32) <= k - above.sum(dim=1, keepdim=True))
+        )
         columns = kept.nonzero()[:, 1].view(len(x), k)
     else:
         columns = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)

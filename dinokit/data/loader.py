@@ -61,7 +61,8 @@ def loader(
 
     Raises:
         ValueError: if the batch cannot be shared out, or the source is empty.
-        RuntimeError: while iterating, if a worker dies, or if no readable image is found for a place.
+        RuntimeError: while iterating, if a worker dies (or ConnectionError, if it dies while it hands a batch
+            over), or if no readable image is found for a place.
     """
     if batch % world:
         raise ValueError(

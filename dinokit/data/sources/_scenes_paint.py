@@ -39,15 +39,15 @@ class Noise:
         return self.spread @ grid @ self.spread.T
 
 
-def colours(rng: np.random.Generator, hues: Floats, saturation: tuple[float, float]) -> Floats:
-    """Random colours (n, 3) in [0, 1] of the hues (n,), in turns, with a saturation in the range given."""
+def colours(rng: np.random.Generator, hues: Floats, saturation: tuple[float, float], value: tuple[float, float]) -> Floats:
+    """Random colours (n, 3) in [0, 1] of the hues (n,), in turns, with saturation and value in the ranges given."""
     n = len(hues)
     s = rng.uniform(*saturation, n).astype(np.float32)[:, None]
-    value = rng.uniform(0.5, 0.95, n).astype(np.float32)[:, None]
+    bright = rng.uniform(*value, n).astype(np.float32)[:, None]
     k = (
         np.array([5, 3, 1], dtype=np.float32) + 6 * hues[:, None]
     ) % 6  # the usual piecewise linear colour wheel
-    return value - value * s * np.clip(np.minimum(k, 4 - k), 0, 1)
+    return bright - bright * s * np.clip(np.minimum(k, 4 - k), 0, 1)
 
 
 def spread_hues(rng: np.random.Generator, n: int) -> Floats:

@@ -18,8 +18,8 @@ Reals = NDArray[np.float64]  # (n,): one number an object
 OBJECTS = (4, 6)  # fewest, most
 GROUNDS = 3  # textures on the ground of one image
 CLUTTER = 6  # spots and streaks on the ground of one image
-NEAR, FAR = 2.2, 4.4  # metres: where objects stand; the ground begins at 6
-HAZE = 0.72  # grey that far things fade to: the same in all images, so that it tells none from another
+NEAR, FAR = 2.4, 4.4  # metres: where objects stand; the ground begins at 6
+HAZE = 0.5  # grey that far things fade to: the same in all images, so that it tells none from another
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Renderer:
         image *= 1 - 0.5 * self._shadow(objects, light)
         image += _fog(ground_depth) * (HAZE - image)
         self._paint(rng, image, objects, surface[GROUNDS:], light)
-        image *= np.exp(0.15 * self.broad(rng, 1)[0] - 0.02)
+        image *= np.exp(0.12 * self.broad(rng, 1)[0] - 0.02)
         image = soften(image, rng.uniform(0.06, 0.14))
         image += rng.uniform(0.015, 0.025) * rng.standard_normal(image.shape, dtype=np.float32)
         mask, depth = _truth(objects, ground_depth, label)
@@ -90,9 +90,9 @@ class Renderer:
         distance = NEAR * (FAR / NEAR) ** strata
         radius = rng.uniform(0.95, 1.25, n) / distance  # of things of like size, the far ones look small
         x, y = _spread_out(rng, radius, lower=0.15 * (1 - 2 * strata))
-        angle = rng.uniform(-0.6, 0.6, n)
+        angle = rng.uniform(-0.3, 0.3, n)
         mirror = rng.choice([-1.0, 1.0], n)
-        stretch = np.exp(rng.uniform(-0.15, 0.15, n))
+        stretch = np.exp(rng.uniform(-0.1, 0.1, n))
         cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
         turn = np.array([[mirror * stretch * cos, mirror * stretch * sin], [-sin / stretch, cos / stretch]])
         a, b, c, d = turn.astype(np.float32).reshape(4, n, 1, 1)
@@ -104,12 +104,12 @@ class Renderer:
 
     def _ground(self, rng: np.random.Generator, surface: Floats) -> Floats:
         # Faint patterns in patches, on a hue that wanders over the whole wheel: all grounds are alike on the whole.
-        image = 0.5 + 0.09 * self.coarse(rng, 3)
-        image += 0.05 * self.fine(rng, 1)
+        image = 0.36 + 0.055 * self.coarse(rng, 3)
+        image += 0.035 * self.fine(rng, 1)
         share = self.coarse(rng, GROUNDS)
         best = share.max(axis=0)
         for k in range(GROUNDS):
-            image += (share[k] == best) * (0.2 * surface[k] - np.float32(0.1))
+            image += (share[k] == best) * (0.12 * surface[k] - np.float32(0.06))
         return image
 
     def _clutter(self, rng: np.random.Generator, image: Floats) -> None:
@@ -121,8 +121,8 @@ class Renderer:
         turn = np.array(
             [np.cos(angle) / long, np.sin(angle) / long, -np.sin(angle) / wide, np.cos(angle) / wide]
         )
-        opacity = rng.uniform(0.3, 0.7, CLUTTER)
-        paint = colours(rng, spread_hues(rng, CLUTTER), (0.1, 0.6))[:, :, None, None]
+        opacity = rng.uniform(0.25, 0.6, CLUTTER)
+        paint = colours(rng, spread_hues(rng, CLUTTER), (0.1, 0.6), (0.2, 0.7))[:, :, None, None]
         ragged = 0.8 * self.coarse(rng, CLUTTER) - 1
         for k, (a, b, c, d) in enumerate(turn.T.tolist()):
             dx, dy = self.x - float(x[k]), self.y - float(y[k])
@@ -141,7 +141,7 @@ class Renderer:
         self, rng: np.random.Generator, image: Floats, objects: Objects, surface: Floats, light: Floats
     ) -> None:
         n = len(surface)
-        paint = colours(rng, spread_hues(rng, 2 * n), (0.45, 0.8)).reshape(2, n, 3, 1, 1)
+        paint = colours(rng, spread_hues(rng, 2 * n), (0.35, 0.75), (0.7, 1.0)).reshape(2, n, 3, 1, 1)
         contrast = rng.uniform(0.2, 0.6, n).tolist()
         rim = np.float32(0.4)  # an outline in the dark, as on anything that is not flat
         shade = (1 - rim + rim * objects.inside) * (1 + 0.12 * (light[0] * objects.u + light[1] * objects.v))
@@ -167,7 +167,7 @@ def _spread_out(rng: np.random.Generator, radius: Reals, lower: Reals) -> tuple[
 
 
 def _fog(distance: Floats) -> Floats:
-    return 1 - np.exp(-distance / 25)
+    return 1 - np.exp(-distance / 40)
 
 
 def _truth(objects: Objects, ground_depth: Floats, label: int) -> tuple[NDArray[np.uint8], Floats]:
