@@ -11,7 +11,7 @@ help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env  ## Train a small ViT on built-in scenes, on this machine, and judge it (minutes)
-	$(PY) -m dinokit train scenes_cpu run.out=runs/demo
+	$(PY) -m dinokit demo
 
 test: env  ## Every test that needs no GPU and under ten seconds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not slow"

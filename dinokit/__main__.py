@@ -16,12 +16,11 @@ dinokit VERB --help       what a verb takes            dinokit --version
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinokit.backbones import Backbone
     from dinokit.config import Recipe
     from dinokit.data.sources import Source
     from dinokit.train.loop import Evaluator
@@ -38,11 +37,11 @@ def train(what: str, overrides: Sequence[str]) -> None:
 def evaluate(what: str, overrides: Sequence[str]) -> None:
     """Dinokit eval EVALUATOR weights=FILE_OR_RUN [key=value ...]: judge frozen features.
 
-    Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source given by
-    its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of weights=... judges a
-    backbone without training.
+    Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source
+    given by its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of
+    weights=... judges a backbone without training.
     """
-    from dinokit import shelves
+    from dinokit import judge, shelves
     from dinokit.config import parse_overrides
 
     shelves.read_config("eval", what)
@@ -52,14 +51,14 @@ def evaluate(what: str, overrides: Sequence[str]) -> None:
         raise ValueError(
             "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
         )
-    values = _checked_eval(what, values)
-    backbone, data = _load_judged(weights, untrained)
-    scores = _run_evaluator(what, _with_data(what, values, data), backbone)
+    values = judge.checked_values(what, values)
+    backbone, data = judge.load_judged(weights, untrained)
+    scores = judge.run_evaluator(what, judge.with_data(what, values, data), backbone)
     print(json.dumps({"eval": what, "weights": weights or f"untrained {untrained['name']}", **scores}))
 
 
 def show(what: str, overrides: Sequence[str]) -> None:
-    """Dinokit show RECIPE [key=value ...]: the recipe with every default filled in, and what it amounts to."""
+    """Dinokit show RECIPE [key=value ...]: the recipe, every default filled in, and what it amounts to."""
     from dinokit.config import load_recipe, to_yaml
 
     recipe = load_recipe(what, overrides)
@@ -71,7 +70,8 @@ def show(what: str, overrides: Sequence[str]) -> None:
 
 
 def demo(what: str, overrides: Sequence[str]) -> None:
-    """Dinokit demo [key=value ...]: recipe scenes_cpu from start to end in runs/demo, and a table of k-NN accuracies."""
+    """Dinokit demo [key=value ...]: recipe scenes_cpu from start to end in runs/demo, judged by k-NN."""
+    from dinokit import judge
     from dinokit.config import load_recipe
 
     recipe = load_recipe(what or "scenes_cpu", ["run.out=runs/demo", *overrides])
@@ -91,8 +91,8 @@ def demo(what: str, overrides: Sequence[str]) -> None:
     }
     values = {key: value for key, value in recipe.evals["knn"].items() if key != "every"}
     for label, (weights, untrained) in judged.items():
-        backbone, _ = _load_judged(weights, untrained, size=recipe.crops.globals.size)
-        scores = _run_evaluator("knn", _with_data("knn", values, recipe.data), backbone)
+        backbone, _ = judge.load_judged(weights, untrained, size=recipe.crops.globals.size)
+        scores = judge.run_evaluator("knn", judge.with_data("knn", values, recipe.data), backbone)
         table.add_row(label, f"{100 * scores['top1@20']:.1f} %")
     Console().print(table)
     print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
@@ -119,92 +119,23 @@ def pretrain(recipe: "Recipe") -> str:
 def _evaluators(recipe: "Recipe", source: "Source") -> list["Evaluator"]:
     from functools import partial
 
+    from dinokit import judge
     from dinokit.train.loop import Evaluator
 
     done = []
     for name, section in recipe.evals.items():
         values = {key: value for key, value in section.items() if key != "every"}
-        own_data = any(values[key] is None for key in _source_fields(name))
-        if own_data and not source.classes:
+        sources = judge.source_fields(name)
+        if any(values[key] is None for key in sources) and not source.classes:
             print(
-                f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To watch the run by it, give "
-                f"{' and '.join(f'evals.{name}.{key}.path' for key in _source_fields(name))}.",
+                f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To watch the "
+                f"run by it, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}.",
                 file=sys.stderr,
             )
             continue
-        done.append(
-            Evaluator(
-                name, section["every"], partial(_run_evaluator, name, _with_data(name, values, recipe.data))
-            )
-        )
+        values = judge.with_data(name, values, recipe.data)
+        done.append(Evaluator(name, section["every"], partial(judge.run_evaluator, name, values)))
     return done
-
-
-def _source_fields(name: str) -> dict[str, str]:
-    """The fields of an evaluator's Config that are sources, with the split that each stands for."""
-    from dinokit import shelves
-
-    return {
-        f.name: f.metadata["split"]
-        for f in fields(shelves.read_config("eval", name))
-        if "split" in f.metadata
-    }
-
-
-def _checked_eval(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    from dinokit.config import section_values
-
-    for key in _source_fields(name):
-        if isinstance(values.get(key), dict):
-            values[key] = {
-                "name": "folder",
-                **({} if "name" in values[key] else {"labels": "folders"}),
-                **values[key],
-            }
-    return section_values("eval", name, values, "")
-
-
-def _with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
-    done = dict(values)
-    for key, split in _source_fields(name).items():
-        if done[key] is None:
-            if data is None or "split" not in data:
-                raise ValueError(
-                    f"{key}.path (a folder with one sub-folder a class) or {key}.name must be given."
-                )
-            done[key] = {**data, "split": split}
-    return done
-
-
-def _load_judged(
-    weights: str | None, untrained: Mapping[str, Any] | None, size: int = 0
-) -> tuple["Backbone", dict[str, Any] | None]:
-    """The backbone to judge, and the data section that it was trained on."""
-    import torch
-
-    from dinokit import shelves
-    from dinokit.config import load_recipe_text, section_values
-    from dinokit.weights import describe, load_backbone
-
-    if weights is not None:
-        recipe = describe(weights)["recipe"]
-        return load_backbone(weights), load_recipe_text(recipe).data if recipe else None
-    assert untrained is not None
-    if "name" not in untrained:
-        raise ValueError(f"backbone.name must be given; there is: {', '.join(shelves.names('backbones'))}.")
-    rest = {key: value for key, value in untrained.items() if key != "name"}
-    if size and "size" in {f.name for f in fields(shelves.read_config("backbones", untrained["name"]))}:
-        rest["size"] = size
-    section = {"name": untrained["name"], **section_values("backbones", untrained["name"], rest, "backbone")}
-    torch.manual_seed(0)
-    return shelves.build("backbones", section).eval(), None
-
-
-def _run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") -> dict[str, float]:
-    from dinokit import shelves
-
-    module = shelves.find("eval", name)
-    return module.evaluate(module.Config(**values), backbone)
 
 
 def _help(verb: str | None, what: str | None) -> str:
@@ -220,9 +151,8 @@ def _help(verb: str | None, what: str | None) -> str:
             default = "" if f.default is MISSING else f" = {json.dumps(f.default, default=list)}"
             lines.append(f"    {f.name}{default}")
     elif verb == "eval":
-        lines.append(
-            f"evaluators: {', '.join(shelves.names('eval'))}; dinokit eval NAME --help lists the keys"
-        )
+        have = ", ".join(shelves.names("eval"))
+        lines.append(f"evaluators: {have}; dinokit eval NAME --help lists the keys")
     elif verb != "demo":
         lines.append(f"recipes: {', '.join(recipe_names())}")
         lines.append("dinokit show RECIPE prints every key with its value")
@@ -250,21 +180,25 @@ def _parse(argv: Sequence[str]) -> tuple[str | None, str, list[str], set[str]]:
     return verb, named[0] if named else "", [word for word in words[1:] if "=" in word], flags
 
 
+def _run(argv: Sequence[str]) -> None:
+    verb, what, overrides, flags = _parse(argv)
+    if "--version" in flags:
+        from dinokit import __version__
+
+        print(f"dinokit {__version__}")
+    elif verb is None or flags & {"--help", "-h"}:
+        print(_help(verb, what))
+    elif not what and verb != "demo":
+        raise ValueError(f"dinokit {verb} of what? {_help(verb, None)}")
+    else:
+        VERBS[verb](what, overrides)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit status: 0, or 2 if something was asked that cannot be done."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        verb, what, overrides, flags = _parse(argv)
-        if "--version" in flags:
-            from dinokit import __version__
-
-            print(f"dinokit {__version__}")
-        elif verb is None or flags & {"--help", "-h"}:
-            print(_help(verb, what))
-        elif not what and verb != "demo":
-            raise ValueError(f"dinokit {verb} of what? {_help(verb, None)}")
-        else:
-            VERBS[verb](what, overrides)
+        _run(argv)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         if "--traceback" in argv:
             raise

@@ -16,12 +16,13 @@ FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
 # A room is a file or folder right below dinokit/, or eval/. It imports the rooms in its row and no other.
 MAY_IMPORT = {
     "distributed": "", "files": "", "layers": "", "shelves": "",
-    "config": "shelves", "log": "distributed files",
+    "recipe": "shelves", "config": "recipe shelves", "log": "distributed files",
     "backbones": "layers shelves", "losses": "distributed", "data": "config distributed shelves",
     "features": "backbones data distributed", "weights": "backbones config files shelves",
     "train": "backbones config data distributed features files layers log losses shelves weights",
     "eval": "backbones data features shelves",
-    "__init__": "", "__main__": "backbones config data eval features log shelves train weights",
+    "judge": "backbones config shelves weights",
+    "__init__": "", "__main__": "backbones config data eval features judge log shelves train weights",
 }  # fmt: skip
 
 # Packages beyond the core, each with the files that are its door: nobody else misses one that is not there.

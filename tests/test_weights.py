@@ -12,6 +12,20 @@ from dinokit.backbones import Input
 from dinokit.weights import describe, load_backbone, save_backbone
 
 VIT = {"name": "vit", "width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 32}
+TOY = """
+from dataclasses import dataclass
+from torch import nn
+from dinokit.backbones import Input
+@dataclass
+class Config:
+    channels: int = 3
+    grid: tuple[int, int] = (4, 4)
+class Toy(nn.Linear):
+    def __init__(self, cfg):
+        super().__init__(2, 2)
+        self.grid, self.channels, self.input = cfg.grid, cfg.channels, Input(8, (0.5,) * 3, (0.5,) * 3)
+build = Toy
+"""
 RECIPE = "name: small\nbackbone: {name: vit}\n"
 
 
@@ -97,22 +111,7 @@ def test_a_tuple_in_the_section_is_a_tuple_again(tmp_path, monkeypatch):
     package = tmp_path / "my_models"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "toy.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from torch import nn\n"
-        "from dinokit.backbones import Input\n"
-        "@dataclass\n"
-        "class Config:\n"
-        "    channels: int = 3\n"
-        "    grid: tuple[int, int] = (4, 4)\n"
-        "class Toy(nn.Module):\n"
-        "    def __init__(self, cfg):\n"
-        "        super().__init__()\n"
-        "        self.grid, self.channels = cfg.grid, cfg.channels\n"
-        "        self.linear = nn.Linear(2, 2)\n"
-        "        self.input = Input(8, (0.5,) * 3, (0.5,) * 3)\n"
-        "build = Toy\n"
-    )
+    (package / "toy.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     section = {"name": "my_models.toy", "channels": 3, "grid": (2, 5)}
     save_backbone(tmp_path / "toy.safetensors", shelves.build("backbones", section), section)
@@ -141,9 +140,11 @@ def test_a_section_without_a_name_is_refused(vit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_misspelt_file_names_its_neighbour(saved):
+def test_a_misspelt_file_or_folder_is_named_with_its_neighbour(saved):
     with pytest.raises(LookupError, match=r"Did you mean 'teacher.safetensors'"):
         load_backbone(saved.parent / "techer.safetensor")
+    with pytest.raises(LookupError, match="no folder"):
+        load_backbone(saved.parent / "nowhere" / "teacher.safetensors")
 
 
 def test_a_folder_without_weights_says_which_file_is_missing(tmp_path, saved):
@@ -152,11 +153,6 @@ def test_a_folder_without_weights_says_which_file_is_missing(tmp_path, saved):
     saved.rename(tmp_path / "best.safetensors")
     with pytest.raises(LookupError, match=r"Give the path of one that is: best.safetensors"):
         load_backbone(tmp_path)
-
-
-def test_a_missing_folder_is_said_to_be_missing(tmp_path):
-    with pytest.raises(LookupError, match="no folder"):
-        load_backbone(tmp_path / "nowhere" / "teacher.safetensors")
 
 
 def test_a_pickle_is_never_opened(tmp_path):
@@ -237,7 +233,7 @@ def test_absent_and_surplus_tensors_are_named(saved, vit):
             "written by dinokit 9.9, cannot be rebuilt.*wide",
         ),
         ({"backbone": '{"name": "../../evil"}'}, "which is no name of a backbone"),
-        ({"backbone": "{}"}, "which is no name of a backbone"),
+        ({"backbone": '{"name": "/tmp/evil"}'}, "which is no name of a backbone"),
     ],
 )
 def test_a_damaged_header_is_refused_in_words(saved, changes, words):
@@ -251,11 +247,4 @@ def test_a_file_of_an_unknown_backbone_lists_what_there_is(saved):
     with pytest.raises(
         LookupError, match=r"'vitt' is not on the shelf 'backbones', which has:.*Did you mean 'vit'"
     ):
-        load_backbone(saved)
-
-
-def test_a_path_in_a_header_runs_no_file(saved, tmp_path):
-    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
-    damage(saved, backbone=json.dumps({"name": str(tmp_path / "evil")}))
-    with pytest.raises(ValueError, match="no name of a backbone"):
         load_backbone(saved)

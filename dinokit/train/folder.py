@@ -1,6 +1,6 @@
 """A run's folder: recipe.yaml, env.json, metrics.jsonl, run.log, checkpoints/, teacher.safetensors.
 
-It belongs to one recipe. Given again with the same recipe, it is gone on with; with another, that is an error.
+It belongs to one recipe. Given again with the same recipe, the run goes on; with another, that is an error.
 """
 
 import json
@@ -21,8 +21,10 @@ from dinokit.distributed import rank, world_size
 from dinokit.files import write_text
 
 # Settings that may change when a run goes on, because they do not change what it learns.
-FREE = ("evals", "run.out", "run.device", "run.workers", "run.log_every", "run.checkpoint_every", "run.keep",
-        "run.max_unreadable")  # fmt: skip
+FREE = (
+    "evals", "run.out", "run.device", "run.workers", "run.log_every", "run.checkpoint_every", "run.keep",
+    "run.max_unreadable",
+)  # fmt: skip
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 
 
@@ -38,8 +40,8 @@ def open_run(recipe: Recipe) -> Path:
         changes = differences(load_recipe(saved), recipe)
         if changes:
             raise ValueError(
-                f"run.out={out} holds a run of another recipe: {'; '.join(changes)}. Choose another run.out, or give "
-                f"the old values to go on with that run."
+                f"run.out={out} holds a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
+                f"or give the old values to go on with that run."
             )
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"run.out={out} is not empty and holds no run. Choose another run.out.")

@@ -1,6 +1,6 @@
 """AdamW with the parameter groups of DINOv2, and both ways of clipping.
 
-A group is all parameters that share (factor on the learning rate, whether they decay, whether they are prototypes).
+A group is all parameters that share (factor on the learning rate, do they decay, are they prototypes).
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from dinokit.train.student_teacher import Network
 def parameter_groups(student: Network, cfg: Optim) -> list[dict[str, Any]]:
     """Every trainable parameter of the student once, in groups for AdamW.
 
-    A group has `lr_scale`, `decays` and `prototypes` beside `params`. Biases, norms and LayerScale gains (all that has
-    one dimension) do not decay; tokens, positions and the prototypes' lengths do, as in DINOv2.
+    A group has `lr_scale`, `decays` and `prototypes` beside `params`. Biases, norms and LayerScale gains (all
+    that has one dimension) do not decay; tokens, positions and the prototypes' lengths do, as in DINOv2.
     """
     groups: dict[tuple[float, bool, bool], list[Tensor]] = {}
     for name, p, scale in _scaled(student, cfg):
@@ -62,7 +62,7 @@ def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
 
 
 def drop_prototype_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Leave the prototypes out of the next step altogether: DINO's way of freezing, which spares Adam's moments."""
+    """Leave the prototypes out of the next step: DINO's way of freezing, which spares Adam's moments."""
     for group in optimizer.param_groups:
         if group["prototypes"]:
             for p in group["params"]:
@@ -77,7 +77,7 @@ def _scaled(student: Network, cfg: Optim) -> Iterator[tuple[str, Tensor, float]]
 
 
 def _layer_scales(backbone: Backbone, decay: float) -> dict[int, float]:
-    """By id of the parameter: block i of n has decay ** (n - i), what stands before the blocks one power more."""
+    """By id of the parameter: block i of n has decay ** (n - i), what stands before the blocks a power more."""
     depth = len(backbone.blocks)
     scales = {
         id(p): decay ** (depth - i) for i, block in enumerate(backbone.blocks) for p in block.parameters()

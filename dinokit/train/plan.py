@@ -8,8 +8,8 @@ from dinokit.train.student_teacher import Network, StudentTeacher
 
 # Bytes a parameter: student, its gradient and two Adam moments in float32, and the teacher.
 BYTES_A_PARAMETER = 5 * 4
-# Bytes a token, a block and a unit of width that a transformer block keeps for its backward pass in 16-bit, attention
-# weights not stored (Korthikanti et al. 2022, arXiv 2205.05198, equation 1 without its attention term).
+# Bytes a token, a block and a unit of width that a transformer block keeps for its backward pass in 16-bit,
+# attention weights not stored (Korthikanti et al. 2022, arXiv 2205.05198, equation 1 without its attention term).
 BYTES_A_TOKEN = 34
 
 
@@ -24,19 +24,21 @@ def plan(recipe: Recipe) -> dict[str, str]:
     student = model.student
     block_masks(recipe, student.backbone)
     optim = recipe.optim
-    images = optim.batch // recipe.run.accumulate
+    parts = recipe.run.accumulate
+    images = optim.batch // parts
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()}
     state = sum(counts.values()) * BYTES_A_PARAMETER / 2**30
     tokens, activations = _activations(recipe, student, images)
     crops = recipe.crops.globals.count + recipe.crops.locals.count
     return {
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-        "memory": f"{state:.2f} GiB for weights, gradients, AdamW and teacher; about {activations:.1f} GiB for what a "
-        f"backward pass over {images} images in one process keeps (an estimate, without checkpointing)",
-        "a step": f"{optim.batch} images, {optim.batch * crops} crops, {tokens * recipe.run.accumulate:,} student tokens, "
-        f"in {recipe.run.accumulate} part{'s' if recipe.run.accumulate > 1 else ''} of {images}",
+        "memory": f"{state:.2f} GiB for weights, gradients, AdamW and teacher; about {activations:.1f} GiB for "
+        f"what a backward pass over {images} images in one process keeps (an estimate, without checkpointing)",
+        "a step": f"{optim.batch} images, {optim.batch * crops} crops, {tokens * parts:,} student tokens, "
+        f"in {parts} part{'s' if parts > 1 else ''} of {images}",
         "the run": f"{optim.steps:,} steps, {optim.steps * optim.batch:,} images",
-        "learning rate": f"{optim.peak_lr:.4g} at the peak ({optim.lr:g} at {optim.lr_batch} images, rule {optim.lr_rule})",
+        "learning rate": f"{optim.peak_lr:.4g} at the peak ({optim.lr:g} at {optim.lr_batch} images, "
+        f"rule {optim.lr_rule})",
     }
 
 
@@ -46,9 +48,7 @@ def _activations(recipe: Recipe, student: Network, images: int) -> tuple[int, fl
     for group in (recipe.crops.globals, recipe.crops.locals):
         tokens += images * group.count * (1 + (group.size // backbone.patch) ** 2)
     blocks = tokens * backbone.width * len(backbone.blocks) * BYTES_A_TOKEN
-    crops = (
-        2 * recipe.crops.globals.count + recipe.crops.locals.count
-    )  # student's, and the teacher's global ones
+    crops = 2 * recipe.crops.globals.count + recipe.crops.locals.count  # the teacher sees the global ones too
     logits = images * crops * recipe.heads.cls.prototypes * 3 * 4  # logits, exponentials, gradient
     if recipe.masks is not None:
         head = recipe.heads.patch or recipe.heads.cls

@@ -13,13 +13,13 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
 
 
 class Schedules:
-    """The values of a run at a step (from 0), as DINO and DINOv2 compute them (arXiv 2304.07193, table 16)."""
+    """The values at a step (from 0), as DINO and DINOv2 compute them (arXiv 2304.07193, table 16)."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.optim, self.teacher = recipe.optim, recipe.teacher
 
     def lr(self, step: int) -> float:
-        """A straight line from 0 to the peak, reached on the last step of the warm-up; then a cosine to min_lr."""
+        """A straight line from 0 to the peak, reached on the warm-up's last step; then a cosine to min_lr."""
         peak, warmup = self.optim.peak_lr, self.optim.warmup
         if step < warmup:
             return peak * step / max(warmup - 1, 1)

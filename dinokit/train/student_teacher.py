@@ -90,10 +90,9 @@ class StudentTeacher(nn.Module):
         with torch.no_grad():
             teacher_cls = self.teacher.dino_head(teacher.cls)
             teacher_patch = self.teacher.patch_logits(teacher.patches.flatten(0, 1)[masked])
+        student_cls = self.student.dino_head(torch.cat([s.cls for s in student]))
         return Views(
-            student_cls=self.student.dino_head(torch.cat([s.cls for s in student])).unflatten(
-                0, (-1, images)
-            ),
+            student_cls=student_cls.unflatten(0, (-1, images)),
             teacher_cls=teacher_cls.unflatten(0, (-1, images)),
             student_feature=student[0].cls.unflatten(0, (-1, images)),
             student_patch=self.student.patch_logits(student[0].patches.flatten(0, 1)[masked]),
@@ -108,14 +107,15 @@ def build_backbone(recipe: Recipe) -> Backbone:
     """The backbone of a recipe, held against the crops that it will see.
 
     Raises:
-        ValueError: if a crop's side is no multiple of the patch, the channels do not match, or masks find no token.
+        ValueError: if a crop's side is no multiple of the patch, the channels do not match, or masks find no
+            token.
     """
     crops = recipe.crops
     backbone: Backbone = shelves.build("backbones", recipe.backbone)
     if backbone.channels != len(crops.mean):
         raise ValueError(
-            f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for {len(crops.mean)} "
-            f"channels: give one number a channel."
+            f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for "
+            f"{len(crops.mean)} channels: give one number a channel."
         )
     if recipe.masks is not None and not hasattr(backbone, "mask_token"):
         raise ValueError(
@@ -125,8 +125,8 @@ def build_backbone(recipe: Recipe) -> Backbone:
         if group.count and group.size % backbone.patch:
             near = max(round(group.size / backbone.patch), 1) * backbone.patch
             raise ValueError(
-                f"crops.{name}.size={group.size} is no multiple of the backbone's patch of {backbone.patch} pixels; "
-                f"the nearest that is: {near}."
+                f"crops.{name}.size={group.size} is no multiple of the backbone's patch of {backbone.patch} "
+                f"pixels; the nearest that is: {near}."
             )
     backbone.input = Input(crops.globals.size, tuple(crops.mean), tuple(crops.std))
     return backbone

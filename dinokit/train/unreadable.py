@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-class TooManyUnreadable(RuntimeError):
+class TooManyUnreadableError(RuntimeError):
     """More images than `run.max_unreadable` allows cannot be read."""
 
 
@@ -27,16 +27,18 @@ class Unreadable:
             seen: images asked for since the start of the run.
 
         Raises:
-            TooManyUnreadable: if they are more than `share` of the source, or of the first thousand images seen.
+            TooManyUnreadableError: if they are more than `share` of the source, or of the first thousand
+                images seen.
         """
         new = [name for name in dict.fromkeys(names) if name not in self.names]
         self.names.update(dict.fromkeys(new))
         tried = min(self.images, max(seen, 1000))
         if new and len(self.names) > self.share * tried:
             listed = ", ".join(list(self.names)[:5])
-            raise TooManyUnreadable(
-                f"{len(self.names)} of {tried} images cannot be read, more than run.max_unreadable={self.share:g}: "
-                f"{listed}{', ...' if len(self.names) > 5 else ''}. Repair or remove them, or allow more, such as "
+            raise TooManyUnreadableError(
+                f"{len(self.names)} of {tried} images cannot be read, more than "
+                f"run.max_unreadable={self.share:g}: {listed}{', ...' if len(self.names) > 5 else ''}. Repair or "
+                f"remove them, or allow more, such as "
                 f"run.max_unreadable={min(1.0, 2 * len(self.names) / tried):.2g}."
             )
         return [f"cannot be read, left out: {name}" for name in new]

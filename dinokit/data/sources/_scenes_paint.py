@@ -39,14 +39,17 @@ class Noise:
         return self.spread @ grid @ self.spread.T
 
 
-def colours(rng: np.random.Generator, hues: Floats, saturation: tuple[float, float], value: tuple[float, float]) -> Floats:
-    """Random colours (n, 3) in [0, 1] of the hues (n,), in turns, with saturation and value in the ranges given."""
+def colours(
+    rng: np.random.Generator, hues: Floats, saturation: tuple[float, float], value: tuple[float, float]
+) -> Floats:
+    """Random RGB colours (n, 3) in [0, 1]: hues (n,) in turns, saturation and value from the ranges given."""
     n = len(hues)
     s = rng.uniform(*saturation, n).astype(np.float32)[:, None]
     bright = rng.uniform(*value, n).astype(np.float32)[:, None]
-    k = (
-        np.array([5, 3, 1], dtype=np.float32) + 6 * hues[:, None]
-    ) % 6  # the usual piecewise linear colour wheel
+    wheel = np.array(
+        [5, 3, 1], dtype=np.float32
+    )  # where red, green and blue stand on it, in sixths of a turn
+    k = (wheel + 6 * hues[:, None]) % 6
     return bright - bright * s * np.clip(np.minimum(k, 4 - k), 0, 1)
 
 
@@ -63,7 +66,8 @@ def patterns(
     u, v are n coordinates (S, S) on the surfaces; coarse, fine are noise (n, S, S).
     """
     n = len(u)
-    kind = rng.permutation(n + rng.integers(len(_KINDS))) % len(_KINDS)  # all kinds in turn, so that images are alike in their mix
+    # The kinds take turns, so that the mix is about the same in all images.
+    kind = (rng.permutation(n) + rng.integers(len(_KINDS))) % len(_KINDS)
     angle = rng.uniform(0, math.pi, n)
     pitch = np.exp(rng.uniform(math.log(5.0), math.log(14.0), n))  # radians a unit of u
     cos, sin = (pitch * np.cos(angle)).tolist(), (pitch * np.sin(angle)).tolist()
@@ -71,9 +75,7 @@ def patterns(
     bend = rng.uniform(0.0, 0.9, n).tolist()
     gain = rng.uniform(0.5, 2.5, n).tolist()
     done = np.empty_like(coarse)
-    for k in range(
-        n
-    ):  # one surface at a time stays in the processor's cache: three times as fast as all at once
+    for k in range(n):  # one surface at a time stays in the processor's cache: twice as fast as all at once
         wave, crossed, dots, rough, grain = _KINDS[kind[k]]
         height = rough * coarse[k] + grain * fine[k]
         if wave or crossed or dots:

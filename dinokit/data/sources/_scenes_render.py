@@ -103,7 +103,9 @@ class Renderer:
         return Objects(distance.astype(np.float32), u, v, cover, np.clip(edge * -5, 0, 1))
 
     def _ground(self, rng: np.random.Generator, surface: Floats) -> Floats:
-        # Faint patterns in patches, on a hue that wanders over the whole wheel: all grounds are alike on the whole.
+        # Faint patterns in patches, and hues from all around the wheel: a ground that stood out would tell
+        # its image from all others, and two crops would be matched by it instead of by the silhouette. Dark,
+        # because outlines of one polarity are learnt in minutes.
         image = 0.36 + 0.055 * self.coarse(rng, 3)
         image += 0.035 * self.fine(rng, 1)
         share = self.coarse(rng, GROUNDS)

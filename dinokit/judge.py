@@ -1,0 +1,90 @@
+"""Judging a backbone on labelled images: what is judged, on which data, by which evaluator.
+
+Settings are checked without torch, as in dinokit.config, so a mistake is answered at once; the imports that
+need it wait until there is a backbone to load.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from dinokit import shelves
+from dinokit.config import load_recipe_text, section_values
+
+if TYPE_CHECKING:
+    from dinokit.backbones import Backbone
+
+
+def source_fields(name: str) -> dict[str, str]:
+    """The fields of an evaluator's Config that are sources, with the split that each stands for."""
+    config = shelves.read_config("eval", name)
+    return {f.name: f.metadata["split"] for f in fields(config) if "split" in f.metadata}
+
+
+def checked_values(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of an evaluator, checked against its Config and completed by its defaults.
+
+    A source without a name is a folder with one sub-folder a class.
+
+    Raises:
+        ValueError, LookupError: as dinokit.config.load_recipe().
+    """
+    for key in source_fields(name):
+        if isinstance(values.get(key), dict) and "name" not in values[key]:
+            values[key] = {"name": "folder", "labels": "folders", **values[key]}
+    return section_values("eval", name, values, "")
+
+
+def with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`values` of an evaluator, each source that is not given filled in from a run's section `data`.
+
+    Raises:
+        ValueError: if one is not given, and there is no data with splits to take it from.
+    """
+    done = dict(values)
+    for key, split in source_fields(name).items():
+        if done[key] is None:
+            if data is None or "split" not in data:
+                raise ValueError(
+                    f"{key}.path (a folder with one sub-folder a class) or {key}.name must be given."
+                )
+            done[key] = {**data, "split": split}
+    return done
+
+
+def load_judged(
+    weights: str | None, untrained: Mapping[str, Any] | None, size: int = 0
+) -> tuple["Backbone", dict[str, Any] | None]:
+    """The backbone to judge, and the data section that it was trained on.
+
+    Args:
+        weights: a file or a run; or None, and then:
+        untrained: the section `backbone` of one without training, drawn from seed 0.
+        size: pixels, the image side that an untrained backbone is made for; 0 leaves it as it is.
+
+    Raises:
+        ValueError, LookupError: if there are no such weights or backbone.
+    """
+    import torch
+
+    from dinokit.weights import describe, load_backbone
+
+    if weights is not None:
+        recipe = describe(weights)["recipe"]
+        return load_backbone(weights), load_recipe_text(recipe).data if recipe else None
+    assert untrained is not None
+    if "name" not in untrained:
+        raise ValueError(f"backbone.name must be given; there is: {', '.join(shelves.names('backbones'))}.")
+    name = untrained["name"]
+    rest = {key: value for key, value in untrained.items() if key != "name"}
+    if size and "size" in {f.name for f in fields(shelves.read_config("backbones", name))}:
+        rest["size"] = size
+    section = {"name": name, **section_values("backbones", name, rest, "backbone")}
+    torch.manual_seed(0)
+    return shelves.build("backbones", section).eval(), None
+
+
+def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") -> dict[str, float]:
+    """The scores that evaluator `name` gives a backbone."""
+    module = shelves.find("eval", name)
+    return module.evaluate(module.Config(**values), backbone)
