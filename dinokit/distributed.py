@@ -1,4 +1,4 @@
-"""What is summed over processes. With one process there is no group and every function here is the identity."""
+"""What is summed over processes. With one process there is no group, and every sum here is the identity."""
 
 import torch
 import torch.distributed as dist

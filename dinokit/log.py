@@ -41,9 +41,15 @@ class RunLog:
             _keep_records(self.metrics_path, start)
             self.text = (out / "run.log").open("a", encoding="utf-8")
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"), console=self.console, disable=not self.live,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=self.console,
+            disable=not self.live,
+        )
         self.task = self.progress.add_task("train", total=steps, completed=start, values="")
 
     def __enter__(self) -> "RunLog":

@@ -1,8 +1,8 @@
 """From a name in a recipe to the file behind it.
 
-A shelf is a folder whose file names are the names that a recipe may use: `backbones`, `losses`, `data.sources`,
-`eval`. A file on a shelf defines `Config`, a dataclass, and one verb; `_name.py` is off the shelf. A dotted name
-is a module of another package, so a shelf can be added to from outside.
+A shelf is a folder whose file names are the names that a recipe may use: `backbones`, `losses`,
+`data.sources`, `eval`. A file on a shelf defines `Config`, a dataclass, and one verb; `_name.py` is off the
+shelf. A dotted name is a module of another package, so a shelf can be added to from outside.
 """
 
 import ast
@@ -47,9 +47,9 @@ def build(shelf: str, section: Mapping[str, Any]) -> Any:
 def read_config(shelf: str, name: str) -> type[Any]:
     """The Config of a file, made without running the file.
 
-    A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the file's
-    standard-library imports, its plain constants, Config and the enums and dataclasses that Config names are
-    executed here.
+    A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the
+    file's standard-library imports, its plain constants, Config and the enums and dataclasses that Config
+    names are executed here.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config.
@@ -107,7 +107,8 @@ def _is_plain(node: ast.stmt) -> bool:
 
 def _folder(shelf: str) -> Path:
     spec = find_spec(f"dinokit.{shelf}")
-    assert spec is not None and spec.submodule_search_locations, shelf
+    assert spec is not None, shelf
+    assert spec.submodule_search_locations, shelf
     return Path(spec.submodule_search_locations[0])
 
 
@@ -127,5 +128,6 @@ def _locate(shelf: str, name: str) -> Path:
     have = names(shelf)
     raise LookupError(
         f"'{name}' is not on the shelf '{shelf}', which has: {', '.join(have)}.{suggest(name, have)} "
-        f"To add it, write {name.rpartition('.')[2]}.py there, or give a dotted path such as my_package.my_module."
+        f"To add it, write {name.rpartition('.')[2]}.py there, or give a dotted path such as "
+        f"my_package.my_module."
     )

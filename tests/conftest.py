@@ -27,6 +27,9 @@ class Golden:
     def __contains__(self, key: str) -> bool:
         return key in self.arrays
 
+    def get(self, key: str) -> torch.Tensor | None:
+        return torch.from_numpy(np.asarray(self.arrays[key])) if key in self.arrays else None
+
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(prefix): self[key] for key in self.arrays if key.startswith(prefix)}
 

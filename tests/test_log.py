@@ -33,8 +33,13 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
     assert [line.split("  ", 1)[1] for line in written] == out
 
 
-def test_the_log_is_kept_when_the_run_fails(tmp_path):
-    with pytest.raises(RuntimeError), RunLog(tmp_path, steps=10, start=0) as log:
+def fail_after_a_line(folder):
+    with RunLog(folder, steps=10, start=0) as log:
         log.say("before")
         raise RuntimeError
+
+
+def test_the_log_is_kept_when_the_run_fails(tmp_path):
+    with pytest.raises(RuntimeError):
+        fail_after_a_line(tmp_path)
     assert "before" in (tmp_path / "run.log").read_text()

@@ -13,10 +13,12 @@ from dinokit.features import extract
 from dinokit.weights import load_backbone
 
 CUT = [
-    "optim.steps=30", "optim.batch=16", "optim.warmup=5", "teacher.temp_warmup=10", "backbone.depth=2", "backbone.width=48",
-    "heads.cls.prototypes=128", "heads.cls.hidden=64", "heads.cls.bottleneck=32", "data.count=200", "data.test_count=100",
-    "run.workers=0", "run.precision=fp32", "run.log_every=10", "evals.knn.k=[10]", "evals.knn.every=30",
-    "evals.knn.workers=0",
+    "optim.steps=30", "optim.batch=16", "optim.warmup=5", "teacher.temp_warmup=10",
+    "backbone.depth=2", "backbone.width=48",
+    "heads.cls.prototypes=128", "heads.cls.hidden=64", "heads.cls.bottleneck=32",
+    "data.count=200", "data.test_count=100",
+    "run.workers=0", "run.precision=fp32", "run.log_every=10",
+    "evals.knn.k=[10]", "evals.knn.every=30", "evals.knn.workers=0",
 ]  # fmt: skip
 
 

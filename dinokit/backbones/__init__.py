@@ -52,5 +52,5 @@ class Backbone(Protocol):
         ...
 
     def __call__(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
-        """Groups of crops (b, C, h, w), each with a mask (b, N), True is hidden, or none; one Tokens a group."""
+        """One Tokens for each group of crops (b, C, h, w) with its mask (b, N), True is hidden, or none."""
         ...

@@ -18,7 +18,7 @@ class Config:
 
 
 class Pixels(nn.Module):
-    """Features are the pixels of the averaged image, centred at mid-grey; there are no patches and no blocks."""
+    """Features are the pixels of the averaged image, centred at mid-grey; no patches, no blocks."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""Any Vision Transformer of timm with a class token, behind the contract of a backbone; the only file that knows timm's models."""
+"""Any Vision Transformer of timm with a class token, behind the contract of a backbone.
+
+The only file that knows timm's models.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,14 +67,20 @@ class TimmViT(nn.Module):
 
 def _create(cfg: Config) -> VisionTransformer:
     if cfg.model not in timm.list_models():
+        near = suggest(cfg.model, timm.list_models("*vit*"))
         raise LookupError(
-            f"timm {timm.__version__} has no model '{cfg.model}'.{suggest(cfg.model, timm.list_models('*vit*'))} "
+            f"timm {timm.__version__} has no model '{cfg.model}'.{near} "
             f"backbone.model is a name of timm.list_models()."
         )
-    options = {"img_size": cfg.size, "in_chans": cfg.channels, "drop_path_rate": cfg.drop_path}
     try:
         net = timm.create_model(
-            cfg.model, num_classes=0, global_pool="token", dynamic_img_size=True, **options
+            cfg.model,
+            num_classes=0,
+            global_pool="token",
+            dynamic_img_size=True,
+            img_size=cfg.size,
+            in_chans=cfg.channels,
+            drop_path_rate=cfg.drop_path,
         )
     except TypeError as error:
         raise ValueError(f"backbone.model={cfg.model} is not a plain ViT: {error}.") from None

@@ -2,7 +2,7 @@
 
 Parameter names are those of the released files, so these load with strict=True.
 
-    b  images of a group      N  patches an image      R  registers      D  width      M  side of the stored grid
+    b  images of a group    N  patches an image    R  registers    D  width    M  side of the stored grid
 """
 
 from collections.abc import Sequence
@@ -47,8 +47,8 @@ class Config:
 def interpolate_grid(grid: Tensor, height: int, width: int, offset: float, antialias: bool) -> Tensor:
     """A positional grid (1, M, M, D) for another patch grid, (1, height, width, D), bicubic in float32.
 
-    An offset makes the sampling scale (side + offset) / M, not side / M: DINO's guard against a rounding error, which
-    the released weights without registers were trained with, so their features need it.
+    An offset makes the sampling scale (side + offset) / M, not side / M: DINO's guard against a rounding
+    error, which the released weights without registers were trained with, so their features need it.
     """
     side = grid.shape[1]
     if offset:
@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
         self._init_weights(v2=cfg.mask_token)
 
     def _init_weights(self, v2: bool) -> None:
-        # DINO starts the class token like the positions; DINOv2 starts it, and the registers, at almost nothing.
+        # DINO starts the class token like the positions; DINOv2 starts it, and the registers, near zero.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6 if v2 else 0.02)
         if self.registers:
@@ -192,9 +192,10 @@ class VisionTransformer(nn.Module):
     def _embed_group(self, x: Tensor, mask: Tensor | None) -> Tensor:
         b, _, h, w = x.shape
         if h % self.patch or w % self.patch:
+            near = [max(side // self.patch, 1) * self.patch for side in (h, w)]
             raise ValueError(
-                f"an image of {h} x {w} pixels cannot be cut into patches of {self.patch}: make both sides a multiple "
-                f"of {self.patch}, such as {max(h // self.patch, 1) * self.patch} x {max(w // self.patch, 1) * self.patch}."
+                f"an image of {h} x {w} pixels cannot be cut into patches of {self.patch}: make both sides a "
+                f"multiple of {self.patch}, such as {near[0]} x {near[1]}."
             )
         patches = self.patch_embed(x)  # (b, N, D)
         if mask is not None:

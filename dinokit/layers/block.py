@@ -61,8 +61,8 @@ def residual(
 ) -> Tensor:
     """Rows + branch(rows), the branch computed on a random subset of the images of each group only.
 
-    Of b images, max(int(b * (1 - rate)), 1) are kept and their branch is scaled by b over that number, so the mean
-    over the group is unbiased and the work shrinks with the rate (DINOv2, arXiv 2304.07193, section 5).
+    Of b images, max(int(b * (1 - rate)), 1) are kept and their branch is scaled by b over that number, so the
+    mean over the group is unbiased and the work shrinks with the rate (DINOv2, arXiv 2304.07193, section 5).
 
     Args:
         rows: (T, D).

@@ -1,12 +1,14 @@
 """The projection head: an MLP, the unit sphere, and K prototypes (DINO, arXiv 2104.14294, appendix C)."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Prototypes(nn.Module):
-    """A linear layer without bias whose rows have a direction `weight_v` and a length `weight_g`, 1 at the start.
+    """A linear layer without bias; its rows have a direction `weight_v` and a length `weight_g`, 1 at first.
 
     With inputs on the unit sphere the outputs are cosines, times the lengths.
     """
@@ -15,7 +17,7 @@ class Prototypes(nn.Module):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(count, width))
-        # PyTorch's own start of a linear layer: the trunc-normal one of the MLP is not applied here, as in DINO.
+        # PyTorch's own start of a linear layer, as in DINO: the MLP's trunc-normal one is not applied here.
         nn.init.uniform_(self.weight_v, -(width**-0.5), width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ class PrototypeHead(nn.Module):
         super().__init__()
         widths = [width, *[hidden] * (layers - 1), bottleneck]
         steps: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             linear = nn.Linear(before, after)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)

@@ -1,4 +1,4 @@
-"""What the teacher asks of the student: logits (R, K) to probabilities, balanced over the batch or by a centre.
+"""What the teacher asks of the student: logits (R, K) to probabilities, balanced by the batch or a centre.
 
 R  rows on this process      K  prototypes
 """
@@ -15,10 +15,10 @@ from dinokit.distributed import all_reduce_max, all_reduce_sum
 def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
     """Probabilities (R, K) that use every prototype equally often; each row sums to 1.
 
-    The iteration of SwAV (Caron et al., arXiv 2006.09882) as DINOv2 runs it: in turn, every prototype gets the same mass
-    over the rows of all processes, then every row mass 1. It is computed on logarithms. Each prototype's largest
-    logit is taken off first, which the first normalisation cancels; so nothing overflows, whatever the logits, and no
-    prototype's sum underflows.
+    The iteration of SwAV (Caron et al., arXiv 2006.09882) as DINOv2 runs it: in turn, every prototype gets
+    the same mass over the rows of all processes, then every row mass 1. It is computed on logarithms. Each
+    prototype's largest logit is taken off first, which the first normalisation cancels; so nothing overflows,
+    whatever the logits, and no prototype's sum underflows.
 
     Args:
         logits: (R, K), in any floating type; R may be 0 on some processes.
@@ -42,10 +42,11 @@ class Sinkhorn(nn.Module):
 
 
 class Centering(nn.Module):
-    """softmax((logits - centre) / temp), the centre a moving average of the teacher's logits (DINO, section 3.1).
+    """softmax((logits - centre) / temp); the centre is a moving average of the logits (DINO, section 3.1).
 
-    The targets of a step use the centre of the steps before it. What a step adds is summed over its parts and over all
-    processes, row by row, and joins the centre when the next step begins.
+    The logits are the teacher's. The targets of a step use the centre of the steps before it. What a step
+    adds is summed over its parts and over all processes, row by row, and joins the centre when the next step
+    begins.
     """
 
     center: Tensor

@@ -1,8 +1,9 @@
 """DINO: a crop must predict what the teacher says of another crop of the same image.
 
-Caron et al. 2021 (arXiv 2104.14294), section 3.1; targets by Sinkhorn-Knopp as in DINOv2 (arXiv 2304.07193), or by a centre.
+Caron et al. 2021 (arXiv 2104.14294), section 3.1; targets by Sinkhorn-Knopp as in DINOv2 (arXiv 2304.07193),
+or by a centre.
 
-    S  student crops: global ones first, then local      T  teacher crops: the global ones      B, K  as in Views
+    S  student crops: global ones first, then local    T  teacher crops: the global ones    B, K  as in Views
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ class Config:
 
 
 def dino(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
-    """Mean cross-entropy over all pairs of a student crop and another teacher crop, and over the batch. Returns ().
+    """Mean cross-entropy over all pairs of a student crop and another teacher crop. Returns ().
 
-    Crop t of the teacher is crop t of the student; a crop is never compared with itself.
+    The mean is over the batch too. Crop t of the teacher is crop t of the student; a crop is never compared
+    with itself.
 
     Args:
         student: (S, B, K) logits.
@@ -34,7 +36,7 @@ def dino(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
         temp: of the student.
     """
     student = student.float() / temp
-    # A target sums to 1, so its cross-entropy is logsumexp minus an inner product: no (S, B, K) log-softmax is kept.
+    # A target sums to 1, so its cross-entropy is logsumexp minus an inner product: no log-softmax is kept.
     inner = torch.einsum("sbk,tbk->st", student, teacher) / student.shape[1]
     entropy = student.logsumexp(dim=-1).mean(dim=1, keepdim=True) - inner  # (S, T)
     pairs = 1 - torch.eye(*entropy.shape, device=entropy.device)

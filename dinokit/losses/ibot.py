@@ -1,6 +1,7 @@
 """iBOT: a masked patch must be told as the teacher, who sees it, tells it.
 
-Zhou et al. 2021 (arXiv 2111.07832); normalised as in DINOv2 (arXiv 2304.07193): by all global crops, masked or not.
+Zhou et al. 2021 (arXiv 2111.07832); normalised as in DINOv2 (arXiv 2304.07193): by all global crops, masked
+or not.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Save and resume a run: checkpoints/step_NNNNNNN.pt, whole or not there, read without running code in them."""
+"""Save and resume a run: checkpoints/step_NNNNNNN.pt, whole or not there; reading one runs no code in it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +25,8 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
         last = latest(folder)
         raise OSError(
             f"The checkpoint of step {step} could not be written to {folder}: {error}. "
-            f"{f'The last good one is {last}.' if last else 'There is none yet.'} Make room (or set run.out to "
-            f"another disk and copy the folder), then give the same command again."
+            f"{f'The last good one is {last}.' if last else 'There is none yet.'} Make room (or set run.out "
+            f"to another disk and copy the folder), then give the same command again."
         ) from None
     for old in sorted(folder.glob(PATTERN))[:-keep]:
         old.unlink()
@@ -48,5 +48,5 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a broken zip, a foreign pickle, a short read: each has its own type
         raise ValueError(
-            f"{path} cannot be read ({error}). Move it away; the run then goes on from the one before it."
+            f"{path} cannot be read ({error}). Move it away, and the run goes on from the checkpoint before."
         ) from None

@@ -25,12 +25,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_precision(name: str, device: torch.device) -> Precision:
+def pick_precision(name: Precision | Literal["auto"], device: torch.device) -> Precision:
     """The precision of `run.precision`; auto is bf16 where the device multiplies in it, else fp32.
 
     On CUDA without bf16, auto is fp16.
     """
-    if name == "bf16" or name == "fp16" or name == "fp32":
+    if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

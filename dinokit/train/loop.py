@@ -1,14 +1,13 @@
-"""The training loop, top to bottom: batch, colour, losses, backward, clip, step, teacher; log, evaluate, save."""
+"""The training loop, top to bottom: batch, step (dinokit/train/step.py); log, evaluate, save."""
 
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,16 +16,13 @@ from dinokit.config import Recipe, to_yaml
 from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
-from dinokit.data.photometric import Photometric
 from dinokit.data.sources import Source
 from dinokit.distributed import rank, world_size
 from dinokit.log import RunLog
 from dinokit.train import checkpoint
-from dinokit.train.device import DTYPES, pick_device, pick_precision
+from dinokit.train.device import pick_device, pick_precision
 from dinokit.train.folder import open_run
-from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
-from dinokit.train.schedule import Schedules
-from dinokit.train.student_teacher import StudentTeacher
+from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
 from dinokit.weights import save_backbone
 
@@ -82,77 +78,6 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
     return out
 
 
-class Step:
-    """One optimiser step and all that it changes: model, optimiser, scaler."""
-
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
-        self.model = StudentTeacher(recipe).to(device).train()
-        self.colour = Photometric(recipe.crops)
-        self.optimizer = build_optimizer(self.model.student, recipe.optim)
-        self.schedules = Schedules(recipe)
-        self.dtype = DTYPES[recipe.run.precision]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Move student and teacher by one batch. Returns every loss () before its weight, and gradient norms."""
-        step, optim = batch.step, self.recipe.optim
-        # Stochastic depth draws from the global generator: a function of (seed, step, process) like all else.
-        torch.manual_seed(_mix(self.recipe.run.seed, step, rank()))
-        self.optimizer.zero_grad(set_to_none=True)
-        values = self._backward(batch)
-        self.scaler.unscale_(self.optimizer)
-        values |= {f"grad_{name}": norm for name, norm in clip_gradients(self.model.student, optim).items()}
-        if optim.head_freeze == "gradient" and step < optim.head_frozen:
-            drop_prototype_gradients(self.optimizer)
-        s = self.schedules
-        set_rates(self.optimizer, s.lr(step), s.head_lr(step), s.weight_decay(step))
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if (
-            self.scaler.get_scale() >= scale
-        ):  # else the step was skipped for an overflow, and there is nothing new
-            self.model.update_teacher(s.momentum(step))
-        return values
-
-    def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        parts = self.recipe.run.accumulate
-        temp = self.schedules.teacher_temp(batch.step)
-        sums: dict[str, Tensor] = {}
-        for i, part in enumerate(batch.split(parts)):
-            seen = self.coloured(part)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                losses = self.model(seen, temp, new_step=i == 0)
-            total = sum(self.recipe.losses[name]["weight"] * value for name, value in losses.items())
-            self.scaler.scale(total / parts).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / parts
-        return sums
-
-    def coloured(self, batch: Batch) -> Batch:
-        """The batch on the device, its crops coloured and normalised."""
-        batch = batch.to(self.device)
-        batch.global_crops = self.colour(batch.global_crops, batch.global_colour)
-        if len(batch.local_crops):
-            batch.local_crops = self.colour(batch.local_crops, batch.local_colour)
-        return batch
-
-    def state(self) -> dict[str, object]:
-        """What a checkpoint holds."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def load(self, state: Mapping[str, dict[str, object]]) -> None:
-        """Take back what state() gave."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-
-
 class Run:
     """What happens around the steps: log, evaluation, checkpoints."""
 
@@ -170,13 +95,13 @@ class Run:
         self.pending: list[dict[str, Tensor]] = []
         self.waited, self.since = 0.0, time.monotonic()
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for them counted."""
-        batches = iter(batches)
+        waiting = iter(batches)
         while True:
             begun = time.monotonic()
             try:
-                batch = next(batches)
+                batch = next(waiting)
             except StopIteration:
                 return
             self.waited += time.monotonic() - begun
@@ -245,10 +170,8 @@ class Run:
         if rank() == 0:
             state = {**self.step.state(), "unreadable": self.unreadable.state()}
             checkpoint.save(self.out / "checkpoints", done, state, self.recipe.run.keep)
-            backbone = self.step.model.teacher.backbone
-            save_backbone(
-                self.out / "teacher.safetensors", backbone, self.recipe.backbone, to_yaml(self.recipe)
-            )
+            path, backbone = self.out / "teacher.safetensors", self.step.model.teacher.backbone
+            save_backbone(path, backbone, self.recipe.backbone, to_yaml(self.recipe))
 
     def _check_finite(self, table: Tensor, names: list[str], first: int) -> None:
         bad = (~table.isfinite()).nonzero()
@@ -259,9 +182,9 @@ class Run:
             last = checkpoint.latest(self.out / "checkpoints")
             raise TrainingError(
                 f"'{names[column]}' became {table[row, column].item()} in step {first + row + 1}. "
-                f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint had been written yet.'} "
-                f"To try, one at a time, in a new run.out: a lower optim.lr, a longer optim.warmup, a smaller optim.clip, "
-                f"a lower second teacher.temp, run.precision=fp32."
+                f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint was written yet.'} "
+                f"To try, one at a time, in a new run.out: a lower optim.lr, a longer optim.warmup, a "
+                f"smaller optim.clip, a lower second teacher.temp, run.precision=fp32."
             )
 
 
@@ -279,10 +202,6 @@ def _resume(out: Path, step: Step, unreadable: Unreadable, device: torch.device)
     step.load(state)
     unreadable.load(state["unreadable"])
     return int(state["step"])
-
-
-def _mix(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -77,7 +77,7 @@ def _scaled(student: Network, cfg: Optim) -> Iterator[tuple[str, Tensor, float]]
 
 
 def _layer_scales(backbone: Backbone, decay: float) -> dict[int, float]:
-    """By id of the parameter: block i of n has decay ** (n - i), what stands before the blocks a power more."""
+    """By id of the parameter: block i of n has decay ** (n - i), what stands before them one power more."""
     depth = len(backbone.blocks)
     scales = {
         id(p): decay ** (depth - i) for i, block in enumerate(backbone.blocks) for p in block.parameters()

@@ -9,7 +9,7 @@ from dinokit.train.student_teacher import Network, StudentTeacher
 # Bytes a parameter: student, its gradient and two Adam moments in float32, and the teacher.
 BYTES_A_PARAMETER = 5 * 4
 # Bytes a token, a block and a unit of width that a transformer block keeps for its backward pass in 16-bit,
-# attention weights not stored (Korthikanti et al. 2022, arXiv 2205.05198, equation 1 without its attention term).
+# attention weights not stored: equation 1 of Korthikanti et al. 2022 (arXiv 2205.05198) without that term.
 BYTES_A_TOKEN = 34
 
 
@@ -32,8 +32,9 @@ def plan(recipe: Recipe) -> dict[str, str]:
     crops = recipe.crops.globals.count + recipe.crops.locals.count
     return {
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-        "memory": f"{state:.2f} GiB for weights, gradients, AdamW and teacher; about {activations:.1f} GiB for "
-        f"what a backward pass over {images} images in one process keeps (an estimate, without checkpointing)",
+        "memory": f"{state:.2f} GiB for weights, gradients, AdamW and teacher; about {activations:.1f} GiB "
+        f"for what a backward pass over {images} images in one process keeps (an estimate, without "
+        f"checkpointing)",
         "a step": f"{optim.batch} images, {optim.batch * crops} crops, {tokens * parts:,} student tokens, "
         f"in {parts} part{'s' if parts > 1 else ''} of {images}",
         "the run": f"{optim.steps:,} steps, {optim.steps * optim.batch:,} images",

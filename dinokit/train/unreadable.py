@@ -37,8 +37,8 @@ class Unreadable:
             listed = ", ".join(list(self.names)[:5])
             raise TooManyUnreadableError(
                 f"{len(self.names)} of {tried} images cannot be read, more than "
-                f"run.max_unreadable={self.share:g}: {listed}{', ...' if len(self.names) > 5 else ''}. Repair or "
-                f"remove them, or allow more, such as "
+                f"run.max_unreadable={self.share:g}: {listed}{', ...' if len(self.names) > 5 else ''}. "
+                f"Repair or remove them, or allow more, such as "
                 f"run.max_unreadable={min(1.0, 2 * len(self.names) / tried):.2g}."
             )
         return [f"cannot be read, left out: {name}" for name in new]

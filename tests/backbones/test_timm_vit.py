@@ -52,5 +52,5 @@ def test_parameters_come_in_the_order_of_depth():
 def test_what_is_no_vit_is_refused_and_a_typo_answered():
     with pytest.raises(LookupError, match="Did you mean 'vit_tiny_patch16_224'"):
         model(model="vit_tiny_patch16_22")
-    with pytest.raises(ValueError, match="not a plain ViT|no ViT with a class token"):
+    with pytest.raises(ValueError, match=r"not a plain ViT|no ViT with a class token"):
         model(model="resnet18")

@@ -1,8 +1,6 @@
 """Checkpoints are whole or not there."""
 
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -42,22 +40,36 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def full_disk(folder: str) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond it fails as on a full disk
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    from pathlib import Path
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from dinokit.train import checkpoint
 
-    try:
-        checkpoint.save(Path(folder), 2, {"x": torch.zeros(10**6)}, keep=1)
-    except OSError as error:
-        print(error)
-        sys.exit(7)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond it fails as on a full disk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    checkpoint.save(Path(sys.argv[1]), 2, {"x": torch.zeros(10**6)}, keep=1)
+except OSError as error:
+    print(error)
+    sys.exit(7)
+"""
+
+SAVE_FOR_EVER = """
+import sys
+from pathlib import Path
+import torch
+from dinokit.train import checkpoint
+
+print("go", flush=True)
+for i in range(2, 10**6):
+    checkpoint.save(Path(sys.argv[1]), i, {"x": torch.zeros(2 * 10**6)}, keep=2)
+"""
 
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path):
     checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)}, keep=1)
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_checkpoint as t; t.full_disk({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
     assert "last good one is" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["step_0000001.pt"]
@@ -65,11 +77,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path):
 
 def test_a_kill_in_the_middle_of_a_write_leaves_the_last_good_one(tmp_path):
     checkpoint.save(tmp_path, 1, {"x": torch.zeros(3)}, keep=1)
-    code = (
-        "import sys, torch; from pathlib import Path; from dinokit.train import checkpoint; print('go', flush=True)\n"
-        "for i in range(2, 10**6): checkpoint.save(Path(sys.argv[1]), i, {'x': torch.zeros(2 * 10**6)}, keep=2)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE)
     process.stdout.readline()
     time.sleep(0.5)
     process.kill()

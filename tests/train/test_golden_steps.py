@@ -12,7 +12,7 @@ import torch
 from dinokit.config import CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher, section_values
 from dinokit.data.batch import Batch
 from dinokit.data.photometric import draw
-from dinokit.train.loop import Step
+from dinokit.train.step import Step
 
 PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -35,12 +35,9 @@ def losses_section(**losses) -> dict:
 
 def batch_of(recorded, i: int, crops: Crops) -> Batch:
     globals_ = recorded[f"batch/{i}/global"]
-    locals_ = (
-        recorded[f"batch/{i}/local"]
-        if f"batch/{i}/local" in recorded
-        else globals_.new_zeros(0, *globals_.shape[1:])
-    )
-    masks = recorded[f"batch/{i}/masks"] if f"batch/{i}/masks" in recorded else None
+    locals_, masks = recorded.get(f"batch/{i}/local"), recorded.get(f"batch/{i}/masks")
+    if locals_ is None:
+        locals_ = globals_.new_zeros(0, *globals_.shape[1:])
     weight = torch.zeros(0)
     if masks is not None:
         weight = (1 / masks.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(masks)[masks]
@@ -70,7 +67,7 @@ def check_end(step: Step, recorded) -> None:
         assert got.keys() == end.keys()
         for name in end:
             torch.testing.assert_close(
-                got[name], end[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{who} {n}: {m}"
+                got[name], end[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=f"{who} {name}": f"{n}: {m}"
             )
 
 
@@ -118,7 +115,7 @@ def test_dinov2_steps_are_the_recorded_ones(golden, name):
 def dinov2_recipe(recorded) -> Recipe:
     c, vit, first = recorded.settings["config"], recorded.settings["vit"], recorded["batch/0/global"]
     images, epoch = len(first) // 2, c["train"]["OFFICIAL_EPOCH_LENGTH"]
-    crops = crops_of(first, recorded["batch/0/local"] if "batch/0/local" in recorded else None, images)
+    crops = crops_of(first, recorded.get("batch/0/local"), images)
     student, teacher, optim = c["student"], c["teacher"], c["optim"]
     targets = "sinkhorn" if c["train"]["centering"] == "sinkhorn_knopp" else "centering"
     # Without local crops the reference still counts one local pair in its denominator.
@@ -187,7 +184,7 @@ def test_dino_steps_are_the_recorded_ones(golden):
 
 
 def dino_recipe(recorded) -> Recipe:
-    """The settings beside the recording, and, for the schedules' ends which are not among them, its first two rows."""
+    """The settings beside the recording; the schedules' ends, not among them, from its first two rows."""
     s, vit, rows = recorded.settings, recorded.settings["vit"], recorded["rows"].double()
     epoch, epochs, images = s["iterations_per_epoch"], s["epochs"], s["batch"]
     steps, (lr, decay, momentum, temp) = epoch * epochs, rows[:, 1:].unbind(dim=1)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from dinokit import shelves
 from dinokit.train import loop
-from dinokit.train.loop import Evaluator, Step, TrainingError, block_masks
-from dinokit.train.unreadable import TooManyUnreadable
+from dinokit.train.loop import Evaluator, TrainingError, block_masks
+from dinokit.train.step import Step
+from dinokit.train.unreadable import TooManyUnreadableError
 
 
 def train(recipe, evaluators=()):
@@ -218,7 +219,7 @@ def test_an_unreadable_image_is_named_once_and_the_run_goes_on(tiny, photos):
     (photos / "3.png").write_bytes(whole[: len(whole) // 2])
     out = train(tiny("a", "run.max_unreadable=0.2"))
     assert (out / "run.log").read_text().count("3.png") == 1
-    with pytest.raises(TooManyUnreadable, match=r"1 of 10 .*3\.png.*run\.max_unreadable=0\.2"):
+    with pytest.raises(TooManyUnreadableError, match=r"1 of 10 .*3\.png.*run\.max_unreadable=0\.2"):
         train(tiny("b"))
 
 

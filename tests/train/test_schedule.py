@@ -58,9 +58,13 @@ def test_a_cosine_ends_where_it_should():
 
 @pytest.mark.parametrize(
     ("rule", "batch", "reference", "lr", "peak"),
-    [("sqrt", 2048, 1024, 4e-3, 5.657e-3), ("sqrt", 3072, 1024, 2e-4, 3.464e-4), ("linear", 512, 256, 5e-4, 1e-3),
-     ("none", 64, 1024, 1e-3, 1e-3)],
-)  # fmt: skip
+    [
+        ("sqrt", 2048, 1024, 4e-3, 5.657e-3),
+        ("sqrt", 3072, 1024, 2e-4, 3.464e-4),
+        ("linear", 512, 256, 5e-4, 1e-3),
+        ("none", 64, 1024, 1e-3, 1e-3),
+    ],
+)
 def test_the_rate_grows_with_the_batch_by_the_rule(rule, batch, reference, lr, peak):
     optim = Optim(steps=1, batch=batch, lr=lr, lr_batch=reference, lr_rule=rule)
     assert optim.peak_lr == pytest.approx(peak, rel=1e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinokit.train.unreadable import TooManyUnreadable, Unreadable
+from dinokit.train.unreadable import TooManyUnreadableError, Unreadable
 
 
 def test_each_is_named_once():
@@ -18,14 +18,14 @@ def test_more_than_the_share_end_the_run_with_the_way_out():
     counter = Unreadable(share=0.01, images=300)
     counter.add(["1", "2", "3"], seen=10)
     with pytest.raises(
-        TooManyUnreadable, match=r"4 of 300 .* run\.max_unreadable=0\.01: 1, 2, 3, 4\. .*=0\.027"
+        TooManyUnreadableError, match=r"4 of 300 .* run\.max_unreadable=0\.01: 1, 2, 3, 4\. .*=0\.027"
     ):
         counter.add(["4"], seen=20)
 
 
 def test_a_source_of_a_hundred_million_is_given_up_early():
     counter = Unreadable(share=0.01, images=10**8)
-    with pytest.raises(TooManyUnreadable, match="11 of 1000"):
+    with pytest.raises(TooManyUnreadableError, match="11 of 1000"):
         counter.add([str(i) for i in range(11)], seen=64)
 
 

@@ -4,8 +4,8 @@ A file defines `Config`, a dataclass, and
 
     build(cfg: Config) -> Source
 
-Opening a source must be cheap, and it must pickle (loader processes receive a copy). A source with labels has a
-field `split` in its Config, one of "all", "train", "test".
+Opening a source must be cheap, and it must pickle (loader processes receive a copy). A source with labels has
+a field `split` in its Config, one of "all", "train", "test".
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-Picture = Image.Image | np.ndarray  # an 8-bit image in mode RGB or L; or (H, W, C) uint8, uint16 or float32 in [0, 1]
+# An 8-bit image in mode RGB or L; or an array (H, W, C) of uint8, uint16, or float32 in [0, 1].
+Picture = Image.Image | np.ndarray
 
 
 class Source(Protocol):
