@@ -4,7 +4,8 @@ Units, everywhere: a duration is in optimiser steps, a batch is images over all 
 pixels, and a pair [a, b] of a schedule is a cosine from a to b.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from dinokit import shelves
@@ -12,14 +13,29 @@ from dinokit import shelves
 MISSING: Any = "???"  # what OmegaConf takes as "must be given"
 
 
+def within(low: float, high: float, default: Any) -> Any:
+    """A field whose number, or each of whose numbers, lies in [low, high]."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+def at_least(low: float, default: Any) -> Any:
+    """A field whose number, or each of whose numbers, is `low` or more."""
+    return within(low, float("inf"), default)
+
+
+def share(default: Any) -> Any:
+    """A field of probabilities or shares."""
+    return within(0, 1, default)
+
+
 @dataclass
 class Head:
     """A projection head: an MLP, the unit sphere, prototypes (DINO, arXiv 2104.14294, appendix C)."""
 
-    prototypes: int = 65_536
-    hidden: int = 2048
-    bottleneck: int = 256
-    layers: int = 3  # linear layers before the prototypes
+    prototypes: int = at_least(1, 65_536)
+    hidden: int = at_least(1, 2048)
+    bottleneck: int = at_least(1, 256)
+    layers: int = at_least(1, 3)  # linear layers before the prototypes
     norm_last_layer: bool = False  # hold every prototype's length at 1
 
 
@@ -31,19 +47,23 @@ class Heads:
 
 @dataclass
 class Teacher:
-    momentum: tuple[float, float] = (0.992, 1.0)  # of the moving average that the teacher is
-    temp: tuple[float, float] = (0.04, 0.07)  # softmax temperature: a line over temp_warmup steps, then flat
-    temp_warmup: int = 0
-    temp_every: int = 1  # steps between two changes of the temperature; DINO changes it once an epoch
+    momentum: tuple[float, float] = share((0.992, 1.0))  # of the moving average that the teacher is
+    temp: tuple[float, float] = at_least(
+        1e-3, (0.04, 0.07)
+    )  # softmax temperature: a line over temp_warmup steps, then flat
+    temp_warmup: int = at_least(0, 0)
+    temp_every: int = at_least(
+        1, 1
+    )  # steps between two changes of the temperature; DINO changes it once an epoch
 
 
 @dataclass
 class CropGroup:
-    count: int = 2
-    size: int = 224
-    scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
-    blur: tuple[float, ...] = (0.5,)  # probability: one for all crops of the group, or one a crop
-    solarize: tuple[float, ...] = (0.0,)
+    count: int = at_least(0, 2)
+    size: int = at_least(1, 224)
+    scale: tuple[float, float] = share((0.32, 1.0))  # share of the image's area
+    blur: tuple[float, ...] = share((0.5,))  # probability: one for all crops of the group, or one a crop
+    solarize: tuple[float, ...] = share((0.0,))
 
 
 @dataclass
@@ -52,48 +72,52 @@ class Crops:
 
     globals: CropGroup = field(default_factory=CropGroup)
     locals: CropGroup = field(default_factory=lambda: CropGroup(count=8, size=96, scale=(0.05, 0.32)))
-    ratio: tuple[float, float] = (0.75, 4 / 3)  # of width to height, drawn evenly in its logarithm
-    flip: float = 0.5  # probability of a mirror image
-    vertical_flip: float = 0.0
-    jitter: float = 0.8  # probability that the next four apply; each of those is a strength, 0 is off
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2  # needs RGB
-    hue: float = 0.1  # needs RGB
-    gray: float = 0.2  # probability; needs RGB
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    blur_kernel: int = 9  # pixels, odd
-    solarize_threshold: float = 128 / 255  # in [0, 1]
+    ratio: tuple[float, float] = at_least(
+        0.01, (0.75, 4 / 3)
+    )  # of width to height, drawn evenly in its logarithm
+    flip: float = share(0.5)  # probability of a mirror image
+    vertical_flip: float = share(0.0)
+    jitter: float = share(0.8)  # probability that the next four apply; each of those is a strength, 0 is off
+    brightness: float = at_least(0, 0.4)
+    contrast: float = at_least(0, 0.4)
+    saturation: float = at_least(0, 0.2)  # needs RGB
+    hue: float = within(0, 0.5, 0.1)  # needs RGB
+    gray: float = share(0.2)  # probability; needs RGB
+    blur_sigma: tuple[float, float] = at_least(0.01, (0.1, 2.0))  # pixels
+    blur_kernel: int = at_least(1, 9)  # pixels, odd
+    solarize_threshold: float = share(128 / 255)  # in [0, 1]
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # one a channel, in [0, 1]
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[float, ...] = at_least(1e-6, (0.229, 0.224, 0.225))
 
 
 @dataclass
 class Masks:
     """Block masks over the student's global crops (BEiT, arXiv 2106.08254; iBOT, arXiv 2111.07832)."""
 
-    images: float = 0.5  # share of global crops that get a mask
-    patches: tuple[float, float] = (0.1, 0.5)  # share of such a crop's patches, spread evenly over the batch
+    images: float = share(0.5)  # share of global crops that get a mask
+    patches: tuple[float, float] = share(
+        (0.1, 0.5)
+    )  # share of such a crop's patches, spread evenly over the batch
 
 
 @dataclass
 class Optim:
     """AdamW and the clock."""
 
-    steps: int = MISSING
-    batch: int = MISSING  # images per step over all processes, never per GPU
-    lr: float = MISSING  # peak, for a batch of `lr_batch` images
-    lr_batch: int = 1024
+    steps: int = at_least(1, MISSING)
+    batch: int = at_least(1, MISSING)  # images per step over all processes, never per GPU
+    lr: float = at_least(0, MISSING)  # peak, for a batch of `lr_batch` images
+    lr_batch: int = at_least(1, 1024)
     lr_rule: Literal["none", "sqrt", "linear"] = "sqrt"
-    warmup: int = 0
-    min_lr: float = 1e-6
-    weight_decay: tuple[float, float] = (0.04, 0.4)
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 3.0  # largest gradient norm; 0 is off
+    warmup: int = at_least(0, 0)
+    min_lr: float = at_least(0, 1e-6)
+    weight_decay: tuple[float, float] = at_least(0, (0.04, 0.4))
+    betas: tuple[float, float] = share((0.9, 0.999))
+    clip: float = at_least(0, 3.0)  # largest gradient norm; 0 is off
     clip_per: Literal["part", "tensor"] = "part"  # part: the backbone or a head; DINO clips tensor by tensor
-    layer_decay: float = 1.0  # block i of n trains at lr * layer_decay ** (n - i)
-    patch_lr: float = 1.0  # factor on the patch embedding's learning rate
-    head_frozen: int = 0  # the prototypes stand still for so many steps at the start
+    layer_decay: float = share(1.0)  # block i of n trains at lr * layer_decay ** (n - i)
+    patch_lr: float = at_least(0, 1.0)  # factor on the patch embedding's learning rate
+    head_frozen: int = at_least(0, 0)  # the prototypes stand still for so many steps at the start
     head_freeze: Literal["lr", "gradient"] = "lr"  # by a zero rate (DINOv2) or by leaving them out (DINO)
 
     @property
@@ -108,15 +132,17 @@ class Run:
     """Where and how; nothing here but `seed`, `precision` and `accumulate` changes what is learnt."""
 
     out: str = ""  # the run's folder; empty is runs/NAME-OF-THE-RECIPE
-    seed: int = 0
+    seed: int = at_least(0, 0)
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the device computes in it
-    accumulate: int = 1  # parts that a step's batch is cut into, one after another (docs/training.md)
-    workers: int = -1  # processes that load images; -1: one a core but one, 16 at most; 0: none
-    log_every: int = 10
-    checkpoint_every: int = 500
-    keep: int = 2  # checkpoints
-    max_unreadable: float = 0.01  # share of images that may be unreadable before the run stops
+    accumulate: int = at_least(
+        1, 1
+    )  # parts that a step's batch is cut into, one after another (docs/training.md)
+    workers: int = at_least(-1, -1)  # processes that load images; -1: one a core but one, 16 at most; 0: none
+    log_every: int = at_least(1, 10)
+    checkpoint_every: int = at_least(1, 500)
+    keep: int = at_least(1, 2)  # checkpoints
+    max_unreadable: float = share(0.01)  # share of images that may be unreadable before the run stops
 
 
 @dataclass
@@ -140,26 +166,30 @@ def check(recipe: Recipe) -> None:
     Raises:
         ValueError: naming the keys of those that cannot stand together, and the way out.
     """
+    for key, value, (low, high) in _ranges(recipe, ""):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(not low <= number <= high for number in numbers):
+            wanted = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise ValueError(f"{key}={value}: it must be {wanted}.")
     _check_losses(recipe)
     optim, crops, run = recipe.optim, recipe.crops, recipe.run
-    positive = {
-        "optim.steps": optim.steps,
-        "optim.batch": optim.batch,
-        "run.accumulate": run.accumulate,
-        "crops.globals.count": crops.globals.count,
-        "run.log_every": run.log_every,
-        "run.checkpoint_every": run.checkpoint_every,
-        "run.keep": run.keep,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise ValueError(f"{key}={value}: it must be 1 or more.")
+    if not crops.globals.count:
+        raise ValueError("crops.globals.count=0: teacher and student must see at least one global crop.")
     if optim.warmup >= optim.steps:
         raise ValueError(f"optim.warmup={optim.warmup} leaves nothing of optim.steps={optim.steps}.")
     if optim.batch % run.accumulate:
         raise ValueError(
             f"optim.batch={optim.batch} cannot be cut into run.accumulate={run.accumulate} equal parts."
         )
+    pairs = {
+        "crops.globals.scale": crops.globals.scale,
+        "crops.locals.scale": crops.locals.scale,
+        "crops.ratio": crops.ratio,
+        "crops.blur_sigma": crops.blur_sigma,
+    }
+    for name, (low, high) in pairs.items():
+        if low > high:
+            raise ValueError(f"{name}=[{low:g}, {high:g}]: the smaller number comes first.")
     for name, group in {"globals": crops.globals, "locals": crops.locals}.items():
         for key in ("blur", "solarize"):
             given = getattr(group, key)
@@ -172,6 +202,16 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"crops.mean has {len(crops.mean)} channels, crops.std has {len(crops.std)}.")
     if crops.blur_kernel % 2 == 0:
         raise ValueError(f"crops.blur_kernel={crops.blur_kernel} must be odd.")
+
+
+def _ranges(section: Any, where: str) -> Iterator[tuple[str, Any, tuple[float, float]]]:
+    """Key, value and range of every field that has one."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from _ranges(value, f"{where}{item.name}.")
+        elif "range" in item.metadata:
+            yield f"{where}{item.name}", value, item.metadata["range"]
 
 
 def _check_losses(recipe: Recipe) -> None:

@@ -251,3 +251,23 @@ def test_no_recipe_needs_torch_to_be_read():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=-1", "optim.lr=-1.0: it must be 0 or more"),
+        ("masks.images=2", "masks.images=2.0: it must be from 0 to 1"),
+        ("crops.globals.blur=[0.5,7]", r"crops.globals.blur=\(0.5, 7.0\): it must be from 0 to 1"),
+        ("crops.hue=0.6", "crops.hue=0.6: it must be from 0 to 0.5"),
+        ("crops.locals.scale=[0.5,0.1]", "crops.locals.scale=.* the smaller number comes first"),
+        ("crops.globals.count=0", "crops.globals.count=0"),
+        ("run.keep=0", "run.keep=0: it must be 1 or more"),
+        ("optim.steps=0", "optim.steps=0: it must be 1 or more"),
+        ("teacher.momentum=[0.9,1.1]", "teacher.momentum=.* from 0 to 1"),
+        ("optim.lr=.nan", "optim.lr=nan"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(base, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(base, [override])
