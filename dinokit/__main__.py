@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dinokit.config import Recipe
@@ -39,7 +39,7 @@ def evaluate(what: str, overrides: Sequence[str]) -> None:
 
     Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source
     given by its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of
-    weights=... judges a backbone without training.
+    weights=... judges a backbone without training. device=cpu, cuda or auto says where.
     """
     from dinokit import judge, shelves
     from dinokit.config import parse_overrides
@@ -47,12 +47,13 @@ def evaluate(what: str, overrides: Sequence[str]) -> None:
     shelves.read_config("eval", what)
     values = parse_overrides(overrides)
     weights, untrained = values.pop("weights", None), values.pop("backbone", None)
+    device = str(values.pop("device", "auto"))
     if (weights is None) == (untrained is None):
         raise ValueError(
             "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
         )
     values = judge.checked_values(what, values)
-    backbone, data = judge.load_judged(weights, untrained)
+    backbone, data = judge.load_judged(weights, untrained, device)
     scores = judge.run_evaluator(what, judge.with_data(what, values, data), backbone)
     print(json.dumps({"eval": what, "weights": weights or f"untrained {untrained['name']}", **scores}))
 
@@ -76,24 +77,28 @@ def demo(what: str, overrides: Sequence[str]) -> None:
 
     recipe = load_recipe(what or "scenes_cpu", ["run.out=runs/demo", *overrides])
     out = pretrain(recipe)
+    import torch
     from rich.console import Console
     from rich.table import Table
 
+    from dinokit.train.student_teacher import build_backbone
+
+    torch.manual_seed(recipe.run.seed)
+    pixels = {"name": "pixels", "size": recipe.crops.globals.size}
+    judged = {
+        "raw pixels, 16 x 16": judge.load_judged(None, pixels, recipe.run.device)[0],
+        "the same ViT, untrained": build_backbone(recipe).eval(),
+        "your DINOv2": judge.load_judged(out, None, recipe.run.device)[0],
+    }
     table = Table(
         "features",
         "k-NN top-1 (k=20)",
         title="Built-in scenes: ten shapes, test images never seen in training",
     )
-    judged: dict[str, tuple[str | None, dict[str, Any] | None]] = {
-        "raw pixels, 16 x 16": (None, {"name": "pixels"}),
-        "the same ViT, untrained": (None, recipe.backbone),
-        "your DINOv2": (out, None),
-    }
     values = {key: value for key, value in recipe.evals["knn"].items() if key != "every"}
-    for label, (weights, untrained) in judged.items():
-        backbone, _ = judge.load_judged(weights, untrained, size=recipe.crops.globals.size)
-        scores = judge.run_evaluator("knn", judge.with_data("knn", values, recipe.data), backbone)
-        table.add_row(label, f"{100 * scores['top1@20']:.1f} %")
+    values = judge.with_data("knn", values, recipe.data)
+    for label, backbone in judged.items():
+        table.add_row(label, f"{100 * judge.run_evaluator('knn', values, backbone)['top1@20']:.1f} %")
     Console().print(table)
     print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
     print("Now your own: dinokit train small_photos data.path=PHOTOS run.out=runs/photos")

@@ -53,35 +53,38 @@ def with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | No
 
 
 def load_judged(
-    weights: str | None, untrained: Mapping[str, Any] | None, size: int = 0
+    weights: str | None, untrained: Mapping[str, Any] | None, device: str
 ) -> tuple["Backbone", dict[str, Any] | None]:
     """The backbone to judge, and the data section that it was trained on.
 
     Args:
         weights: a file or a run; or None, and then:
         untrained: the section `backbone` of one without training, drawn from seed 0.
-        size: pixels, the image side that an untrained backbone is made for; 0 leaves it as it is.
+        device: as run.device.
 
     Raises:
-        ValueError, LookupError: if there are no such weights or backbone.
+        ValueError, LookupError: if there are no such weights, backbone or device.
     """
     import torch
 
+    from dinokit.device import pick_device
     from dinokit.weights import describe, load_backbone
 
+    where, data = pick_device(device), None
     if weights is not None:
         recipe = describe(weights)["recipe"]
-        return load_backbone(weights), load_recipe_text(recipe).data if recipe else None
-    assert untrained is not None
-    if "name" not in untrained:
-        raise ValueError(f"backbone.name must be given; there is: {', '.join(shelves.names('backbones'))}.")
-    name = untrained["name"]
-    rest = {key: value for key, value in untrained.items() if key != "name"}
-    if size and "size" in {f.name for f in fields(shelves.read_config("backbones", name))}:
-        rest["size"] = size
-    section = {"name": name, **section_values("backbones", name, rest, "backbone")}
-    torch.manual_seed(0)
-    return shelves.build("backbones", section).eval(), None
+        backbone, data = load_backbone(weights), load_recipe_text(recipe).data if recipe else None
+    else:
+        assert untrained is not None
+        if "name" not in untrained:
+            there = ", ".join(shelves.names("backbones"))
+            raise ValueError(f"backbone.name must be given; there is: {there}.")
+        name = untrained["name"]
+        rest = {key: value for key, value in untrained.items() if key != "name"}
+        torch.manual_seed(0)
+        section = {"name": name, **section_values("backbones", name, rest, "backbone")}
+        backbone = shelves.build("backbones", section)
+    return backbone.to(where).eval(), data
 
 
 def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") -> dict[str, float]:

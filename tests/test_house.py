@@ -15,13 +15,13 @@ FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
 
 # A room is a file or folder right below dinokit/, or eval/. It imports the rooms in its row and no other.
 MAY_IMPORT = {
-    "distributed": "", "files": "", "layers": "", "shelves": "",
+    "device": "", "distributed": "", "files": "", "layers": "", "shelves": "",
     "recipe": "shelves", "config": "recipe shelves", "log": "distributed files",
     "backbones": "layers shelves", "losses": "distributed", "data": "config distributed shelves",
     "features": "backbones data distributed", "weights": "backbones config files shelves",
-    "train": "backbones config data distributed features files layers log losses shelves weights",
+    "train": "backbones config data device distributed features files layers log losses shelves weights",
     "eval": "backbones data features shelves",
-    "judge": "backbones config shelves weights",
+    "judge": "backbones config device shelves weights",
     "__init__": "", "__main__": "backbones config data eval features judge log shelves train weights",
 }  # fmt: skip
 

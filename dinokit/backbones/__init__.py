@@ -7,8 +7,9 @@ A file defines `Config`, a dataclass with at least `channels`, and
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -46,6 +47,14 @@ class Backbone(Protocol):
     channels: int
     blocks: nn.ModuleList  # in order of depth
     input: Input  # set by whoever made the backbone for a purpose
+
+    def eval(self) -> Self:
+        """Turn to evaluation."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device."""
+        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All of them, in the order of depth: tokens and embeddings, blocks, what follows."""

@@ -17,10 +17,10 @@ from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
+from dinokit.device import pick_device, pick_precision
 from dinokit.distributed import rank, world_size
 from dinokit.log import RunLog
 from dinokit.train import checkpoint
-from dinokit.train.device import pick_device, pick_precision
 from dinokit.train.folder import open_run
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable

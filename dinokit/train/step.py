@@ -9,8 +9,8 @@ from torch import Tensor
 from dinokit.config import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.photometric import Photometric
+from dinokit.device import DTYPES
 from dinokit.distributed import rank
-from dinokit.train.device import DTYPES
 from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
 from dinokit.train.schedule import Schedules
 from dinokit.train.student_teacher import StudentTeacher
