@@ -63,8 +63,10 @@ def test_the_walk_by_hand(run):
 @pytest.mark.slow
 def test_learning_beats_the_untrained_network_and_chance(tmp_path):
     words = [word for word in CUT if not word.startswith(("optim.", "data.", "evals.", "teacher."))]
-    words += ["optim.steps=400", "optim.batch=32", "optim.warmup=40", "teacher.temp_warmup=99",
-              "data.count=3000", "data.test_count=400", "evals.knn.every=400", "evals.knn.k=[20]"]  # fmt: skip
+    words += [
+        "optim.steps=400", "optim.batch=32", "optim.warmup=40", "teacher.temp_warmup=100", "data.count=3000",
+        "data.test_count=400", "evals.knn.every=400", "evals.knn.k=[20]",
+    ]  # fmt: skip
     out = tmp_path / "longer"
     assert main(["train", "scenes_cpu", *words, f"run.out={out}"]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
