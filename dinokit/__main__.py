@@ -42,7 +42,7 @@ def evaluate(what: str, overrides: Sequence[str]) -> None:
     weights=... judges a backbone without training. device=cpu, cuda or auto says where.
     """
     from dinokit import judge, shelves
-    from dinokit.config import parse_overrides
+    from dinokit.config import parse_overrides, section_values
 
     shelves.read_config("eval", what)
     values = parse_overrides(overrides)
@@ -52,9 +52,12 @@ def evaluate(what: str, overrides: Sequence[str]) -> None:
         raise ValueError(
             "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
         )
-    values = judge.checked_values(what, values)
-    backbone, data = judge.load_judged(weights, untrained, device)
-    scores = judge.run_evaluator(what, judge.with_data(what, values, data), backbone)
+    values = section_values("eval", what, values, "")
+    data = None
+    if weights is not None and any(values[key] is None for key in judge.source_fields(what)):
+        data = judge.trained_on(weights)
+    values = judge.with_data(what, values, data)
+    scores = judge.run_evaluator(what, values, judge.load_judged(weights, untrained, device))
     print(json.dumps({"eval": what, "weights": weights or f"untrained {untrained['name']}", **scores}))
 
 
@@ -65,7 +68,7 @@ def show(what: str, overrides: Sequence[str]) -> None:
     recipe = load_recipe(what, overrides)
     from dinokit.train.plan import plan
 
-    print(to_yaml(recipe))
+    print(to_yaml(recipe, template=True))
     for key, value in plan(recipe).items():
         print(f"# {key}: {value}")
 
@@ -75,7 +78,11 @@ def demo(what: str, overrides: Sequence[str]) -> None:
     from dinokit import judge
     from dinokit.config import load_recipe
 
-    recipe = load_recipe(what or "scenes_cpu", ["run.out=runs/demo", *overrides])
+    if what:
+        raise ValueError(f"dinokit demo takes no recipe, and was given '{what}'. Try: dinokit train {what}")
+    recipe = load_recipe("scenes_cpu", ["run.out=runs/demo", *overrides])
+    if "knn" not in recipe.evals:
+        raise ValueError("dinokit demo needs evals.knn.")
     out = pretrain(recipe)
     import torch
     from rich.console import Console
@@ -84,11 +91,13 @@ def demo(what: str, overrides: Sequence[str]) -> None:
     from dinokit.train.student_teacher import build_backbone
 
     torch.manual_seed(recipe.run.seed)
+    trained = judge.load_judged(out, None, recipe.run.device)
+    place = next(trained.parameters()).device
     pixels = {"name": "pixels", "size": recipe.crops.globals.size}
     judged = {
-        "raw pixels, 16 x 16": judge.load_judged(None, pixels, recipe.run.device)[0],
-        "the same ViT, untrained": build_backbone(recipe).eval(),
-        "your DINOv2": judge.load_judged(out, None, recipe.run.device)[0],
+        "raw pixels, 16 x 16": judge.load_judged(None, pixels, recipe.run.device),
+        "the same ViT, untrained": build_backbone(recipe).to(place).eval(),
+        "your DINOv2": trained,
     }
     table = Table(
         "features",
@@ -145,7 +154,6 @@ def _evaluators(recipe: "Recipe", source: "Source") -> list["Evaluator"]:
 
 def _help(verb: str | None, what: str | None) -> str:
     from dinokit import shelves
-    from dinokit.config import recipe_names
 
     if verb is None:
         return __doc__ or ""
@@ -159,7 +167,7 @@ def _help(verb: str | None, what: str | None) -> str:
         have = ", ".join(shelves.names("eval"))
         lines.append(f"evaluators: {have}; dinokit eval NAME --help lists the keys")
     elif verb != "demo":
-        lines.append(f"recipes: {', '.join(recipe_names())}")
+        lines.append(f"recipes: {', '.join(shelves.recipe_names())}")
         lines.append("dinokit show RECIPE prints every key with its value")
     return "\n".join(lines)
 

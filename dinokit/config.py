@@ -8,8 +8,6 @@ against that file's Config. Nothing here imports torch, so a mistake is answered
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, asdict, fields, is_dataclass
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from dinokit.recipe import CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, 
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
-    "load_recipe", "load_recipe_text", "parse_overrides", "recipe_names", "section_values", "to_yaml",
+    "data_section", "load_recipe", "parse_overrides", "section_values", "to_yaml",
 ]  # fmt: skip
 
 
@@ -34,22 +32,22 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError, LookupError: for an unknown recipe, key or name, a value that does not fit, a missing
             value, or settings that contradict each other; each names the key and the way out.
     """
-    path = _recipe_path(recipe)
+    path = shelves.find_recipe(recipe)
     values = _read_yaml(path)
     values.setdefault("name", path.stem)
     _merge(values, parse_overrides(overrides), "")
     return _complete(values)
 
 
-def load_recipe_text(text: str) -> Recipe:
-    """The recipe that to_yaml() wrote.
+def data_section(text: str) -> dict[str, Any]:
+    """The section `data` of a recipe that to_yaml() wrote; nothing else of it needs to be readable here.
 
     Raises:
         ValueError, LookupError: as load_recipe().
     """
-    values: Any = OmegaConf.to_container(OmegaConf.create(text))
+    values = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(values, dict)
-    return _complete(values)
+    return _section("data.sources", values["data"], "data")
 
 
 def _complete(values: dict[str, Any]) -> Recipe:
@@ -65,6 +63,11 @@ def _complete(values: dict[str, Any]) -> Recipe:
     evals = {name: section for name, section in done.evals.items() if section is not None}
     done.evals = {name: _eval_section(name, section or {}) for name, section in evals.items()}
     inside = [value for section in done.evals.values() for value in section.values()]
+    given = (values.get("data") or {}).get("channels")
+    if given is not None and given != done.backbone.get("channels", given):
+        raise ValueError(
+            f"data.channels={given}, but backbone.channels={done.backbone['channels']}: give only the latter."
+        )
     for source in (done.data, *(value for value in inside if isinstance(value, dict))):
         if "channels" in source and "channels" in done.backbone:
             source["channels"] = done.backbone["channels"]
@@ -111,32 +114,15 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return done
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """The whole recipe, every default filled in; `load_recipe` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+def to_yaml(recipe: Recipe, template: bool = False) -> str:
+    """The whole recipe, every default filled in; `load_recipe` reads it back.
 
-
-def recipe_names() -> list[str]:
-    """The recipes in configs/, sorted."""
-    return sorted(p.name.removesuffix(".yaml") for p in _shipped().iterdir() if p.name.endswith(".yaml"))
-
-
-def _shipped() -> Traversable:
-    return files("dinokit.configs")
-
-
-def _recipe_path(recipe: str | Path) -> Path:
-    text = str(recipe)
-    if text in recipe_names():
-        return Path(str(_shipped() / f"{text}.yaml"))
-    if Path(text).is_file():
-        return Path(text)
-    if text.endswith((".yaml", ".yml")) or "/" in text:
-        raise LookupError(f"There is no recipe file '{text}' (looked from {Path.cwd()}).")
-    raise LookupError(
-        f"There is no recipe '{text}'.{shelves.suggest(text, recipe_names())} Recipes are: "
-        f"{', '.join(recipe_names())}; or give the path of a YAML file."
-    )
+    A template leaves out the name, and the folder if it follows from it, so that a copy has its own.
+    """
+    values = asdict(recipe)
+    if template and values["run"]["out"] == f"runs/{values.pop('name')}":
+        del values["run"]["out"]
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTS = ".*.part"  # what files are called while they are written
+
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:

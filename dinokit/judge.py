@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from dinokit import shelves
-from dinokit.config import load_recipe_text, section_values
+from dinokit.config import data_section, section_values
 
 if TYPE_CHECKING:
     from dinokit.backbones import Backbone
@@ -19,20 +19,6 @@ def source_fields(name: str) -> dict[str, str]:
     """The fields of an evaluator's Config that are sources, with the split that each stands for."""
     config = shelves.read_config("eval", name)
     return {f.name: f.metadata["split"] for f in fields(config) if "split" in f.metadata}
-
-
-def checked_values(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of an evaluator, checked against its Config and completed by its defaults.
-
-    A source without a name is a folder with one sub-folder a class.
-
-    Raises:
-        ValueError, LookupError: as dinokit.config.load_recipe().
-    """
-    for key in source_fields(name):
-        if isinstance(values.get(key), dict) and "name" not in values[key]:
-            values[key] = {"name": "folder", "labels": "folders", **values[key]}
-    return section_values("eval", name, values, "")
 
 
 def with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -52,10 +38,20 @@ def with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | No
     return done
 
 
-def load_judged(
-    weights: str | None, untrained: Mapping[str, Any] | None, device: str
-) -> tuple["Backbone", dict[str, Any] | None]:
-    """The backbone to judge, and the data section that it was trained on.
+def trained_on(weights: str) -> dict[str, Any] | None:
+    """The section `data` of the recipe that trained a file's weights, or None if the file does not say.
+
+    Raises:
+        ValueError, LookupError: if there are no such weights, or their source is not to be had here.
+    """
+    from dinokit.weights import describe
+
+    recipe = describe(weights)["recipe"]
+    return data_section(recipe) if recipe else None
+
+
+def load_judged(weights: str | None, untrained: Mapping[str, Any] | None, device: str) -> "Backbone":
+    """The backbone to judge.
 
     Args:
         weights: a file or a run; or None, and then:
@@ -68,23 +64,20 @@ def load_judged(
     import torch
 
     from dinokit.device import pick_device
-    from dinokit.weights import describe, load_backbone
+    from dinokit.weights import load_backbone
 
-    where, data = pick_device(device), None
+    where = pick_device(device)
     if weights is not None:
-        recipe = describe(weights)["recipe"]
-        backbone, data = load_backbone(weights), load_recipe_text(recipe).data if recipe else None
-    else:
-        assert untrained is not None
-        if "name" not in untrained:
-            there = ", ".join(shelves.names("backbones"))
-            raise ValueError(f"backbone.name must be given; there is: {there}.")
-        name = untrained["name"]
-        rest = {key: value for key, value in untrained.items() if key != "name"}
-        torch.manual_seed(0)
-        section = {"name": name, **section_values("backbones", name, rest, "backbone")}
-        backbone = shelves.build("backbones", section)
-    return backbone.to(where).eval(), data
+        return load_backbone(weights).to(where)
+    assert untrained is not None
+    if "name" not in untrained:
+        raise ValueError(f"backbone.name must be given; there is: {', '.join(shelves.names('backbones'))}.")
+    name = untrained["name"]
+    rest = {key: value for key, value in untrained.items() if key != "name"}
+    torch.manual_seed(0)
+    section = {"name": name, **section_values("backbones", name, rest, "backbone")}
+    backbone: Backbone = shelves.build("backbones", section)
+    return backbone.to(where).eval()
 
 
 def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") -> dict[str, float]:

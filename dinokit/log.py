@@ -1,6 +1,7 @@
 """What a run says: a progress bar on a terminal and plain lines elsewhere, run.log, and metrics.jsonl."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ class RunLog:
         """A line for programs, in metrics.jsonl: the values after `step` steps."""
         if self.main:
             with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Record the values after `step` steps and show them, with the time that is left."""
@@ -94,9 +95,18 @@ class RunLog:
         self.text.flush()
 
 
+def _json(value: Any) -> Any:
+    """JSON has no infinity: fp16's overflows are written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _keep_records(path: Path, start: int) -> None:
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
+        lines = (
+            []
+            if not start
+            else [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
+        )
         write_text(path, "".join(line + "\n" for line in lines))
 
 

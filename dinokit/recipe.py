@@ -175,6 +175,8 @@ def check(recipe: Recipe) -> None:
     optim, crops, run = recipe.optim, recipe.crops, recipe.run
     if not crops.globals.count:
         raise ValueError("crops.globals.count=0: teacher and student must see at least one global crop.")
+    if crops.globals.count + crops.locals.count < 2:
+        raise ValueError("crops: one global crop and no local one leave nothing to compare; add crops.")
     if optim.warmup >= optim.steps:
         raise ValueError(f"optim.warmup={optim.warmup} leaves nothing of optim.steps={optim.steps}.")
     if optim.batch % run.accumulate:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,32 @@ def build(shelf: str, section: Mapping[str, Any]) -> Any:
     values = dict(section)
     module = find(shelf, values.pop("name"))
     return module.build(module.Config(**values))
+
+
+def recipe_names() -> list[str]:
+    """The recipes in configs/, sorted."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in files("dinokit.configs").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: a name in configs/, or a path.
+
+    Raises:
+        LookupError: if there is none; it lists those in configs/.
+    """
+    text = str(recipe)
+    if text in recipe_names():
+        return Path(str(files("dinokit.configs") / f"{text}.yaml"))
+    if Path(text).is_file():
+        return Path(text)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        raise LookupError(f"There is no recipe file '{text}' (looked from {Path.cwd()}).")
+    raise LookupError(
+        f"There is no recipe '{text}'.{suggest(text, recipe_names())} Recipes are: "
+        f"{', '.join(recipe_names())}; or give the path of a YAML file."
+    )
 
 
 def read_config(shelf: str, name: str) -> type[Any]:
@@ -89,14 +116,10 @@ def _is_plain(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
         return all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
     if isinstance(node, ast.ClassDef):
-        words = {
-            n.id
-            for part in (*node.bases, *node.decorator_list)
-            for n in ast.walk(part)
-            if isinstance(n, ast.Name)
-        }
+        parts = [n for part in (*node.bases, *node.decorator_list) for n in ast.walk(part)]
+        words = {n.attr if isinstance(n, ast.Attribute) else getattr(n, "id", "") for n in parts}
         return bool(words & {"dataclass", "Enum", "StrEnum"})
-    if isinstance(node, ast.Assign):
+    if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
         try:
             ast.literal_eval(node.value)
         except ValueError:

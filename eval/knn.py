@@ -35,8 +35,8 @@ class Config:
     size: int = 0  # pixels; 0: what the backbone was trained on
     resize: int = 0  # pixels of the shorter side before the centre is cut out; 0: 256 / 224 of `size`
     batch: int = 256  # images, for the backbone
-    workers: int = 0  # processes that load images
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the backbone
+    workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
     max_train: int = 0  # images, drawn evenly from the set; 0: all
     max_test: int = 0
 

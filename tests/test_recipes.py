@@ -13,8 +13,9 @@ import torch
 from omegaconf import OmegaConf
 
 from dinokit import shelves
-from dinokit.config import Recipe, load_recipe, recipe_names
+from dinokit.config import Recipe, load_recipe
 from dinokit.layers.head import PrototypeHead
+from dinokit.shelves import recipe_names
 
 ROOT = Path(__file__).parent.parent
 V1_EPOCH = 1_281_167 // (8 * 64)  # steps: the images of ImageNet-1k, on 8 GPUs of 64

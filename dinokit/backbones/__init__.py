@@ -30,11 +30,6 @@ class Input:
     mean: tuple[float, ...]  # one a channel, in [0, 1]
     std: tuple[float, ...]
 
-    @property
-    def channels(self) -> int:
-        """The number of channels of an image."""
-        return len(self.mean)
-
 
 class Backbone(Protocol):
     """An nn.Module with these; they are all that training and evaluation know of a backbone.

@@ -111,9 +111,16 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def stack(rows: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.stack(), with uint8 rows brought to [0, 1] among floats: a source may mix depths."""
+    if len({row.dtype for row in rows}) > 1:
+        rows = [row.float() / 255 if row.dtype == torch.uint8 else row for row in rows]
+    return torch.stack(list(rows), dim=dim)
+
+
 def _crop_major(rows: Sequence[Tensor]) -> Tensor:
     """B tensors (crops, ...) -> (crops * B, ...)."""
-    return torch.stack(list(rows), dim=1).flatten(0, 1)
+    return stack(rows, dim=1).flatten(0, 1)
 
 
 def _masked(masks: Tensor | None) -> tuple[Tensor, Tensor]:

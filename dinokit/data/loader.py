@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinokit.config import CropGroup, Crops
 from dinokit.data import photometric
-from dinokit.data.batch import Batch, Sample, collate
+from dinokit.data.batch import Batch, Sample, collate, stack
 from dinokit.data.crops import MultiCrop, center_crop
 from dinokit.data.masks import BlockMasks
 from dinokit.data.order import generator, hash_key, image_at, permute
@@ -183,7 +183,7 @@ class _Centres(Dataset[tuple[int, Tensor | None, int, str]]):
 def _collate_eval(rows: Sequence[tuple[int, Tensor | None, int, str]], channels: int, size: int) -> EvalBatch:
     blank = torch.zeros(channels, size, size, dtype=torch.uint8)
     return EvalBatch(
-        crops=torch.stack([blank if crop is None else crop for _, crop, _, _ in rows]),
+        crops=stack([blank if crop is None else crop for _, crop, _, _ in rows]),
         labels=torch.tensor([label for _, _, label, _ in rows]),
         indices=torch.tensor([index for index, _, _, _ in rows]),
         unreadable=[name for _, crop, _, name in rows if crop is None],

@@ -48,7 +48,6 @@ class LayerScale(nn.Module):
 
     def __init__(self, width: int, init: float) -> None:
         super().__init__()
-        self.init = init
         self.gamma = nn.Parameter(torch.full((width,), init))
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def residual(
         kept.append((keep, tokens))
         start += images * tokens
     places = torch.cat(index)  # (T',)
-    out = branch(rows[places], Segments(tuple(kept))) * torch.cat(scale)
+    out = branch(rows.index_select(0, places), Segments(tuple(kept))) * torch.cat(scale)
     return rows.index_add(0, places, out.to(rows.dtype))
 
 

@@ -12,13 +12,14 @@ import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dinokit.config import Recipe, load_recipe, to_yaml
+from dinokit.device import Precision
 from dinokit.distributed import rank, world_size
-from dinokit.files import write_text
+from dinokit.files import PARTS, write_text
 
 # Settings that may change when a run goes on, because they do not change what it learns.
 FREE = (
@@ -43,13 +44,21 @@ def open_run(recipe: Recipe) -> Path:
                 f"run.out={out} holds a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
                 f"or give the old values to go on with that run."
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(not path.match(PARTS) for path in out.iterdir()):
         raise ValueError(f"run.out={out} is not empty and holds no run. Choose another run.out.")
     if rank() == 0:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
+        (out / "checkpoints").mkdir(exist_ok=True)
+        for part in (*out.glob(PARTS), *(out / "checkpoints").glob(PARTS)):
+            part.unlink()  # left by a process that was killed while it wrote
         write_text(out / "env.json", json.dumps(environment(), indent=1))
     return out
+
+
+def saved_precision(recipe: Recipe) -> Precision | Literal["auto"]:
+    """What the run in `run.out` computes in, if there is one; else auto."""
+    saved = Path(recipe.run.out) / "recipe.yaml"
+    return load_recipe(saved).run.precision if saved.exists() else "auto"
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

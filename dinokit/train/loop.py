@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +18,15 @@ from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
 from dinokit.device import pick_device, pick_precision
-from dinokit.distributed import rank, world_size
+from dinokit.distributed import launched, rank, world_size
 from dinokit.log import RunLog
 from dinokit.train import checkpoint
-from dinokit.train.folder import open_run
+from dinokit.train.folder import open_run, saved_precision
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
 from dinokit.weights import save_backbone
+
+LEAST_SCALE = 1e-3  # of fp16's gradients: it halves with every overflow
 
 
 class TrainingError(RuntimeError):
@@ -47,9 +49,17 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
         ValueError: before the first step, if recipe, folder and source do not fit together.
         TrainingError: if a loss is not finite, or too many images cannot be read.
         OSError: if a checkpoint cannot be written.
+        KeyboardInterrupt: after Ctrl-C or a termination signal, when all is saved.
     """
+    if launched() > 1:
+        raise ValueError(
+            f"{launched()} processes were started together, but dinokit trains in one process yet. Start "
+            f"one; run.accumulate=N cuts a large batch into N parts."
+        )
     device = pick_device(recipe.run.device)
-    recipe.run.precision = pick_precision(recipe.run.precision, device)
+    wanted = recipe.run.precision
+    precision = pick_precision(saved_precision(recipe) if wanted == "auto" else wanted, device)
+    recipe = replace(recipe, run=replace(recipe.run, precision=precision))
     torch.manual_seed(recipe.run.seed)
     step = Step(recipe, device)
     masks = block_masks(recipe, step.model.student.backbone)
@@ -73,7 +83,7 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
             if stopping():
                 run.save(batch.step + 1)
                 log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")
-                return out
+                raise KeyboardInterrupt
         log.say(f"done: {out / 'teacher.safetensors'}")
     return out
 
@@ -168,13 +178,20 @@ class Run:
         """A checkpoint to go on from, and the teacher for use."""
         self.report(done)  # nothing that is not finite is ever saved
         if rank() == 0:
+            # The checkpoint comes last: a run that is killed in between does the last steps, and this, again.
+            backbone, text = self.step.model.teacher.backbone, to_yaml(self.recipe)
+            save_backbone(self.out / "teacher.safetensors", backbone, self.recipe.backbone, text)
             state = {**self.step.state(), "unreadable": self.unreadable.state()}
             checkpoint.save(self.out / "checkpoints", done, state, self.recipe.run.keep)
-            path, backbone = self.out / "teacher.safetensors", self.step.model.teacher.backbone
-            save_backbone(path, backbone, self.recipe.backbone, to_yaml(self.recipe))
 
     def _check_finite(self, table: Tensor, names: list[str], first: int) -> None:
         bad = (~table.isfinite()).nonzero()
+        scale = self.step.scaler.get_scale()
+        if scale < LEAST_SCALE:
+            raise TrainingError(
+                f"In fp16 every step of late overflowed: the loss scale fell to {scale:g}. Take "
+                f"run.precision=bf16 or fp32, in a new run.out."
+            )
         skips = self.step.scaler.is_enabled()  # an fp16 overflow of a gradient is the scaler's business
         bad = bad[[not (skips and names[int(column)].startswith("grad_")) for _, column in bad]]
         if len(bad):

@@ -52,6 +52,8 @@ def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
     norms = {}
     for name, part in student.named_children():
         grads = [p.grad for p in part.parameters() if p.grad is not None]
+        if not grads:  # a head that no loss reads
+            continue
         each = torch.stack(torch._foreach_norm(grads))  # (tensors,)
         norms[name] = each.norm()
         if cfg.clip and cfg.clip_per == "part":

@@ -3,6 +3,7 @@
 import torch
 
 from dinokit.config import Recipe
+from dinokit.data.photometric import Photometric
 from dinokit.train.loop import block_masks
 from dinokit.train.student_teacher import Network, StudentTeacher
 
@@ -23,6 +24,7 @@ def plan(recipe: Recipe) -> dict[str, str]:
         model = StudentTeacher(recipe)
     student = model.student
     block_masks(recipe, student.backbone)
+    Photometric(recipe.crops)
     optim = recipe.optim
     parts = recipe.run.accumulate
     images = optim.batch // parts

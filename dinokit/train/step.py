@@ -53,6 +53,8 @@ class Step:
         temp = self.schedules.teacher_temp(batch.step)
         sums: dict[str, Tensor] = {}
         for i, part in enumerate(batch.split(parts)):
+            if parts > 1 and self.device.type == "cuda":
+                part = part.pin_memory()  # parts are new tensors, and the copy of others would be waited for
             seen = self.coloured(part)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 losses = self.model(seen, temp, new_step=i == 0)

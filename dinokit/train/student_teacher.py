@@ -89,13 +89,13 @@ class StudentTeacher(nn.Module):
         images, masked = batch.images, batch.masked
         with torch.no_grad():
             teacher_cls = self.teacher.dino_head(teacher.cls)
-            teacher_patch = self.teacher.patch_logits(teacher.patches.flatten(0, 1)[masked])
+            teacher_patch = self.teacher.patch_logits(teacher.patches.flatten(0, 1).index_select(0, masked))
         student_cls = self.student.dino_head(torch.cat([s.cls for s in student]))
         return Views(
             student_cls=student_cls.unflatten(0, (-1, images)),
             teacher_cls=teacher_cls.unflatten(0, (-1, images)),
             student_feature=student[0].cls.unflatten(0, (-1, images)),
-            student_patch=self.student.patch_logits(student[0].patches.flatten(0, 1)[masked]),
+            student_patch=self.student.patch_logits(student[0].patches.flatten(0, 1).index_select(0, masked)),
             teacher_patch=teacher_patch,
             mask_weight=batch.mask_weight,
             teacher_temp=teacher_temp,

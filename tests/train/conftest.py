@@ -1,8 +1,13 @@
 """A run small enough to be done in seconds."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dinokit.config import load_recipe
 
@@ -45,3 +50,35 @@ def tiny(recipe_file, photos, tmp_path):
         return load_recipe(recipe_file, [f"data.path={photos}", f"run.out={tmp_path / out}", *overrides])
 
     return load
+
+
+def read_weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "teacher.safetensors")
+
+
+def read_records(out: Path) -> list[dict]:
+    timing = {"images_per_second", "data_wait", "memory_gib"}
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert read_records(a) == read_records(b)
+    one, two = read_weights(a), read_weights(b)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.fixture
+def weights():
+    return read_weights
+
+
+@pytest.fixture
+def records():
+    return read_records
+
+
+@pytest.fixture
+def same_run():
+    return assert_same_run

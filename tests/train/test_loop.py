@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dinokit import shelves
 from dinokit.train import loop
@@ -24,24 +23,7 @@ def train(recipe, evaluators=()):
     return loop.train(recipe, shelves.build("data.sources", recipe.data), evaluators)
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "teacher.safetensors")
-
-
-def records(out: Path) -> list[dict]:
-    timing = {"images_per_second", "data_wait", "memory_gib"}
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert records(a) == records(b)
-    one, two = weights(a), weights(b)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[k], two[k]) for k in one)
-
-
-def test_a_run_leaves_what_it_promises(tiny):
+def test_a_run_leaves_what_it_promises(tiny, records):
     out = train(tiny("a"))
     have = {p.name for p in out.iterdir()}
     assert have == {
@@ -58,7 +40,7 @@ def test_a_run_leaves_what_it_promises(tiny):
     assert json.loads((out / "env.json").read_text())["packages"]["torch"] in torch.__version__
 
 
-def test_the_teacher_moves_and_the_losses_do_too(tiny):
+def test_the_teacher_moves_and_the_losses_do_too(tiny, records, weights):
     recipe = tiny("a")
     torch.manual_seed(recipe.run.seed)
     start = Step(recipe, torch.device("cpu")).model.teacher.backbone.state_dict()
@@ -70,8 +52,8 @@ def test_the_teacher_moves_and_the_losses_do_too(tiny):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_number_of_workers_changes_nothing(tiny, workers):
-    assert_same_run(train(tiny("a")), train(tiny("b", f"run.workers={workers}")))
+def test_the_number_of_workers_changes_nothing(tiny, workers, same_run):
+    same_run(train(tiny("a")), train(tiny("b", f"run.workers={workers}")))
 
 
 COMMAND = "from dinokit.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
@@ -101,7 +83,7 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
 LONG = ("optim.steps=30", "run.checkpoint_every=3")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, same_run):
     whole = train(tiny("whole", *LONG))
     broken = tmp_path / "broken"
     process = start(recipe_file, photos, broken, *LONG)
@@ -110,32 +92,34 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path):
     process.communicate()
     assert not (broken / "checkpoints" / "step_0000030.pt").exists()  # it was killed on the way
     train(tiny("broken", *LONG, "run.workers=2"))
-    assert_same_run(whole, broken)
+    same_run(whole, broken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, number):
+def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
+    tiny, recipe_file, photos, tmp_path, number, same_run
+):
     whole = train(tiny("whole", *LONG))
     broken = tmp_path / "broken"
     process = start(recipe_file, photos, broken, *LONG, "run.checkpoint_every=1", "run.workers=1")
     wait_for_step(process, broken, 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == 130, err
     assert "the same command goes on from here" in out
     assert "Traceback" not in err
     train(tiny("broken", *LONG))
-    assert_same_run(whole, broken)
+    same_run(whole, broken)
 
 
-def test_a_finished_run_is_not_run_again(tiny):
+def test_a_finished_run_is_not_run_again(tiny, records):
     out = train(tiny("a"))
     before = records(out)
     train(tiny("a"))
     assert records(out) == before
 
 
-def test_another_recipe_does_not_touch_a_run(tiny):
+def test_another_recipe_does_not_touch_a_run(tiny, weights):
     out = train(tiny("a"))
     before = weights(out)
     with pytest.raises(
@@ -151,7 +135,7 @@ def test_a_folder_with_other_things_is_left_alone(tiny, photos):
     assert len(list(photos.iterdir())) == 10
 
 
-def test_parts_of_a_batch_are_the_whole_when_nothing_is_compared(tiny):
+def test_parts_of_a_batch_are_the_whole_when_nothing_is_compared(tiny, records, weights):
     """With centring and without KoLeo every statistic is a sum, so accumulation is exact."""
     overrides = ("losses.dino.targets=centering", "losses.ibot.targets=centering", "losses.koleo=null",
                  "backbone.drop_path=0.0")  # fmt: skip
@@ -164,25 +148,25 @@ def test_parts_of_a_batch_are_the_whole_when_nothing_is_compared(tiny):
         assert a["ibot"] == pytest.approx(b["ibot"], rel=1e-4)
 
 
-def test_bf16_trains_nearly_the_same(tiny):
+def test_bf16_trains_nearly_the_same(tiny, records):
     full, half = train(tiny("a")), train(tiny("b", "run.precision=bf16"))
     for a, b in zip(records(full), records(half), strict=True):
         assert a["dino"] == pytest.approx(b["dino"], rel=0.05)
 
 
-def test_fp16_skips_overflowing_steps_and_then_trains(tiny):
+def test_fp16_skips_overflowing_steps_and_then_trains(tiny, records, weights):
     recipe = tiny("a", "run.precision=fp16", "optim.steps=30")
     step = Step(recipe, torch.device("cpu"))
     assert step.scaler.get_scale() > 1000
     out = train(recipe)
     done = records(out)
-    assert not math.isfinite(done[0]["grad_dino_head"])  # these heads start with gradients of thousands
+    assert done[0]["grad_dino_head"] is None  # these heads start with gradients of thousands
     assert math.isfinite(done[-1]["grad_dino_head"])
     assert all(math.isfinite(r["dino"]) for r in done)
     assert all(v.isfinite().all() for v in weights(out).values())
 
 
-def test_an_evaluator_is_called_at_both_ends_and_when_due_and_sees_the_teacher(tiny):
+def test_an_evaluator_is_called_at_both_ends_and_when_due_and_sees_the_teacher(tiny, records):
     seen = []
 
     def judge(backbone):
@@ -194,7 +178,7 @@ def test_an_evaluator_is_called_at_both_ends_and_when_due_and_sees_the_teacher(t
     assert seen == [False] * 3
 
 
-def test_evaluation_changes_nothing_of_the_run(tiny):
+def test_evaluation_changes_nothing_of_the_run(tiny, weights):
     quiet = train(tiny("a"))
     torch_user = Evaluator("noisy", 1, lambda _: {"x": torch.rand(3).sum().item()})
     judged = train(tiny("b"), [torch_user])

@@ -1,0 +1,81 @@
+"""Runs that break at awkward moments, and recipes that leave things out."""
+
+import pytest
+
+from dinokit import shelves
+from dinokit.train import checkpoint, loop
+from dinokit.train.loop import Evaluator
+
+
+def train(recipe, evaluators=()):
+    return loop.train(recipe, shelves.build("data.sources", recipe.data), evaluators)
+
+
+def die(*_, **__):
+    raise SystemError("killed")
+
+
+def test_a_kill_between_weights_and_checkpoint_is_made_good(tiny, same_run, monkeypatch):
+    whole, real = train(tiny("whole")), checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *a, **k: die() if a[1] == 6 else real(*a, **k))
+        with pytest.raises(SystemError):
+            train(tiny("broken"))
+    same_run(whole, train(tiny("broken")))
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_logged_once(tiny, records):
+    calls = []
+
+    def judge(_):
+        calls.append(0)
+        return die() if len(calls) == 2 else {"x": 1.0}
+
+    with pytest.raises(SystemError):
+        train(tiny("a"), [Evaluator("e", 1, judge)])
+    out = train(tiny("a"), [Evaluator("e", 3, judge)])
+    assert [r["step"] for r in records(out) if "e/x" in r] == [0, 3, 6]
+
+
+def test_what_a_killed_write_left_is_cleared_away(tiny):
+    out = train(tiny("a"))
+    left = out / "checkpoints" / ".step_0000009.pt.123.part"
+    left.write_bytes(b"half")
+    train(tiny("a"))
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
+def test_a_run_goes_on_exactly_with_either_kind_of_target(tiny, same_run, monkeypatch, targets):
+    given = [f"losses.dino.targets={targets}", f"losses.ibot.targets={targets}"]
+    whole, real = train(tiny("whole", *given)), checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *a, **k: die() if a[1] == 4 else real(*a, **k))
+        with pytest.raises(SystemError):
+            train(tiny("broken", *given))
+    same_run(whole, train(tiny("broken", *given)))
+
+
+@pytest.mark.parametrize("gone", ["dino", "ibot"])
+def test_a_head_that_no_loss_reads_is_no_trouble(tiny, records, gone):
+    rest = ["masks=null"] if gone == "ibot" else ["heads.patch.prototypes=16"]
+    out = train(tiny("a", f"losses.{gone}=null", *rest))
+    assert gone not in records(out)[0]
+
+
+def test_several_processes_are_refused_while_they_cannot_train_together(tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started together"):
+        train(tiny("a"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_gpu_trains_and_goes_on(tiny, records, monkeypatch, precision):
+    given = ["run.device=cuda", f"run.precision={precision}", "run.accumulate=2", "run.workers=1"]
+    real = checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *a, **k: die() if a[1] == 4 else real(*a, **k))
+        with pytest.raises(SystemError):
+            train(tiny("a", *given))
+    assert [r["step"] for r in records(train(tiny("a", *given)))] == [1, 2, 3, 4, 5, 6]
