@@ -18,9 +18,9 @@ from torch import Tensor
 from dinokit import shelves
 from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
-from dinokit.features import Features, extract, spread
+from dinokit.device import DTYPES, pick_precision
+from dinokit.features import Features, device_of, extract, spread
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four times that while it is searched
 
 
@@ -161,7 +161,8 @@ def _features(cfg: Config, split: str, backbone: Backbone, source: Source) -> Fe
         ValueError: as `extract`, or if an image has no label.
     """
     size = cfg.size or backbone.input.size
-    resize, dtype = cfg.resize or round(size * 256 / 224), DTYPES[cfg.precision]
+    resize = cfg.resize or round(size * 256 / 224)
+    dtype = DTYPES[pick_precision(cfg.precision, device_of(backbone))]
     done = extract(backbone, source, resize, size, cfg.batch, cfg.workers, dtype)
     bare = int((done.y < 0).sum())
     if bare:

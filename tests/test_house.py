@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "backbones": "layers shelves", "losses": "distributed", "data": "config distributed shelves",
     "features": "backbones data distributed", "weights": "backbones config files shelves",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
-    "eval": "backbones data features shelves",
+    "eval": "backbones data device features shelves",
     "judge": "backbones config device shelves weights",
     "__init__": "", "__main__": "backbones config data eval features judge log shelves train weights",
 }  # fmt: skip

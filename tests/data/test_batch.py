@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from dinokit.data.batch import Batch, Sample, collate
+from dinokit.data.batch import Batch, Sample, collate, stack
 
 B, G, L, N = 6, 2, 3, 5
 
@@ -124,6 +124,12 @@ def test_a_batch_survives_the_way_between_processes() -> None:
     again = pickle.loads(pickle.dumps(batch))
     assert torch.equal(again.masked, batch.masked)
     assert again.unreadable == batch.unreadable
+
+
+def test_images_of_mixed_depth_keep_their_brightness_in_one_batch() -> None:
+    deep, plain = torch.full((1, 2, 2), 0.5), torch.full((1, 2, 2), 51, dtype=torch.uint8)
+    torch.testing.assert_close(stack([deep, plain])[:, 0, 0, 0], torch.tensor([0.5, 0.2]))
+    assert stack([plain, plain]).dtype == torch.uint8
 
 
 @pytest.mark.gpu

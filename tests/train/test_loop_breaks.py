@@ -1,6 +1,7 @@
 """Runs that break at awkward moments, and recipes that leave things out."""
 
 import pytest
+import torch
 
 from dinokit import shelves
 from dinokit.train import checkpoint, loop
@@ -70,6 +71,7 @@ def test_several_processes_are_refused_while_they_cannot_train_together(tiny, mo
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_gpu_trains_and_goes_on(tiny, records, monkeypatch, precision):
     given = ["run.device=cuda", f"run.precision={precision}", "run.accumulate=2", "run.workers=1"]
