@@ -30,6 +30,7 @@ class Source:
         return str(index)
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 crops = Crops(globals=CropGroup(size=8), locals=CropGroup(count=0), blur_kernel=3)
 batches = iter(loader(Source(), crops, None, seed=0, start_step=0, steps=10**6, batch=2, workers=2))
 """
