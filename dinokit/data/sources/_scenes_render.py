@@ -15,7 +15,7 @@ from dinokit.data.sources._scenes_shapes import outline
 
 Reals = NDArray[np.float64]  # (n,): one number an object
 
-OBJECTS = (4, 6)  # fewest, most
+OBJECTS = (12, 16)  # fewest, most
 GROUNDS = 3  # textures on the ground of one image
 CLUTTER = 6  # spots and streaks on the ground of one image
 NEAR, FAR = 2.4, 4.4  # metres: where objects stand; the ground begins at 6
@@ -88,7 +88,7 @@ class Renderer:
         # One object a stratum, with a gap between two: there is a step in depth wherever one hides another.
         strata = (np.arange(n)[::-1] + rng.uniform(0.15, 0.85, n)) / n
         distance = NEAR * (FAR / NEAR) ** strata
-        radius = rng.uniform(0.95, 1.25, n) / distance  # of things of like size, the far ones look small
+        radius = rng.uniform(0.5, 0.65, n) / distance  # of things of like size, the far ones look small
         x, y = _spread_out(rng, radius, lower=0.15 * (1 - 2 * strata))
         angle = rng.uniform(-0.3, 0.3, n)
         mirror = rng.choice([-1.0, 1.0], n)
