@@ -1,9 +1,9 @@
 """Built-in pictures with a known truth, so that a first run needs no data set and no download.
 
 A scene shows twelve to sixteen objects of one silhouette, the class, before a cluttered ground. Colour,
-texture, size, pose, place and ground are drawn from the same distributions for all classes, and vary inside an image
-about as much as between images: what two crops of an image share is the silhouette. Every pixel's class and
-depth are known, so segmentation and depth can be judged as well.
+texture, size, pose, place and ground are drawn from the same distributions for all classes, and vary inside
+an image about as much as between images: what two crops of an image share is the silhouette. Every pixel's
+class and depth are known, so segmentation and depth can be judged as well.
 
 Scene i is a function of (seed, split, i) alone. Between two machines a pixel may differ by one grey level,
 where their sines or matrix products round differently.
