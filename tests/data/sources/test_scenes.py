@@ -107,7 +107,7 @@ def test_objects_that_overlap_differ_in_depth(scenes: list[Scene]) -> None:
     for scene in scenes[:100]:
         levels = np.unique(scene.depth[scene.mask > 0])
         assert 1 <= len(levels) <= 16
-        assert (np.diff(levels) > 0.05).all()
+        assert (np.diff(levels) > 0.025).all()  # 16 strata between 2.4 and 4.4 m leave gaps of 2.7 cm or more
 
 
 def test_far_objects_are_smaller_and_hazier() -> None:
