@@ -34,7 +34,7 @@ def find(shelf: str, name: str) -> ModuleType:
     Raises:
         LookupError: if there is no such file; it lists what there is.
     """
-    _locate(shelf, name)
+    locate(shelf, name)
     return import_module(name if "." in name else f"dinokit.{shelf}.{name}")
 
 
@@ -81,7 +81,7 @@ def read_config(shelf: str, name: str) -> type[Any]:
     Raises:
         LookupError: if there is no such file, or it defines no Config.
     """
-    path = _locate(shelf, name)
+    path = locate(shelf, name)
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     wanted = _named_by_config(tree)
     tree.body = [
@@ -135,7 +135,12 @@ def _folder(shelf: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _locate(shelf: str, name: str) -> Path:
+def locate(shelf: str, name: str) -> Path:
+    """The file behind a name.
+
+    Raises:
+        LookupError: if there is none; it lists what there is.
+    """
     if "." in name:
         try:
             spec = find_spec(name)

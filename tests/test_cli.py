@@ -30,6 +30,7 @@ def quick(*words: str) -> subprocess.CompletedProcess:
     [
         ([], "dinokit train RECIPE"),
         (["--help"], "dinokit train RECIPE"),
+        (["--help"], "    judge frozen features"),
         (["train", "--help"], "scenes_cpu"),
         (["eval", "knn", "--help"], "few_shot"),
         (["--version"], "dinokit 0"),
@@ -61,7 +62,7 @@ def test_help_is_given_at_once(words, answer):
         (["train", "scenes_cpu", "evals.knn.evry=3"], "evals.knn.evry: there is no key 'evry'"),
         (["train", "scenes_cpu", "nonsense", "more"], "'nonsense' is not of the form key=value"),
         (["train", "scenes_cpu", "--resume"], "There is no option --resume"),
-        (["train"], "recipes: "),
+        (["train"], "Which recipe? There is: dinov1_vits16_in1k"),
         (["eval", "kn", "weights=x"], "Did you mean 'knn'?"),
         (["eval", "knn", "weights=x", "kk=3"], "there is no key 'kk'"),
         (["eval", "knn"], "weights=FILE_OR_RUN"),

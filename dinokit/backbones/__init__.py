@@ -34,7 +34,13 @@ class Input:
 class Backbone(Protocol):
     """An nn.Module with these; they are all that training and evaluation know of a backbone.
 
-    One that can be trained with masks has a parameter `mask_token` besides.
+    One that can be trained with masks has a parameter `mask_token` besides. One whose blocks can be looked
+    into has
+
+        layers(crops: Tensor, blocks: Sequence[int]) -> list[Tokens]
+
+    which gives for crops (b, C, h, w) the Tokens after each of these blocks, numbered from 0, in the order of
+    depth, each after the final norm; it raises ValueError if there is no such block.
     """
 
     width: int  # D

@@ -50,16 +50,34 @@ class TimmViT(nn.Module):
         """As Backbone: one pass a group."""
         return [self._forward_group(x, mask) for x, mask in zip(crops, masks, strict=True)]
 
+    def layers(self, crops: Tensor, blocks: Sequence[int]) -> list[Tokens]:
+        """As Backbone."""
+        depth, wanted = len(self.net.blocks), set(blocks)
+        if not wanted <= set(range(depth)):
+            raise ValueError(f"Blocks {sorted(wanted)} are not all there: they are 0 to {depth - 1}.")
+        rows, done = self._embed(crops, None), []
+        for i, block in enumerate(self.net.blocks[: max(wanted, default=-1) + 1]):
+            rows = block(rows)
+            if i in wanted:
+                done.append(self._tokens(rows))
+        return done
+
     def _forward_group(self, x: Tensor, mask: Tensor | None) -> Tokens:
+        rows = self._embed(x, mask)
+        for block in self.net.blocks:
+            rows = block(rows)
+        return self._tokens(rows)
+
+    def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         patches = self.net.patch_embed(x)  # (b, h, w, D): timm keeps the grid when the image size may change
         if mask is not None:
             if not hasattr(self, "mask_token"):
                 raise ValueError("masks need a mask token: set backbone.mask_token=true.")
             hidden = mask.view(patches.shape[:-1])[..., None]
             patches = torch.where(hidden, self.mask_token.to(patches.dtype), patches)
-        rows = self.net.norm_pre(self.net.patch_drop(self.net._pos_embed(patches)))
-        for block in self.net.blocks:
-            rows = block(rows)
+        return self.net.norm_pre(self.net.patch_drop(self.net._pos_embed(patches)))
+
+    def _tokens(self, rows: Tensor) -> Tokens:
         rows = self.net.norm(rows)
         prefix = self.net.num_prefix_tokens
         return Tokens(cls=rows[:, 0], registers=rows[:, 1:prefix], patches=rows[:, prefix:])

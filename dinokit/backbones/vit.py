@@ -5,7 +5,7 @@ Parameter names are those of the released files, so these load with strict=True.
     b  images of a group    N  patches an image    R  registers    D  width    M  side of the stored grid
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,15 +167,8 @@ class VisionTransformer(nn.Module):
             ValueError: if there is no such block.
         """
         depth = len(self.blocks)
-        wanted = set(range(depth - n, depth)) if isinstance(n, int) else set(n)
-        if not wanted <= set(range(depth)):
-            raise ValueError(f"n={n} asks for blocks that are not there: they are 0 to {depth - 1}.")
-        rows, segments = self._embed([x], [None])
-        outs = []
-        for i, block in enumerate(self.blocks):
-            rows = block(rows, segments)
-            if i in wanted:
-                outs.append(self._tokens(segments.split(self.norm(rows) if norm else rows)[0]))
+        wanted = range(depth - n, depth) if isinstance(n, int) else n
+        outs = [self._tokens(self.norm(rows) if norm else rows) for rows in self._after(x, wanted)]
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         patches = [
             o.patches.transpose(1, 2).unflatten(2, grid).contiguous() if reshape else o.patches for o in outs
@@ -183,6 +176,25 @@ class VisionTransformer(nn.Module):
         if return_class_token:
             return tuple(zip(patches, (o.cls for o in outs), strict=True))
         return tuple(patches)
+
+    def layers(self, crops: Tensor, blocks: Sequence[int]) -> list[Tokens]:
+        """As Backbone."""
+        return [self._tokens(self.norm(rows)) for rows in self._after(crops, blocks)]
+
+    def _after(self, x: Tensor, blocks: Sequence[int]) -> Iterator[Tensor]:
+        """Rows (b, 1 + R + N, D) after each of `blocks`, in the order of depth, before the final norm.
+
+        Raises:
+            ValueError: if there is no such block.
+        """
+        depth, wanted = len(self.blocks), set(blocks)
+        if not wanted <= set(range(depth)):
+            raise ValueError(f"Blocks {sorted(wanted)} are not all there: they are 0 to {depth - 1}.")
+        rows, segments = self._embed([x], [None])
+        for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+            rows = block(rows, segments)
+            if i in wanted:
+                yield segments.split(rows)[0]
 
     def _embed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
         groups = [self._embed_group(x, mask) for x, mask in zip(crops, masks, strict=True)]

@@ -221,7 +221,7 @@ WORKER = """
 import json, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from test_features import Linear, Squares
+from test_vectors import Linear, Squares
 from dinokit.features import extract
 rank = int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)

@@ -1,20 +1,20 @@
-"""Frozen features: what a backbone says of every image of a source, one row an image, in the source's order.
+"""One vector an image: the class token of every image of a source, in the source's order.
 
 N  images that could be read     D  width of the backbone
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinokit.backbones import Backbone
 from dinokit.data.loader import EvalBatch, eval_loader
 from dinokit.data.sources import Picture, Source
 from dinokit.distributed import all_reduce_sum, rank, world_size
+from dinokit.features.frozen import device_of, frozen, normalised
 
 
 @dataclass
@@ -116,43 +116,6 @@ def extract(
             f"Features of {broken} of {len(x)} images are not finite: the weights are broken{hint}."
         )
     return Features(x, y, lost)
-
-
-def normalised(backbone: Backbone, crops: Tensor) -> Tensor:
-    """Crops (b, C, h, w), uint8 or float32 in [0, 1], as the backbone was trained to see them.
-
-    Raises:
-        ValueError: if C is not what the backbone takes.
-    """
-    if crops.shape[1] != backbone.channels:
-        raise ValueError(
-            f"The images have {crops.shape[1]} channels, but the backbone takes {backbone.channels}: give it "
-            f"images like those that it was trained on."
-        )
-    mean, std = (
-        torch.tensor(v, device=crops.device).view(-1, 1, 1) for v in (backbone.input.mean, backbone.input.std)
-    )
-    x = crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
-    return (x - mean) / std
-
-
-def device_of(backbone: Backbone) -> torch.device:
-    """Where the backbone's parameters, or else its buffers, are."""
-    assert isinstance(backbone, nn.Module)
-    return next((t.device for t in (*backbone.parameters(), *backbone.buffers())), torch.device("cpu"))
-
-
-@contextmanager
-def frozen(backbone: Backbone) -> Iterator[None]:
-    """Eval mode inside the block; after it each module is in the mode that it was in."""
-    assert isinstance(backbone, nn.Module)
-    before = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def _readable(source: Source, places: Tensor, part: EvalBatch) -> Tensor:

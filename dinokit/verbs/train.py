@@ -1,0 +1,57 @@
+"""dinokit train RECIPE [key=value ...]: pretrain, or go on with the run in run.out.
+
+RECIPE is a name in configs/ or the path of a YAML file. The same command goes on with an interrupted run.
+
+dinokit train scenes_cpu data.name=folder data.path=PHOTOS
+dinokit train small_photos data.path=PHOTOS run.out=runs/photos
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dinokit import judge, shelves
+from dinokit.config import Recipe, load_recipe
+from dinokit.verbs import Command
+
+if TYPE_CHECKING:
+    from dinokit.data.sources import Source
+    from dinokit.train.loop import Evaluator
+
+
+def run(command: Command) -> None:
+    pretrain(load_recipe(command.one_word("recipe", shelves.recipe_names()), command.settings))
+
+
+def describe(words: Sequence[str]) -> str:
+    names = ", ".join(shelves.recipe_names())
+    return f"recipes: {names}\ndinokit show RECIPE prints every key with its value"
+
+
+def pretrain(recipe: Recipe) -> str:
+    """Train a recipe on its data with its evaluators. Returns the run's folder."""
+    from dinokit.train import loop
+
+    source = shelves.build("data.sources", recipe.data)
+    return str(loop.train(recipe, source, _evaluators(recipe, source)))
+
+
+def _evaluators(recipe: Recipe, source: "Source") -> list["Evaluator"]:
+    from functools import partial
+
+    from dinokit.train.loop import Evaluator
+
+    done = []
+    for name, section in recipe.evals.items():
+        values = {key: value for key, value in section.items() if key != "every"}
+        sources = judge.source_fields(name)
+        if any(values[key] is None for key in sources) and not source.classes:
+            print(
+                f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To watch the "
+                f"run by it, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}.",
+                file=sys.stderr,
+            )
+            continue
+        values = judge.with_data(name, values, recipe.data)
+        done.append(Evaluator(name, section["every"], partial(judge.run_evaluator, name, values)))
+    return done

@@ -1,0 +1,63 @@
+"""What the last blocks say, against the backbone's own forward pass."""
+
+import pytest
+import torch
+
+from dinokit.backbones import timm_vit, vit
+from dinokit.features import last_layers
+
+
+@pytest.fixture(params=["vit", "timm_vit"])
+def backbone(request):
+    torch.manual_seed(0)
+    if request.param == "vit":
+        net = vit.build(
+            vit.Config(size=32, width=24, depth=3, heads=2, patch=8, layer_scale=1.0, registers=2)
+        )
+    else:
+        net = timm_vit.build(timm_vit.Config(model="vit_tiny_patch16_224", size=32))
+    return net.eval()
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, part), getattr(b, part)) for part in ("cls", "registers", "patches"))
+
+
+@torch.inference_mode()
+def test_the_last_of_the_last_blocks_is_the_output(backbone):
+    x = torch.randn(2, 3, 32, 32)
+    depth = len(backbone.blocks)
+    done = last_layers(backbone, x, depth)
+    assert len(done) == depth
+    assert same(done[-1], backbone([x], [None])[0])
+    assert same(last_layers(backbone, x, 1)[0], done[-1])
+    assert not same(done[0], done[1])
+
+
+@torch.inference_mode()
+def test_a_block_in_the_middle_is_the_output_of_a_backbone_cut_off_there(backbone):
+    x = torch.randn(2, 3, 32, 32)
+    early = backbone.layers(x, [0])
+    net = getattr(backbone, "net", backbone)
+    net.blocks = net.blocks[:1]
+    assert same(early[0], backbone([x], [None])[0])
+
+
+def test_blocks_that_are_not_there_are_refused(backbone):
+    x = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="the backbone has"):
+        last_layers(backbone, x, 99)
+    with pytest.raises(ValueError, match="they are 0 to"):
+        backbone.layers(x, [0, 99])
+
+
+def test_a_backbone_without_layers_shows_its_last_alone():
+    class Blind(torch.nn.Module):
+        blocks = torch.nn.ModuleList([torch.nn.Identity()] * 2)
+
+        def forward(self, crops, masks):
+            return crops
+
+    assert last_layers(Blind(), "x", 1) == ["x"]
+    with pytest.raises(ValueError, match="Blind shows its last block alone, and 2"):
+        last_layers(Blind(), "x", 2)
