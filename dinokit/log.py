@@ -4,10 +4,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,10 +17,13 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
+    track,
 )
 
 from dinokit.distributed import rank
 from dinokit.files import write_text
+
+T = TypeVar("T")
 
 
 class RunLog:
@@ -93,6 +96,13 @@ class RunLog:
     def _write(self, text: str) -> None:
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
         self.text.flush()
+
+
+def watch(items: Iterable[T], total: int, text: str) -> Iterator[T]:
+    """The items, with a progress bar on standard error while somebody watches a terminal."""
+    console = Console(stderr=True)
+    hidden = rank() > 0 or not console.is_terminal
+    yield from track(items, text, total, console=console, disable=hidden, transient=True)
 
 
 def _json(value: Any) -> Any:
