@@ -6,6 +6,7 @@ against that file's Config. Nothing here imports torch, so a mistake is answered
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, asdict, fields, is_dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from dinokit.recipe import CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, 
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
-    "data_section", "load_recipe", "parse_overrides", "section_values", "to_yaml",
+    "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "section_values", "to_yaml",
 ]  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             value, or settings that contradict each other; each names the key and the way out.
     """
     path = shelves.find_recipe(recipe)
-    values = _read_yaml(path)
+    values = read_mapping(path)
     values.setdefault("name", path.stem)
     _merge(values, parse_overrides(overrides), "")
     return _complete(values)
@@ -79,8 +80,9 @@ def _complete(values: dict[str, Any]) -> Recipe:
 def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`values` of a section, checked against the Config of shelf/name and completed by its defaults.
 
-    A field of that Config with metadata {"shelf": ...} is itself a section, or none. One with a "split" is a
-    labelled source: without a name, a folder with one sub-folder a class.
+    A field of that Config with metadata {"shelf": ...} is itself a section, or none; with "many", a section
+    for each of the names in it. One with a "split" is a labelled source: without a name, a folder with one
+    sub-folder a class.
 
     Raises:
         ValueError, LookupError: as `load_recipe`; `where` is put before the key.
@@ -89,11 +91,17 @@ def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str)
     done = _typed(cls, values, where)
     for item in fields(cls):
         if "shelf" in item.metadata and done[item.name]:
-            section = done[item.name]
-            if "split" in item.metadata and "name" not in section:
-                section = {"name": "folder", "labels": "folders", **section}
-            done[item.name] = _section(item.metadata["shelf"], section, _join(where, item.name))
+            key, many = _join(where, item.name), "many" in item.metadata
+            sections = done[item.name] if many else {"": done[item.name]}
+            checked = {label: _source(item, each, _join(key, label)) for label, each in sections.items()}
+            done[item.name] = checked if many else checked[""]
     return done
+
+
+def _source(item: "Field[Any]", section: Any, where: str) -> dict[str, Any]:
+    if "split" in item.metadata and isinstance(section, Mapping) and "name" not in section:
+        section = {"name": "folder", "labels": "folders", **section}
+    return _section(item.metadata["shelf"], section, where)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -125,7 +133,8 @@ def to_yaml(recipe: Recipe, template: bool = False) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file holds; a ValueError if it cannot be read, or holds no sections."""
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # as in parse_overrides
@@ -133,6 +142,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: it should hold the sections {_list(Recipe)}.")
     return values
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, section by section; one that changes a section's `name` takes its place."""
+    done = deepcopy(dict(values))
+    _merge(done, changes, "evals")
+    return done
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:

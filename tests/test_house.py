@@ -19,11 +19,13 @@ MAY_IMPORT = {
     "device": "", "distributed": "", "files": "", "layers": "", "shelves": "",
     "recipe": "shelves", "config": "recipe shelves", "log": "distributed files",
     "backbones": "layers shelves", "losses": "distributed", "data": "config distributed shelves",
-    "features": "backbones data distributed files", "weights": "backbones config files shelves",
+    "features": "backbones data distributed files log", "weights": "backbones config files shelves",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
-    "eval": "backbones data device features shelves",
-    "judge": "backbones config device shelves weights",
-    "verbs": "backbones config data device distributed features files judge log shelves train weights",
+    "eval": "backbones data device distributed features files log shelves",
+    "judge": "backbones config device features shelves weights",
+    "results": "",
+    "verbs": "backbones config data device distributed features files judge log results shelves train "
+             "weights",
     "__init__": "", "__main__": "shelves verbs",
 }  # fmt: skip
 
