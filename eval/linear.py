@@ -209,9 +209,11 @@ def _worth(heads: Heads, x: Tensor, y: Tensor) -> Worth:
     """What each head is chosen by: top-1, or mAP if images have several classes; -1 if it diverged."""
     if y.ndim == 1:
         return heads.right(x, y, ROWS)
-    logits = {head: heads.logits_of(head, x) for head, _, _ in heads.each()}
-    fine = {head: bool(rows.isfinite().all()) for head, rows in logits.items()}
-    return {head: (mean_average_precision(logits[head], y) if fine[head] else -1.0, 0.0) for head in logits}
+    done: Worth = {}
+    for head, _, _ in heads.each():  # one at a time: (N, C) logits of all would fill the memory
+        logits = heads.logits_of(head, x)
+        done[head] = (mean_average_precision(logits, y) if logits.isfinite().all() else -1.0, 0.0)
+    return done
 
 
 def _save(out: Path, heads: Heads, worth: Worth) -> None:
