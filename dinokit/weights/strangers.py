@@ -11,7 +11,7 @@ FAMILIES = (
     ("a CLIP-like model of images and text", r"visual\.(conv1|class_emb|trans)|vision_model\.|logit_scale"),
     ("a masked autoencoder (MAE), or one fine-tuned from it", r"decoder_(blocks|embed|pos)|^fc_norm\."),
     ("a masked autoencoder (MAE)", r"^decoder\.decoder_"),
-    ("a DINOv3, whose positions are rotary", r"rope_embed|storage_tokens"),
+    ("a DINOv3, whose positions are rotary", r"rope_embeddings|storage_tokens"),
     ("a Swin or BEiT, whose positions are relative", r"relative_position_bias_table"),
     ("a language model", r"layers\.\d+\.self_attn|^transformer\.h\.\d|^bert\.|lm_head"),
     ("a convolutional network", r"layer1\.0|^stem\.|^stages\.|^features\.\d|bn1\.running_mean"),
@@ -23,4 +23,6 @@ FAMILIES = (
 def family(names: Iterable[str]) -> str:
     """What a file with tensors of such names is, as 'a ...'; empty if nobody knows."""
     here = list(names)
+    if any(name.startswith("blocks.0.") for name in here) and not any("pos_embed" in name for name in here):
+        return "a ViT that stores no positions, such as DINOv3, where they are rotary"
     return next((what for what, pattern in FAMILIES if any(re.search(pattern, name) for name in here)), "")
