@@ -16,17 +16,28 @@ FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
 
 # A room is a file or folder right below dinokit/, or eval/. It imports the rooms in its row and no other.
 MAY_IMPORT = {
-    "device": "", "distributed": "", "files": "", "layers": "", "shelves": "",
-    "recipe": "shelves", "config": "recipe shelves", "log": "distributed files",
-    "backbones": "layers shelves", "losses": "distributed", "data": "config distributed shelves",
-    "features": "backbones data distributed files log", "weights": "backbones config files shelves",
-    "train": "backbones config data device distributed features files layers log losses shelves weights",
+    "__init__": "",
+    "__main__": "shelves verbs",
+    "backbones": "layers shelves",
+    "config": "recipe shelves",
+    "data": "config distributed shelves",
+    "device": "",
+    "distributed": "",
     "eval": "backbones data device distributed features files log shelves",
+    "features": "backbones data distributed files log",
+    "files": "",
+    "hub": "backbones weights",
     "judge": "backbones config device features shelves weights",
+    "layers": "",
+    "log": "distributed files",
+    "losses": "distributed",
+    "recipe": "shelves",
     "results": "",
-    "verbs": "backbones config data device distributed features files judge log results shelves train "
+    "shelves": "",
+    "train": "backbones config data device distributed features files layers log losses shelves weights",
+    "verbs": "backbones config data device distributed features files hub judge log results shelves train "
              "weights",
-    "__init__": "", "__main__": "shelves verbs",
+    "weights": "backbones config files layers shelves",
 }  # fmt: skip
 
 # Packages beyond the core, each with the files that are its door: nobody else misses one that is not there.
@@ -34,11 +45,14 @@ CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
     "faiss": "",
     "omegaconf": "dinokit/config.py",
+    "onnxruntime": "dinokit/weights/formats/onnx.py",
+    "onnxscript": "dinokit/weights/formats/onnx.py",
     "pyarrow": "dinokit/data/sources/*",
     "submitit": "",
     "tifffile": "dinokit/data/decode.py",
-    "timm": "dinokit/backbones/timm_vit.py",
+    "timm": "dinokit/*/timm*.py",
     "torchvision": "dinokit/data/*",
+    "transformers": "dinokit/weights/formats/huggingface.py",
     "xformers": "dinokit/layers/attention.py",
 }
 
