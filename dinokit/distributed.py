@@ -47,8 +47,8 @@ def launch() -> Launch:
         absent = [key for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in env]
         if absent:
             raise ValueError(
-                f"RANK={env['RANK']} is set, but {', '.join(absent)} is not. Start with torchrun or srun, "
-                f"which set all of them, or unset RANK to train in one process."
+                f"RANK={env['RANK']} is set, but not {', '.join(absent)}. Start with torchrun or srun, which "
+                f"set all of them, or unset RANK to train in one process."
             )
         world = int(env["WORLD_SIZE"])
         return Launch(

@@ -213,7 +213,9 @@ def _first_to_fail(store: Any, error: BaseException) -> bool:
                 time.sleep(0.05)
         return store.compare_set(FAILED, "", ours).decode() == ours
     except (RuntimeError, OSError):
-        return False  # the store went with the process that held it, which failed before
+        # The store went with the process that held it, which failed before, with or without a word.
+        sys.stderr.write(f"process {rank()} ends, because process 0 is gone\n")
+        return False
 
 
 def _end_with_the_others(store: Any, over: threading.Event) -> None:

@@ -62,7 +62,7 @@ def test_a_batch_script_outside_of_srun_is_alone(environment):
 
 def test_half_an_environment_is_named(environment):
     environment(RANK="0", WORLD_SIZE="2")
-    with pytest.raises(ValueError, match="MASTER_ADDR, MASTER_PORT is not"):
+    with pytest.raises(ValueError, match="RANK=0 is set, but not MASTER_ADDR, MASTER_PORT"):
         launch()
 
 
