@@ -1,10 +1,94 @@
-"""What is summed over processes. With one process there is no group, and every sum here is the identity."""
+"""The processes that train together: who they are, and what is summed over them. Alone, every sum is itself.
+
+The only file that reads environment variables: torchrun's, SLURM's, or none.
+"""
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed.tensor import DTensor
+
+FIRST_PORT, PORTS = 12_000, 18_000  # below the ports that Linux gives to outgoing connections
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that were started together."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # among those on this node
+    local_world: int = 1
+    address: str = "localhost"  # of the node with rank 0
+    port: int = 0
+    by: str = "alone"  # who started them: torchrun, SLURM or nobody
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes there are, if each holds equally many processes; else 1."""
+        return 1 if self.world % self.local_world else self.world // self.local_world
+
+
+def launch() -> Launch:
+    """What torchrun, srun or nobody says. A batch script's own process, outside of srun, is alone.
+
+    Raises:
+        ValueError: if it is said by halves.
+    """
+    env = os.environ
+    if "RANK" in env:
+        absent = [key for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in env]
+        if absent:
+            raise ValueError(
+                f"RANK={env['RANK']} is set, but not {', '.join(absent)}. Start with torchrun or srun, which "
+                f"set all of them, or unset RANK to train in one process."
+            )
+        world = int(env["WORLD_SIZE"])
+        return Launch(
+            int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", world)),
+            env["MASTER_ADDR"], int(env["MASTER_PORT"]), "torchrun",
+        )  # fmt: skip
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone
+        world = int(env["SLURM_STEP_NUM_TASKS"])
+        job = 7 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))
+        return Launch(
+            int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)),
+            _tasks_here(env.get("SLURM_STEP_TASKS_PER_NODE", str(world)), int(env.get("SLURM_NODEID", 0))),
+            env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "localhost")),
+            int(env.get("MASTER_PORT") or FIRST_PORT + job % PORTS), "SLURM",
+        )  # fmt: skip
+    return Launch()
+
+
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's list: 'gpu[03-05,9],cpu1' is gpu03."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def _tasks_here(counts: str, node: int) -> int:
+    """Of SLURM's '4(x2),3' the number for a node: 4, 4 and 3."""
+    each: list[int] = []
+    for part in counts.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        each += [int(count)] * int(times or 1)
+    return each[node] if node < len(each) else each[0]
+
+
+def cores() -> int:
+    """CPU cores for this process: those it may run on, shared out with the others on its node."""
+    have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ours = launch()
+    if ours.by == "SLURM" and os.environ.get("SLURM_CPUS_PER_TASK"):
+        return min(have, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(have // ours.local_world, 1)
 
 
 def world_size() -> int:
@@ -31,11 +115,55 @@ def all_reduce_max(x: Tensor) -> Tensor:
     return x
 
 
-def launched() -> int:
-    """The number of processes that torchrun or another launcher started together with this one."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
 def cache_folder() -> Path:
     """Where features are kept between commands: DINOKIT_CACHE, or a folder of the user's."""
     return Path(os.environ.get("DINOKIT_CACHE") or Path.home() / ".cache" / "dinokit" / "features")
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """The rows (B, ...) of all processes, in their order: (world * B, ...), B alike everywhere.
+
+    Its gradient reaches the rows in whichever process they were made.
+    """
+    return _AllGatherRows.apply(x) if world_size() > 1 else x
+
+
+def gather_objects(x: Any) -> list[Any]:
+    """Each process's x, in the order of rank, in every process. It waits for all."""
+    if world_size() == 1:
+        return [x]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
+def of_first(x: Any) -> Any:
+    """Process 0's x, in every process. It waits for process 0."""
+    if world_size() == 1:
+        return x
+    held = [x]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process; of one that is not sharded, all of it."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full(x: Tensor) -> Tensor:
+    """A sharded tensor put together, in every process; one that is not sharded, as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.contiguous().clone()).chunk(world_size())[rank()]

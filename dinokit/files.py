@@ -1,6 +1,7 @@
 """Files that are either whole or not there: everything a run leaves behind is written through this."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +23,33 @@ def atomic(path: str | Path) -> Iterator[Path]:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # without it the move itself can be lost in a power cut
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Make what was moved into or out of a folder last: without it the move can be lost in a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there; a folder under a hidden name: half of it is never met."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.match(PARTS):
+        hidden = path.with_name(f".{path.name}.gone.part")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path = path.rename(hidden)
+    shutil.rmtree(path)

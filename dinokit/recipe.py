@@ -141,7 +141,10 @@ class Run:
     workers: int = at_least(-1, -1)  # processes that load images; -1: one a core but one, 16 at most; 0: none
     log_every: int = at_least(1, 10)
     checkpoint_every: int = at_least(1, 500)
-    keep: int = at_least(1, 2)  # checkpoints
+    keep: int = at_least(1, 2)  # checkpoints, the newest
+    keep_every: int = at_least(0, 0)  # steps: one every so many is kept for good; 0: none
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # of several processes; auto: ddp while it fits
+    timeout_minutes: float = at_least(0.05, 30.0)  # without a step or a word of the others, before a run ends
     max_unreadable: float = share(0.01)  # share of images that may be unreadable before the run stops
 
 

@@ -27,6 +27,7 @@ from dinokit.data.masks import BlockMasks
 from dinokit.data.order import generator, hash_key, image_at, permute
 from dinokit.data.sources import Source
 from dinokit.data.views import Cut, Middle
+from dinokit.distributed import cores
 
 CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
 ATTEMPTS = 20  # images tried for one place before the run gives up
@@ -43,7 +44,7 @@ class EvalBatch(NamedTuple):
 
 def loader(
     source: Source, crops: Crops, masks: BlockMasks | None, *, seed: int, start_step: int, steps: int,
-    batch: int, rank: int = 0, world: int = 1, workers: int = -1, pin: bool = False,
+    batch: int, rank: int = 0, world: int = 1, parts: int = 1, workers: int = -1, pin: bool = False,
 ) -> Iterable[Batch]:  # fmt: skip
     """This process's part of the batches of steps `start_step` to `steps` - 1.
 
@@ -57,6 +58,8 @@ def loader(
         batch: images a step over all processes.
         rank: the number of this process, of `world`.
         world: the number of processes.
+        parts: that a process takes its share in, by Batch.split(). The images of a part, over all processes,
+            are then the same for any number of these.
         workers: loader processes; -1 is one a core but one, 16 at most; 0 loads in this process.
         pin: whether to put batches into page-locked memory, for a GPU.
 
@@ -65,14 +68,16 @@ def loader(
         RuntimeError: while iterating, if a worker dies (or ConnectionError, if it dies while it hands a batch
             over), or if no readable image is found for a place.
     """
-    if batch % world:
+    if batch % (world * parts):
+        pieces = f" in {parts} parts each" if parts > 1 else ""
         raise ValueError(
-            f"optim.batch={batch} images cannot be shared out over {world} processes: "
-            f"take a multiple of {world}, such as {-(-batch // world) * world}."
+            f"optim.batch={batch} images cannot be shared out over {world} processes{pieces}: "
+            f"take a multiple of {world * parts}, such as {-(-batch // (world * parts)) * world * parts}."
         )
     if not len(source):
         raise ValueError("the data source holds no images.")
-    places = range(rank * (batch // world), (rank + 1) * (batch // world))
+    part, own = batch // parts, batch // parts // world
+    places = [start + rank * own + i for start in range(0, batch, part) for i in range(own)]
     return _data_loader(
         _Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
     )
@@ -167,7 +172,7 @@ class _Places(Dataset[Sample]):
 class _Steps:
     """For each step, this process's places in it."""
 
-    def __init__(self, start: int, stop: int, places: range) -> None:
+    def __init__(self, start: int, stop: int, places: list[int]) -> None:
         self.steps, self.places = range(start, stop), places
 
     def __len__(self) -> int:
@@ -223,8 +228,7 @@ def _data_loader(
 
 
 def _spare_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores - 1)
+    return min(MOST_WORKERS, cores() - 1)
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

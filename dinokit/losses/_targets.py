@@ -60,6 +60,9 @@ class Centering(nn.Module):
         self.register_buffer("pending", torch.zeros(1))
         self.register_buffer("rows", torch.zeros(()))
         self.register_load_state_dict_pre_hook(_take_shapes)
+        # What is saved must be the same in every process. All ask for it, so all sum; and to fold a little
+        # earlier changes nothing.
+        self.register_state_dict_pre_hook(lambda module, *_: module.fold())
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temp: float, new_step: bool) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinokit.distributed import all_gather_rows, rank
 from dinokit.losses import Views
 
 
@@ -17,18 +18,29 @@ from dinokit.losses import Views
 class Config:
     least_images: ClassVar[int] = 2
     weight: float = 0.1
+    distributed: bool = False  # nearest among the images of all processes; else, as in DINOv2, of this one
     eps: float = 1e-8  # added to a distance in [0, 2]: a duplicate costs -log(eps) = 18.4, not infinity
 
 
-def koleo(x: Tensor, eps: float = 1e-8) -> Tensor:
+def koleo(x: Tensor, eps: float = 1e-8, distributed: bool = False) -> Tensor:
     """Minus the mean log distance from each row of x (B, D) to its nearest other row. Returns ().
 
-    Rows are put on the unit sphere first. B >= 2. The search has no gradient, the distance has.
+    Rows are put on the unit sphere first. The search has no gradient, the distance has.
+
+    Args:
+        x: B >= 2, or any B if there are other processes and `distributed`.
+        eps: added to a distance.
+        distributed: look for the nearest among the rows of all processes, B alike in each. The mean of all
+            processes' losses, and of its gradients, is then that of one process with all rows.
     """
     x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    bank = all_gather_rows(x) if distributed else x  # (world * B, D)
     with torch.no_grad():
-        nearest = (x @ x.T).fill_diagonal_(-2).argmax(dim=1)  # (B,); -2 is below any cosine
-    distance = (x - x[nearest]).norm(dim=-1)  # (B,)
+        own = rank() * len(x) if distributed else 0  # where in the bank this process's rows begin
+        cosine = x @ bank.T
+        cosine.diagonal(own).fill_(-2)  # below any cosine
+        nearest = cosine.argmax(dim=1)  # (B,)
+    distance = (x - bank[nearest]).norm(dim=-1)  # (B,)
     return -(distance + eps).log().mean()
 
 
@@ -37,12 +49,12 @@ class KoLeoLoss(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.weight, self.eps = cfg.weight, cfg.eps
+        self.weight, self.eps, self.distributed = cfg.weight, cfg.eps, cfg.distributed
 
     def forward(self, views: Views) -> Tensor:
         """()."""
         # One term a global crop, summed: two crops of one image are near on purpose, never compare them.
-        return torch.stack([koleo(x, self.eps) for x in views.student_feature]).sum()
+        return torch.stack([koleo(x, self.eps, self.distributed) for x in views.student_feature]).sum()
 
 
 build = KoLeoLoss

@@ -18,19 +18,21 @@ import torch
 
 from dinokit.config import Recipe, load_recipe, to_yaml
 from dinokit.device import Precision
-from dinokit.distributed import rank, world_size
-from dinokit.files import PARTS, write_text
+from dinokit.distributed import gather_objects, rank, world_size
+from dinokit.files import PARTS, remove, write_text
 
 # Settings that may change when a run goes on, because they do not change what it learns.
 FREE = (
     "evals", "run.out", "run.device", "run.workers", "run.log_every", "run.checkpoint_every", "run.keep",
-    "run.max_unreadable",
+    "run.keep_every", "run.max_unreadable", "run.parallel", "run.timeout_minutes",
 )  # fmt: skip
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 
 
 def open_run(recipe: Recipe) -> Path:
     """Make the folder `run.out`, or take up the run that is in it. Returns its path.
+
+    All processes call it, and process 0 writes.
 
     Raises:
         ValueError: if the folder holds a run of another recipe, or things that are no run.
@@ -46,12 +48,14 @@ def open_run(recipe: Recipe) -> Path:
             )
     elif out.exists() and any(not path.match(PARTS) for path in out.iterdir()):
         raise ValueError(f"run.out={out} is not empty and holds no run. Choose another run.out.")
+    gather_objects(None)  # all have looked before anything is written
     if rank() == 0:
         write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
         (out / "checkpoints").mkdir(exist_ok=True)
         for part in (*out.glob(PARTS), *(out / "checkpoints").glob(PARTS)):
-            part.unlink()  # left by a process that was killed while it wrote
+            remove(part)  # left by a process that was killed while it wrote
         write_text(out / "env.json", json.dumps(environment(), indent=1))
+    gather_objects(None)
     return out
 
 

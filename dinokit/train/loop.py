@@ -1,10 +1,7 @@
 """The training loop, top to bottom: batch, step (dinokit/train/step.py); log, evaluate, save."""
 
-import resource
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,19 +15,19 @@ from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
 from dinokit.device import pick_device, pick_precision
-from dinokit.distributed import launched, rank, world_size
+from dinokit.distributed import all_reduce_sum, gather_objects, of_first, rank, world_size
 from dinokit.log import RunLog
 from dinokit.train import checkpoint
+from dinokit.train.checkpoint import Checkpoints, Found
+from dinokit.train.finite import check_finite
 from dinokit.train.folder import open_run, saved_precision
+from dinokit.train.memory import memory_share, peak_memory
+from dinokit.train.parallel import whole_backbone
+from dinokit.train.parts import parts_of_step
+from dinokit.train.processes import Stopped, agree, beat, joined, stop_signals
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
 from dinokit.weights import save_backbone
-
-LEAST_SCALE = 1e-3  # of fp16's gradients: it halves with every overflow
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says what happened and what to try."""
 
 
 @dataclass
@@ -49,41 +46,44 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
         ValueError: before the first step, if recipe, folder and source do not fit together.
         TrainingError: if a loss is not finite, or too many images cannot be read.
         OSError: if a checkpoint cannot be written.
-        KeyboardInterrupt: after Ctrl-C or a termination signal, when all is saved.
+        Stopped: after Ctrl-C or a termination signal, when all is saved.
     """
-    if launched() > 1:
-        raise ValueError(
-            f"{launched()} processes were started together, but dinokit trains in one process yet. Start "
-            f"one; run.accumulate=N cuts a large batch into N parts."
-        )
     device = pick_device(recipe.run.device)
-    wanted = recipe.run.precision
-    precision = pick_precision(saved_precision(recipe) if wanted == "auto" else wanted, device)
-    recipe = replace(recipe, run=replace(recipe.run, precision=precision))
+    with joined(device, recipe.run.timeout_minutes):
+        return _train(recipe, source, evaluators, device)
+
+
+def _train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], device: torch.device) -> Path:
+    out = Path(recipe.run.out)
+    agree(recipe, source, out)
+    recipe = _with_precision(recipe, device)
+    found = checkpoint.latest(out / "checkpoints")
+    parts = parts_of_step(recipe, world_size(), found.values if found else None)
     torch.manual_seed(recipe.run.seed)
-    step = Step(recipe, device)
+    step = Step(recipe, device, parts)
     masks = block_masks(recipe, step.model.student.backbone)
-    out = open_run(recipe)
+    open_run(recipe)
     unreadable = Unreadable(recipe.run.max_unreadable, len(source))
-    start = _resume(out, step, unreadable, device)
-    with RunLog(out, recipe.optim.steps, start) as log, _stop_signals() as stopping:
-        log.say(f"{recipe.name}: {len(source)} images, {device.type} {recipe.run.precision}, run.out={out}")
-        if start:
-            log.say(f"goes on after step {start}")
-        run = Run(recipe, out, step, log, evaluators, unreadable)
+    start = _resume(found, step, unreadable)
+    saved = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
+    with RunLog(out, recipe.optim.steps, start) as log, saved, stop_signals() as stopping:
+        run = Run(recipe, out, step, log, evaluators, unreadable, saved)
+        run.introduce(len(source), start)
         if not start:
             run.evaluate(0, always=True)
         batches = loader(
             source, recipe.crops, masks, seed=recipe.run.seed, start_step=start, steps=recipe.optim.steps,
-            batch=recipe.optim.batch, rank=rank(), world=world_size(), workers=recipe.run.workers,
-            pin=device.type == "cuda",
+            batch=recipe.optim.batch, rank=rank(), world=world_size(), parts=parts,
+            workers=recipe.run.workers, pin=device.type == "cuda",
         )  # fmt: skip
         for batch in run.timed(batches):
             run.advance(batch)
             if stopping():
                 run.save(batch.step + 1)
+                saved.finish()
                 log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")
-                raise KeyboardInterrupt
+                raise Stopped
+        saved.finish()
         log.say(f"done: {out / 'teacher.safetensors'}")
     return out
 
@@ -99,16 +99,33 @@ class Run:
         log: RunLog,
         evaluators: Sequence[Evaluator],
         unreadable: Unreadable,
+        checkpoints: Checkpoints,
     ) -> None:
         self.recipe, self.out, self.step, self.log = recipe, out, step, log
-        self.evaluators, self.unreadable = evaluators, unreadable
+        self.evaluators, self.unreadable, self.checkpoints = evaluators, unreadable, checkpoints
         self.pending: list[dict[str, Tensor]] = []
+        self.unread: list[str] = []
         self.waited, self.since = 0.0, time.monotonic()
+
+    def introduce(self, images: int, start: int) -> None:
+        """Say what begins."""
+        run, world, parts = self.recipe.run, world_size(), self.step.parts
+        among = f", {world} processes" if world > 1 else ""
+        what = f"{images} images, {self.step.device.type} {run.precision}{among}, run.out={self.out}"
+        self.log.say(f"{self.recipe.name}: {what}")
+        if parts != run.accumulate:
+            self.log.say(
+                f"each step in {parts} parts, not run.accumulate={run.accumulate}: so {world} processes keep "
+                f"the batch of {self.recipe.optim.batch} images"
+            )
+        if start:
+            self.log.say(f"goes on after step {start}")
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for them counted."""
         waiting = iter(batches)
         while True:
+            beat(self.recipe.run.timeout_minutes)
             begun = time.monotonic()
             try:
                 batch = next(waiting)
@@ -119,8 +136,8 @@ class Run:
 
     def advance(self, batch: Batch) -> None:
         """One step, and what is due after it."""
-        for line in self.unreadable.add(batch.unreadable, seen=(batch.step + 1) * self.recipe.optim.batch):
-            self.log.say(line)
+        self.checkpoints.check()
+        self.unread += batch.unreadable
         self.pending.append(self.step(batch))
         done, run = batch.step + 1, self.recipe.run
         last = done == self.recipe.optim.steps
@@ -139,9 +156,13 @@ class Run:
         if not self.pending:
             return
         names = list(self.pending[0])
-        table = torch.stack([torch.stack([row[n].float() for n in names]) for row in self.pending]).cpu()
+        table = torch.stack([torch.stack([row[n].float() for n in names]) for row in self.pending])
+        table = (
+            all_reduce_sum(table) / world_size()
+        ).cpu()  # each is a mean over images, or alike everywhere
+        self._count_unreadable(done)
         first, count = done - len(self.pending), len(self.pending)
-        self._check_finite(table, names, first)
+        check_finite(table, names, first, self.step.scaler, self.out / "checkpoints")
         seconds = max(time.monotonic() - self.since, 1e-9)
         s = self.step.schedules
         self.log.step(
@@ -154,7 +175,7 @@ class Run:
                 "teacher_temp": s.teacher_temp(done - 1),
                 "images_per_second": count * self.recipe.optim.batch / seconds,
                 "data_wait": self.waited / seconds,
-                "memory_gib": _peak_memory(self.step.device),
+                "memory_gib": peak_memory(self.step.device),
             },
         )
         self.pending.clear()
@@ -166,9 +187,11 @@ class Run:
         if not due:
             return
         self.report(done)
+        backbone = whole_backbone(self.recipe, self.step.model.teacher.backbone)
+        beat(0)  # an evaluation may take hours
         for evaluator in due:
             begun = time.monotonic()
-            scores = evaluator.judge(self.step.model.teacher.backbone)
+            scores = evaluator.judge(backbone)
             self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
             text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
             self.log.say(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")
@@ -177,32 +200,28 @@ class Run:
     def save(self, done: int) -> None:
         """A checkpoint to go on from, and the teacher for use."""
         self.report(done)  # nothing that is not finite is ever saved
+        backbone = whole_backbone(self.recipe, self.step.model.teacher.backbone)
         if rank() == 0:
             # The checkpoint comes last: a run that is killed in between does the last steps, and this, again.
-            backbone, text = self.step.model.teacher.backbone, to_yaml(self.recipe)
-            save_backbone(self.out / "teacher.safetensors", backbone, self.recipe.backbone, text)
-            state = {**self.step.state(), "unreadable": self.unreadable.state()}
-            checkpoint.save(self.out / "checkpoints", done, state, self.recipe.run.keep)
+            path, section = self.out / "teacher.safetensors", self.recipe.backbone
+            try:
+                save_backbone(path, backbone, section, to_yaml(self.recipe))
+            except OSError as error:
+                raise OSError(self.checkpoints.trouble(done, error)) from None
+        tensors, scaler = self.step.state()
+        values = {
+            "scaler": scaler,
+            "unreadable": self.unreadable.state(),
+            "images_at_once": self.recipe.optim.batch // world_size() // self.step.parts,
+            "memory_share": memory_share(self.step.device),
+        }
+        self.checkpoints.save(done, tensors, values)
 
-    def _check_finite(self, table: Tensor, names: list[str], first: int) -> None:
-        bad = (~table.isfinite()).nonzero()
-        scale = self.step.scaler.get_scale()
-        if scale < LEAST_SCALE:
-            raise TrainingError(
-                f"In fp16 every step of late overflowed: the loss scale fell to {scale:g}. Take "
-                f"run.precision=bf16 or fp32, in a new run.out."
-            )
-        skips = self.step.scaler.is_enabled()  # an fp16 overflow of a gradient is the scaler's business
-        bad = bad[[not (skips and names[int(column)].startswith("grad_")) for _, column in bad]]
-        if len(bad):
-            row, column = (int(i) for i in bad[0])
-            last = checkpoint.latest(self.out / "checkpoints")
-            raise TrainingError(
-                f"'{names[column]}' became {table[row, column].item()} in step {first + row + 1}. "
-                f"{f'The last good checkpoint is {last}.' if last else 'No checkpoint was written yet.'} "
-                f"To try, one at a time, in a new run.out: a lower optim.lr, a longer optim.warmup, a "
-                f"smaller optim.clip, a lower second teacher.temp, run.precision=fp32."
-            )
+    def _count_unreadable(self, done: int) -> None:
+        names = [name for names in gather_objects(self.unread) for name in names]
+        self.unread.clear()
+        for line in self.unreadable.add(names, seen=done * self.recipe.optim.batch):
+            self.log.say(line)
 
 
 def block_masks(recipe: Recipe, backbone: Backbone) -> BlockMasks | None:
@@ -211,35 +230,19 @@ def block_masks(recipe: Recipe, backbone: Backbone) -> BlockMasks | None:
     return BlockMasks(recipe.masks, (side, side)) if recipe.masks is not None else None
 
 
-def _resume(out: Path, step: Step, unreadable: Unreadable, device: torch.device) -> int:
-    path = checkpoint.latest(out / "checkpoints")
-    if path is None:
+def _with_precision(recipe: Recipe, device: torch.device) -> Recipe:
+    """With run.precision settled: what the run in the folder has, else what process 0's device does well."""
+    wanted = recipe.run.precision
+    precision = of_first(pick_precision(saved_precision(recipe) if wanted == "auto" else wanted, device))
+    return replace(recipe, run=replace(recipe.run, precision=precision))
+
+
+def _resume(found: Found | None, step: Step, unreadable: Unreadable) -> int:
+    if found is None:
         return 0
-    state = checkpoint.load(path, device)
-    step.load(state)
-    unreadable.load(state["unreadable"])
-    return int(state["step"])
-
-
-def _peak_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """While open, the first Ctrl-C or termination asks the loop to save and end; the second ends at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    checkpoint.verify(found)
+    tensors = step.targets(checkpoint.shapes(found))
+    checkpoint.load(found, tensors)
+    step.load(tensors, found.values["scaler"])
+    unreadable.load(found.values["unreadable"])
+    return found.step

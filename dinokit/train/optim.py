@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dinokit.backbones import Backbone
 from dinokit.config import Optim
+from dinokit.distributed import full, local
 from dinokit.train.student_teacher import Network
 
 
@@ -54,7 +55,8 @@ def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
         grads = [p.grad for p in part.parameters() if p.grad is not None]
         if not grads:  # a head that no loss reads
             continue
-        each = torch.stack(torch._foreach_norm(grads))  # (tensors,)
+        each = full(torch.stack(torch._foreach_norm(grads)))  # (tensors,)
+        grads = [local(g) for g in grads]
         norms[name] = each.norm()
         if cfg.clip and cfg.clip_per == "part":
             torch._foreach_mul_(grads, (cfg.clip / (norms[name] + 1e-6)).clamp(max=1))

@@ -5,17 +5,18 @@ import torch
 from dinokit.config import Recipe
 from dinokit.data.photometric import Photometric
 from dinokit.train.loop import block_masks
+from dinokit.train.parallel import STATE_BYTES
+from dinokit.train.parts import parts_of_step
+from dinokit.train.scale import Cluster, describe
 from dinokit.train.student_teacher import Network, StudentTeacher
 
-# Bytes a parameter: student, its gradient and two Adam moments in float32, and the teacher.
-BYTES_A_PARAMETER = 5 * 4
 # Bytes a token, a block and a unit of width that a transformer block keeps for its backward pass in 16-bit,
 # attention weights not stored: equation 1 of Korthikanti et al. 2022 (arXiv 2205.05198) without that term.
 BYTES_A_TOKEN = 34
 
 
-def plan(recipe: Recipe) -> dict[str, str]:
-    """Lines for people, by name.
+def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, str]:
+    """Lines for people, by name; with a cluster, more of what the recipe is there.
 
     Raises:
         ValueError: for all that would stop the run before its first step, but for the data.
@@ -29,10 +30,10 @@ def plan(recipe: Recipe) -> dict[str, str]:
     parts = recipe.run.accumulate
     images = optim.batch // parts
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()}
-    state = sum(counts.values()) * BYTES_A_PARAMETER / 2**30
+    state = sum(counts.values()) * STATE_BYTES / 2**30
     tokens, activations = _activations(recipe, student, images)
     crops = recipe.crops.globals.count + recipe.crops.locals.count
-    return {
+    lines = {
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "memory": f"{state:.2f} GiB for weights, gradients, AdamW and teacher; about {activations:.1f} GiB "
         f"for what a backward pass over {images} images in one process keeps (an estimate, without "
@@ -43,6 +44,10 @@ def plan(recipe: Recipe) -> dict[str, str]:
         "learning rate": f"{optim.peak_lr:.4g} at the peak ({optim.lr:g} at {optim.lr_batch} images, "
         f"rule {optim.lr_rule})",
     }
+    if cluster is None:
+        return lines
+    apart = optim.batch // cluster.world // parts_of_step(recipe, cluster.world)
+    return lines | describe(recipe, student, cluster, _activations(recipe, student, apart)[1])
 
 
 def _activations(recipe: Recipe, student: Network, images: int) -> tuple[int, float]:

@@ -11,17 +11,27 @@ from dinokit.data.batch import Batch
 from dinokit.data.photometric import Photometric
 from dinokit.device import DTYPES
 from dinokit.distributed import rank
+from dinokit.train import state
 from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
+from dinokit.train.parallel import spread, synced
 from dinokit.train.schedule import Schedules
 from dinokit.train.student_teacher import StudentTeacher
 
 
 class Step:
-    """One optimiser step and all that it changes: model, optimiser, scaler."""
+    """One optimiser step and all that it changes: model, optimiser, scaler.
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    Args:
+        recipe: of the run.
+        device: to train on.
+        parts: that this process's share of a batch is cut into; 0: run.accumulate.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, parts: int = 0) -> None:
         self.recipe, self.device = recipe, device
+        self.parts = parts or recipe.run.accumulate
         self.model = StudentTeacher(recipe).to(device).train()
+        self.replica = spread(self.model, recipe, device)  # what is called in a step: the model, or it in DDP
         self.colour = Photometric(recipe.crops)
         self.optimizer = build_optimizer(self.model.student, recipe.optim)
         self.schedules = Schedules(recipe)
@@ -49,17 +59,18 @@ class Step:
         return values
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        parts = self.recipe.run.accumulate
+        parts = self.parts
         temp = self.schedules.teacher_temp(batch.step)
         sums: dict[str, Tensor] = {}
         for i, part in enumerate(batch.split(parts)):
             if parts > 1 and self.device.type == "cuda":
                 part = part.pin_memory()  # parts are new tensors, and the copy of others would be waited for
             seen = self.coloured(part)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                losses = self.model(seen, temp, new_step=i == 0)
-            total = sum(self.recipe.losses[name]["weight"] * value for name, value in losses.items())
-            self.scaler.scale(total / parts).backward()
+            with synced(self.replica, last=i == parts - 1):
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    losses = self.replica(seen, temp, new_step=i == 0)
+                total = sum(self.recipe.losses[name]["weight"] * value for name, value in losses.items())
+                self.scaler.scale(total / parts).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / parts
         return sums
@@ -72,19 +83,18 @@ class Step:
             batch.local_crops = self.colour(batch.local_crops, batch.local_colour)
         return batch
 
-    def state(self) -> dict[str, object]:
-        """What a checkpoint holds."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """What a checkpoint holds: tensors by name, and the rest. All processes call it."""
+        return state.tensors(self.model, self.model.student, self.optimizer), self.scaler.state_dict()
 
-    def load(self, state: Mapping[str, dict[str, object]]) -> None:
+    def targets(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Tensors to read a checkpoint that has these into; they are for load()."""
+        return state.targets(shapes, self.model, self.model.student, self.optimizer)
+
+    def load(self, tensors: Mapping[str, Tensor], scaler: Mapping[str, object]) -> None:
         """Take back what state() gave."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        state.restore(tensors, self.model, self.model.student, self.optimizer)
+        self.scaler.load_state_dict(dict(scaler))
 
 
 def _mix(*numbers: int) -> int:

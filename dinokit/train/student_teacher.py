@@ -13,6 +13,7 @@ from dinokit import shelves
 from dinokit.backbones import Backbone, Input, Tokens
 from dinokit.config import Head, Recipe
 from dinokit.data.batch import Batch
+from dinokit.distributed import local
 from dinokit.layers.head import PrototypeHead
 from dinokit.losses import Views
 
@@ -77,7 +78,8 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Teacher <- momentum * teacher + (1 - momentum) * student, for every parameter."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+        teacher, student = ([local(p) for p in n.parameters()] for n in (self.teacher, self.student))
+        torch._foreach_lerp_(teacher, student, 1 - momentum)  # cut up alike, if at all
 
     @torch.no_grad()
     def _see_all(self, crops: Tensor) -> Tokens:

@@ -39,6 +39,7 @@ def pretrain(recipe: Recipe) -> str:
 def _evaluators(recipe: Recipe, source: "Source") -> list["Evaluator"]:
     from functools import partial
 
+    from dinokit.distributed import launch
     from dinokit.train.loop import Evaluator
 
     done = []
@@ -46,11 +47,12 @@ def _evaluators(recipe: Recipe, source: "Source") -> list["Evaluator"]:
         values = {key: value for key, value in section.items() if key != "every"}
         sources = judge.source_fields(name)
         if any(values[key] is None for key in sources) and not source.classes:
-            print(
+            text = (
                 f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To watch the "
-                f"run by it, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}.",
-                file=sys.stderr,
+                f"run by it, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}."
             )
+            if launch().rank == 0:
+                print(text, file=sys.stderr)
             continue
         values = judge.with_data(name, values, recipe.data)
         done.append(Evaluator(name, section["every"], partial(judge.run_evaluator, name, values)))

@@ -1,6 +1,10 @@
 """A run small enough to be done in seconds."""
 
 import json
+import multiprocessing
+import runpy
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +86,62 @@ def records():
 @pytest.fixture
 def same_run():
     return assert_same_run
+
+
+SCENARIOS = str(Path(__file__).parent / "scenarios.py")
+RACES = "Address already in use", "EADDRINUSE", "Connection refused"  # of two programs that start at once
+
+
+class Together:
+    """Several processes that were started together, as a launcher would."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["dinokit.train.loop", "dinokit.backbones.vit"])
+
+    def start(self, world: int, job: str, *arguments: object) -> list:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = str(probe.getsockname()[1])
+        processes = []
+        for rank in range(world):
+            environment = {
+                "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+            }  # fmt: skip
+            given = {"ENVIRONMENT": environment, "JOB": (job, arguments), "LOG": str(self.log)}
+            process = self.context.Process(target=runpy.run_path, args=(SCENARIOS, given, "__main__"))
+            process.start()
+            processes.append(process)
+        return processes
+
+    def end(self, processes: list, seconds: float = 100) -> list[int]:
+        """Their exit statuses."""
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0.1))
+        late = [process for process in processes if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        assert not late, f"still running after {seconds} s: {self.said()}"
+        return [process.exitcode for process in processes]
+
+    def __call__(self, world: int, job: str, *arguments: object, status: tuple = (0,)) -> str:
+        """Run to the end, with one more try after a race at the start. Returns what was said on stderr."""
+        for again in (True, False):
+            self.log.write_text("")
+            got = self.end(self.start(world, job, *arguments))
+            if not (again and any(race in self.said() for race in RACES)):
+                break
+        assert set(got) <= set(status), f"{got}: {self.said()}"
+        return self.said()
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture
+def together(tmp_path):
+    return Together(tmp_path / "said.txt")

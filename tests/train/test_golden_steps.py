@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from dinokit.config import CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher, section_values
 from dinokit.data.batch import Batch
 from dinokit.data.photometric import draw
+from dinokit.distributed import all_reduce_sum, full, rank, world_size
 from dinokit.train.step import Step
 
 PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -63,7 +65,7 @@ def close(got: float, want: float, what: str) -> None:
 def check_end(step: Step, recorded) -> None:
     for who, network in {"student": step.model.student, "teacher": step.model.teacher}.items():
         end = recorded.under(f"end/{who}/")
-        got = rename(network.state_dict(), end)
+        got = rename({name: full(x) for name, x in network.state_dict().items()}, end)
         assert got.keys() == end.keys()
         for name in end:
             torch.testing.assert_close(
@@ -81,15 +83,33 @@ def load_start(step: Step, recorded) -> None:
     for who, network in {"student": step.model.student, "teacher": step.model.teacher}.items():
         start = recorded.under(f"start/{who}/")
         names = rename({k: k for k in network.state_dict()}, start)
-        network.load_state_dict({names[k]: v for k, v in start.items()}, strict=True)
+        whole = StateDictOptions(full_state_dict=True)  # it may be cut up
+        set_model_state_dict(network, {names[k]: v for k, v in start.items()}, options=whole)
 
 
 @pytest.mark.parametrize(
     "name", ["step_v2_sinkhorn_separate", "step_v2_centering_shared", "step_v2_no_local"]
 )
 def test_dinov2_steps_are_the_recorded_ones(golden, name):
-    recorded = golden(name)
+    follow(golden(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"), [("step_v2_centering_shared", "ddp"), ("step_v2_sinkhorn_separate", "fsdp")]
+)
+def test_two_processes_take_the_recorded_steps(together, name, parallel):
+    together(2, "golden", name, parallel)
+
+
+def in_several_processes(recorded, parallel: str) -> None:
+    """The same with a share of the images in each process; KoLeo must look at those of all."""
+    follow(recorded, parallel, koleo={"distributed": True})
+
+
+def follow(recorded, parallel: str = "none", koleo: dict | None = None) -> None:
     recipe, columns = dinov2_recipe(recorded), recorded.settings["columns"]
+    recipe.run.parallel = parallel
+    recipe.losses["koleo"] |= koleo or {}
     step = Step(recipe, torch.device("cpu"))
     load_start(step, recorded)
     for i, values in enumerate(recorded["rows"].tolist()):
@@ -100,7 +120,8 @@ def test_dinov2_steps_are_the_recorded_ones(golden, name):
         close(schedules.weight_decay(i), want["weight_decay"], f"weight decay of step {i}")
         close(schedules.momentum(i), want["momentum"], f"momentum of step {i}")
         close(schedules.teacher_temp(i), want["teacher_temp"], f"teacher temperature of step {i}")
-        got = {k: v.item() for k, v in step(batch_of(recorded, i, recipe.crops)).items()}
+        share = batch_of(recorded, i, recipe.crops).split(world_size())[rank()]
+        got = {k: (all_reduce_sum(v) / world_size()).item() for k, v in step(share).items()}
         weighted = {k: recipe.losses[k]["weight"] * got[k] for k in recipe.losses}
         close(weighted["dino"], want["dino_local"] + want["dino_global"], f"DINO of step {i}")
         close(weighted["ibot"], want["ibot"], f"iBOT of step {i}")

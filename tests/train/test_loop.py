@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dinokit import shelves
 from dinokit.train import loop
-from dinokit.train.loop import Evaluator, TrainingError, block_masks
+from dinokit.train.finite import TrainingError
+from dinokit.train.loop import Evaluator, block_masks
 from dinokit.train.step import Step
 from dinokit.train.unreadable import TooManyUnreadableError
 
@@ -34,7 +36,7 @@ def test_a_run_leaves_what_it_promises(tiny, records):
         "checkpoints",
         "teacher.safetensors",
     }
-    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_0000004.pt", "step_0000006.pt"]
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_0000004", "step_0000006"]
     assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
     assert {"dino", "ibot", "koleo", "lr", "momentum", "teacher_temp"} <= records(out)[0].keys()
     assert json.loads((out / "env.json").read_text())["packages"]["torch"] in torch.__version__
@@ -74,7 +76,7 @@ def start(recipe_file, photos, out, *overrides) -> subprocess.Popen:
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None:
-        if (out / "checkpoints" / f"step_{step:07d}.pt").exists():
+        if (out / "checkpoints" / f"step_{step:07d}").exists():
             return
         time.sleep(0.005)
     pytest.fail(f"no checkpoint of step {step}: {process.communicate()}")
@@ -90,7 +92,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, s
     wait_for_step(process, broken, 6)
     process.kill()
     process.communicate()
-    assert not (broken / "checkpoints" / "step_0000030.pt").exists()  # it was killed on the way
+    assert not (broken / "checkpoints" / "step_0000030").exists()  # it was killed on the way
     train(tiny("broken", *LONG, "run.workers=2"))
     same_run(whole, broken)
 
@@ -188,14 +190,14 @@ def test_evaluation_changes_nothing_of_the_run(tiny, weights):
 def test_a_loss_that_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tiny):
     with pytest.raises(
         TrainingError,
-        match=r"'(dino|ibot|koleo|grad_\w+)' became (nan|inf) in step [3-9].*step_0000002\.pt.*optim\.lr",
+        match=r"'(dino|ibot|koleo|grad_\w+)' became (nan|inf) in step [3-9].*step_0000002.*optim\.lr",
     ):
         train(
             tiny("a", "optim.lr=1e30", "optim.warmup=1", "optim.clip=0", "run.log_every=2", "optim.steps=20")
         )
     out = Path(tiny("a").run.out)
-    state = torch.load(out / "checkpoints" / "step_0000002.pt", weights_only=True)
-    assert all(v.isfinite().all() for v in state["model"].values())
+    (file,) = (out / "checkpoints" / "step_0000002").glob("*.safetensors")
+    assert all(v.isfinite().all() for v in load_file(file).values())
 
 
 def test_an_unreadable_image_is_named_once_and_the_run_goes_on(tiny, photos):

@@ -1,0 +1,142 @@
+"""How a step is spread over processes: what is recomputed, then what is compiled, then FSDP2, DDP or nothing.
+
+Everything here is public API of PyTorch. Student and teacher are cut alike, so that the teacher's average
+needs no communication; the teacher's gradients do not exist.
+
+    DDP   every process holds everything; gradients are averaged while the backward pass still runs
+    FSDP  every process holds one part in n of each tensor (Rajbhandari et al. 2020, arXiv 1910.02054, stage
+          3); a block's weights are gathered when it runs and dropped behind it. Across nodes it is hybrid:
+          cut within a node, where the network is fast, and averaged like DDP between nodes (Zhao et al.
+          2023, arXiv 2304.11277)
+"""
+
+import contextlib
+import warnings
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dinokit.backbones import Backbone
+from dinokit.config import Recipe
+from dinokit.device import DTYPES
+from dinokit.distributed import full, launch, world_size
+from dinokit.train.student_teacher import Network, StudentTeacher, build_backbone
+
+STATE_BYTES = 5 * 4  # a parameter: student, gradient, two moments, teacher, in float32
+ROOMY = 0.4  # of a device's memory: what all that may take before `auto` cuts it
+
+
+def spread(model: StudentTeacher, recipe: Recipe, device: torch.device) -> nn.Module:
+    """The model to call in a step: it, or it in DDP. FSDP changes the modules in place.
+
+    Call it before the optimiser is made. What is recomputed in the backward pass, and what is compiled, is
+    set on the blocks before this.
+
+    Raises:
+        ValueError: if run.parallel cannot be done.
+    """
+    kind = choose(recipe, model, device)
+    if kind == "fsdp":
+        shard(model, _mesh(device.type), _policy(recipe, device))
+    if kind != "ddp":
+        return model
+    # The centres are the same in every process by themselves: they are sums over all. In DDP's own words, a
+    # parameter that no loss reads is "unused", and looking for such costs a walk through the graph a step.
+    return DistributedDataParallel(
+        model,
+        forward_sync_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=not _all_read(model.student, recipe),
+    )
+
+
+def choose(recipe: Recipe, model: nn.Module, device: torch.device) -> Literal["none", "ddp", "fsdp"]:
+    """What run.parallel comes to. With one process there is nothing to spread, whatever it says.
+
+    `auto` is DDP while weights, gradients, moments and teacher take less than 40 % of the device's memory.
+
+    Raises:
+        ValueError: for `none` with several processes, which would train apart.
+    """
+    wanted, world = recipe.run.parallel, world_size()
+    if world == 1:
+        return "none"
+    if wanted == "none":
+        raise ValueError(
+            f"{world} processes were started together, but run.parallel=none: each would train by itself. "
+            f"Take run.parallel=auto, or start one process."
+        )
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda":
+        return "ddp"
+    size = sum(p.numel() for p in model.parameters()) // 2 * STATE_BYTES  # half of them are the teacher's
+    return "ddp" if size < ROOMY * torch.cuda.get_device_properties(device).total_memory else "fsdp"
+
+
+def shard(model: StudentTeacher, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Cut student and teacher, a block at a time, then each head, then what is left."""
+    # A backbone's tokens are views of its rows, which FSDP warns of writing into; nothing here does.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for network in (model.student, model.teacher):
+        for block in network.backbone.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        for (
+            part
+        ) in network.children():  # tokens, positions and prototypes stay in float32: they are small, or
+            fully_shard(part, mesh=mesh, mp_policy=whole)  # of unit length, where bf16 loses a small step
+    fully_shard(model, mesh=mesh, mp_policy=whole)
+
+
+def synced(replica: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """For forward and backward of one part of a step: DDP averages gradients after the last part alone."""
+    if isinstance(replica, DistributedDataParallel) and not last:
+        return replica.no_sync()
+    return contextlib.nullcontext()
+
+
+def whole_backbone(recipe: Recipe, backbone: Backbone) -> Backbone:
+    """The backbone itself, or, if it is cut up, a copy put together, in every process; all must call it.
+
+    An evaluator calls it as often as it likes, and not equally often in every process, which FSDP would wait
+    for without end.
+    """
+    assert isinstance(backbone, nn.Module)
+    if not any(hasattr(x, "full_tensor") for x in backbone.parameters()):
+        return backbone
+    with torch.device("meta"):
+        copy = build_backbone(recipe)
+    assert isinstance(copy, nn.Module)
+    state = {name: full(x).detach() for name, x in backbone.state_dict().items()}
+    copy.load_state_dict(state, strict=True, assign=True)
+    copy.eval().requires_grad_(False)
+    return copy
+
+
+def _mesh(device: str) -> DeviceMesh:
+    """One dimension in a node; two, averaged over and cut along, for several nodes of several processes."""
+    ours = launch()
+    if ours.nodes > 1 and ours.local_world > 1:
+        sizes = (ours.nodes, ours.local_world)
+        return init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (world_size(),), mesh_dim_names=("shard",))
+
+
+def _policy(recipe: Recipe, device: torch.device) -> MixedPrecisionPolicy:
+    # Half the bytes to gather on a GPU. Inputs stay as they are: the sums of the residual stream are float32,
+    # and autocast decides what is computed in what. A CPU's layer norm refuses weights of another type.
+    dtype = DTYPES[recipe.run.precision] if device.type == "cuda" else None
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _all_read(student: Network, recipe: Recipe) -> bool:
+    """Whether some loss is known to read every parameter."""
+    masked = "ibot" in recipe.losses
+    unmasked = not hasattr(student.backbone, "mask_token") and student.shared
+    return "dino" in recipe.losses and (masked or unmasked)

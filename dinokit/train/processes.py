@@ -1,0 +1,240 @@
+"""Processes that start, agree, stop and fail together. Alone, a process has nobody to agree with.
+
+A process that fails writes so into the store that all share. The others see it within a second and end,
+quietly: what is printed first is what went wrong, where it went wrong, and not another's broken connection.
+"""
+
+import faulthandler
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+import dinokit
+from dinokit.config import Recipe
+from dinokit.data.sources import Source
+from dinokit.distributed import Launch, all_reduce_max, gather_objects, launch, of_first, rank, world_size
+
+FAILED = "failed"  # the store's key for who failed first
+GRACE = 5.0  # seconds that a process has to end by itself when another failed
+PATIENCE = 2.0  # seconds in which the cause of a lost connection may be told
+LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of the errors that follow from another process's end
+NAMES = 64  # images whose names are compared
+SENTENCES = ValueError, LookupError, OSError, KeyboardInterrupt  # errors that say all in their message
+
+
+class Stopped(KeyboardInterrupt):
+    """All processes stopped after the same step, as one of them was asked to."""
+
+
+@contextmanager
+def joined(device: torch.device, minutes: float) -> Iterator[None]:
+    """Be one of the processes that were started together, for the length of the block.
+
+    Args:
+        device: that of run.device; with several GPUs on a node, each process takes its own.
+        minutes: how long a process waits for the others before it gives up; also for itself, see beat().
+
+    Raises:
+        ValueError: if there are more processes than GPUs on this node.
+        SystemExit: if another process failed, which has said why.
+        Stopped: if it was raised in the block, in all processes.
+    """
+    ours = launch()
+    if ours.world == 1:
+        with _unhung():
+            yield
+        return
+    _take_gpu(device, ours)
+    wait = timedelta(minutes=minutes)
+    address = "env://" if ours.by == "torchrun" else f"tcp://{ours.address}:{ours.port}"
+    store, _, _ = next(rendezvous(address, ours.rank, ours.world, timeout=wait))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=ours.rank, world_size=ours.world, timeout=wait)
+    over = threading.Event()
+    threading.Thread(target=_end_with_the_others, args=(store.clone(), over), daemon=True).start()
+    try:
+        with _unhung():
+            yield
+        _part(over)
+    except Stopped:
+        _part(over)
+        raise
+    except BaseException as error:
+        first = _first_to_fail(store, error)
+        if not first and not isinstance(error, KeyboardInterrupt):
+            raise SystemExit(1) from None
+        if not isinstance(error, SENTENCES) and not type(error).__module__.startswith("dinokit"):
+            sys.stderr.write(f"process {ours.rank} of {ours.world}, on {socket.gethostname()}, failed:\n")
+            traceback.print_exception(error)
+        raise
+
+
+def beat(minutes: float) -> None:
+    """This process moves: if it does not say so again within `minutes`, it shows where it hangs, and ends.
+
+    0 stops the clock, for what may take as long as it likes.
+    """
+    if minutes:
+        faulthandler.dump_traceback_later(minutes * 60, exit=True, file=sys.__stderr__ or sys.stderr)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def agree(recipe: Recipe, source: Source, out: Path) -> None:
+    """Compare what every process would train on, and whether all see the same `run.out`.
+
+    Raises:
+        ValueError: naming two processes that differ, their hosts, and in what.
+    """
+    if world_size() == 1:
+        return
+    prints = gather_objects(fingerprint(recipe, source))
+    for number, print_ in enumerate(prints):
+        for what, value in print_.items():
+            if what != "host" and value != prints[0][what]:
+                raise ValueError(
+                    f"Process {number} (on {print_['host']}) has another {what} than process 0 (on "
+                    f"{prints[0]['host']}): {value}, not {prints[0][what]}. All processes must be given the "
+                    f"same command, code and data: is the same folder mounted at the same place everywhere?"
+                )
+    token = of_first(os.urandom(8).hex())
+    mark = out / f".{token}.part"
+    if rank() == 0:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    gather_objects(None)
+    blind = [host for host in gather_objects(None if _appears(mark) else socket.gethostname()) if host]
+    if rank() == 0:
+        mark.unlink()
+    if blind:
+        raise ValueError(
+            f"run.out={out} is not one folder for all processes: what process 0 (on {prints[0]['host']}) "
+            f"writes there is not seen on {', '.join(dict.fromkeys(blind))}. Give a folder that all nodes "
+            f"share, with its full path."
+        )
+
+
+def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """What must be the same in every process, in words that can be compared and shown."""
+    n = len(source)
+    names = [source.name(i * n // NAMES) for i in range(min(NAMES, n))]
+    return {
+        "host": socket.gethostname(),
+        "version of dinokit": dinokit.__version__,
+        "version of torch": torch.__version__,
+        "recipe": _digest({**asdict(recipe), "data": None}),
+        "number of images": n,
+        "order of images": f"{_digest(names)} (the first is {names[0] if names else 'none'})",
+    }
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """While open, the first Ctrl-C or termination asks the loop to save and end; the second ends at once.
+
+    What is yielded says whether any process was asked, the same in all; all must call it equally often. It
+    costs one number to every process, between CPUs, and no wait for a GPU.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(all_reduce_max(torch.tensor(len(asked), dtype=torch.int32)))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _part(over: threading.Event) -> None:
+    gather_objects(None)  # nobody leaves, and takes the store along, while another still works
+    over.set()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _unhung() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _take_gpu(device: torch.device, ours: Launch) -> None:
+    if device.type != "cuda":
+        return
+    if ":" in str(device):
+        raise ValueError(
+            f"run.device={device} is one GPU for {ours.world} processes: take run.device=cuda, and each "
+            f"takes its own."
+        )
+    have = torch.cuda.device_count()
+    number = (
+        0 if have == 1 and ours.by == "SLURM" else ours.local_rank
+    )  # srun may show each task its own alone
+    if number >= have:
+        raise ValueError(
+            f"{ours.local_world} processes on {socket.gethostname()}, but {have} GPUs: start as many as GPUs."
+        )
+    torch.cuda.set_device(number)
+
+
+def _first_to_fail(store: Any, error: BaseException) -> bool:
+    """Claim to be the first that failed. A lost connection is never first: its cause gets time to be told."""
+    ours = f"{rank()}"
+    try:
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
+            error.add_note(
+                "Another process is gone, and said nothing: was it killed, perhaps for want of memory, or "
+                "does it hang?"
+            )
+            deadline = time.monotonic() + PATIENCE
+            while time.monotonic() < deadline and not store.check([FAILED]):
+                time.sleep(0.05)
+        return store.compare_set(FAILED, "", ours).decode() == ours
+    except (RuntimeError, OSError):
+        # The store went with the process that held it, which failed before, with or without a word.
+        sys.stderr.write(f"process {rank()} ends, because process 0 is gone\n")
+        return False
+
+
+def _end_with_the_others(store: Any, over: threading.Event) -> None:
+    with suppress(RuntimeError, OSError):  # the process that held the store may be gone
+        while not over.wait(1.0) and not store.check([FAILED]):
+            pass
+    if not over.wait(GRACE):
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file can be seen here, within the seconds that a network file system may take."""
+    for _ in range(20):
+        if path.exists():
+            return True
+        time.sleep(0.25)
+    return False
+
+
+def _digest(x: Any) -> str:
+    return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:12]

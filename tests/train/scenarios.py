@@ -1,0 +1,134 @@
+"""What one of several processes does in a test: run by `together` (conftest.py), never collected.
+
+It is executed as a file in a fresh process, with ENVIRONMENT, JOB (name of a function,
+its arguments) and LOG, the file for what is said on stderr, as globals.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dinokit import shelves
+from dinokit.config import load_recipe
+from dinokit.distributed import gather_objects, rank, world_size
+from dinokit.train import loop
+from dinokit.train.checkpoint import Checkpoints
+from dinokit.train.loop import Evaluator
+from dinokit.train.processes import joined
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+
+
+def train(recipe, overrides, judge=None):
+    """A run. `judge` names one of the evaluators below."""
+    recipe = load_recipe(recipe, overrides)
+    evaluators = [Evaluator("probe", 2, globals()[judge])] if judge else []
+    loop.train(recipe, shelves.build("data.sources", recipe.data), evaluators)
+
+
+def several_runs(recipe, runs):
+    """One run after the other, each with its own overrides, to spare the start of processes."""
+    for overrides in runs:
+        train(recipe, overrides)
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+
+
+def stop_after(recipe, overrides, steps):
+    """The last process is asked to stop after so many steps: one of all, by a real signal."""
+    real, done = loop.Run.advance, []
+
+    def advance(self, batch):
+        real(self, batch)
+        done.append(batch.step)
+        if len(done) == steps and rank() == world_size() - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    loop.Run.advance = advance
+    train(recipe, overrides)
+
+
+def save_for_ever(folder, first):
+    """Checkpoint after checkpoint, alone; each is named on stderr when it was begun."""
+    for key in [key for key in os.environ if key in ENVIRONMENT]:  # noqa: F821
+        del os.environ[key]
+    with Checkpoints(Path(folder), keep=2) as saved:
+        for i in range(first, 10**6):
+            saved.save(i, {"x": torch.full((2 * 10**6,), float(i)), "y": torch.full((10**5,), float(i))}, {})
+            sys.stderr.write(f"{i}\n")
+            sys.stderr.flush()
+
+
+def unequal(backbone):
+    """Calls the backbone more often in one process than in another, as one with uneven shares does."""
+    for _ in range(1 + 2 * rank()):
+        tokens = backbone([torch.ones(1, 3, 32, 32)], [None])[0]
+    return {"size": float(tokens.cls.norm())}
+
+
+def fail_in_one(recipe, overrides):
+    """Process 1 fails in its third step."""
+    real = loop.Run.advance
+
+    def advance(self, batch):
+        if batch.step == 2 and rank() == 1:
+            raise RuntimeError("a bug in one process")
+        real(self, batch)
+
+    loop.Run.advance = advance
+    train(recipe, overrides)
+
+
+def hang_in_one(recipe, overrides):
+    """Process 1 stops moving in its third step."""
+    real = loop.Run.advance
+
+    def advance(self, batch):
+        if batch.step == 2 and rank() == 1:
+            sleep_for_ever()
+        real(self, batch)
+
+    def sleep_for_ever():
+        time.sleep(1000)
+
+    loop.Run.advance = advance
+    train(recipe, overrides)
+
+
+def see_other_data(recipe, overrides, folders):
+    """Each process is given its own folder of images."""
+    train(recipe, [*overrides, f"data.path={folders[int(os.environ['RANK'])]}"])
+
+
+def see_other_folder(recipe, overrides, outs):
+    """Each process has its own run.out behind the same name."""
+    os.chdir(outs[int(os.environ["RANK"])])
+    train(recipe, overrides)
+
+
+def golden(name, parallel):
+    """The recorded trajectory, each process with its share of the images."""
+    tests = runpy.run_path(str(HERE / "test_golden_steps.py"))
+    conftest = runpy.run_path(str(HERE.parent / "conftest.py"))
+    with joined(CPU, 2.0):
+        tests["in_several_processes"](conftest["Golden"](name), parallel)
+        gather_objects(None)
+
+
+if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)  # noqa: F821
+    os.dup2(os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)  # noqa: F821
+    torch.set_num_threads(1)
+    what, arguments = JOB  # noqa: F821
+    try:
+        globals()[what](*arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.stderr.write(f"ERROR {type(error).__name__}: {error}\n")
+        sys.exit(2)
