@@ -14,6 +14,8 @@ from dinokit.data.batch import Batch
 from dinokit.data.photometric import draw
 from dinokit.train.step import Step
 
+SWITCHES = [{}, {"logits": "whole"}]
+
 PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
@@ -66,6 +68,10 @@ def check_end(step: Step, recorded) -> None:
         got = rename(network.state_dict(), end)
         assert got.keys() == end.keys()
         for name in end:
+            if name.endswith("attn.qkv.bias"):
+                # A bias of the keys moves all scores of a row alike, so its gradient is rounding, which Adam
+                # then brings to the size of any other.
+                got[name], end[name] = (x.unflatten(0, (3, -1))[[0, 2]] for x in (got[name], end[name]))
             torch.testing.assert_close(
                 got[name], end[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=f"{who} {name}": f"{n}: {m}"
             )
@@ -84,12 +90,14 @@ def load_start(step: Step, recorded) -> None:
         network.load_state_dict({names[k]: v for k, v in start.items()}, strict=True)
 
 
+@pytest.mark.parametrize("run", SWITCHES, ids=str)
 @pytest.mark.parametrize(
     "name", ["step_v2_sinkhorn_separate", "step_v2_centering_shared", "step_v2_no_local"]
 )
-def test_dinov2_steps_are_the_recorded_ones(golden, name):
+def test_dinov2_steps_are_the_recorded_ones(golden, name, run):
     recorded = golden(name)
     recipe, columns = dinov2_recipe(recorded), recorded.settings["columns"]
+    recipe.run = Run(precision="fp32", **run)
     step = Step(recipe, torch.device("cpu"))
     load_start(step, recorded)
     for i, values in enumerate(recorded["rows"].tolist()):
@@ -165,9 +173,11 @@ def dinov2_recipe(recorded) -> Recipe:
     )  # fmt: skip
 
 
-def test_dino_steps_are_the_recorded_ones(golden):
+@pytest.mark.parametrize("run", SWITCHES, ids=str)
+def test_dino_steps_are_the_recorded_ones(golden, run):
     recorded = golden("step_v1")
     recipe, rows = dino_recipe(recorded), recorded["rows"].tolist()
+    recipe.run = Run(precision="fp32", **run)
     step = Step(recipe, torch.device("cpu"))
     load_start(step, recorded)
     for i, values in enumerate(rows):
