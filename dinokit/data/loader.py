@@ -74,7 +74,7 @@ def loader(
         raise ValueError("the data source holds no images.")
     places = range(rank * (batch // world), (rank + 1) * (batch // world))
     return _data_loader(
-        _Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
+        Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
     )
 
 
@@ -103,7 +103,7 @@ def view_loader(
     return _data_loader(_Views(source, cut), order, blank, workers, pin=False)
 
 
-class _Places(Dataset[Sample]):
+class Places(Dataset[Sample]):
     """The samples of a run, by (step, place)."""
 
     def __init__(self, source: Source, crops: Crops, masks: BlockMasks | None, seed: int, batch: int) -> None:

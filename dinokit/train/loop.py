@@ -17,7 +17,7 @@ from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
-from dinokit.device import pick_device, pick_precision
+from dinokit.device import keep_freed_memory, pick_device, pick_precision
 from dinokit.distributed import launched, rank, world_size
 from dinokit.log import RunLog
 from dinokit.train import checkpoint
@@ -60,6 +60,8 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
     wanted = recipe.run.precision
     precision = pick_precision(saved_precision(recipe) if wanted == "auto" else wanted, device)
     recipe = replace(recipe, run=replace(recipe.run, precision=precision))
+    if recipe.run.keep_memory:
+        keep_freed_memory(device)
     torch.manual_seed(recipe.run.seed)
     step = Step(recipe, device)
     masks = block_masks(recipe, step.model.student.backbone)

@@ -11,6 +11,7 @@ from dinokit.data.batch import Batch
 from dinokit.data.photometric import Photometric
 from dinokit.device import DTYPES
 from dinokit.distributed import rank
+from dinokit.train.blocks import prepare
 from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
 from dinokit.train.schedule import Schedules
 from dinokit.train.student_teacher import StudentTeacher
@@ -22,6 +23,7 @@ class Step:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.model = StudentTeacher(recipe).to(device).train()
+        prepare(self.model, recipe.run, device)
         self.colour = Photometric(recipe.crops)
         self.optimizer = build_optimizer(self.model.student, recipe.optim)
         self.schedules = Schedules(recipe)

@@ -14,7 +14,13 @@ from dinokit.data.batch import Batch
 from dinokit.data.photometric import draw
 from dinokit.train.step import Step
 
-SWITCHES = [{}, {"logits": "whole"}]
+SWITCHES = [
+    {},
+    {"logits": "whole", "attention": "sdpa"},
+    {"checkpointing": "selective"},
+    {"checkpointing": "full"},
+]
+COMPILED = pytest.param({"compile": "blocks", "checkpointing": "selective"}, marks=pytest.mark.slow)
 
 PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -173,7 +179,7 @@ def dinov2_recipe(recorded) -> Recipe:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("run", SWITCHES, ids=str)
+@pytest.mark.parametrize("run", [*SWITCHES, COMPILED], ids=str)
 def test_dino_steps_are_the_recorded_ones(golden, run):
     recorded = golden("step_v1")
     recipe, rows = dino_recipe(recorded), recorded["rows"].tolist()
