@@ -1,1 +1,1 @@
-"""How fast things are here: steps, the data path, attention, evaluation, each beside the machine's own rate."""
+"""How fast steps, the data path, attention and evaluation are here, beside the machine's own rate."""

@@ -1,5 +1,6 @@
 """The speed of each attention kernel at a recipe's crops, forward and backward."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
         backbone = build_backbone(recipe)
     layers = [module for module in backbone.blocks.modules() if isinstance(module, Attention)]
     if not layers:
-        raise ValueError(f"backbone.name={recipe.backbone['name']} has its own attention; there is no choice.")
+        raise ValueError(
+            f"backbone.name={recipe.backbone['name']} has its own attention; there is no choice."
+        )
     groups = [
         (recipe.optim.batch * group.count, 1 + (group.size // backbone.patch) ** 2)
         for group in (recipe.crops.globals, recipe.crops.locals)
@@ -35,9 +38,8 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
     done: dict[str, Any] = {}
     for kernel in KERNELS:
         reason = why_not(kernel, device, dtype)
-        done[kernel] = reason or 1000 * seconds(
-            lambda kernel=kernel: _run(qkv, layers[0].heads, segments, kernel), device, rounds
-        )
+        work = partial(_run, qkv, layers[0].heads, segments, kernel)
+        done[kernel] = reason or 1000 * seconds(work, device, rounds)
     return {
         "milliseconds": done,
         "rows": rows,

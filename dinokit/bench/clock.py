@@ -11,7 +11,7 @@ from dinokit.bench.machine import wait
 
 
 class Clock:
-    """Adds up the time of each phase, s. Times of nested calls go to the inner one alone, so the sum is the whole."""
+    """Adds up the time of each phase, s. A nested call's time is its own alone, so the sum is the whole."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

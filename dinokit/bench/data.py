@@ -2,7 +2,8 @@
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,7 @@ IMAGES = 32  # a round
 
 
 def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
-    """Images per second of each part and of the whole, medians over the rounds, in this process on one thread.
+    """Images per second of each part and of the whole, medians over the rounds, on one thread.
 
     Args:
         recipe: its crops, its data and its number of workers.
@@ -33,23 +34,29 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     source: Source = shelves.build("data.sources", recipe.data) if real else Jpegs()
     places, colour = Places(source, recipe.crops, None, recipe.run.seed, IMAGES), Photometric(recipe.crops)
-    times: dict[str, list[float]] = {"decode": [], "cut": [], "colour": [], "decode and cut": [], "all": []}
-    for step in range(rounds + 1):
-        rngs = [generator(recipe.run.seed, step, place, CROPS) for place in range(IMAGES)]
-        images, decoding = _timed(lambda step=step: [source[(step * IMAGES + i) % len(source)][0] for i in range(IMAGES)])
-        _, cutting = _timed(lambda: [places.cut(x, rng) for x, rng in zip(images, rngs, strict=True)])
-        batch, making = _timed(lambda step=step: collate([places[step, place] for place in range(IMAGES)]))
-        _, colouring = _timed(
-            lambda: [
-                colour(batch.global_crops, batch.global_colour),
-                colour(batch.local_crops, batch.local_colour),
-            ]
-        )
-        parts = decoding, cutting, colouring, making, making + colouring
-        for taken, seconds in zip(times.values(), parts, strict=True):
-            taken.append(seconds)
-    rates = {name: IMAGES / median(taken[1:]) for name, taken in times.items()}
+    taken = [_round(source, places, colour, step) for step in range(rounds + 1)][1:]
+    rates = {name: IMAGES / median(times[name] for times in taken) for name in taken[0]}
     return {"images_per_second": rates, "loader": _loader_rate(source, recipe, rounds)}
+
+
+def _round(source: Source, places: Places, colour: Photometric, step: int) -> dict[str, float]:
+    """Seconds that each part takes for the images of a round."""
+    numbers = [(step * IMAGES + i) % len(source) for i in range(IMAGES)]
+    rngs = [generator(places.seed, step, place, CROPS) for place in range(IMAGES)]
+    marks = [time.perf_counter()]
+    images = [source[i][0] for i in numbers]
+    marks.append(time.perf_counter())
+    for image, rng in zip(images, rngs, strict=True):
+        places.cut(image, rng)
+    marks.append(time.perf_counter())
+    batch = collate([places[step, place] for place in range(IMAGES)])
+    marks.append(time.perf_counter())
+    for crops, rows in ((batch.global_crops, batch.global_colour), (batch.local_crops, batch.local_colour)):
+        if len(crops):
+            colour(crops, rows)
+    marks.append(time.perf_counter())
+    decode_, cut, both, coloured = (end - begun for begun, end in pairwise(marks))
+    return {"decode": decode_, "cut": cut, "colour": coloured, "decode and cut": both, "all": both + coloured}
 
 
 def _loader_rate(source: Source, recipe: Recipe, rounds: int) -> dict[str, float]:
@@ -71,7 +78,7 @@ def _loader_rate(source: Source, recipe: Recipe, rounds: int) -> dict[str, float
 class Jpegs:
     """Sixteen photo-like JPEG files of 500 x 375 pixels in memory: their detail falls with its frequency."""
 
-    classes = ()
+    classes: Sequence[str] = ()
 
     def __init__(self) -> None:
         self.files = [_jpeg(np.random.default_rng(seed)) for seed in range(16)]
@@ -98,9 +105,3 @@ def _jpeg(rng: np.random.Generator) -> bytes:
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
     image.save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    begun = time.perf_counter()
-    done = work()
-    return done, time.perf_counter() - begun

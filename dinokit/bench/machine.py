@@ -34,11 +34,10 @@ def wait(device: torch.device) -> None:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a square matrix product: the best of four, as what is lost there is lost to other programs."""
+    """FLOP/s of a square matrix product: the best of three, as the rest is lost to other programs."""
     side = SIDE.get(device.type, 2048)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    a @ b
-    return float(2 * side**3 / min(once(lambda: a @ b, device) for _ in range(4)))
+    return float(2 * side**3 / min(once(lambda: a @ b, device) for _ in range(3)))
 
 
 def peak_memory(device: torch.device) -> float:

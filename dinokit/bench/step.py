@@ -1,7 +1,7 @@
 """The speed of training steps: each form in a process of its own, their rounds in turn.
 
-A process of its own, because a peak of memory is that of a process; in turn, because a machine that others use
-changes from minute to minute, and a ratio of neighbours is still right.
+A process of its own, because a peak of memory is that of a process; in turn, because a machine that others
+use changes from minute to minute, and a ratio of neighbours is still right.
 """
 
 import itertools
@@ -63,7 +63,7 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
         real: whether to load images of the recipe's data; else the same noise is seen in every step.
 
     Raises:
-        RuntimeError: if a process ends early; what went wrong was said by it.
+        ValueError, LookupError, OSError, RuntimeError: as a training run does.
     """
     context = get_context("spawn")
     pipes, children = [], []
@@ -92,23 +92,28 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
 
 def _receive(pipe: Connection) -> Any:
     try:
-        return pipe.recv()
+        reply = pipe.recv()
     except EOFError:
-        raise RuntimeError("The process that ran the steps ended; its error stands above.") from None
+        raise RuntimeError("A process that ran steps was killed; was there memory enough?") from None
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
 
 
 def _serve(pipe: Connection, recipe: Recipe, rounds: int, real: bool) -> None:
     """A process: warm up, a round each time it is asked, at last the report."""
-    form = Form(recipe, rounds, real)
-    form.warm_up()
-    pipe.send(None)
     try:
+        form = Form(recipe, rounds, real)
+        form.warm_up()
+        pipe.send(None)
         while pipe.recv() == "round":
             form.round()
             pipe.send(None)
         pipe.send(asdict(form.report()))
-    except (EOFError, BrokenPipeError):
-        return  # the parent was stopped
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return  # nobody asks any more
+    except (ValueError, LookupError, OSError, RuntimeError) as error:
+        pipe.send(error)
 
 
 class Form:
@@ -134,9 +139,7 @@ class Form:
     def round(self) -> None:
         """One step that counts, and the machine's rate beside it."""
         self.seconds.append(once(lambda: self.step(next(self.batches)), self.device))
-        self.rates.append(
-            (matmul_rate(torch.float32, self.device), matmul_rate(torch.bfloat16, self.device))
-        )
+        self.rates.append((matmul_rate(torch.float32, self.device), matmul_rate(torch.bfloat16, self.device)))
 
     def report(self) -> StepReport:
         """Of the rounds so far."""

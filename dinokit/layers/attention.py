@@ -35,7 +35,6 @@ class Segments:
         parts = rows.split([images * tokens for images, tokens in self.groups])
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
 
-
     def starts(self, device: torch.device) -> Tensor:
         """The row where each image begins, and the number of rows: (images + 1,) int32."""
         parts, row = [], 0

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Logits in memory at a time. On a CPU they and what is made of them stay in the cache; on a GPU each kernel is
-# long enough to hide its launch.
+# Logits in memory at a time. On a CPU they and what is made of them stay in the cache; on a GPU each kernel
+# is long enough to hide its launch.
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 
 
 @dataclass
 class Scores:
-    """Prototype logits that are not computed yet: rows on the unit sphere, and what they are compared with."""
+    """Prototype logits that are not computed yet: rows on the unit sphere, and what meets them there."""
 
     rows: Tensor  # (..., w)
     prototypes: Tensor  # (K, w)

@@ -57,7 +57,7 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.einsum("bst,st,b->", entropy, pairs, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, prototypes, mass, row, column, pairs, weight, norm = ctx.saved_tensors
         share = (pairs.sum(dim=1)[:, None] * weight).log() - norm  # (S, b)
         row, scale = (row * weight)[..., None], grad / ctx.temp

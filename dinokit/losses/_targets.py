@@ -38,9 +38,9 @@ def sinkhorn_knopp(scores: Sequence[Scores], temp: float, iterations: int = 3) -
 
     The iteration of SwAV (Caron et al., arXiv 2006.09882) as DINOv2 runs it: in turn, every prototype gets
     the same mass over the rows of all processes, then every row mass 1. exp(logits / temp) is never computed:
-    its columns are divided by their largest entry, which the first normalisation cancels; then its rows, whose
-    divisors are what the iteration starts from. So every row and every column holds a 1 and nothing larger:
-    whatever the logits, nothing overflows and no sum vanishes.
+    its columns are divided by their largest entry, which the first normalisation cancels; then its rows,
+    whose divisors are what the iteration starts from. So every row and every column holds a 1 and nothing
+    larger: whatever the logits, nothing overflows and no sum vanishes.
 
     The heads take their iterations together, so that each asks the other processes once.
 
@@ -132,7 +132,7 @@ def _peak(mass: Tensor) -> Tensor:
 
 
 def _raise(mass: Tensor, peak: Tensor) -> Tensor:
-    """In place, logits (R, K) to exp(logits - peak - row), `row` (R,) being the largest that is left. Returns it."""
+    """In place, logits (R, K) to exp(logits - peak - row); returns `row` (R,), the largest that is left."""
     largest = mass.new_empty(len(mass), 1)
     step = max(CPU_CHUNK // mass.shape[1], 1) if mass.device.type == "cpu" else max(len(mass), 1)
     for part, row in zip(mass.split(step), largest.split(step), strict=True):

@@ -40,7 +40,7 @@ def dino(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
     # A target sums to 1, so its cross-entropy is logsumexp minus an inner product: no log-softmax is kept.
     inner = torch.einsum("sbk,tbk->st", student, teacher) / student.shape[1]
     entropy = student.logsumexp(dim=-1).mean(dim=1, keepdim=True) - inner  # (S, T)
-    return (entropy * _pairs(*inner.shape, inner.device)).sum()
+    return (entropy * _pairs(len(student), len(teacher), inner.device)).sum()
 
 
 def _pairs(students: int, teachers: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the blocks of student and teacher are computed: kernel, checkpointing, compilation. No result depends on it."""
+"""How the blocks are computed: attention kernel, checkpointing, compilation. What is learnt is the same."""
 
 from functools import partial
 from typing import Any

@@ -24,7 +24,7 @@ from dinokit.files import PARTS, write_text
 # Settings that may change when a run goes on, because they do not change what it learns.
 FREE = (
     "evals", "run.out", "run.device", "run.workers", "run.log_every", "run.checkpoint_every", "run.keep",
-    "run.max_unreadable", "run.attention", "run.compile", "run.checkpointing", "run.logits", "run.keep_memory",
+    "run.max_unreadable", "run.attention", "run.compile", "run.checkpointing", "run.logits",
 )  # fmt: skip
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 

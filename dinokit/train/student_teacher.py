@@ -31,7 +31,7 @@ class Network(nn.Module):
             self.ibot_head = _head(self.backbone.width, recipe.heads.patch)
 
     def scores(self, cls: Tensor, patches: Tensor) -> tuple[Scores, Scores]:
-        """Of class tokens (C, D) and masked patches (M, D), by the patches' own head or the same, in one pass."""
+        """Of class tokens (C, D) and masked patches (M, D), by the patches' own head or the same."""
         if not self.shared:
             return self.dino_head(cls), self.ibot_head(patches)
         both: Scores = self.dino_head(torch.cat([cls, patches]))

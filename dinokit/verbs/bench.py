@@ -56,7 +56,7 @@ def run(command: Command) -> None:
 def _asked(command: Command) -> tuple[str, Recipe, int, bool]:
     words = list(command.words)
     if not words or words[0] not in KINDS:
-        near = shelves.suggest(words[0], KINDS) if words else ""
+        near = shelves.suggest(words[0], list(KINDS)) if words else ""
         raise ValueError(f"What is to be measured?{near} There is: {', '.join(KINDS)}.")
     own = {"recipe": "small_photos", "batch": "8", "rounds": "5", "input": INPUTS[0]}
     settings = []
@@ -87,7 +87,8 @@ def _step(recipe: Recipe, rounds: int, real: bool, against: bool, as_json: bool)
     ratio = _ratio(reports) if against else {}
     if as_json:
         found = {name: asdict(report) for name, report in reports.items()}
-        print(json.dumps({"bench": "step", "recipe": recipe.name, "batch": recipe.optim.batch, **ratio, **found}))
+        about = {"bench": "step", "recipe": recipe.name, "batch": recipe.optim.batch}
+        print(json.dumps({**about, **ratio, **found}))
         return
     first = next(iter(reports.values()))
     print(

@@ -38,9 +38,7 @@ def both_ways(build, views):
 @pytest.mark.parametrize("kind", ["sinkhorn", "centering"])
 @pytest.mark.parametrize(("crops", "masked"), [((2, 5), 7), ((2, 2), 0), ((1, 3), 1)])
 @pytest.mark.parametrize("name", ["dino", "ibot"])
-def test_both_losses_are_the_same_from_whole_logits_and_by_parts(
-    name, kind, crops, masked, chunk, generator
-):
+def test_both_losses_are_the_same_from_whole_logits_and_by_parts(name, kind, crops, masked, chunk, generator):
     (teachers, students), module = crops, {"dino": dino, "ibot": ibot}[name]
     views = Views(
         make((students, 4), 33, generator, grad=True), make((teachers, 4), 33, generator),

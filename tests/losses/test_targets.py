@@ -50,9 +50,7 @@ def test_rows_sum_to_one_and_prototypes_share_the_mass(generator):
 
 def test_a_constant_added_to_all_logits_changes_nothing(generator):
     logits = torch.randn(9, 5, generator=generator)
-    torch.testing.assert_close(
-        balanced(logits + 3, 0.05), balanced(logits, 0.05), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(balanced(logits + 3, 0.05), balanced(logits, 0.05), rtol=1e-4, atol=1e-6)
 
 
 def test_equal_logits_give_equal_shares():
