@@ -132,7 +132,7 @@ class Form:
         self.rates: list[tuple[float, float]] = []
 
     def warm_up(self) -> None:
-        """Two steps: the first makes the optimiser's state, the second is the first that is like all others."""
+        """Two steps: the first makes the optimiser's state, the second is like all others."""
         for _ in range(2):
             self.step(next(self.batches))
 
