@@ -34,7 +34,8 @@ def test_a_step_is_measured_beside_its_plain_form(capsys):
         report = found[form]
         assert len(report["seconds"]) == 2
         assert report["milliseconds"].keys() == {
-            "load", "transfer", "colour", "teacher", "student forward", "losses", "backward", "optimiser", "EMA"
+            "load", "transfer", "colour", "teacher", "student forward", "losses", "backward", "optimiser",
+            "EMA",
         }  # fmt: skip
         assert report["images_per_second"] == pytest.approx(2 / (sum(report["seconds"]) / 2))
         assert 0 < report["peak_gib"] < 4
