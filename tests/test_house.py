@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "results": "",
     "shelves": "",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
-    "verbs": "backbones bench config data device distributed features files hub judge log results shelves train "
-             "weights",
+    "verbs": "backbones bench config data device distributed features files hub judge log results shelves "
+             "train weights",
     "weights": "backbones config files layers shelves",
 }  # fmt: skip
 
