@@ -1,5 +1,7 @@
 """What a run computes on and in."""
 
+import ctypes
+import sys
 from typing import Literal
 
 import torch
@@ -36,3 +38,18 @@ def pick_precision(name: Precision | Literal["auto"], device: torch.device) -> P
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     able = torch.cpu.get_capabilities()
     return "bf16" if device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")) else "fp32"
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let this process keep what a step frees for the next one, if it computes on a CPU.
+
+    glibc gives large blocks back to the kernel at once, which hands them out again page by page, each filled
+    with zeros first: a fifth of the time of a step. Where the C library is another one, nothing is changed.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        trim_threshold, mmap_max = -1, -4  # from malloc.h
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)

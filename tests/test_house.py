@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "shelves verbs",
     "backbones": "layers shelves",
+    "bench": "backbones config data device features layers shelves train",
     "config": "recipe shelves",
     "data": "config distributed shelves",
     "device": "",
@@ -30,13 +31,13 @@ MAY_IMPORT = {
     "judge": "backbones config device features shelves weights",
     "layers": "",
     "log": "distributed files",
-    "losses": "distributed",
+    "losses": "distributed layers",
     "recipe": "shelves",
     "results": "",
     "shelves": "",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
-    "verbs": "backbones config data device distributed features files hub judge log results shelves train "
-             "weights",
+    "verbs": "backbones bench config data device distributed features files hub judge log results shelves "
+             "train weights",
     "weights": "backbones config files layers shelves",
 }  # fmt: skip
 

@@ -79,7 +79,7 @@ def loader(
     part, own = batch // parts, batch // parts // world
     places = [start + rank * own + i for start in range(0, batch, part) for i in range(own)]
     return _data_loader(
-        _Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
+        Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
     )
 
 
@@ -108,7 +108,7 @@ def view_loader(
     return _data_loader(_Views(source, cut), order, blank, workers, pin=False)
 
 
-class _Places(Dataset[Sample]):
+class Places(Dataset[Sample]):
     """The samples of a run, by (step, place)."""
 
     def __init__(self, source: Source, crops: Crops, masks: BlockMasks | None, seed: int, batch: int) -> None:

@@ -5,9 +5,19 @@ MLPs and residuals work row by row and never ask; only attend() does.
 
     T  rows: the sum over groups of images * tokens      H  attention heads
     D  width of the model                                d  width of one head, D / H
+
+All kernels give the same numbers (tests/layers/test_attention.py):
+
+    auto      sdpa; on a CPU, two plain products where images are short
+    sdpa      torch's scaled_dot_product_attention, one call a group: five to ten times faster on a CPU than
+              nested tensors or a block-diagonal mask
+    xformers  memory_efficient_attention over all rows with a block-diagonal mask; CUDA
+    varlen    torch's varlen_attn over all rows; CUDA, bf16 or fp16
 """
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,27 +35,92 @@ class Segments:
         parts = rows.split([images * tokens for images, tokens in self.groups])
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
 
+    def starts(self, device: torch.device) -> Tensor:
+        """The row where each image begins, and the number of rows: (images + 1,) int32."""
+        parts, row = [], 0
+        for images, tokens in self.groups:
+            parts.append(torch.arange(row, row + images * tokens, tokens, dtype=torch.int32, device=device))
+            row += images * tokens
+        return torch.cat([*parts, torch.full((1,), row, dtype=torch.int32, device=device)])
 
-def attend(qkv: Tensor, heads: int, segments: Segments) -> Tensor:
+
+Kernel = Literal["auto", "sdpa", "xformers", "varlen"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+
+
+def attend(qkv: Tensor, heads: int, segments: Segments, kernel: Kernel = "auto") -> Tensor:
     """Softmax attention inside each image, never across two.
-
-    One kernel call a group: on a CPU, five to ten times faster than nested tensors or a block-diagonal mask.
 
     Args:
         qkv: (T, 3 * D), queries, keys and values of each row; within each, head after head.
         heads: H.
         segments: which rows are one image.
+        kernel: what computes it.
 
     Returns:
         (T, D), before the output projection.
     """
+    if kernel in ("xformers", "varlen"):
+        q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)  # (T, H, d) each
+        return (_xformers if kernel == "xformers" else _varlen)(q, k, v, segments).flatten(1)
     outs = []
     for group in segments.split(qkv):
         split = group.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = split.contiguous()  # (images, H, tokens, d) each
-        out = _short(q, k, v) if _is_short(q) else F.scaled_dot_product_attention(q, k, v)
+        short = kernel == "auto" and _is_short(q)
+        out = _short(q, k, v) if short else F.scaled_dot_product_attention(q, k, v)
         outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))  # (images * tokens, D)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel cannot compute here, found out by trying; empty if it can."""
+    if kernel in ("auto", "sdpa"):
+        return ""
+    if device.type != "cuda":
+        return f"it needs CUDA, and this is {device.type}"
+    try:
+        x = torch.zeros(16, 3 * 32, device=device, dtype=dtype, requires_grad=True)
+        attend(x, 1, Segments(((2, 8),)), kernel).sum().backward()
+    except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+def use_kernel(network: nn.Module, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> None:
+    """Let every attention of a network be computed by a kernel.
+
+    Raises:
+        ValueError: if it cannot be, here or in this network.
+    """
+    layers = [module for module in network.modules() if isinstance(module, Attention)]
+    if kernel != "auto" and not layers:
+        raise ValueError(
+            f"run.attention={kernel}: this backbone has its own attention. Take run.attention=auto."
+        )
+    reason = why_not(kernel, device, dtype)
+    if reason:
+        raise ValueError(
+            f"run.attention={kernel} cannot be used here: {reason}. run.attention=auto always can."
+        )
+    for layer in layers:
+        layer.kernel = kernel
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    ops = import_module("xformers.ops")
+    lengths = [tokens for images, tokens in segments.groups for _ in range(images)]
+    mask = ops.fmha.BlockDiagonalMask.from_seqlens(lengths, device=q.device)
+    out: Tensor = ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)
+    return out[0]
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    starts = segments.starts(q.device)
+    longest = max(tokens for _, tokens in segments.groups)
+    varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
+    out: Tensor = varlen_attn(q, k, v, starts, starts, longest, longest)
+    return out
 
 
 def _is_short(q: Tensor) -> bool:
@@ -65,9 +140,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.kernel: Kernel = "auto"
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, rows: Tensor, segments: Segments) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.proj(attend(self.qkv(rows), self.heads, segments))
+        return self.proj(attend(self.qkv(rows), self.heads, segments, self.kernel))

@@ -1,17 +1,38 @@
 """The projection head: an MLP, the unit sphere, and K prototypes (DINO, arXiv 2104.14294, appendix C)."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Logits in memory at a time. On a CPU they and what is made of them stay in the cache; on a GPU each kernel
+# is long enough to hide its launch.
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
+
+
+@dataclass
+class Scores:
+    """Prototype logits that are not computed yet: rows on the unit sphere, and what meets them there."""
+
+    rows: Tensor  # (..., w)
+    prototypes: Tensor  # (K, w)
+
+    def logits(self, part: slice = slice(None)) -> Tensor:
+        """Logits (..., K) of all prototypes, or of a part of them."""
+        return F.linear(self.rows, self.prototypes[part])
+
+    def parts(self) -> Iterator[slice]:
+        """The prototypes in slices, so that logits of one slice at a time are few."""
+        count, rows = len(self.prototypes), max(self.rows.shape[:-1].numel(), 1)
+        step = max((CPU_CHUNK if self.rows.device.type == "cpu" else GPU_CHUNK) // rows, 1)
+        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
 
 class Prototypes(nn.Module):
-    """A linear layer without bias; its rows have a direction `weight_v` and a length `weight_g`, 1 at first.
-
-    With inputs on the unit sphere the outputs are cosines, times the lengths.
-    """
+    """K vectors; each has a direction `weight_v` and a length `weight_g`, 1 at first."""
 
     def __init__(self, width: int, count: int, norm_last_layer: bool) -> None:
         super().__init__()
@@ -20,19 +41,19 @@ class Prototypes(nn.Module):
         # PyTorch's own start of a linear layer, as in DINO: the MLP's trunc-normal one is not applied here.
         nn.init.uniform_(self.weight_v, -(width**-0.5), width**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., count)."""
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+    def forward(self) -> Tensor:
+        """(count, width)."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # the kernel of PyTorch's weight_norm
 
 
 class PrototypeHead(nn.Module):
-    """From features to prototype logits; parameter names as in DINO's and DINOv2's checkpoints.
+    """From features to prototype scores; parameter names as in DINO's and DINOv2's checkpoints.
 
     Args:
         width: D, of the backbone.
         prototypes: K.
         hidden: width of the MLP.
-        bottleneck: width of the sphere that the prototypes lie on.
+        bottleneck: w, width of the sphere that the prototypes lie on.
         layers: linear layers before the prototypes.
         norm_last_layer: hold the length of every prototype at 1.
     """
@@ -51,8 +72,8 @@ class PrototypeHead(nn.Module):
         self.mlp = nn.Sequential(*steps[:-1]) if layers > 1 else steps[0]
         self.last_layer = Prototypes(bottleneck, prototypes, norm_last_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., K)."""
+    def forward(self, x: Tensor) -> Scores:
+        """(..., D) -> the scores of (..., w), in the dtype that the MLP computes in."""
         x = self.mlp(x)
-        eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # 1e-12 is zero in half precision
-        return self.last_layer(F.normalize(x, dim=-1, eps=eps))
+        unit = F.normalize(x.float(), dim=-1)  # in half precision the least length would be zero
+        return Scores(unit.to(x.dtype), self.last_layer().to(x.dtype))

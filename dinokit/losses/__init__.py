@@ -12,19 +12,37 @@ M masked patches.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
+
+from dinokit.layers.head import Scores
+from dinokit.losses._targets import Targets, Which, sinkhorn_knopp
 
 
 @dataclass
 class Views:
-    """What student and teacher saw of one batch. Losses compute in float32 whatever the dtype here."""
+    """What student and teacher saw of one batch. Losses compute in float32 whatever the dtype here.
 
-    student_cls: Tensor  # (G+L, B, K) logits of the class token, global crops first
-    teacher_cls: Tensor  # (G, B, K) logits
+    `scores.logits()` gives all logits; loss and gradient without them is what losses/_entropy.py is for.
+    """
+
+    student_cls: Scores  # (G+L, B, K) of the class token, global crops first
+    teacher_cls: Scores  # (G, B, K)
     student_feature: Tensor  # (G, B, D) class token of the backbone, after its final norm
-    student_patch: Tensor  # (M, K') logits of masked patches; M may be 0
-    teacher_patch: Tensor  # (M, K') logits of the same places in the unmasked crops
+    student_patch: Scores  # (M, K') of masked patches; M may be 0
+    teacher_patch: Scores  # (M, K') of the same places in the unmasked crops
     mask_weight: Tensor  # (M,) one over the number of masked patches in the same crop
     teacher_temp: float
     new_step: bool  # the first forward pass of an optimiser step; only then may kept statistics move on
+    whole_logits: bool = False  # compute losses from all logits at once, as they are written in the papers
+
+    def teacher(self, which: Which) -> Scores:
+        """The teacher's scores by one of the heads."""
+        return self.teacher_cls if which == "cls" else self.teacher_patch
+
+    @cached_property
+    def balanced(self) -> dict[Which, Targets]:
+        """The targets of both heads by Sinkhorn-Knopp, for whichever losses ask."""
+        cls, patch = sinkhorn_knopp([self.teacher_cls, self.teacher_patch], self.teacher_temp)
+        return {"cls": cls, "patch": patch}

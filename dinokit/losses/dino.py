@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.losses import Views
-from dinokit.losses._targets import build_targets
+from dinokit.losses._entropy import cross_entropy
+from dinokit.losses._targets import Targets, build_targets
 
 
 @dataclass
@@ -39,8 +40,13 @@ def dino(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
     # A target sums to 1, so its cross-entropy is logsumexp minus an inner product: no log-softmax is kept.
     inner = torch.einsum("sbk,tbk->st", student, teacher) / student.shape[1]
     entropy = student.logsumexp(dim=-1).mean(dim=1, keepdim=True) - inner  # (S, T)
-    pairs = 1 - torch.eye(*entropy.shape, device=entropy.device)
-    return (entropy * pairs).sum() / (entropy.numel() - min(entropy.shape))
+    return (entropy * _pairs(len(student), len(teacher), inner.device)).sum()
+
+
+def _pairs(students: int, teachers: int, device: torch.device) -> Tensor:
+    """The share of each pair of crops in the loss, (S, T)."""
+    others = 1 - torch.eye(students, teachers, device=device)
+    return others / (others.numel() - min(others.shape))
 
 
 class DINOLoss(nn.Module):
@@ -53,9 +59,14 @@ class DINOLoss(nn.Module):
 
     def forward(self, views: Views) -> Tensor:
         """()."""
-        crops, images, _ = views.teacher_cls.shape
-        teacher = self.targets(views.teacher_cls.flatten(0, 1), views.teacher_temp, views.new_step)
-        return dino(views.student_cls, teacher.unflatten(0, (crops, images)), self.student_temp)
+        targets: Targets = self.targets(views, "cls")
+        crops, images = views.teacher_cls.rows.shape[:2]
+        if views.whole_logits:
+            teacher = targets.probabilities().unflatten(0, (crops, images))
+            return dino(views.student_cls.logits(), teacher, self.student_temp)
+        pairs = _pairs(len(views.student_cls.rows), crops, targets.mass.device)
+        weight = targets.row.new_full((images,), 1 / images)
+        return cross_entropy(views.student_cls, targets, pairs, weight, self.student_temp)
 
 
 build = DINOLoss

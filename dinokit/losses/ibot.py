@@ -9,8 +9,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from dinokit.layers.head import Scores
 from dinokit.losses import Views
-from dinokit.losses._targets import build_targets
+from dinokit.losses._entropy import cross_entropy
+from dinokit.losses._targets import Targets, build_targets
 
 
 @dataclass
@@ -47,9 +49,14 @@ class IBOTLoss(nn.Module):
 
     def forward(self, views: Views) -> Tensor:
         """()."""
-        teacher = self.targets(views.teacher_patch, views.teacher_temp, views.new_step)
-        crops = views.teacher_cls.shape[0] * views.teacher_cls.shape[1]
-        return ibot(views.student_patch, teacher, views.mask_weight, crops, self.student_temp)
+        targets: Targets = self.targets(views, "patch")
+        crops = views.teacher_cls.rows.shape[:2].numel()
+        if views.whole_logits:
+            student, teacher = views.student_patch.logits(), targets.probabilities()
+            return ibot(student, teacher, views.mask_weight, crops, self.student_temp)
+        one = Scores(views.student_patch.rows[None], views.student_patch.prototypes)
+        pairs = targets.row.new_ones(1, 1)
+        return cross_entropy(one, targets, pairs, views.mask_weight / crops, self.student_temp)
 
 
 build = IBOTLoss

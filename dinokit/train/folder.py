@@ -24,7 +24,8 @@ from dinokit.files import PARTS, remove, write_text
 # Settings that may change when a run goes on, because they do not change what it learns.
 FREE = (
     "evals", "run.out", "run.device", "run.workers", "run.log_every", "run.checkpoint_every", "run.keep",
-    "run.keep_every", "run.max_unreadable", "run.parallel", "run.timeout_minutes",
+    "run.keep_every", "run.max_unreadable", "run.parallel", "run.timeout_minutes", "run.attention",
+    "run.compile", "run.checkpointing", "run.logits", "run.keep_memory",
 )  # fmt: skip
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 

@@ -14,7 +14,7 @@ from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
-from dinokit.device import pick_device, pick_precision
+from dinokit.device import keep_freed_memory, pick_device, pick_precision
 from dinokit.distributed import all_reduce_sum, gather_objects, of_first, rank, world_size
 from dinokit.log import RunLog
 from dinokit.train import checkpoint
@@ -49,6 +49,8 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
         Stopped: after Ctrl-C or a termination signal, when all is saved.
     """
     device = pick_device(recipe.run.device)
+    if recipe.run.keep_memory:
+        keep_freed_memory(device)
     with joined(device, recipe.run.timeout_minutes):
         return _train(recipe, source, evaluators, device)
 

@@ -12,6 +12,7 @@ from dinokit.data.photometric import Photometric
 from dinokit.device import DTYPES
 from dinokit.distributed import rank
 from dinokit.train import state
+from dinokit.train.blocks import prepare
 from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
 from dinokit.train.parallel import spread, synced
 from dinokit.train.schedule import Schedules
@@ -31,6 +32,7 @@ class Step:
         self.recipe, self.device = recipe, device
         self.parts = parts or recipe.run.accumulate
         self.model = StudentTeacher(recipe).to(device).train()
+        prepare(self.model, recipe.run, device)
         self.replica = spread(self.model, recipe, device)  # what is called in a step: the model, or it in DDP
         self.colour = Photometric(recipe.crops)
         self.optimizer = build_optimizer(self.model.student, recipe.optim)

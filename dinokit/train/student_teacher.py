@@ -14,7 +14,7 @@ from dinokit.backbones import Backbone, Input, Tokens
 from dinokit.config import Head, Recipe
 from dinokit.data.batch import Batch
 from dinokit.distributed import local
-from dinokit.layers.head import PrototypeHead
+from dinokit.layers.head import PrototypeHead, Scores
 from dinokit.losses import Views
 
 
@@ -31,9 +31,13 @@ class Network(nn.Module):
         if recipe.heads.patch is not None:
             self.ibot_head = _head(self.backbone.width, recipe.heads.patch)
 
-    def patch_logits(self, patches: Tensor) -> Tensor:
-        """(M, D) -> (M, K), by the patches' own head or the class token's."""
-        return self.dino_head(patches) if self.shared else self.ibot_head(patches)
+    def scores(self, cls: Tensor, patches: Tensor) -> tuple[Scores, Scores]:
+        """Of class tokens (C, D) and masked patches (M, D), by the patches' own head or the same."""
+        if not self.shared:
+            return self.dino_head(cls), self.ibot_head(patches)
+        both: Scores = self.dino_head(torch.cat([cls, patches]))
+        rows = both.rows.split([len(cls), len(patches)])
+        return Scores(rows[0], both.prototypes), Scores(rows[1], both.prototypes)
 
 
 class StudentTeacher(nn.Module):
@@ -43,6 +47,7 @@ class StudentTeacher(nn.Module):
         super().__init__()
         self.student = Network(recipe)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.whole_logits = recipe.run.logits == "whole"
         self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = nn.ModuleList(
             shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
@@ -90,18 +95,20 @@ class StudentTeacher(nn.Module):
     ) -> Views:
         images, masked = batch.images, batch.masked
         with torch.no_grad():
-            teacher_cls = self.teacher.dino_head(teacher.cls)
-            teacher_patch = self.teacher.patch_logits(teacher.patches.flatten(0, 1).index_select(0, masked))
-        student_cls = self.student.dino_head(torch.cat([s.cls for s in student]))
+            teacher_cls, teacher_patch = self.teacher.scores(teacher.cls, _rows(teacher.patches, masked))
+        student_cls, student_patch = self.student.scores(
+            torch.cat([s.cls for s in student]), _rows(student[0].patches, masked)
+        )
         return Views(
-            student_cls=student_cls.unflatten(0, (-1, images)),
-            teacher_cls=teacher_cls.unflatten(0, (-1, images)),
+            student_cls=Scores(student_cls.rows.unflatten(0, (-1, images)), student_cls.prototypes),
+            teacher_cls=Scores(teacher_cls.rows.unflatten(0, (-1, images)), teacher_cls.prototypes),
             student_feature=student[0].cls.unflatten(0, (-1, images)),
-            student_patch=self.student.patch_logits(student[0].patches.flatten(0, 1).index_select(0, masked)),
+            student_patch=student_patch,
             teacher_patch=teacher_patch,
             mask_weight=batch.mask_weight,
             teacher_temp=teacher_temp,
             new_step=new_step,
+            whole_logits=self.whole_logits,
         )
 
 
@@ -136,3 +143,8 @@ def build_backbone(recipe: Recipe) -> Backbone:
 
 def _head(width: int, cfg: Head) -> PrototypeHead:
     return PrototypeHead(width, cfg.prototypes, cfg.hidden, cfg.bottleneck, cfg.layers, cfg.norm_last_layer)
+
+
+def _rows(patches: Tensor, masked: Tensor) -> Tensor:
+    """Those of patches (b, N, D) whose places in the flattened masks are `masked` (M,). Returns (M, D)."""
+    return patches.flatten(0, 1).index_select(0, masked)

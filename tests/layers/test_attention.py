@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dinokit.layers.attention import Segments, attend
+from dinokit.layers.attention import KERNELS, Attention, Segments, attend, use_kernel, why_not
 
 
 def masked_softmax(qkv: torch.Tensor, heads: int, segments: Segments) -> torch.Tensor:
@@ -18,15 +20,49 @@ def masked_softmax(qkv: torch.Tensor, heads: int, segments: Segments) -> torch.T
     return (weights @ v).transpose(0, 1).flatten(1)
 
 
-@pytest.mark.parametrize("groups", [((2, 5),), ((3, 1), (1, 7)), ((2, 4), (5, 4), (1, 9))])
-def test_no_row_looks_at_another_image(groups, generator):
-    segments = Segments(groups)
-    rows = sum(b * n for b, n in groups)
-    qkv = torch.randn(rows, 3 * 12, dtype=torch.float64, generator=generator).requires_grad_()
-    other = qkv.detach().clone().requires_grad_()
-    out, want = attend(qkv, 3, segments), masked_softmax(other, 3, segments)
-    torch.testing.assert_close(out, want)
-    weights = torch.randn(out.shape, dtype=torch.float64, generator=generator)
-    (out * weights).sum().backward()
-    (want * weights).sum().backward()
-    torch.testing.assert_close(qkv.grad, other.grad)
+DEVICES = [
+    (torch.device("cpu"), torch.float32),
+    pytest.param((torch.device("cuda"), torch.bfloat16), marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("where", DEVICES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=4),
+    heads=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**31),
+)
+def test_no_row_looks_at_another_image_whatever_computes_it(where, kernel, groups, heads, seed):
+    device, dtype = where
+    reason = why_not(kernel, device, dtype)
+    if reason:
+        pytest.skip(reason)
+    segments, draw = Segments(tuple(groups)), torch.Generator().manual_seed(seed)
+    rows = sum(images * tokens for images, tokens in groups)
+    qkv = torch.randn(rows, 3 * heads * 32, generator=draw).to(device, dtype).requires_grad_()
+    exact = qkv.detach().double().cpu().requires_grad_()
+    out, want = attend(qkv, heads, segments, kernel), masked_softmax(exact, heads, segments)
+    weights = torch.randn(out.shape, generator=draw)
+    (out * weights.to(device, dtype)).sum().backward()
+    (want * weights.to(dtype).double()).sum().backward()
+    tol = 1e-4 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(out.cpu().double(), want, rtol=tol, atol=tol)
+    torch.testing.assert_close(qkv.grad.cpu().double(), exact.grad, rtol=tol, atol=tol)
+
+
+def test_the_starts_of_images_are_where_their_rows_begin():
+    assert Segments(((2, 3), (1, 4))).starts(torch.device("cpu")).tolist() == [0, 3, 6, 10]
+
+
+@pytest.mark.parametrize("kernel", ["xformers", "varlen"])
+def test_a_kernel_that_is_not_here_is_refused_with_the_reason(kernel):
+    layer = Attention(8, 2)
+    with pytest.raises(ValueError, match=f"run.attention={kernel} cannot be used here: it needs CUDA"):
+        use_kernel(layer, kernel, torch.device("cpu"), torch.float32)
+
+
+def test_a_backbone_with_its_own_attention_takes_no_other():
+    with pytest.raises(ValueError, match="has its own attention"):
+        use_kernel(torch.nn.Linear(2, 2), "sdpa", torch.device("cpu"), torch.float32)

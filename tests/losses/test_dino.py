@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dinokit.layers.head import Scores
 from dinokit.losses import Views
 from dinokit.losses.dino import Config, DINOLoss, dino
 
@@ -50,8 +51,9 @@ def test_a_crop_is_never_asked_to_predict_itself(generator):
 
 
 def views(student: torch.Tensor, teacher: torch.Tensor, new_step: bool = True) -> Views:
-    none = torch.zeros(0, 1)
-    return Views(student, teacher, none, none, none, none, teacher_temp=0.05, new_step=new_step)
+    none, eye = torch.zeros(0, 1), torch.eye(student.shape[-1])
+    one, two, no_patch = (Scores(x, eye) for x in (student, teacher, teacher[0, :0]))
+    return Views(one, two, none, no_patch, no_patch, none, teacher_temp=0.05, new_step=new_step)
 
 
 def test_parts_of_a_step_move_the_centre_as_the_whole_does(generator):

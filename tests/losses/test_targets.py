@@ -5,7 +5,24 @@ import math
 import pytest
 import torch
 
+from dinokit.layers.head import Scores
+from dinokit.losses import Views, _targets
 from dinokit.losses._targets import Centering, sinkhorn_knopp
+
+
+def scores_of(logits: torch.Tensor) -> Scores:
+    return Scores(logits, torch.eye(logits.shape[1]))
+
+
+def balanced(logits: torch.Tensor, temp: float, iterations: int = 3) -> torch.Tensor:
+    return sinkhorn_knopp([scores_of(logits)], temp, iterations)[0].probabilities()
+
+
+def centred(centering: Centering, logits: torch.Tensor, temp: float) -> torch.Tensor:
+    none = torch.zeros(0, 1)
+    scores = scores_of(logits)
+    views = Views(scores, scores, none, scores, scores, none, teacher_temp=temp, new_step=True)
+    return centering(views, "patch").probabilities()
 
 
 def by_hand(logits: list, temp: float, iterations: int = 3) -> list:
@@ -22,51 +39,64 @@ def by_hand(logits: list, temp: float, iterations: int = 3) -> list:
 def test_equals_the_iteration_as_published(rows, prototypes, generator):
     logits = torch.randn(rows, prototypes, generator=generator)
     want = torch.tensor(by_hand(logits.tolist(), 0.07))
-    torch.testing.assert_close(sinkhorn_knopp(logits, 0.07), want, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(balanced(logits, 0.07), want, rtol=1e-4, atol=1e-7)
 
 
 def test_rows_sum_to_one_and_prototypes_share_the_mass(generator):
-    q = sinkhorn_knopp(torch.randn(64, 8, generator=generator), 0.1, iterations=50)
+    q = balanced(torch.randn(64, 8, generator=generator), 0.1, iterations=50)
     torch.testing.assert_close(q.sum(dim=1), torch.ones(64))
     torch.testing.assert_close(q.sum(dim=0), torch.full((8,), 8.0), rtol=1e-2, atol=0)
 
 
 def test_a_constant_added_to_all_logits_changes_nothing(generator):
     logits = torch.randn(9, 5, generator=generator)
-    torch.testing.assert_close(
-        sinkhorn_knopp(logits + 3, 0.05), sinkhorn_knopp(logits, 0.05), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(balanced(logits + 3, 0.05), balanced(logits, 0.05), rtol=1e-4, atol=1e-6)
 
 
 def test_equal_logits_give_equal_shares():
-    torch.testing.assert_close(sinkhorn_knopp(torch.ones(7, 7), 0.04), torch.full((7, 7), 1 / 7))
+    torch.testing.assert_close(balanced(torch.ones(7, 7), 0.04), torch.full((7, 7), 1 / 7))
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
 def test_no_size_of_logits_overflows(scale, generator):
-    q = sinkhorn_knopp(torch.randn(12, 6, generator=generator) * scale, 0.04)
+    q = balanced(torch.randn(12, 6, generator=generator) * scale, 0.04)
     assert q.isfinite().all()
     torch.testing.assert_close(q.sum(dim=1), torch.ones(12))
 
 
 def test_no_rows_are_no_trouble():
-    assert sinkhorn_knopp(torch.zeros(0, 5), 0.04).shape == (0, 5)
+    assert balanced(torch.zeros(0, 5), 0.04).shape == (0, 5)
 
 
 def test_the_centre_is_a_moving_average_of_steps_before(generator):
     first, second = torch.randn(2, 4, 3, generator=generator)
     centering = Centering(momentum=0.9)
-    got = centering(first, 0.05, new_step=True)
+    got = centred(centering, first, 0.05)
     torch.testing.assert_close(got, (first / 0.05).softmax(dim=1))
-    got = centering(second, 0.05, new_step=True)
+    got = centred(centering, second, 0.05)
     torch.testing.assert_close(got, ((second - 0.1 * first.mean(dim=0)) / 0.05).softmax(dim=1))
 
 
 def test_a_step_without_rows_leaves_the_centre(generator):
     centering = Centering(momentum=0.9)
-    centering(torch.randn(4, 3, generator=generator), 0.05, new_step=True)
+    centred(centering, torch.randn(4, 3, generator=generator), 0.05)
     centering.fold()
     before = centering.center.clone()
-    centering(torch.zeros(0, 3), 0.05, new_step=True)
+    centred(centering, torch.zeros(0, 3), 0.05)
     centering.fold()
     torch.testing.assert_close(centering.center, before, rtol=0, atol=0)
+
+
+def test_two_heads_together_are_each_alone(generator):
+    one, two = torch.randn(6, 9, generator=generator), torch.randn(11, 5, generator=generator)
+    together = sinkhorn_knopp([scores_of(one), scores_of(two)], 0.1)
+    for targets, logits in zip(together, (one, two), strict=True):
+        torch.testing.assert_close(targets.probabilities(), balanced(logits, 0.1))
+
+
+def test_an_iteration_asks_the_other_processes_once_for_both_heads(generator, monkeypatch):
+    asked = []
+    for name in ("all_reduce_sum", "all_reduce_max"):
+        monkeypatch.setattr(_targets, name, lambda x, name=name: asked.append((name, len(x))) or x)
+    sinkhorn_knopp([scores_of(torch.randn(4, k, generator=generator)) for k in (3, 5)], 0.1)
+    assert asked == [("all_reduce_max", 8)] + 3 * [("all_reduce_sum", 8)]

@@ -16,6 +16,14 @@ from dinokit.data.photometric import draw
 from dinokit.distributed import all_reduce_sum, full, rank, world_size
 from dinokit.train.step import Step
 
+SWITCHES = [
+    {},
+    {"logits": "whole", "attention": "sdpa"},
+    {"checkpointing": "selective"},
+    {"checkpointing": "full"},
+]
+COMPILED = pytest.param({"compile": "blocks", "checkpointing": "selective"}, marks=pytest.mark.slow)
+
 PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
@@ -68,6 +76,10 @@ def check_end(step: Step, recorded) -> None:
         got = rename({name: full(x) for name, x in network.state_dict().items()}, end)
         assert got.keys() == end.keys()
         for name in end:
+            if name.endswith("attn.qkv.bias"):
+                # A bias of the keys moves all scores of a row alike, so its gradient is rounding, which Adam
+                # then brings to the size of any other.
+                got[name], end[name] = (x.unflatten(0, (3, -1))[[0, 2]] for x in (got[name], end[name]))
             torch.testing.assert_close(
                 got[name], end[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=f"{who} {name}": f"{n}: {m}"
             )
@@ -87,11 +99,12 @@ def load_start(step: Step, recorded) -> None:
         set_model_state_dict(network, {names[k]: v for k, v in start.items()}, options=whole)
 
 
+@pytest.mark.parametrize("run", SWITCHES, ids=str)
 @pytest.mark.parametrize(
     "name", ["step_v2_sinkhorn_separate", "step_v2_centering_shared", "step_v2_no_local"]
 )
-def test_dinov2_steps_are_the_recorded_ones(golden, name):
-    follow(golden(name))
+def test_dinov2_steps_are_the_recorded_ones(golden, name, run):
+    follow(golden(name), run)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +116,12 @@ def test_two_processes_take_the_recorded_steps(together, name, parallel):
 
 def in_several_processes(recorded, parallel: str) -> None:
     """The same with a share of the images in each process; KoLeo must look at those of all."""
-    follow(recorded, parallel, koleo={"distributed": True})
+    follow(recorded, {"parallel": parallel}, koleo={"distributed": True})
 
 
-def follow(recorded, parallel: str = "none", koleo: dict | None = None) -> None:
+def follow(recorded, run: dict, koleo: dict | None = None) -> None:
     recipe, columns = dinov2_recipe(recorded), recorded.settings["columns"]
-    recipe.run.parallel = parallel
+    recipe.run = Run(precision="fp32", **run)
     recipe.losses["koleo"] |= koleo or {}
     step = Step(recipe, torch.device("cpu"))
     load_start(step, recorded)
@@ -186,9 +199,11 @@ def dinov2_recipe(recorded) -> Recipe:
     )  # fmt: skip
 
 
-def test_dino_steps_are_the_recorded_ones(golden):
+@pytest.mark.parametrize("run", [*SWITCHES, COMPILED], ids=str)
+def test_dino_steps_are_the_recorded_ones(golden, run):
     recorded = golden("step_v1")
     recipe, rows = dino_recipe(recorded), recorded["rows"].tolist()
+    recipe.run = Run(precision="fp32", **run)
     step = Step(recipe, torch.device("cpu"))
     load_start(step, recorded)
     for i, values in enumerate(rows):

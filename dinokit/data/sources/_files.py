@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dinokit.data.decode import decode
+from dinokit.data.lines import Lines
 from dinokit.data.names import Names
 from dinokit.data.sources import Picture
 from dinokit.data.sources._split import Rows
@@ -18,7 +19,7 @@ class ImageFiles:
     """A source of image files, by their names from a folder on."""
 
     root: Path
-    names: Names  # of the files, from root on, or absolute
+    names: Names | Lines  # of the files, from root on, or absolute
     rows: Rows  # which of them belong to the split
     labels: np.ndarray | None  # (len(names),); None without labels
     classes: Sequence[str]

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from dinokit.data.lines import Lines
 from dinokit.data.names import Names
 from dinokit.data.sources import Source
 from dinokit.data.sources._files import ImageFiles
@@ -42,19 +43,13 @@ def build(cfg: Config) -> Source:
     if path.is_dir() or path.suffix.lower() not in (".txt", ".csv"):
         raise wrong_kind(path, "a list of image files, .txt or .csv,")
     labels, splits = Words(), Words()
-    names = Names.of(_lines(path) if path.suffix.lower() == ".txt" else _table(path, labels, splits))
+    text = path.suffix.lower() == ".txt"
+    names = Lines.of(path) if text else Names.of(_table(path, labels, splits))
     _look(path, names)
     classes, ids = class_ids(labels.codes, labels.words)
     said = (splits.codes, splits.words) if splits.words else None
     rows = choose(cfg.split, cfg.test_share, names, len(names), said, str(path))
     return ImageFiles(path.parent, names, rows, ids if labels.words else None, classes, cfg.channels)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for line in map(str.strip, file):
-            if line and not line.startswith("#"):
-                yield line
 
 
 def _table(path: Path, labels: Words, splits: Words) -> Iterator[str]:
@@ -82,7 +77,7 @@ def _table(path: Path, labels: Words, splits: Words) -> Iterator[str]:
             yield row[place].strip()
 
 
-def _look(path: Path, names: Names) -> None:
+def _look(path: Path, names: Names | Lines) -> None:
     if not len(names):
         raise ValueError(f"{path} names no image file.")
     first = [path.parent / name for name in islice(names, _LOOK)]

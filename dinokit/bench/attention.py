@@ -1,0 +1,54 @@
+"""The speed of each attention kernel at a recipe's crops, forward and backward."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from dinokit.bench.machine import matmul_rate, seconds
+from dinokit.config import Recipe
+from dinokit.device import DTYPES, pick_device, pick_precision
+from dinokit.layers.attention import KERNELS, Attention, Kernel, Segments, attend, why_not
+from dinokit.train.student_teacher import build_backbone
+
+
+def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
+    """Milliseconds of one attention over all crops of a step, by kernel, or why there are none.
+
+    Raises:
+        ValueError: if the backbone has an attention of its own.
+    """
+    device = pick_device(recipe.run.device)
+    dtype = DTYPES[pick_precision(recipe.run.precision, device)] or torch.float32
+    with torch.device("meta"):
+        backbone = build_backbone(recipe)
+    layers = [module for module in backbone.blocks.modules() if isinstance(module, Attention)]
+    if not layers:
+        raise ValueError(
+            f"backbone.name={recipe.backbone['name']} has its own attention; there is no choice."
+        )
+    groups = [
+        (recipe.optim.batch * group.count, 1 + (group.size // backbone.patch) ** 2)
+        for group in (recipe.crops.globals, recipe.crops.locals)
+        if group.count
+    ]
+    segments = Segments(tuple(groups))
+    rows = sum(images * tokens for images, tokens in groups)
+    qkv = torch.randn(rows, 3 * backbone.width, device=device).to(dtype).requires_grad_()
+    done: dict[str, Any] = {}
+    for kernel in KERNELS:
+        reason = why_not(kernel, device, dtype)
+        work = partial(_run, qkv, layers[0].heads, segments, kernel)
+        done[kernel] = reason or 1000 * seconds(work, device, rounds)
+    return {
+        "milliseconds": done,
+        "rows": rows,
+        "width": backbone.width,
+        "matmul_fp32": matmul_rate(torch.float32, device),
+        "matmul_bf16": matmul_rate(torch.bfloat16, device),
+    }
+
+
+def _run(qkv: torch.Tensor, heads: int, segments: Segments, kernel: Kernel) -> None:
+    qkv.grad = None
+    attend(qkv, heads, segments, kernel).sum().backward()

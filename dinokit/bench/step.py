@@ -1,0 +1,223 @@
+"""The speed of training steps: each form in a process of its own, their rounds in turn.
+
+A process of its own, because a peak of memory is that of a process; in turn, because a machine that others
+use changes from minute to minute, and a ratio of neighbours is still right.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinokit import shelves
+from dinokit.bench.clock import Clock
+from dinokit.bench.machine import matmul_rate, once, peak_memory
+from dinokit.config import Recipe
+from dinokit.data.batch import Batch
+from dinokit.data.loader import loader
+from dinokit.data.sources import Picture
+from dinokit.device import DTYPES, keep_freed_memory, pick_device, pick_precision
+from dinokit.train.loop import block_masks
+from dinokit.train.step import Step
+from dinokit.train.student_teacher import StudentTeacher
+
+# The plainest form of a step: what a reader of the papers would write.
+PLAIN: dict[str, Any] = {
+    "logits": "whole", "compile": "none", "checkpointing": "none", "attention": "sdpa", "keep_memory": False,
+}  # fmt: skip
+
+
+@dataclass
+class StepReport:
+    """What one form of a step does; rates and times are medians over the rounds."""
+
+    images_per_second: float
+    milliseconds: dict[str, float]  # of a step, by phase, in one step more with a clock in it
+    peak_gib: float
+    model_flops: float  # of a step: what the plain form multiplies and adds
+    share_of_matmul: float  # model FLOP/s over those of a matrix product in the run's precision
+    matmul_fp32: float  # FLOP/s
+    matmul_bf16: float
+    seconds: list[float]  # of each round
+
+
+def plain(recipe: Recipe) -> Recipe:
+    """The same step without anything that is there for speed or memory."""
+    return replace(recipe, run=replace(recipe.run, **PLAIN))
+
+
+def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[StepReport]:
+    """Every recipe's step, in turn.
+
+    Args:
+        recipes: one a form.
+        rounds: steps a form that count.
+        real: whether to load images of the recipe's data; else the same noise is seen in every step.
+
+    Raises:
+        ValueError, LookupError, OSError, RuntimeError: as a training run does.
+    """
+    context = get_context("spawn")
+    pipes, children = [], []
+    try:
+        for recipe in recipes:
+            ours, theirs = context.Pipe()
+            child = context.Process(target=_serve, args=(theirs, recipe, rounds, real), daemon=True)
+            child.start()
+            theirs.close()
+            pipes.append(ours)
+            children.append(child)
+            _receive(ours)  # it has warmed up: one after another
+        for pipe in [pipe for _ in range(rounds) for pipe in pipes]:
+            pipe.send("round")
+            _receive(pipe)
+        reports = []
+        for pipe in pipes:
+            pipe.send("report")
+            reports.append(StepReport(**_receive(pipe)))
+        return reports
+    finally:
+        for pipe, child in zip(pipes, children, strict=True):
+            pipe.close()
+            child.join()
+
+
+def _receive(pipe: Connection) -> Any:
+    try:
+        reply = pipe.recv()
+    except EOFError:
+        raise RuntimeError("A process that ran steps was killed; was there memory enough?") from None
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
+def _serve(pipe: Connection, recipe: Recipe, rounds: int, real: bool) -> None:
+    """A process: warm up, a round each time it is asked, at last the report."""
+    try:
+        form = Form(recipe, rounds, real)
+        form.warm_up()
+        pipe.send(None)
+        while pipe.recv() == "round":
+            form.round()
+            pipe.send(None)
+        pipe.send(asdict(form.report()))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return  # nobody asks any more
+    except (ValueError, LookupError, OSError, RuntimeError) as error:
+        pipe.send(error)
+
+
+class Form:
+    """One form of a step, its input, and what was measured of it."""
+
+    def __init__(self, recipe: Recipe, rounds: int, real: bool) -> None:
+        self.device = pick_device(recipe.run.device)
+        precision = pick_precision(recipe.run.precision, self.device)
+        self.recipe = replace(recipe, run=replace(recipe.run, precision=precision))
+        if recipe.run.keep_memory:
+            keep_freed_memory(self.device)
+        torch.manual_seed(recipe.run.seed)
+        self.step = Step(self.recipe, self.device)
+        self.batches = _batches(self.recipe, self.step, rounds + 3, real)
+        self.seconds: list[float] = []
+        self.rates: list[tuple[float, float]] = []
+
+    def warm_up(self) -> None:
+        """Two steps: the first makes the optimiser's state, the second is like all others."""
+        for _ in range(2):
+            self.step(next(self.batches))
+
+    def round(self) -> None:
+        """One step that counts, and the machine's rate beside it."""
+        self.seconds.append(once(lambda: self.step(next(self.batches)), self.device))
+        self.rates.append((matmul_rate(torch.float32, self.device), matmul_rate(torch.bfloat16, self.device)))
+
+    def report(self) -> StepReport:
+        """Of the rounds so far."""
+        peak = peak_memory(self.device)
+        took, images = median(self.seconds), self.recipe.optim.batch
+        fp32, bf16 = (median(rates) for rates in zip(*self.rates, strict=True))
+        flops = model_flops(self.recipe, next(self.batches))
+        rate = fp32 if DTYPES[self.recipe.run.precision] is None else bf16
+        return StepReport(
+            images_per_second=images / took,
+            milliseconds=self._phases(),
+            peak_gib=peak,
+            model_flops=flops,
+            share_of_matmul=flops / took / rate,
+            matmul_fp32=fp32,
+            matmul_bf16=bf16,
+            seconds=self.seconds,
+        )
+
+    def _phases(self) -> dict[str, float]:
+        step, model, clock = self.step, self.step.model, Clock(self.device)
+        batch = clock.timed(lambda: next(self.batches), "load")()
+        for owner, name, phase in [
+            (step, "coloured", "transfer"), (step, "colour", "colour"), (step, "_backward", "backward"),
+            (model, "_see_all", "teacher"), (model.teacher, "scores", "teacher"),
+            (model, "forward", "student forward"), (model, "update_teacher", "EMA"),
+            *((loss, "forward", "losses") for loss in model.losses),
+        ]:  # fmt: skip
+            clock.watch(owner, name, phase)
+        clock.timed(step, "optimiser")(batch)
+        return {phase: 1000 * seconds for phase, seconds in clock.seconds.items()}
+
+
+def model_flops(recipe: Recipe, batch: Batch) -> float:
+    """FLOPs of a step's plain form, forward and backward, counted on tensors without data."""
+    with torch.device("meta"):
+        model = StudentTeacher(plain(recipe)).train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
+        model.to_empty(device="cpu")
+        seen = replace(
+            batch,
+            global_crops=torch.empty(batch.global_crops.shape),
+            local_crops=torch.empty(batch.local_crops.shape),
+            masks=None if batch.masks is None else fake.from_tensor(batch.masks),
+            masked=fake.from_tensor(batch.masked),
+            mask_weight=fake.from_tensor(batch.mask_weight),
+        )
+        sum(model(seen, 0.07).values(), torch.zeros(())).backward()
+    return float(counter.get_total_flops())
+
+
+class _Noise:
+    """Images as data sets have them: 500 x 375 pixels."""
+
+    classes: Sequence[str] = ()
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Picture, int]:
+        rng = np.random.default_rng(index)
+        return rng.integers(0, 256, (375, 500, self.channels), dtype=np.uint8), -1
+
+    def name(self, index: int) -> str:
+        return f"noise {index}"
+
+
+def _batches(recipe: Recipe, step: Step, steps: int, real: bool) -> Iterator[Batch]:
+    source = shelves.build("data.sources", recipe.data) if real else _Noise(len(recipe.crops.mean))
+    made = loader(
+        source, recipe.crops, block_masks(recipe, step.model.student.backbone), seed=recipe.run.seed,
+        start_step=0, steps=steps if real else 2, batch=recipe.optim.batch,
+        workers=recipe.run.workers if real else 0, pin=step.device.type == "cuda",
+    )  # fmt: skip
+    if real:
+        return iter(made)
+    kept = list(made)
+    return (replace(batch, step=i) for i, batch in enumerate(itertools.cycle(kept)))

@@ -1,0 +1,74 @@
+"""Cross-entropy of student and teacher, a few prototypes at a time: whole logits of the student never exist.
+
+The backward pass computes them again (Chen et al. 2016, arXiv 1604.06174): a third more work for the
+prototypes, which are a few percent of a step, and none of its largest tensors.
+
+    S, T  student and teacher crops      b  images, or masked patches      K  prototypes      w  their width
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinokit.layers.head import Scores
+from dinokit.losses._targets import Targets
+
+
+def cross_entropy(student: Scores, targets: Targets, pairs: Tensor, weight: Tensor, temp: float) -> Tensor:
+    """The sum over s, t, b of pairs[s, t] * weight[b] * H(targets[t, b], softmax(student[s, b] / temp)).
+
+    H(p, q) is -sum(p log q) over the prototypes. Returns (), float32; its gradient goes to the student alone.
+
+    Args:
+        student: rows (S, b, w).
+        targets: T * b rows.
+        pairs: (S, T), 0 or more.
+        weight: (b,), 0 or more.
+        temp: of the student.
+    """
+    crops = (pairs.shape[1], len(weight))
+    value: Tensor = _CrossEntropy.apply(
+        student.rows, student.prototypes, targets.mass.unflatten(0, crops), targets.row.unflatten(0, crops),
+        targets.column, pairs, weight, temp,
+    )  # fmt: skip
+    return value
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """A target sums to 1, so its cross-entropy is a logsumexp minus an inner product with the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, prototypes: Tensor, mass: Tensor, row: Tensor, column: Tensor, pairs: Tensor,
+        weight: Tensor, temp: float,
+    ) -> Tensor:  # fmt: skip
+        norm = rows.new_full(rows.shape[:2], -torch.inf, dtype=torch.float32)  # (S, b)
+        inner = row.new_zeros(len(weight), *pairs.shape)  # (b, S, T)
+        scores = Scores(rows, prototypes)
+        for part in scores.parts():
+            z = scores.logits(part).float().div_(temp)  # (S, b, k)
+            q = mass[..., part] * column[part]  # (T, b, k)
+            inner += torch.einsum("sbk,tbk->bst", z, q)
+            norm = torch.logaddexp(norm, z.logsumexp(dim=-1))
+        ctx.save_for_backward(rows, prototypes, mass, row, column, pairs, weight, norm)
+        ctx.temp = temp
+        entropy = norm.T[:, :, None] - inner * row.T[:, None]  # (b, S, T)
+        return torch.einsum("bst,st,b->", entropy, pairs, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, prototypes, mass, row, column, pairs, weight, norm = ctx.saved_tensors
+        share = (pairs.sum(dim=1)[:, None] * weight).log() - norm  # (S, b)
+        row, scale = (row * weight)[..., None], grad / ctx.temp
+        scores, flat = Scores(rows, prototypes), rows.flatten(0, 1)
+        grad_rows = torch.zeros_like(flat, dtype=torch.float32)
+        grad_prototypes = torch.empty_like(prototypes)
+        for part in scores.parts():
+            z = scores.logits(part).float().div_(ctx.temp)
+            q = (mass[..., part] * column[part]).mul_(row)
+            z.add_(share[..., None]).exp_().sub_(torch.tensordot(pairs, q, 1)).mul_(scale)
+            g = z.flatten(0, 1).to(rows.dtype)  # (S * b, k), of the logits before the temperature
+            grad_rows += g @ prototypes[part]
+            torch.mm(g.T, flat, out=grad_prototypes[part])
+        return grad_rows.view_as(rows).to(rows.dtype), grad_prototypes, *[None] * 6

@@ -1,0 +1,49 @@
+"""The clock against sleeping, which takes as long as it says."""
+
+import time
+
+import pytest
+import torch
+
+from dinokit.bench.clock import Clock
+from dinokit.bench.machine import matmul_rate, peak_memory, seconds
+
+CPU = torch.device("cpu")
+
+
+class Work:
+    def outer(self):
+        time.sleep(0.02)
+        self.inner()
+        self.inner()
+
+    def inner(self):
+        time.sleep(0.03)
+
+
+def test_the_time_of_a_call_inside_another_is_its_own():
+    work, clock = Work(), Clock(CPU)
+    clock.watch(work, "outer", "out")
+    clock.watch(work, "inner", "in")
+    begun = time.perf_counter()
+    work.outer()
+    whole = time.perf_counter() - begun
+    assert clock.seconds["in"] >= 0.06
+    assert clock.seconds["out"] >= 0.02
+    assert sum(clock.seconds.values()) == pytest.approx(whole, abs=0.01)
+    assert clock.seconds["out"] < whole - 0.055
+
+
+def test_a_median_is_of_the_calls_after_the_warm_up():
+    calls = []
+    assert seconds(lambda: calls.append(1), CPU, repeats=3, warm_up=2) >= 0
+    assert len(calls) == 5
+
+
+def test_a_process_knows_its_peak_and_its_rate():
+    before = peak_memory(CPU)
+    block = torch.ones(2**26)  # 256 MiB
+    assert peak_memory(CPU) >= before
+    assert peak_memory(CPU) > 0.25
+    del block
+    assert matmul_rate(torch.float32, CPU) > 1e8

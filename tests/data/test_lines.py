@@ -1,0 +1,48 @@
+"""Lines by number against Python's own reading of the file."""
+
+import pickle
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dinokit.data import lines
+from dinokit.data.lines import Lines
+
+PIECES = st.sampled_from(["a.jpg", "b/c d.png", "é.jpg", "#", "# no", " ", "\t", "", "\r", "  x.png ", "#x"])
+
+
+def by_python(data: bytes) -> list[str]:
+    text = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    kept = [line.strip() for line in text]
+    return [line.decode("utf-8", "surrogateescape") for line in kept if line and not line.startswith(b"#")]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(pieces=st.lists(PIECES, max_size=60), mark=st.booleans(), end=st.booleans(), block=st.integers(1, 40))
+def test_they_are_those_that_python_reads(tmp_path, monkeypatch, pieces, mark, end, block):
+    monkeypatch.setattr(lines, "BLOCK", block)
+    monkeypatch.setattr(lines, "EVERY", 5)
+    data = (b"\xef\xbb\xbf" if mark else b"") + "\n".join(pieces).encode() + (b"\n" if end else b"")
+    path = tmp_path / "list.txt"
+    path.write_bytes(data)
+    found, want = Lines.of(path), by_python(data)
+    assert len(found) == len(want)
+    assert [found[i] for i in range(len(found))] == want
+    assert list(found) == want
+
+
+def test_bytes_that_are_no_text_stay_what_they_are(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xff\xfe.jpg\n")
+    assert Lines.of(path)[0].encode("utf-8", "surrogateescape") == b"\xff\xfe.jpg"
+
+
+def test_lines_are_kept_in_the_places_of_every_64th(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("".join(f"folder/{i}.jpg\n" for i in range(100_000)))
+    found = Lines.of(path)
+    assert len(pickle.dumps(found)) < 8 * 100_000 / 64 + 1000
+    assert found[-1] == "folder/99999.jpg"
+    with pytest.raises(IndexError):
+        found[100_000]

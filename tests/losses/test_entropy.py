@@ -1,0 +1,85 @@
+"""The cross-entropy by parts against the plain formulas, in values and gradients."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from dinokit.layers import head
+from dinokit.layers.head import Scores
+from dinokit.losses import Views, dino, ibot
+from dinokit.losses._entropy import cross_entropy
+from dinokit.losses._targets import sinkhorn_knopp
+
+
+@pytest.fixture(params=[1, 40, 10**6])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(head, "CPU_CHUNK", request.param)
+    return request.param
+
+
+def make(shape, k, generator, grad=False):
+    rows = torch.nn.functional.normalize(torch.randn(*shape, 8, generator=generator), dim=-1)
+    prototypes = torch.randn(k, 8, generator=generator) / 3
+    return Scores(rows.requires_grad_(grad), prototypes.requires_grad_(grad))
+
+
+def both_ways(build, views):
+    """Value and gradients of the student's four tensors, from whole logits and by parts."""
+    done = []
+    leaves = [x for s in (views.student_cls, views.student_patch) for x in (s.rows, s.prototypes)]
+    for views.whole_logits in (True, False):
+        value = build()(views)
+        grads = torch.autograd.grad(1.7 * value, leaves, allow_unused=True)
+        done.append((value.detach(), [g for g in grads if g is not None]))
+    return done
+
+
+@pytest.mark.parametrize("kind", ["sinkhorn", "centering"])
+@pytest.mark.parametrize(("crops", "masked"), [((2, 5), 7), ((2, 2), 0), ((1, 3), 1)])
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_both_losses_are_the_same_from_whole_logits_and_by_parts(name, kind, crops, masked, chunk, generator):
+    (teachers, students), module = crops, {"dino": dino, "ibot": ibot}[name]
+    views = Views(
+        make((students, 4), 33, generator, grad=True), make((teachers, 4), 33, generator),
+        torch.zeros(0), make((masked,), 21, generator, grad=True), make((masked,), 21, generator),
+        torch.rand(masked, generator=generator), teacher_temp=0.05, new_step=True,
+    )  # fmt: skip
+    build = partial(module.build, module.Config(targets=kind))
+    (want, want_grads), (got, got_grads) = both_ways(build, views)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert len(want_grads) == 2
+    for one, two in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_no_tensor_of_all_student_logits_is_ever_made(generator, monkeypatch):
+    monkeypatch.setattr(head, "CPU_CHUNK", 64)
+    student, teacher = make((3, 4), 500, generator, grad=True), make((2, 4), 500, generator)
+    targets = sinkhorn_knopp([teacher], 0.1)[0]
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest.append(out.untyped_storage().size() if out._base is None else 0)
+            return out
+
+    pairs, weight = torch.ones(3, 2), torch.ones(4)
+    with Watch():
+        cross_entropy(student, targets, pairs, weight, 0.1).backward()
+    assert max(largest) <= 500 * 8 * 4  # bytes: nothing is larger than the prototypes and their gradient
+    assert 3 * 4 * 500 > 500 * 8
+
+
+def test_a_target_of_a_crop_that_it_is_not_paired_with_does_not_matter(generator):
+    student, teacher = make((2, 3), 9, generator, grad=True), make((2, 3), 9, generator)
+    targets, pairs = sinkhorn_knopp([teacher], 0.1)[0], torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    cross_entropy(student, targets, pairs, torch.ones(3), 0.1).backward()
+    assert student.rows.grad[1].abs().max() == 0
+    before = student.rows.grad.clone()
+    targets.mass[:3] = 1 / 9
+    student.rows.grad = None
+    cross_entropy(student, targets, pairs, torch.ones(3), 0.1).backward()
+    torch.testing.assert_close(student.rows.grad, before, rtol=0, atol=0)
