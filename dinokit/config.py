@@ -5,7 +5,7 @@ in dinokit/recipe.py. Sections that name a file on a shelf (`backbone`, `losses`
 against that file's Config. Nothing here imports torch, so a mistake is answered at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, asdict, fields, is_dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinokit import shelves
-from dinokit.recipe import CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher, check
+from dinokit.check import check
+from dinokit.recipe import BEGINNING, CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
@@ -23,10 +24,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+Look = Callable[[str], Mapping[str, Any]]  # from the name of weights to the section `backbone` they are of
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | None = None) -> Recipe:
     """Read a recipe, a path or a name in configs/, and apply `key=value` overrides.
 
-    An override that changes the `name` of a section starts that section from the new file's defaults.
+    An override that changes the `name` of a section starts that section from the new file's defaults. A
+    section `backbone` with `weights` and no `name` is what `look` says of these, but for its own keys.
 
     Raises:
         ValueError, LookupError: for an unknown recipe, key or name, a value that does not fit, a missing
@@ -36,7 +41,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _read_yaml(path)
     values.setdefault("name", path.stem)
     _merge(values, parse_overrides(overrides), "")
-    return _complete(values)
+    return _complete(values, look)
 
 
 def data_section(text: str) -> dict[str, Any]:
@@ -50,10 +55,10 @@ def data_section(text: str) -> dict[str, Any]:
     return _section("data.sources", values["data"], "data")
 
 
-def _complete(values: dict[str, Any]) -> Recipe:
+def _complete(values: dict[str, Any], look: Look | None) -> Recipe:
     values = {**values, **{key: values.get(key) or {} for key in ("backbone", "losses", "data", "evals")}}
     done = Recipe(**_typed(Recipe, values, ""))
-    done.backbone = _section("backbones", values.get("backbone"), "backbone")
+    done.backbone = _backbone(values["backbone"], look)
     done.data = _section("data.sources", values.get("data"), "data")
     done.losses = {
         name: section_values("losses", name, section or {}, f"losses.{name}")
@@ -146,6 +151,18 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> No
             values[key] = dict(change)
         else:
             _merge(old, change, _join(where, key))
+
+
+def _backbone(values: Any, look: Look | None) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        return _section("backbones", values, "backbone")
+    begin = {key: str(values[key]) for key in BEGINNING if values.get(key)}
+    if begin.get("weights") == MISSING:
+        raise ValueError("backbone.weights must be given: the file, or the run, that training begins with.")
+    rest = {key: value for key, value in values.items() if key not in BEGINNING}
+    if look is not None and "weights" in begin and "name" not in rest:
+        rest = {**look(begin["weights"]), **rest}
+    return {**_section("backbones", rest, "backbone"), **begin}
 
 
 def _section(shelf: str, values: Any, where: str) -> dict[str, Any]:

@@ -17,11 +17,11 @@ FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
 # A room is a file or folder right below dinokit/, or eval/. It imports the rooms in its row and no other.
 MAY_IMPORT = {
     "device": "", "distributed": "", "files": "", "layers": "", "shelves": "",
-    "recipe": "shelves", "config": "recipe shelves", "log": "distributed files",
+    "recipe": "", "check": "recipe shelves", "config": "check recipe shelves", "log": "distributed files",
     "backbones": "layers shelves", "losses": "distributed", "data": "config distributed shelves",
     "features": "backbones data distributed files", "weights": "backbones config files shelves",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
-    "eval": "backbones data device features shelves",
+    "eval": "backbones data device features shelves weights",
     "judge": "backbones config device shelves weights",
     "verbs": "backbones config data device distributed features files judge log shelves train weights",
     "__init__": "", "__main__": "shelves verbs",

@@ -23,8 +23,8 @@ from dinokit.files import PARTS, write_text
 
 # Settings that may change when a run goes on, because they do not change what it learns.
 FREE = (
-    "evals", "run.out", "run.device", "run.workers", "run.log_every", "run.checkpoint_every", "run.keep",
-    "run.max_unreadable",
+    "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
+    "run.checkpoint_every", "run.keep", "run.max_unreadable",
 )  # fmt: skip
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 

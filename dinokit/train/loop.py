@@ -19,9 +19,10 @@ from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
 from dinokit.device import pick_device, pick_precision
 from dinokit.distributed import launched, rank, world_size
-from dinokit.log import RunLog
+from dinokit.log import RunLog, before_and_after
 from dinokit.train import checkpoint
 from dinokit.train.folder import open_run, saved_precision
+from dinokit.train.start import fill_from_weights, keep_start
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
 from dinokit.weights import save_backbone
@@ -62,9 +63,11 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
     recipe = replace(recipe, run=replace(recipe.run, precision=precision))
     torch.manual_seed(recipe.run.seed)
     step = Step(recipe, device)
+    recipe = fill_from_weights(recipe, step.model.student, step.model.average)
     masks = block_masks(recipe, step.model.student.backbone)
     out = open_run(recipe)
     unreadable = Unreadable(recipe.run.max_unreadable, len(source))
+    keep_start(out, recipe, step.model.student)
     start = _resume(out, step, unreadable, device)
     with RunLog(out, recipe.optim.steps, start) as log, _stop_signals() as stopping:
         log.say(f"{recipe.name}: {len(source)} images, {device.type} {recipe.run.precision}, run.out={out}")
@@ -84,6 +87,8 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
                 run.save(batch.step + 1)
                 log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")
                 raise KeyboardInterrupt
+        for line in before_and_after(out):
+            log.say(line)
         log.say(f"done: {out / 'teacher.safetensors'}")
     return out
 
@@ -168,7 +173,7 @@ class Run:
         self.report(done)
         for evaluator in due:
             begun = time.monotonic()
-            scores = evaluator.judge(self.step.model.teacher.backbone)
+            scores = evaluator.judge(self.step.model.average.backbone)
             self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
             text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
             self.log.say(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")
@@ -179,8 +184,8 @@ class Run:
         self.report(done)  # nothing that is not finite is ever saved
         if rank() == 0:
             # The checkpoint comes last: a run that is killed in between does the last steps, and this, again.
-            backbone, text = self.step.model.teacher.backbone, to_yaml(self.recipe)
-            save_backbone(self.out / "teacher.safetensors", backbone, self.recipe.backbone, text)
+            backbone, text = self.step.model.average.backbone, to_yaml(self.recipe)
+            save_backbone(self.out / "teacher.safetensors", backbone, self.recipe.architecture, text)
             state = {**self.step.state(), "unreadable": self.unreadable.state()}
             checkpoint.save(self.out / "checkpoints", done, state, self.recipe.run.keep)
 

@@ -11,6 +11,7 @@ from dinokit.data.batch import Batch
 from dinokit.data.photometric import Photometric
 from dinokit.device import DTYPES
 from dinokit.distributed import rank
+from dinokit.train.distill import GUIDE, Distillation
 from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
 from dinokit.train.schedule import Schedules
 from dinokit.train.student_teacher import StudentTeacher
@@ -21,7 +22,8 @@ class Step:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.model = StudentTeacher(recipe).to(device).train()
+        build = Distillation if recipe.teacher.frozen else StudentTeacher
+        self.model = build(recipe).to(device).train()
         self.colour = Photometric(recipe.crops)
         self.optimizer = build_optimizer(self.model.student, recipe.optim)
         self.schedules = Schedules(recipe)
@@ -40,7 +42,7 @@ class Step:
         if optim.head_freeze == "gradient" and step < optim.head_frozen:
             drop_prototype_gradients(self.optimizer)
         s = self.schedules
-        set_rates(self.optimizer, s.lr(step), s.head_lr(step), s.weight_decay(step))
+        set_rates(self.optimizer, s.rates(step), s.weight_decay(step))
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -58,11 +60,14 @@ class Step:
             seen = self.coloured(part)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 losses = self.model(seen, temp, new_step=i == 0)
-            total = sum(self.recipe.losses[name]["weight"] * value for name, value in losses.items())
+            total = sum(self._weight(name) * value for name, value in losses.items())
             self.scaler.scale(total / parts).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / parts
         return sums
+
+    def _weight(self, name: str) -> float:
+        return self.recipe.losses[name.removeprefix(GUIDE)]["weight"]
 
     def coloured(self, batch: Batch) -> Batch:
         """The batch on the device, its crops coloured and normalised."""

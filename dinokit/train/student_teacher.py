@@ -25,10 +25,10 @@ class Network(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.backbone = build_backbone(recipe)
-        self.dino_head = _head(self.backbone.width, recipe.heads.cls)
+        self.dino_head = build_head(self.backbone.width, recipe.heads.cls)
         self.shared = recipe.heads.patch is None
         if recipe.heads.patch is not None:
-            self.ibot_head = _head(self.backbone.width, recipe.heads.patch)
+            self.ibot_head = build_head(self.backbone.width, recipe.heads.patch)
 
     def patch_logits(self, patches: Tensor) -> Tensor:
         """(M, D) -> (M, K), by the patches' own head or the class token's."""
@@ -46,6 +46,11 @@ class StudentTeacher(nn.Module):
         self.losses = nn.ModuleList(
             shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
         )
+
+    @property
+    def average(self) -> Network:
+        """The moving average of the student, which is judged and kept: the teacher itself."""
+        return self.teacher
 
     def train(self, mode: bool = True) -> "StudentTeacher":
         """As nn.Module.train, but the teacher stays in evaluation mode: it drops no branch."""
@@ -111,7 +116,7 @@ def build_backbone(recipe: Recipe) -> Backbone:
             token.
     """
     crops = recipe.crops
-    backbone: Backbone = shelves.build("backbones", recipe.backbone)
+    backbone: Backbone = shelves.build("backbones", recipe.architecture)
     if backbone.channels != len(crops.mean):
         raise ValueError(
             f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for "
@@ -132,5 +137,6 @@ def build_backbone(recipe: Recipe) -> Backbone:
     return backbone
 
 
-def _head(width: int, cfg: Head) -> PrototypeHead:
+def build_head(width: int, cfg: Head) -> PrototypeHead:
+    """The head that a recipe describes, for features of this width."""
     return PrototypeHead(width, cfg.prototypes, cfg.hidden, cfg.bottleneck, cfg.layers, cfg.norm_last_layer)

@@ -5,13 +5,14 @@ Every default is filled in; the output is a recipe itself: dinokit show scenes_c
 
 from collections.abc import Sequence
 
-from dinokit import shelves
+from dinokit import judge, shelves
 from dinokit.config import load_recipe, to_yaml
 from dinokit.verbs import Command
 
 
 def run(command: Command) -> None:
-    recipe = load_recipe(command.one_word("recipe", shelves.recipe_names()), command.settings)
+    word = command.one_word("recipe", shelves.recipe_names())
+    recipe = load_recipe(word, command.settings, judge.architecture)
     from dinokit.train.plan import plan
 
     print(to_yaml(recipe, template=True))

@@ -96,7 +96,7 @@ def test_dinov2_steps_are_the_recorded_ones(golden, name):
         want = dict(zip(columns, values, strict=True))
         schedules = step.schedules
         close(schedules.lr(i), want["lr"], f"lr of step {i}")
-        close(schedules.head_lr(i), want["last_layer_lr"], f"last_layer_lr of step {i}")
+        close(schedules.prototypes_lr(i), want["last_layer_lr"], f"last_layer_lr of step {i}")
         close(schedules.weight_decay(i), want["weight_decay"], f"weight decay of step {i}")
         close(schedules.momentum(i), want["momentum"], f"momentum of step {i}")
         close(schedules.teacher_temp(i), want["teacher_temp"], f"teacher temperature of step {i}")
