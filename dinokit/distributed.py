@@ -1,9 +1,31 @@
 """What is summed over processes. With one process there is no group, and every sum here is the identity."""
 
 import os
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that were started together."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # among those on this node
+
+
+def launch() -> Launch:
+    """What torchrun, srun or nobody says."""
+    env = os.environ
+    if "RANK" in env:
+        return Launch(int(env["RANK"]), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone
+        return Launch(
+            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
+        )
+    return Launch()
 
 
 def world_size() -> int:

@@ -32,7 +32,7 @@ CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
     "faiss": "",
     "omegaconf": "dinokit/config.py",
-    "pyarrow": "dinokit/data/sources/*",
+    "pyarrow": "dinokit/data/sources/*",  # and features/shards.py, which asks for it when told to
     "submitit": "",
     "tifffile": "dinokit/data/decode.py",
     "timm": "dinokit/backbones/timm_vit.py",

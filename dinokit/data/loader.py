@@ -72,7 +72,7 @@ def loader(
     if not len(source):
         raise ValueError("the data source holds no images.")
     places = range(rank * (batch // world), (rank + 1) * (batch // world))
-    return _data_loader(
+    return data_loader(
         _Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
     )
 
@@ -89,7 +89,7 @@ def eval_loader(
         raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
     order = [list(range(i, min(i + batch, len(source)))) for i in range(0, len(source), batch)]
     blank = partial(_collate_eval, channels=channels, size=size)
-    return _data_loader(_Centres(source, resize, size), order, blank, workers, pin=False)
+    return data_loader(_Centres(source, resize, size), order, blank, workers, pin=False)
 
 
 class _Places(Dataset[Sample]):
@@ -190,13 +190,14 @@ def _collate_eval(rows: Sequence[tuple[int, Tensor | None, int, str]], channels:
     )
 
 
-def _data_loader(
+def data_loader(
     dataset: Dataset[Any],
     batches: Iterable[list[Any]],
     collate_fn: Callable[[Any], Any],
     workers: int,
     pin: bool,
 ) -> DataLoader[Any]:
+    """A DataLoader whose workers leave signals to this process, and which draws nothing from torch's dice."""
     workers = _spare_cores() if workers < 0 else workers
     return DataLoader(
         dataset,

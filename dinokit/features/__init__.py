@@ -1,10 +1,13 @@
 """Frozen features: what a backbone says of images. Nothing here changes the backbone."""
 
+from dinokit.features.extraction import Extraction, extract_to
 from dinokit.features.fingerprint import fingerprint
 from dinokit.features.frozen import device_of, frozen, last_layers, normalised
+from dinokit.features.store import Store, open_store
 from dinokit.features.vectors import Features, Part, extract, spread
+from dinokit.features.wanted import Wanted
 
 __all__ = [
-    "Features", "Part", "device_of", "extract", "fingerprint", "frozen", "last_layers", "normalised",
-    "spread",
+    "Extraction", "Features", "Part", "Store", "Wanted", "device_of", "extract", "extract_to", "fingerprint",
+    "frozen", "last_layers", "normalised", "open_store", "spread",
 ]  # fmt: skip
