@@ -1,5 +1,6 @@
 """Frozen features: what a backbone says of images. Nothing here changes the backbone."""
 
+from dinokit.features.attention import attention
 from dinokit.features.extraction import Extraction, extract_to
 from dinokit.features.fingerprint import fingerprint
 from dinokit.features.frozen import device_of, frozen, last_layers, normalised
@@ -8,6 +9,6 @@ from dinokit.features.vectors import Features, Part, extract, spread
 from dinokit.features.wanted import Wanted
 
 __all__ = [
-    "Extraction", "Features", "Part", "Store", "Wanted", "device_of", "extract", "extract_to", "fingerprint",
-    "frozen", "last_layers", "normalised", "open_store", "spread",
+    "Extraction", "Features", "Part", "Store", "Wanted", "attention", "device_of", "extract",
+    "extract_to", "fingerprint", "frozen", "last_layers", "normalised", "open_store", "spread",
 ]  # fmt: skip
