@@ -19,11 +19,12 @@ MAY_IMPORT = {
     "device": "", "distributed": "", "files": "", "layers": "", "shelves": "",
     "recipe": "", "check": "recipe shelves", "config": "check recipe shelves", "log": "distributed files",
     "backbones": "layers shelves", "losses": "distributed", "data": "config distributed shelves",
-    "features": "backbones data distributed files", "weights": "backbones config files shelves",
+    "features": "backbones data distributed files", "weights": "backbones config files layers shelves",
+    "hub": "backbones weights",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
     "eval": "backbones data device features shelves weights",
     "judge": "backbones config device shelves weights",
-    "verbs": "backbones config data device distributed features files judge log shelves train weights",
+    "verbs": "backbones config data device distributed features files hub judge log shelves train weights",
     "__init__": "", "__main__": "shelves verbs",
 }  # fmt: skip
 
@@ -32,11 +33,14 @@ CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
     "faiss": "",
     "omegaconf": "dinokit/config.py",
-    "pyarrow": "dinokit/data/sources/*",  # and features/shards.py, which asks for it when told to
+    "onnxruntime": "dinokit/weights/formats/onnx.py",
+    "onnxscript": "dinokit/weights/formats/onnx.py",
+    "pyarrow": "dinokit/*parquet.py",
     "submitit": "",
     "tifffile": "dinokit/data/decode.py",
-    "timm": "dinokit/backbones/timm_vit.py",
+    "timm": "dinokit/*/timm*.py",
     "torchvision": "dinokit/data/*",
+    "transformers": "dinokit/weights/formats/huggingface.py",
     "xformers": "dinokit/layers/attention.py",
 }
 

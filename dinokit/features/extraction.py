@@ -21,7 +21,8 @@ from dinokit.features.fingerprint import fingerprint
 from dinokit.features.folder import begin
 from dinokit.features.frozen import device_of, frozen, normalised
 from dinokit.features.layout import FORMAT, RECORD, shard_range, shard_size
-from dinokit.features.shards import NpyShard, ParquetShard, in_words
+from dinokit.features.parquet import ParquetShard
+from dinokit.features.shards import NpyShard, in_words
 from dinokit.features.store import Store, missing, open_store
 from dinokit.features.wanted import Wanted, blocks_of, fit_of, layers_of, row_of, rows_of
 

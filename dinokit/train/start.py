@@ -13,8 +13,7 @@ from dinokit.config import Recipe, load_recipe, to_yaml
 from dinokit.features import fingerprint
 from dinokit.train import checkpoint
 from dinokit.train.student_teacher import Network
-from dinokit.weights import save_backbone
-from dinokit.weights.fill import fill
+from dinokit.weights import fill, save_backbone
 
 NAME = "start.safetensors"  # of the filled backbone in the run's folder
 

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dinokit import __version__, shelves
 from dinokit.backbones import Input
@@ -155,13 +155,6 @@ def test_a_folder_without_weights_says_which_file_is_missing(tmp_path, saved):
         load_backbone(tmp_path)
 
 
-def test_a_pickle_is_never_opened(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"teacher": torch.ones(3)}, path)
-    with pytest.raises(ValueError, match=r"not a safetensors file. Only .safetensors files of dinokit"):
-        load_backbone(path)
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -177,13 +170,6 @@ def test_bytes_that_are_no_safetensors_are_refused_in_words(tmp_path, data):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"x.safetensors is (an empty file|not a safetensors file)"):
         describe(path)
-
-
-def test_safetensors_of_others_are_told_from_ours(tmp_path):
-    path = tmp_path / "vit.safetensors"
-    save_file({"cls_token": torch.zeros(1, 1, 32)}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"dinokit did not write it.*Other formats are not readable yet"):
-        load_backbone(path)
 
 
 @pytest.mark.parametrize("keep", [0.999, 0.5, 0.01])
@@ -221,9 +207,9 @@ def test_absent_and_surplus_tensors_are_named(saved, vit):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"backbone": "{"}, "The header of .* is damaged"),
-        ({"backbone": "[1, 2]"}, "The header of .* is damaged"),
-        ({"input": '{"size": 32}'}, "is damaged: `input`"),
+        ({"backbone": "{"}, "its header is damaged: `backbone`"),
+        ({"backbone": "[1, 2]"}, "its header is damaged: `backbone`"),
+        ({"input": '{"size": 32}'}, "its header is damaged: `input`"),
         (
             {"input": '{"size": 32, "mean": [0.5], "std": [0.5]}'},
             "1 means and 1 deviations, but the backbone takes 3",

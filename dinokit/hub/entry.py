@@ -1,0 +1,122 @@
+"""The entry points of hubconf.py. Only torch is needed, until a file in safetensors is to be read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinokit.backbones.vit import SIZES, Config, VisionTransformer
+from dinokit.hub.official import DINO, DINOv2, LinearClassifier
+from dinokit.hub.released import RELEASED, Released
+from dinokit.weights import fill, load_backbone
+from dinokit.weights.checkpoint import open_checkpoint
+
+# What the official entry points call the fields of our Config.
+OFFICIAL = {
+    "img_size": "size",
+    "in_chans": "channels",
+    "drop_path_rate": "drop_path",
+    "drop_path_uniform": "drop_path_uniform",
+    "interpolate_offset": "pos_offset",
+    "interpolate_antialias": "pos_antialias",
+}
+TRAINED_ON = ("LVD142M", "IMAGENET1K", "NONE")  # what official code may give as `weights`, besides a path
+
+
+def backbone(name: str) -> Callable[..., nn.Module]:
+    """The entry point of a released backbone."""
+    model = RELEASED[name]
+
+    def entry(*, pretrained: bool = True, weights: str | Path | None = None, **changes: Any) -> nn.Module:
+        return _backbone(model, pretrained, weights, changes)
+
+    return _named(
+        entry, name, f"{name}: {model.parameters / 1e6:.0f} M parameters, patches of {model.patch} pixels."
+    )
+
+
+def classifier(name: str) -> Callable[..., nn.Module]:
+    """The entry point of a released backbone with its linear classifier."""
+    model = RELEASED[name]
+
+    def entry(
+        *,
+        layers: int = 4,
+        pretrained: bool = True,
+        weights: str | Path | None = None,
+        head_weights: str | Path | None = None,
+        **changes: Any,
+    ) -> nn.Module:
+        if layers not in (1, 4):
+            raise ValueError(f"layers={layers}: there are linear classifiers over 1 block and over 4.")
+        done = LinearClassifier(_backbone(model, pretrained, weights, changes), layers)
+        file = head_weights or (fetch(model.linear_url(layers)) if pretrained else None)
+        if file is not None:
+            done.linear_head.load_state_dict(open_checkpoint(file).tensors, strict=True)
+        return done
+
+    text = f"{name} and its linear classifier of ImageNet-1k over the last layers=1 or 4 blocks: 1000 logits."
+    return _named(entry, f"{name}_lc", f"{text}\n\n    head_weights=PATH: a local file of the classifier.")
+
+
+def dinokit_backbone(weights: str | Path, heads: int | None = None) -> nn.Module:
+    """A backbone of your own, or of any file that dinokit reads, with the API of DINOv2's models.
+
+    weights: a file, or the folder of a run, of Hugging Face or of timm.
+    heads: how many attention heads there are, for a file that does not say.
+    """
+    vit = load_backbone(weights, heads=heads)
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"{weights} holds a {type(vit).__name__}; only a vit has the official API.")
+    return DINOv2(vit.requires_grad_(True)).eval()
+
+
+def fetch(url: str) -> Path:
+    """The local copy of a released file, in torch.hub's cache; fetched if it is not there yet.
+
+    Raises:
+        OSError: if it cannot be had; it says how to give a file by hand.
+    """
+    path = cached(url)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise OSError(
+                f"{url} cannot be fetched: {error}. Put it at {path} by hand, or give weights=PATH."
+            ) from None
+    return path
+
+
+def cached(url: str) -> Path:
+    """Where torch.hub keeps the file of a URL."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def _backbone(model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]) -> Any:
+    unknown = sorted(set(changes) - set(OFFICIAL))
+    if unknown:
+        raise TypeError(f"{model.name} takes no {', '.join(unknown)}; it takes {', '.join(OFFICIAL)}.")
+    values: dict[str, Any] = {**SIZES[model.size], **model.values} | {
+        OFFICIAL[key]: value for key, value in changes.items()
+    }
+    vit = VisionTransformer(Config(**values))
+    if weights is not None and str(weights) not in TRAINED_ON:
+        fill(vit, weights, tolerate=["mask_token"], heads=SIZES[model.size]["heads"])
+    elif pretrained:
+        fill(vit, fetch(model.url), heads=SIZES[model.size]["heads"])
+    return DINOv2(vit) if model.values.get("mask_token", True) else DINO(vit)
+
+
+def _named(entry: Callable[..., nn.Module], name: str, text: str) -> Callable[..., nn.Module]:
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"""{text}
+
+    pretrained=True fetches the released file once; pretrained=False draws weights at random.
+    weights=PATH reads a local file of any format that dinokit reads.
+    Besides: {", ".join(OFFICIAL)}.
+    """
+    return entry

@@ -1,0 +1,223 @@
+"""Hugging Face: Dinov2Model, Dinov2WithRegistersModel, and ViTModel, which carries DINO there.
+
+Files have the names that transformers wrote until its version 5, and still writes; the names that its models
+have had in memory since then are read too.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinokit.backbones import Input
+from dinokit.backbones.vit import VisionTransformer
+from dinokit.files import write_text
+from dinokit.layers.block import NORM_EPS
+from dinokit.weights.checkpoint import Checkpoint
+from dinokit.weights.formats._names import groups
+from dinokit.weights.found import Found, anatomy, found_vit, shown_size
+from dinokit.weights.safe import write_tensors
+from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
+
+PREFIX = re.compile(r"^(?:dinov2|dinov2_with_registers|vit)\.")
+TOP = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.register_tokens": "register_tokens",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
+BLOCK = {  # Dinov2Model's names in files; then ViTModel's, and those that models have in memory
+    "attention.attention.query": "attn.q", "attention.attention.key": "attn.k",
+    "attention.attention.value": "attn.v", "attention.output.dense": "attn.proj",
+    "norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+    "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
+    "mlp.weights_in": "mlp.w12", "mlp.weights_out": "mlp.w3",
+    "layernorm_before": "norm1", "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+    "attention.q_proj": "attn.q", "attention.k_proj": "attn.k",
+    "attention.v_proj": "attn.v", "attention.o_proj": "attn.proj",
+    "mlp.gate_proj": "mlp.w1", "mlp.up_proj": "mlp.w2", "mlp.down_proj": "mlp.w3",
+}  # fmt: skip
+JOINED = (("attn.qkv", ("attn.q", "attn.k", "attn.v")), ("mlp.w12", ("mlp.w1", "mlp.w2")))  # along the rows
+NAME = re.compile(r"^(?:encoder\.layers?|layers?)\.(\d+)\.(.+?)(\.weight|\.bias|)$")
+
+
+def read(file: Checkpoint, heads: int | None) -> Found | None:
+    """A model of transformers, with or without a classifier around it."""
+    named = {PREFIX.sub("", name): value for name, value in file.tensors.items()}
+    known = {our_name(name): name for name in named}
+    if "embeddings.cls_token" not in named or "blocks.0.attn.q.weight" not in known:
+        return None
+    tensors = joined({new: named[old] for new, old in known.items() if new})
+    act, kind = file.config.get("hidden_act", "gelu"), file.config.get("model_type", "")
+    if act != "gelu":
+        raise ValueError(f"its config.json says hidden_act={act}, and the vit has gelu")
+    rest = [name for name in named if not our_name(name)]
+    outer = ("pooler.",) if kind == "vit" else ("pooler.", "classifier.")  # a ViT's tells of other training
+    beside = [name for name in rest if name.startswith(outer)]
+    tensors |= {name: named[name] for name in rest if name not in beside}
+    heads = heads or file.config.get("num_attention_heads")
+    about = file.processor
+    shown = None
+    if {"image_mean", "image_std"} <= set(about):
+        config = anatomy(tensors, heads)[0]
+        shown = Input(
+            _crop(about) or shown_size(config),
+            tuple(map(float, about["image_mean"])),
+            tuple(map(float, about["image_std"])),
+        )
+    architecture = ", ".join(file.config.get("architectures") or [kind or "Dinov2Model or a like one"])
+    found = found_vit(f"Hugging Face, {architecture}", tensors, heads, shown, groups(beside) + file.beside)
+    eps = file.config.get("layer_norm_eps", 1e-6)
+    if eps != 1e-6:
+        found.notes.append(f"Its config.json says layer_norm_eps={eps}; the vit has 1e-6, as DINO trained.")
+    if file.config.get("hidden_act", "gelu") != "gelu":
+        found.notes.append(f"Its config.json says hidden_act={file.config['hidden_act']}; GELU is used here.")
+    return found
+
+
+def our_name(name: str) -> str:
+    """Our name of a tensor, or '' if it belongs to no backbone; q, k and v are still apart."""
+    match = NAME.match(name)
+    if match:
+        number, what, kind = match.groups()
+        return f"blocks.{number}.{BLOCK[what]}{kind}" if what in BLOCK else ""
+    stem, dot, kind = name.rpartition(".")
+    return TOP.get(name, f"{TOP[stem]}{dot}{kind}" if stem in TOP else "")
+
+
+def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values, and the two halves of a SwiGLU, as one matrix each."""
+    done = dict(tensors)
+    for name in tensors:
+        block, _, rest = name.partition(".attn.q." if ".attn.q." in name else ".mlp.w1.")
+        for whole, parts in JOINED:
+            names = [f"{block}.{part}.{rest}" for part in parts]
+            if name == names[0] and all(n in done for n in names):
+                done[f"{block}.{whole}.{rest}"] = torch.cat([done.pop(n) for n in names])
+    if "mask_token" in done:
+        done["mask_token"] = done["mask_token"].reshape(1, -1)  # ViTModel has one dimension more
+    return done
+
+
+def _crop(processor: dict[str, object]) -> int | None:
+    size = processor.get("crop_size") or processor.get("size")
+    side = size.get("height") if isinstance(size, dict) else size
+    return side if isinstance(side, int) else None
+
+
+def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written:
+    """A folder that AutoModel.from_pretrained and AutoImageProcessor.from_pretrained open.
+
+    A vit with registers becomes a Dinov2WithRegistersModel, any other a Dinov2Model; one without LayerScale
+    gets gains of 1, which is the same.
+
+    Args:
+        vit: to write.
+        out: the folder.
+        size: not used; only a graph has one.
+
+    Raises:
+        RuntimeError: if transformers is not there.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise RuntimeError("to=hf needs transformers: pip install 'dinokit[huggingface]'") from None
+    notes = []
+    if vit.registers and not hasattr(vit, "mask_token"):
+        notes.append("Dinov2WithRegistersModel has a mask token, and the vit none: it is written as zeros.")
+    if vit.channels != 3:
+        notes.append(
+            f"AutoImageProcessor makes RGB; for {vit.channels} channels images must be prepared by hand."
+        )
+    write_text(out / "config.json", json.dumps(_config(vit), indent=2))
+    write_text(out / "preprocessor_config.json", json.dumps(_processor(vit), indent=2))
+    write_tensors(out / "model.safetensors", theirs(vit), metadata_of(vit))
+    model, report = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    wrong = {kind: sorted(names) for kind, names in report.items() if names}
+    if wrong:
+        raise ValueError(f"transformers {transformers.__version__} does not take all of {out}: {wrong}.")
+    transformers.AutoImageProcessor.from_pretrained(out)
+    model.eval()
+
+    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = model(images).last_hidden_state
+        return rows[:, 0], rows[:, 1 + vit.registers :]
+
+    return Written(
+        out, f"transformers.AutoModel.from_pretrained('{out}')", forward, two_sizes(vit), notes=notes
+    )
+
+
+def theirs(vit: VisionTransformer) -> dict[str, Tensor]:
+    """Our tensors by the names in Hugging Face's files."""
+    top = {ours: name for name, ours in TOP.items()}
+    block = {ours: name for name, ours in reversed(BLOCK.items())}  # of several names the first
+    done: dict[str, Tensor] = {}
+    for name, tensor in vit.state_dict().items():
+        parts = {name: tensor.detach().cpu().clone()}
+        if ".attn.qkv." in name:
+            parts = {
+                name.replace("qkv", x): t.clone() for x, t in zip("qkv", tensor.cpu().chunk(3), strict=True)
+            }
+        for part, value in parts.items():
+            match = re.match(r"^blocks\.(\d+)\.(.+?)(\.weight|\.bias|)$", part)
+            stem, dot, kind = part.rpartition(".")
+            if match:
+                done[f"encoder.layer.{match[1]}.{block[match[2]]}{match[3]}"] = value
+            else:
+                done[top.get(part) or f"{top[stem]}{dot}{kind}"] = value
+    for i in range(len(vit.blocks)):
+        for j in (1, 2):
+            done.setdefault(f"encoder.layer.{i}.layer_scale{j}.lambda1", torch.ones(vit.width))
+    if vit.registers:
+        done.setdefault("embeddings.mask_token", torch.zeros(1, vit.width))
+    return done
+
+
+def _config(vit: VisionTransformer) -> dict[str, object]:
+    swiglu = hasattr(vit.blocks[0].mlp, "w12")
+    more: dict[str, object] = {"use_mask_token": hasattr(vit, "mask_token")}
+    if vit.registers:
+        more = {"num_register_tokens": vit.registers}
+    return {
+        "architectures": ["Dinov2WithRegistersModel" if vit.registers else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if vit.registers else "dinov2",
+        "hidden_size": vit.width,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": heads_of(vit),
+        "num_channels": vit.channels,
+        "image_size": vit.side * vit.patch,
+        "patch_size": vit.patch,
+        "mlp_ratio": 4,
+        "use_swiglu_ffn": swiglu,
+        "layer_norm_eps": NORM_EPS,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layerscale_value": 1.0,
+        "dtype": "float32",
+        **more,
+    }
+
+
+def _processor(vit: VisionTransformer) -> dict[str, object]:
+    side = vit.input.size
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": vit.channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": round(side * 256 / 224)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": vit.input.mean,
+        "image_std": vit.input.std,
+    }

@@ -1,0 +1,143 @@
+"""ONNX: a graph from normalised images to `cls` and `patches`, for images of one size or of any.
+
+Resampling positions is written as two small matrices, one a side of the grid, made of plain arithmetic: the
+bicubic kernel at the distance of every new place from every old one. So the graph takes any size, offset and
+antialiasing included, and needs no operator that runtimes disagree about.
+
+    M  side of the stored grid     h, w  the patch grid of an image     D  width
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinokit.backbones.vit import VisionTransformer
+from dinokit.files import atomic
+from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
+
+LARGEST = 2**31 - 2**20  # bytes in one file of protobuf, with room for the graph; more weights lie beside it
+
+
+def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written:
+    """One file (and beside it `*.data` for more than two gigabytes of weights).
+
+    Args:
+        vit: to write.
+        out: the new file.
+        size: pixels of the images; None: any multiple of the patch. The number of images is free.
+
+    Raises:
+        RuntimeError: if a library is not there.
+        ValueError: if the size is no multiple of the patch.
+    """
+    if size is not None and (size < 1 or size % vit.patch):
+        raise ValueError(f"size={size} is no multiple of the backbone's patch, {vit.patch} pixels.")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch's exporter needs it
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"to=onnx needs {error.name}: pip install 'dinokit[onnx]'") from None
+    side = size or vit.patch * (vit.side + 1)
+    free = {0: torch.export.Dim("batch")}
+    if size is None:
+        free |= {2: vit.patch * torch.export.Dim("rows"), 3: vit.patch * torch.export.Dim("columns")}
+    images = torch.zeros(2, vit.channels, side, side + (vit.patch if size is None else 0))
+    program = torch.onnx.export(
+        Graph(vit).eval(), (images,), dynamo=True, verbose=False, dynamic_shapes={"images": free},
+        input_names=["images"], output_names=["cls", "patches"],
+    )  # fmt: skip
+    assert program is not None
+    program.model.metadata_props.update(metadata_of(vit))
+    beside = sum(p.numel() * 4 for p in vit.parameters()) > LARGEST
+    if beside:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        program.save(out, external_data=True)  # the graph names its neighbour, so it cannot be moved in
+    else:
+        with atomic(out) as part:
+            program.save(part, external_data=False)
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        cls, patches = session.run(None, {"images": x.numpy()})
+        return torch.from_numpy(cls), torch.from_numpy(patches)
+
+    mean, std = json.dumps(vit.input.mean), json.dumps(vit.input.std)
+    notes = [f"It takes images (batch, {vit.channels}, h, w) in [0, 1] minus {mean}, divided by {std}."]
+    command = f"onnxruntime.InferenceSession('{out}').run(['cls', 'patches'], {{'images': images}})"
+    return Written(out, command, forward, [size] if size else two_sizes(vit), every_size=True, notes=notes)
+
+
+class Graph(nn.Module):
+    """A vit in plain tensor operations: no branch depends on a size."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit, self.heads, self.positions = vit, heads_of(vit), Positions(vit)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, C, h, w) -> class tokens (b, D), patches (b, N, D)."""
+        vit = self.vit
+        maps = vit.patch_embed.proj(images)
+        b, width, h, w = maps.shape
+        position = self.positions(torch.arange(h), torch.arange(w)).reshape(1, h * w, width)
+        parts = [(vit.cls_token + vit.pos_embed[:, :1]).expand(b, -1, -1)]
+        if vit.registers:
+            parts.append(vit.register_tokens.expand(b, -1, -1))
+        x = torch.cat([*parts, maps.flatten(2).transpose(1, 2) + position], dim=1)
+        block: Any
+        for block in vit.blocks:
+            x = x + block.ls1(self._attend(block.attn, block.norm1(x)))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        x = vit.norm(x)
+        return x[:, 0], x[:, 1 + vit.registers :]
+
+    def _attend(self, attn: Any, x: Tensor) -> Tensor:
+        q, k, v = attn.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Positions(nn.Module):
+    """interpolate_grid() of dinokit.backbones.vit for any grid, as plain arithmetic."""
+
+    places: Tensor
+    grid: Tensor
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.side, self.offset, self.antialias = vit.side, vit.offset, vit.antialias
+        # Without antialiasing the kernel reaches over the border, where the outermost places are repeated.
+        border = 0 if vit.antialias else 2
+        places = torch.arange(-border, vit.side + border)
+        inside = places.clamp(0, vit.side - 1)
+        grid = vit.pos_embed[0, 1:].detach().float().unflatten(0, (vit.side, vit.side))
+        self.register_buffer("places", places.float())
+        self.register_buffer("grid", grid[inside][:, inside])
+
+    def forward(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The numbers 0 to h - 1 and 0 to w - 1 -> (h, w, D)."""
+        h, w = (torch.ones_like(x, dtype=torch.float32).sum() for x in (rows, columns))
+        stored = (h == self.side) & (w == self.side)  # then the grid is taken as it is
+        offset = torch.where(stored, 0.0, self.offset)
+        down, across = self._weights(rows, h + offset), self._weights(columns, w + offset)
+        return torch.einsum("hi,ijd,wj->hwd", down, self.grid, across)
+
+    def _weights(self, new: Tensor, length: Tensor) -> Tensor:
+        """(n,) places of the new grid and its length -> (n, places of the old one)."""
+        ratio = self.side / length
+        distance = (new[:, None] + 0.5) * ratio - 0.5 - self.places
+        if not self.antialias:
+            return cubic(distance, -0.75)
+        weights = cubic(distance / ratio.clamp(min=1.0), -0.5)
+        return weights / weights.sum(dim=1, keepdim=True)
+
+
+def cubic(distance: Tensor, a: float) -> Tensor:
+    """The bicubic kernel (Keys, 1981); torch takes a = -0.75, and -0.5 with antialiasing."""
+    x = distance.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))

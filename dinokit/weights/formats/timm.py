@@ -1,0 +1,154 @@
+"""timm's files: `vit_*_dinov2*` and `vit_*.dino`, alone or in a folder with config.json."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinokit.backbones import Input
+from dinokit.backbones.vit import VisionTransformer
+from dinokit.files import write_text
+from dinokit.weights.checkpoint import Checkpoint
+from dinokit.weights.formats._names import backbone_tensors, is_vit
+from dinokit.weights.found import Found, anatomy, found_vit, shown_size
+from dinokit.weights.safe import read_tensors, write_tensors
+from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
+
+WORDS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # up to which width a name is nearest
+PACKED = re.compile(r"^(blocks\.\d+\.mlp)\.fc([12])\.")
+
+
+def read(file: Checkpoint, heads: int | None) -> Found | None:
+    """A ViT without a mask token: LayerScale or registers, or timm's config.json, tell it from DINO's own."""
+    tensors, beside = backbone_tensors(file.tensors)
+    if not is_vit(tensors) or "mask_token" in tensors:
+        return None
+    if not ("architecture" in file.config or {"reg_token", "blocks.0.ls1.gamma"} & set(tensors)):
+        return None
+    tensors = ours(tensors)
+    heads = heads or file.config.get("model_args", {}).get("num_heads")
+    about = file.config.get("pretrained_cfg", {})
+    shown = None
+    if {"mean", "std"} <= set(about):
+        size = shown_size(anatomy(tensors, heads)[0])
+        shown = Input(size, tuple(map(float, about["mean"])), tuple(map(float, about["std"])))
+    kind = f"timm, {file.config['architecture']}" if "architecture" in file.config else "timm"
+    return found_vit(kind, tensors, heads, shown, [*beside, *file.beside])
+
+
+def ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of timm as ours: the class token holds its own position, the packed SwiGLU is called fc1, fc2."""
+    done = dict(tensors)
+    if "reg_token" in done:
+        done["register_tokens"] = done.pop("reg_token")
+    position = done["pos_embed"]
+    if round(position.shape[1] ** 0.5) ** 2 == position.shape[1]:  # patches alone
+        done["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
+    first, second = (done.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+    if first is not None and second is not None and len(first) == 2 * second.shape[1]:
+        new = {"1": "w12", "2": "w3"}
+        done = {PACKED.sub(lambda m: f"{m[1]}.{new[m[2]]}.", name): value for name, value in done.items()}
+    return done
+
+
+def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written:
+    """A folder that timm.create_model('local-dir:...') opens, or, if it ends in .safetensors, the file alone.
+
+    Args:
+        vit: to write.
+        out: the folder, or the file.
+        size: not used; only a graph has one.
+
+    Raises:
+        RuntimeError: if timm is not there.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise RuntimeError("to=timm needs timm: pip install timm") from None
+    name, args = _model(vit)
+    model: Any
+    alone = out.suffix == ".safetensors"
+    write_tensors(out if alone else out / "model.safetensors", theirs(vit.state_dict()), metadata_of(vit))
+    if alone:
+        model = timm.create_model(name, **args)
+        model.load_state_dict(read_tensors(out), strict=True)
+        call = f"timm.create_model('{name}', {', '.join(f'{key}={value}' for key, value in args.items())})"
+        command = f"{call}.load_state_dict(safetensors.torch.load_file('{out}'))"
+    else:
+        write_text(out / "config.json", json.dumps(_config(vit, name, args), indent=2))
+        model = timm.create_model(f"local-dir:{out}", pretrained=True)
+        command = f"timm.create_model('local-dir:{out}', pretrained=True)"
+    model.eval()
+
+    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = model.forward_features(images)
+        return rows[:, 0], rows[:, 1 + vit.registers :]
+
+    notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
+    return Written(out, command, forward, two_sizes(vit), notes=notes)
+
+
+def theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names as timm's; the reverse of ours()."""
+    done = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if name != "mask_token"}
+    if "register_tokens" in done:
+        done["reg_token"] = done.pop("register_tokens")
+        position = done.pop("pos_embed")
+        done["cls_token"] = done["cls_token"] + position[:, :1]
+        done["pos_embed"] = position[:, 1:].contiguous()
+    return {
+        name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): t for name, t in done.items()
+    }
+
+
+def _model(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
+    """The name of timm's model that is nearest, and all arguments that make it this one."""
+    first: Any = vit.blocks[0]
+    swiglu, scaled = hasattr(first.mlp, "w12"), hasattr(first.ls1, "gamma")
+    word = next((word for width, word in WORDS.items() if vit.width <= width), "large")
+    word = "small" if word == "tiny" and scaled else word  # DINOv2 has no tiny one
+    name = f"vit_{'giant' if swiglu else word}_patch14{'_reg4' if vit.registers else ''}_dinov2"
+    if not (swiglu or scaled or vit.registers):
+        name = f"vit_{word}_patch16_224"
+    args: dict[str, Any] = {
+        "num_classes": 0,
+        "in_chans": vit.channels,
+        "img_size": vit.side * vit.patch,
+        "patch_size": vit.patch,
+        "embed_dim": vit.width,
+        "depth": len(vit.blocks),
+        "num_heads": heads_of(vit),
+        "init_values": 1e-5 if scaled else None,
+        "dynamic_img_size": True,
+    }
+    if swiglu:  # half a channel more, so that rounding down gives the width inside
+        args["mlp_ratio"] = (first.mlp.w12.out_features + 0.5) / vit.width
+    if vit.registers:
+        args |= {"reg_tokens": vit.registers, "no_embed_class": True}
+    return name, args
+
+
+def _config(vit: VisionTransformer, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    side = vit.side * vit.patch
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": vit.width,
+        "global_pool": "token",
+        "model_args": args,
+        "pretrained_cfg": {
+            "tag": "dinokit",
+            "input_size": [vit.channels, side, side],
+            "mean": vit.input.mean,
+            "std": vit.input.std,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }

@@ -1,0 +1,36 @@
+"""torch.hub's door: torch.hub.load(FOLDER_OR_REPOSITORY, NAME, ...). Importing it needs torch alone.
+
+The names, and what the models answer to, are those of facebookresearch/dino and facebookresearch/dinov2.
+"""
+
+from dinokit.hub.entry import backbone as _backbone
+from dinokit.hub.entry import classifier as _classifier
+from dinokit.hub.entry import dinokit_backbone
+
+__all__ = ["dinokit_backbone"]
+dependencies = ["torch"]
+
+dino_vits16 = _backbone("dino_vits16")
+dino_vits8 = _backbone("dino_vits8")
+dino_vitb16 = _backbone("dino_vitb16")
+dino_vitb8 = _backbone("dino_vitb8")
+
+dinov2_vits14 = _backbone("dinov2_vits14")
+dinov2_vitb14 = _backbone("dinov2_vitb14")
+dinov2_vitl14 = _backbone("dinov2_vitl14")
+dinov2_vitg14 = _backbone("dinov2_vitg14")
+
+dinov2_vits14_reg = _backbone("dinov2_vits14_reg")
+dinov2_vitb14_reg = _backbone("dinov2_vitb14_reg")
+dinov2_vitl14_reg = _backbone("dinov2_vitl14_reg")
+dinov2_vitg14_reg = _backbone("dinov2_vitg14_reg")
+
+dinov2_vits14_lc = _classifier("dinov2_vits14")
+dinov2_vitb14_lc = _classifier("dinov2_vitb14")
+dinov2_vitl14_lc = _classifier("dinov2_vitl14")
+dinov2_vitg14_lc = _classifier("dinov2_vitg14")
+
+dinov2_vits14_reg_lc = _classifier("dinov2_vits14_reg")
+dinov2_vitb14_reg_lc = _classifier("dinov2_vitb14_reg")
+dinov2_vitl14_reg_lc = _classifier("dinov2_vitl14_reg")
+dinov2_vitg14_reg_lc = _classifier("dinov2_vitg14_reg")

@@ -1,0 +1,205 @@
+"""torch.hub's door as its users open it: from a folder where dinokit is not installed, with torch alone."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hubconf
+from dinokit.backbones.vit import Config, VisionTransformer
+from dinokit.hub.entry import cached, fetch
+from dinokit.hub.official import DINO, DINOv2, LinearClassifier
+from dinokit.hub.released import RELEASED
+from dinokit.weights import save_backbone
+from dinokit.weights.written import section_of
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"width": 128, "depth": 2, "heads": 2}
+ALONE = """
+import sys
+for name in ("omegaconf", "safetensors", "timm", "numpy", "rich", "PIL", "torchvision", "transformers"):
+    sys.modules[name] = None  # as if it were not installed
+sys.path = [p for p in sys.path if "finder" not in p]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
+import torch
+try:
+    import dinokit
+except ImportError:
+    pass
+else:
+    raise SystemExit("dinokit is installed here: this shows nothing")
+model = torch.hub.load(sys.argv[1], "dinov2_vits14", source="local", weights=sys.argv[2], img_size=56)
+import dinokit
+assert dinokit.__file__.startswith(sys.argv[1]), dinokit.__file__
+x = torch.ones(1, 3, 56, 56)
+print(sorted(model.state_dict())[:2], tuple(model.eval()(x).shape), sorted(model.forward_features(x)))
+print(len(torch.hub.list(sys.argv[1], source="local")))
+"""
+
+
+@pytest.fixture
+def vit(drawn):
+    return drawn(registers=4, pos_offset=0.0, pos_antialias=True)
+
+
+def test_a_clone_without_dinokit_installed_and_with_torch_alone(tmp_path):
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "dinokit", clone / "dinokit", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "hubconf.py", clone)
+    torch.save(VisionTransformer(Config(size=56, patch=14)).state_dict(), tmp_path / "x.pth")
+    command = [sys.executable, "-W", "ignore", "-c", ALONE, str(clone), str(tmp_path / "x.pth")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    names, count = done.stdout.splitlines()
+    assert names.startswith(
+        "['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight'] (1, 384) ['masks', 'x_norm"
+    )
+    assert int(count) == 2 * 8 + 4 + 1
+
+
+def test_every_released_model_has_an_entry_point_of_its_name_and_size():
+    for name, model in RELEASED.items():
+        with torch.device("meta"):
+            made = getattr(hubconf, name)(pretrained=False)
+        assert sum(p.numel() for p in made.parameters()) == model.parameters
+        assert isinstance(made, DINO if name.startswith("dino_") else DINOv2)
+        assert getattr(hubconf, name).__doc__.startswith(name)
+    with torch.device("meta"):
+        made = [hubconf.dinov2_vits14_lc(pretrained=False, layers=n).linear_head.in_features for n in (1, 4)]
+    assert made == [2 * 384, 5 * 384]
+
+
+def test_the_urls_are_those_of_the_released_files():
+    base = "https://dl.fbaipublicfiles.com"
+    assert RELEASED["dinov2_vitb14_reg"].url == f"{base}/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"
+    assert RELEASED["dinov2_vitg14"].url == f"{base}/dinov2/dinov2_vitg14/dinov2_vitg14_pretrain.pth"
+    small = "dino_deitsmall8_pretrain"
+    assert RELEASED["dino_vits8"].url == f"{base}/dino/{small}/{small}.pth"
+    head = f"{base}/dinov2/dinov2_vits14/dinov2_vits14_reg4_linear4_head.pth"
+    assert RELEASED["dinov2_vits14_reg"].linear_url(4) == head
+    assert (
+        RELEASED["dinov2_vits14"].linear_url(1)
+        == f"{base}/dinov2/dinov2_vits14/dinov2_vits14_linear_head.pth"
+    )
+
+
+def test_a_file_in_torch_hub_s_cache_is_not_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = cached(RELEASED["dinov2_vits14"].url)
+    assert path == tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(VisionTransformer(Config(size=518, patch=14)).state_dict(), path)
+    model = hubconf.dinov2_vits14()
+    assert torch.equal(model.pos_embed, torch.load(path)["pos_embed"])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_file_that_cannot_be_fetched_says_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(
+        OSError, match=r"cannot be fetched: .*Put it at .*x.pth by hand, or give weights=PATH"
+    ):
+        fetch((tmp_path / "nowhere" / "x.pth").as_uri())
+
+
+def test_forward_gives_class_tokens_and_with_is_training_the_features(vit):
+    model, x = DINOv2(vit), torch.randn(2, 3, 56, 42)
+    features = model(x, is_training=True)
+    assert set(features) == {
+        "x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm", "masks"
+    }  # fmt: skip
+    shapes = {name: tuple(value.shape) for name, value in features.items() if value is not None}
+    assert shapes == {
+        "x_norm_clstoken": (2, 128),
+        "x_norm_regtokens": (2, 4, 128),
+        "x_norm_patchtokens": (2, 12, 128),
+        "x_prenorm": (2, 17, 128),
+    }
+    assert torch.equal(model(x), features["x_norm_clstoken"])
+    prenorm = vit.norm(features["x_prenorm"])
+    torch.testing.assert_close(prenorm[:, 5:], features["x_norm_patchtokens"])
+
+
+def test_lists_of_images_of_different_sizes_are_single_ones_in_a_list(vit):
+    model = DINOv2(vit)
+    xs = [torch.randn(2, 3, 56, 56), torch.randn(1, 3, 28, 42)]
+    masks = [torch.rand(2, 16) < 0.5, None]
+    for got, x, mask in zip(model.forward_features(xs, masks), xs, masks, strict=True):
+        torch.testing.assert_close(
+            got["x_norm_patchtokens"], model.forward_features(x, mask)["x_norm_patchtokens"]
+        )
+    assert [tuple(cls.shape) for cls in model(xs)] == [(2, 128), (1, 128)]
+
+
+def test_intermediate_layers_are_asked_for_as_in_dinov2(vit):
+    model, x = DINOv2(vit), torch.randn(2, 3, 56, 42)
+    ((patches, cls),) = model.get_intermediate_layers(x, 1, reshape=True, return_class_token=True)
+    assert patches.shape == (2, 128, 4, 3)
+    assert torch.equal(cls, model(x))
+    raw, again = (model.get_intermediate_layers(x, n=[0, 1], norm=norm) for norm in (False, True))
+    torch.testing.assert_close(vit.norm(raw[0]), again[0])
+
+
+def test_names_in_the_state_dict_are_official_and_moving_the_model_moves_all(vit):
+    model = DINOv2(vit)
+    assert set(model.state_dict()) == set(vit.state_dict())
+    assert {name for name, _ in model.named_parameters()} == set(vit.state_dict())
+    assert model.double()(torch.randn(1, 3, 28, 28, dtype=torch.float64)).dtype == torch.float64
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+    assert not model(torch.randn(1, 3, 28, 28, dtype=torch.float64)).any()
+    assert (model.embed_dim, model.patch_size, model.num_register_tokens, model.num_heads) == (128, 14, 4, 2)
+
+
+def test_a_new_head_is_part_of_the_model(vit):
+    model = DINOv2(vit)
+    model.head = torch.nn.Linear(128, 7)
+    assert model(torch.randn(2, 3, 28, 28)).shape == (2, 7)
+    assert {"head.weight", "head.bias"} <= set(model.state_dict())
+
+
+def test_dino_s_models_answer_as_dino_s(drawn):
+    vit = drawn(layer_scale=0.0, mask_token=False)
+    model, x = DINO(vit), torch.randn(2, 3, 56, 56)
+    first, last = model.get_intermediate_layers(x, 2)
+    assert first.shape == (2, 17, 128)
+    assert torch.equal(last[:, 0], model(x))
+    weights = model.get_last_selfattention(x)
+    assert weights.shape == (2, 2, 17, 17)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, 17))
+    block, rows = vit.blocks[1], vit.get_intermediate_layers(x, [0], return_class_token=True, norm=False)[0]
+    rows = torch.cat([rows[1][:, None], rows[0]], dim=1)
+    value = block.attn.qkv(block.norm1(rows)).unflatten(2, (3, 2, 64))[:, :, 2]  # (b, tokens, heads, d)
+    mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2)
+    after = rows + block.attn.proj(mixed)
+    torch.testing.assert_close(vit.norm(after + block.mlp(block.norm2(after))), last)
+
+
+def test_the_classifier_sees_class_tokens_in_order_and_the_mean_patch(vit):
+    x = torch.randn(2, 3, 56, 56)
+    for layers in (1, 2):
+        model = LinearClassifier(DINOv2(vit), layers)
+        blocks = [
+            vit.get_intermediate_layers(x, [2 - layers + i], return_class_token=True)[0]
+            for i in range(layers)
+        ]
+        seen = torch.cat([*(cls for _, cls in blocks), blocks[-1][0].mean(dim=1)], dim=1)
+        torch.testing.assert_close(model(x), seen @ model.linear_head.weight.T + model.linear_head.bias)
+    assert {"linear_head.weight", "backbone.cls_token"} <= set(model.state_dict())
+
+
+def test_one_s_own_backbone_has_the_same_api(vit, tmp_path):
+    save_backbone(tmp_path / "run" / "teacher.safetensors", vit, section_of(vit))
+    model = hubconf.dinokit_backbone(weights=tmp_path / "run")
+    x = torch.randn(1, 3, 56, 56)
+    assert torch.equal(model(x), vit([x], [None])[0].cls)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_an_entry_point_does_not_take_is_named():
+    with pytest.raises(TypeError, match=r"dinov2_vits14 takes no image_size; it takes img_size"):
+        hubconf.dinov2_vits14(pretrained=False, image_size=224)
+    with pytest.raises(ValueError, match=r"layers=2: there are linear classifiers over 1 block and over 4"):
+        hubconf.dinov2_vits14_lc(pretrained=False, layers=2)
