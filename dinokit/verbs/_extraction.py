@@ -131,6 +131,8 @@ def _child(config: "Config", rank: int, link: "Connection[Any, Any]") -> None:
         _work(config, rank, config.processes, rank, lambda images, wrong: link.send((images, list(wrong))))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever started this process is gone
+        sys.exit(1)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         link.send((-1, [str(error)]))
 
