@@ -157,8 +157,6 @@ def _backbone(values: Any, look: Look | None) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         return _section("backbones", values, "backbone")
     begin = {key: str(values[key]) for key in BEGINNING if values.get(key)}
-    if begin.get("weights") == MISSING:
-        raise ValueError("backbone.weights must be given: the file, or the run, that training begins with.")
     rest = {key: value for key, value in values.items() if key not in BEGINNING}
     if look is not None and "weights" in begin and "name" not in rest:
         rest = {**look(begin["weights"]), **rest}

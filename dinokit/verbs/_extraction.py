@@ -3,6 +3,7 @@
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,10 +132,9 @@ def _child(config: "Config", rank: int, link: "Connection[Any, Any]") -> None:
         _work(config, rank, config.processes, rank, lambda images, wrong: link.send((images, list(wrong))))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever started this process is gone
-        sys.exit(1)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
-        link.send((-1, [str(error)]))
+        with suppress(BrokenPipeError):  # whoever started this process is gone
+            link.send((-1, [str(error)]))
 
 
 def _died(code: int) -> RuntimeError:
