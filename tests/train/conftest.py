@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dinokit import shelves
 from dinokit.config import load_recipe
+from dinokit.train import loop
 
 TINY = """
 backbone: {name: vit, size: 32, width: 24, depth: 2, heads: 2, patch: 8, layer_scale: 1.0, drop_path: 0.2}
@@ -82,3 +84,23 @@ def records():
 @pytest.fixture
 def same_run():
     return assert_same_run
+
+
+@pytest.fixture
+def cut_short(monkeypatch):
+    """cut_short(recipe): a run that ends after its fourth step, as when it is interrupted."""
+
+    def run(recipe):
+        whole = loop.Run.advance
+
+        def advance(self, batch):
+            whole(self, batch)
+            if batch.step == 3:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Run, "advance", advance)
+            with pytest.raises(KeyboardInterrupt):
+                loop.train(recipe, shelves.build("data.sources", recipe.data))
+
+    return run
