@@ -6,21 +6,21 @@ against that file's Config. Nothing here imports torch, so a mistake is answered
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, asdict, fields, is_dataclass
+from copy import deepcopy
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from dinokit import shelves
 from dinokit.check import check
+from dinokit.config_values import first_line, join, listed, typed
 from dinokit.recipe import BEGINNING, CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
-    "data_section", "load_recipe", "parse_overrides", "section_values", "to_yaml",
+    "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "section_values", "to_yaml",
 ]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | 
             value, or settings that contradict each other; each names the key and the way out.
     """
     path = shelves.find_recipe(recipe)
-    values = _read_yaml(path)
+    values = read_mapping(path)
     values.setdefault("name", path.stem)
     _merge(values, parse_overrides(overrides), "")
     return _complete(values, look)
@@ -57,7 +57,7 @@ def data_section(text: str) -> dict[str, Any]:
 
 def _complete(values: dict[str, Any], look: Look | None) -> Recipe:
     values = {**values, **{key: values.get(key) or {} for key in ("backbone", "losses", "data", "evals")}}
-    done = Recipe(**_typed(Recipe, values, ""))
+    done = Recipe(**typed(Recipe, values, ""))
     done.backbone = _backbone(values["backbone"], look)
     done.data = _section("data.sources", values.get("data"), "data")
     done.losses = {
@@ -84,21 +84,28 @@ def _complete(values: dict[str, Any], look: Look | None) -> Recipe:
 def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`values` of a section, checked against the Config of shelf/name and completed by its defaults.
 
-    A field of that Config with metadata {"shelf": ...} is itself a section, or none. One with a "split" is a
-    labelled source: without a name, a folder with one sub-folder a class.
+    A field of that Config with metadata {"shelf": ...} is itself a section, or none; with "many", a section
+    for each of the names in it. One with a "split" is a labelled source: without a name, a folder with one
+    sub-folder a class.
 
     Raises:
         ValueError, LookupError: as `load_recipe`; `where` is put before the key.
     """
     cls = shelves.read_config(shelf, name)
-    done = _typed(cls, values, where)
+    done = typed(cls, values, where)
     for item in fields(cls):
         if "shelf" in item.metadata and done[item.name]:
-            section = done[item.name]
-            if "split" in item.metadata and "name" not in section:
-                section = {"name": "folder", "labels": "folders", **section}
-            done[item.name] = _section(item.metadata["shelf"], section, _join(where, item.name))
+            key, many = join(where, item.name), "many" in item.metadata
+            sections = done[item.name] if many else {"": done[item.name]}
+            checked = {label: _source(item, each, join(key, label)) for label, each in sections.items()}
+            done[item.name] = checked if many else checked[""]
     return done
+
+
+def _source(item: "Field[Any]", section: Any, where: str) -> dict[str, Any]:
+    if "split" in item.metadata and isinstance(section, Mapping) and "name" not in section:
+        section = {"name": "folder", "labels": "folders", **section}
+    return _section(item.metadata["shelf"], section, where)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         done: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:  # the YAML reader's own errors have no common base that OmegaConf exports
         asked = " ".join(overrides)
-        raise ValueError(f"These overrides cannot be read: {asked}: {_first_line(error)}") from None
+        raise ValueError(f"These overrides cannot be read: {asked}: {first_line(error)}") from None
     assert isinstance(done, dict)
     return done
 
@@ -130,14 +137,22 @@ def to_yaml(recipe: Recipe, template: bool = False) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file holds; a ValueError if it cannot be read, or holds no sections."""
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # as in parse_overrides
         raise ValueError(f"{path} is not a recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a recipe: it should hold the sections {_list(Recipe)}.")
+        raise ValueError(f"{path} is not a recipe: it should hold the sections {listed(Recipe)}.")
     return values
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, section by section; one that changes a section's `name` takes its place."""
+    done = deepcopy(dict(values))
+    _merge(done, changes, "evals")
+    return done
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
@@ -146,11 +161,11 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> No
         if not isinstance(change, Mapping) or not isinstance(old, dict):
             values[key] = change
             continue
-        renamed = (where == "" and key in ("backbone", "data")) or "." in _join(where, key)
+        renamed = (where == "" and key in ("backbone", "data")) or "." in join(where, key)
         if renamed and change.get("name", old.get("name")) != old.get("name"):
             values[key] = dict(change)
         else:
-            _merge(old, change, _join(where, key))
+            _merge(old, change, join(where, key))
 
 
 def _backbone(values: Any, look: Look | None) -> dict[str, Any]:
@@ -182,67 +197,3 @@ def _eval_section(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     rest = {key: value for key, value in values.items() if key != "every"}
     return {"every": values["every"], **section_values("eval", name, rest, where)}
-
-
-def _typed(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    _unknown_keys(cls, values, where)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(values)))
-        absent = sorted(str(key) for key in OmegaConf.missing_keys(merged))
-        if absent:
-            keys = [_join(where, key) for key in absent]
-            raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
-        done = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{_culprit(cls, values, where)}: {_first_line(error)}.") from None
-    return {item.name: getattr(done, item.name) for item in fields(cls)}
-
-
-def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> str:
-    """The key whose value does not fit: OmegaConf's error does not always name it."""
-    for item in fields(cls):
-        if item.name in values:
-            key, value = _join(where, item.name), values[item.name]
-            try:
-                OmegaConf.merge(OmegaConf.structured(cls), {item.name: value})
-            except OmegaConfBaseException:
-                inner = _dataclass_of(item)
-                return _culprit(inner, value, key) if inner and isinstance(value, Mapping) else key
-    return where
-
-
-def _unknown_keys(cls: type[Any], values: object, where: str) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}={values}: it is a section, which may hold: {_list(cls) or 'nothing'}.")
-    known = {item.name: item for item in fields(cls)}
-    for key, value in values.items():
-        if key not in known:
-            inside = f" in '{where}'" if where else ""
-            raise ValueError(
-                f"{_join(where, str(key))}: there is no key '{key}'{inside}."
-                f"{shelves.suggest(str(key), list(known))} There is: {_list(cls) or 'nothing to set'}."
-            )
-        inner = _dataclass_of(known[key])
-        if inner is not None and value is not None:
-            _unknown_keys(inner, value, _join(where, key))
-
-
-def _dataclass_of(item: "Field[Any]") -> type[Any] | None:
-    options = getattr(item.type, "__args__", (item.type,))
-    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
-
-
-def _list(cls: type[Any]) -> str:
-    return ", ".join(f"{f.name}{' (must be given)' if _required(f) else ''}" for f in fields(cls))
-
-
-def _required(item: "Field[Any]") -> bool:
-    return item.default == MISSING or (item.default is NO_DEFAULT and item.default_factory is NO_DEFAULT)
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where and key else where or key
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

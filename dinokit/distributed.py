@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
@@ -55,3 +56,8 @@ def all_reduce_max(x: Tensor) -> Tensor:
 def launched() -> int:
     """The number of processes that torchrun or another launcher started together with this one."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def cache_folder() -> Path:
+    """Where features are kept between commands: DINOKIT_CACHE, or a folder of the user's."""
+    return Path(os.environ.get("DINOKIT_CACHE") or Path.home() / ".cache" / "dinokit" / "features")

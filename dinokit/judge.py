@@ -4,21 +4,25 @@ Settings are checked without torch, as in dinokit.config, so a mistake is answer
 need it wait until there is a backbone to load.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dinokit import shelves
-from dinokit.config import data_section, section_values
+from dinokit.config import data_section, merged, read_mapping, section_values
 
 if TYPE_CHECKING:
     from dinokit.backbones import Backbone
 
 
 def source_fields(name: str) -> dict[str, str]:
-    """The fields of an evaluator's Config that are sources, with the split that each stands for."""
+    """The fields of an evaluator's Config that must be sources, with the split that each stands for."""
     config = shelves.read_config("eval", name)
-    return {f.name: f.metadata["split"] for f in fields(config) if "split" in f.metadata}
+    wanted = [
+        f for f in fields(config) if "split" in f.metadata and not {"optional", "many"} & set(f.metadata)
+    ]
+    return {f.name: f.metadata["split"] for f in wanted}
 
 
 def needs_labels(name: str) -> bool:
@@ -104,7 +108,66 @@ def load_judged(weights: str | None, untrained: Mapping[str, Any] | None, device
     return backbone.to(where).eval()
 
 
+def describe_judged(weights: str | None, backbone: "Backbone") -> dict[str, Any]:
+    """What a result says of the backbone and of where it was judged."""
+    from dinokit.features import device_of, weights_hash
+    from dinokit.weights import describe
+
+    trained = re.search(r"^name: (.+)$", describe(weights)["recipe"] if weights else "", re.MULTILINE)
+    return {
+        "weights_hash": weights_hash(backbone),
+        "recipe": trained[1] if trained else "",
+        "device": str(device_of(backbone)),
+    }
+
+
+def transform_of(values: Mapping[str, Any], backbone: "Backbone") -> dict[str, Any]:
+    """How images were shown: sizes in pixels as far as they were set, and the normalisation."""
+    shown = backbone.input
+    sizes = {"size": values.get("size") or shown.size, "resize": values.get("resize") or None}
+    return {**sizes, "mean": list(shown.mean), "std": list(shown.std)}
+
+
 def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") -> dict[str, float]:
     """The scores that evaluator `name` gives a backbone."""
     module = shelves.find("eval", name)
     return module.evaluate(module.Config(**values), backbone)
+
+
+@dataclass
+class Planned:
+    """One evaluation of a list."""
+
+    label: str  # its name in the list
+    name: str  # of the evaluator
+    values: dict[str, Any]
+
+
+def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[Planned]:
+    """The evaluations that a recipe eval_*.yaml lists, in its order, each with its settings checked.
+
+    Such a recipe has a section for each, called as its evaluator, or with a name of its own and a key `eval`.
+    What stands in the section `all`, and an override that begins with none of these names, goes to every
+    evaluator that has the key.
+
+    Raises:
+        ValueError, LookupError: for an unknown recipe, evaluator, key or value.
+    """
+    path = shelves.find_recipe(recipe, "eval")
+    listed = read_mapping(path)
+    common = merged(listed.pop("all", None) or {}, {k: v for k, v in overrides.items() if k not in listed})
+    plan, read = [], set()
+    for label, section in listed.items():
+        own = merged(section or {}, overrides.get(label) or {})
+        name = str(own.pop("eval", label))
+        known = {f.name for f in fields(shelves.read_config("eval", name))}
+        shared = {key: value for key, value in common.items() if key in known}
+        read |= set(shared)
+        plan.append(Planned(label, name, section_values("eval", name, merged(shared, own), label)))
+    unread = sorted(set(common) - read)
+    if unread:
+        raise ValueError(
+            f"No evaluator of {path.name} has a key '{unread[0]}'.{shelves.suggest(unread[0], list(listed))} "
+            f"It lists: {', '.join(listed)}."
+        )
+    return plan

@@ -4,10 +4,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,10 +17,13 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
+    track,
 )
 
 from dinokit.distributed import rank
 from dinokit.files import write_text
+
+T = TypeVar("T")
 
 
 class RunLog:
@@ -108,6 +111,13 @@ def before_and_after(out: Path) -> list[str]:
     width = max(map(len, first), default=0)
     rows = [f"{name:<{width}}  {first[name]:>9.4f}  {last[name]:>9.4f}" for name in first]
     return [f"{'':<{width}}  {'at first':>9}  {'at last':>9}", *rows] if rows else []
+
+
+def watch(items: Iterable[T], total: int, text: str) -> Iterator[T]:
+    """The items, with a progress bar on standard error while somebody watches a terminal."""
+    console = Console(stderr=True)
+    hidden = rank() > 0 or not console.is_terminal
+    yield from track(items, text, total, console=console, disable=hidden, transient=True)
 
 
 def _json(value: Any) -> Any:

@@ -23,6 +23,19 @@ def suggest(name: str, have: list[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+def refuse_below(config: Any, **least: float) -> None:
+    """For __post_init__ of a Config: refuse a number, or one of several, that is too small.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, low in least.items():
+        value = getattr(config, key)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number < low:
+                raise ValueError(f"{key}={number}, but it must be {low} or more.")
+
+
 def names(shelf: str) -> list[str]:
     """What stands on a shelf, sorted. Imports none of it."""
     return sorted(p.stem for p in _folder(shelf).glob("*.py") if not p.stem.startswith("_"))
@@ -45,29 +58,30 @@ def build(shelf: str, section: Mapping[str, Any]) -> Any:
     return module.build(module.Config(**values))
 
 
-def recipe_names() -> list[str]:
-    """The recipes in configs/, sorted."""
-    return sorted(
+def recipe_names(kind: str = "") -> list[str]:
+    """The recipes in configs/, sorted: those for training, or with kind='eval' the lists of evaluators."""
+    have = [
         p.name.removesuffix(".yaml") for p in files("dinokit.configs").iterdir() if p.name.endswith(".yaml")
-    )
+    ]
+    return sorted(name for name in have if name.startswith("eval_") == (kind == "eval"))
 
 
-def find_recipe(recipe: str | Path) -> Path:
+def find_recipe(recipe: str | Path, kind: str = "") -> Path:
     """The file of a recipe: a name in configs/, or a path.
 
     Raises:
         LookupError: if there is none; it lists those in configs/.
     """
-    text = str(recipe)
-    if text in recipe_names():
+    text, have = str(recipe), recipe_names(kind)
+    if text in have:
         return Path(str(files("dinokit.configs") / f"{text}.yaml"))
     if Path(text).is_file():
         return Path(text)
     if text.endswith((".yaml", ".yml")) or "/" in text:
         raise LookupError(f"There is no recipe file '{text}' (looked from {Path.cwd()}).")
     raise LookupError(
-        f"There is no recipe '{text}'.{suggest(text, recipe_names())} Recipes are: "
-        f"{', '.join(recipe_names())}; or give the path of a YAML file."
+        f"There is no recipe '{text}'.{suggest(text, have)} Recipes are: "
+        f"{', '.join(have)}; or give the path of a YAML file."
     )
 
 
@@ -75,8 +89,8 @@ def read_config(shelf: str, name: str) -> type[Any]:
     """The Config of a file, made without running the file.
 
     A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the
-    file's standard-library imports, its plain constants, Config and the enums and dataclasses that Config
-    names are executed here.
+    file's imports of the standard library and of this module, its plain constants, Config and the enums
+    and dataclasses that Config names are executed here.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config.
@@ -112,7 +126,8 @@ def _named_by_config(tree: ast.Module) -> set[str]:
 
 def _is_plain(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
-        return (node.module or "").split(".")[0] in {*sys.stdlib_module_names, "omegaconf"}
+        light = {*sys.stdlib_module_names, "omegaconf"}
+        return node.module == "dinokit.shelves" or (node.module or "").split(".")[0] in light
     if isinstance(node, ast.Import):
         return all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
     if isinstance(node, ast.ClassDef):

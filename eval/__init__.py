@@ -6,5 +6,8 @@ A file defines `Config`, a dataclass, and
 
 which leaves the backbone as it was and returns one number a metric, in [0, 1] where it is a share. A field of
 Config with metadata {"shelf": "data.sources", "split": "train" or "test"} is a source of images; inside a
-training run, where it is not given, it is that split of the training data.
+training run, where it is not given, it is that split of the training data. One with "optional" besides may
+stay away; one with "many" is a section of sources by name. What evaluate returns becomes a line of
+results.jsonl as it is. A field `cache`, None by default, is filled in by the command line with a folder for
+features, and a field `out` with one for files. `_name.py` is what evaluators share.
 """

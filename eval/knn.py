@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit import shelves
 from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
-from dinokit.device import DTYPES, pick_precision
-from dinokit.features import Features, device_of, extract, spread
+from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
+from dinokit.features import Features, Reading
+from dinokit.shelves import refuse_below
 
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four times that while it is searched
 
@@ -39,13 +39,10 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
     max_train: int = 0  # images, drawn evenly from the set; 0: all
     max_test: int = 0
+    cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
 
     def __post_init__(self) -> None:
-        least = {"tries": 1, "size": 0, "resize": 0, "batch": 1, "max_train": 0, "max_test": 0}
-        given = [("k", k, 1) for k in self.k] + [("few_shot", n, 1) for n in self.few_shot]
-        for key, value, low in given + [(key, getattr(self, key), low) for key, low in least.items()]:
-            if value < low:
-                raise ValueError(f"{key}={value}, but it must be {low} or more.")
+        refuse_below(self, k=1, few_shot=1, tries=1, size=0, resize=0, batch=1, max_train=0, max_test=0)
         if not self.k:
             raise ValueError("k is empty: give at least one number of neighbours, such as k=[20].")
         if self.temp <= 0:
@@ -97,9 +94,12 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError, LookupError: if the data cannot be judged; the message names the key to set.
     """
-    _refuse_overlap(cfg)
-    sources = {split: _open(cfg, split, backbone) for split in ("train", "test")}
-    classes = _shared_classes(sources["train"], sources["test"])
+    refuse_overlap(cfg.train, cfg.test)
+    sources = {
+        "train": open_source(cfg.train, "train", backbone, cfg.max_train),
+        "test": open_source(cfg.test, "test", backbone, cfg.max_test),
+    }
+    classes = shared_classes(sources["train"], sources["test"])
     train, test = (_features(cfg, split, backbone, source) for split, source in sources.items())
     scores = accuracies(train, test, sorted(set(cfg.k)), cfg.temp, len(classes))
     for shots in cfg.few_shot:
@@ -112,63 +112,9 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     return scores | ({"images_unreadable": unreadable} if unreadable else {})
 
 
-def _refuse_overlap(cfg: Config) -> None:
-    """A test image among the training images would find itself."""
-    train, test = dict(cfg.train or {}), dict(cfg.test or {})
-    splits = train.pop("split", "all"), test.pop("split", "all")
-    if train and train == test and (splits[0] == splits[1] or "all" in splits):
-        raise ValueError(
-            f"`train` and `test` share images: they are the same data with train.split={splits[0]} and "
-            f"test.split={splits[1]}. Set train.split=train test.split=test, or give another test.path."
-        )
-
-
-def _open(cfg: Config, split: str, backbone: Backbone) -> Source:
-    section = cfg.train if split == "train" else cfg.test
-    if not section or not section.get("name"):
-        raise ValueError(f"{split}.name must be given; there is: {', '.join(shelves.names('data.sources'))}.")
-    if "channels" in section:
-        section = {**section, "channels": backbone.channels}
-    source: Source = shelves.build("data.sources", section)
-    if not source.classes:
-        hint = f"set {split}.labels=folders" if "labels" in section else "give images with labels"
-        hint = f"set {split}.label to the column that has them" if "label" in section else hint
-        raise ValueError(f"The {split} images ({split}.name={section['name']}) have no labels: {hint}.")
-    return spread(source, cfg.max_train if split == "train" else cfg.max_test)
-
-
-def _shared_classes(train: Source, test: Source) -> list[str]:
-    have, want = list(train.classes), list(test.classes)
-    if have == want:
-        return have
-    only = {"train": set(have) - set(want), "test": set(want) - set(have)}
-    parts = [f"only {split} has {_few(sorted(names))}" for split, names in only.items() if names]
-    raise ValueError(
-        f"The classes of train ({len(have)}) and test ({len(want)}) are not the same: "
-        f"{' and '.join(parts) or 'their order differs'}. Give both the same classes."
-    )
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(f"'{name}'" for name in names[:5]) + more
-
-
 def _features(cfg: Config, split: str, backbone: Backbone, source: Source) -> Features:
-    """With every row of x on the unit sphere.
-
-    Raises:
-        ValueError: as `extract`, or if an image has no label.
-    """
-    size = cfg.size or backbone.input.size
-    resize = cfg.resize or round(size * 256 / 224)
-    dtype = DTYPES[pick_precision(cfg.precision, device_of(backbone))]
-    done = extract(backbone, source, resize, size, cfg.batch, cfg.workers, dtype)
-    bare = int((done.y < 0).sum())
-    if bare:
-        raise ValueError(
-            f"{bare} of {len(done.y)} {split} images have no label: label them or take them out."
-        )
+    """With every row of x on the unit sphere."""
+    done = features_of(cfg, split, backbone, source, Reading())
     return Features(F.normalize(done.x, dim=1), done.y, done.unreadable)
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: one thread, and the recorded numbers."""
+"""What the tests share: one thread, the recorded numbers, small vits."""
 
 import json
 import os
@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from dinokit.backbones.vit import Config, VisionTransformer
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -42,3 +44,18 @@ def golden():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def drawn():
+    """The maker of small vits, drawn(registers=2): each tensor is drawn, so that each one counts."""
+    torch.manual_seed(0)
+
+    def make(**changes) -> VisionTransformer:
+        defaults = {"size": 56, "patch": 14, "width": 128, "depth": 2, "heads": 2, "layer_scale": 1.0}
+        vit = VisionTransformer(Config(**{**defaults, **changes})).eval().requires_grad_(False)
+        for parameter in vit.parameters():
+            parameter.normal_(std=0.2)
+        return vit
+
+    return make

@@ -33,6 +33,9 @@ def quick(*words: str) -> subprocess.CompletedProcess:
         (["--help"], "    judge frozen features"),
         (["train", "--help"], "scenes_cpu"),
         (["eval", "knn", "--help"], "few_shot"),
+        (["eval", "all", "--help"], "eval_scenes"),
+        (["eval", "linear", "--help"], "held_out"),
+        (["results", "--help"], "--json"),
         (["--version"], "dinokit 0"),
     ],
 )
@@ -66,6 +69,14 @@ def test_help_is_given_at_once(words, answer):
         (["eval", "kn", "weights=x"], "Did you mean 'knn'?"),
         (["eval", "knn", "weights=x", "kk=3"], "there is no key 'kk'"),
         (["eval", "knn"], "weights=FILE_OR_RUN"),
+        (["eval", "linear", "weights=x", "setps=3"], "there is no key 'setps'. Did you mean 'steps'?"),
+        (["eval", "linear", "weights=x", "steps=0"], "steps=0, but it must be 1 or more"),
+        (["eval", "linear", "weights=x", "also.a.paht=y"], "also.a.paht: there is no key 'paht'"),
+        (["eval", "all", "weights=x"], "recipe must be given"),
+        (["eval", "all", "weights=x", "recipe=eval_scene"], "Did you mean 'eval_scenes'?"),
+        (["eval", "all", "weights=x", "recipe=eval_scenes", "knn.kk=3"], "knn.kk: there is no key 'kk'"),
+        (["eval", "all", "weights=x", "recipe=eval_scenes", "kn=3"], "has a key 'kn'. Did you mean 'knn'?"),
+        (["results", "a=1"], "dinokit results takes folders"),
     ],
 )
 def test_every_mistake_is_answered_at_once_with_what_was_meant(words, answer):

@@ -16,23 +16,37 @@ FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
 
 # A room is a file or folder right below dinokit/, or eval/. It imports the rooms in its row and no other.
 MAY_IMPORT = {
-    "device": "", "distributed": "", "files": "", "layers": "", "shelves": "",
-    "recipe": "", "check": "recipe shelves", "config": "check recipe shelves", "log": "distributed files",
-    "backbones": "layers shelves", "losses": "distributed", "data": "config distributed shelves",
-    "features": "backbones data distributed files", "weights": "backbones config files layers shelves",
+    "__init__": "",
+    "__main__": "shelves verbs",
+    "backbones": "layers shelves",
+    "check": "recipe shelves",
+    "config": "check config_values recipe shelves",
+    "config_values": "shelves",
+    "data": "config distributed shelves",
+    "device": "",
+    "distributed": "",
+    "eval": "backbones data device distributed features files log shelves weights",
+    "features": "backbones data distributed files log",
+    "files": "",
     "hub": "backbones weights",
+    "judge": "backbones config device features shelves weights",
+    "layers": "",
+    "log": "distributed files",
+    "losses": "distributed",
+    "recipe": "",
+    "results": "",
+    "shelves": "",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
-    "eval": "backbones data device features shelves weights",
-    "judge": "backbones config device shelves weights",
-    "verbs": "backbones config data device distributed features files hub judge log shelves train weights",
-    "__init__": "", "__main__": "shelves verbs",
+    "verbs": "backbones config data device distributed features files hub judge log results shelves train "
+             "weights",
+    "weights": "backbones config files layers shelves",
 }  # fmt: skip
 
 # Packages beyond the core, each with the files that are its door: nobody else misses one that is not there.
 CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
     "faiss": "",
-    "omegaconf": "dinokit/config.py",
+    "omegaconf": "dinokit/config*.py",
     "onnxruntime": "dinokit/weights/formats/onnx.py",
     "onnxscript": "dinokit/weights/formats/onnx.py",
     "pyarrow": "dinokit/*parquet.py",

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from dinokit.config import CropGroup, Crops
 from dinokit.data import photometric
 from dinokit.data.batch import Batch, Sample, collate, stack
-from dinokit.data.crops import MultiCrop, center_crop
+from dinokit.data.crops import MultiCrop
 from dinokit.data.masks import BlockMasks
 from dinokit.data.order import generator, hash_key, image_at, permute
 from dinokit.data.sources import Source
+from dinokit.data.views import Cut, Middle
 
 CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
 ATTEMPTS = 20  # images tried for one place before the run gives up
@@ -87,9 +88,19 @@ def eval_loader(
     """
     if resize < size:
         raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
-    order = [list(range(i, min(i + batch, len(source)))) for i in range(0, len(source), batch)]
+    order = [[(j, 0) for j in range(i, min(i + batch, len(source)))] for i in range(0, len(source), batch)]
+    return view_loader(source, Middle(resize, size), size, order, workers, channels)
+
+
+def view_loader(
+    source: Source, cut: Cut, size: int, order: Iterable[list[tuple[int, int]]], workers: int, channels: int
+) -> Iterable[EvalBatch]:
+    """Views of images in the order of the caller: for each batch, (image, number of the draw) of each place.
+
+    `order` is asked for one batch after another. An unreadable image is zeros (channels, size, size).
+    """
     blank = partial(_collate_eval, channels=channels, size=size)
-    return data_loader(_Centres(source, resize, size), order, blank, workers, pin=False)
+    return data_loader(_Views(source, cut), order, blank, workers, pin=False)
 
 
 class _Places(Dataset[Sample]):
@@ -166,16 +177,17 @@ class _Steps:
         return ([(step, place) for place in self.places] for step in self.steps)
 
 
-class _Centres(Dataset[tuple[int, Tensor | None, int, str]]):
-    """Number, centre crop, label and name of each image; no crop if the image is unreadable."""
+class _Views(Dataset[tuple[int, Tensor | None, int, str]]):
+    """Number, view, label and name of each image; no view if the image is unreadable."""
 
-    def __init__(self, source: Source, resize: int, size: int) -> None:
-        self.source, self.resize, self.size = source, resize, size
+    def __init__(self, source: Source, cut: Cut) -> None:
+        self.source, self.cut = source, cut
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, int, str]:
+    def __getitem__(self, at: tuple[int, int]) -> tuple[int, Tensor | None, int, str]:
+        index, draw = at
         try:
             image, label = self.source[index]
-            return index, center_crop(image, self.resize, self.size), label, ""
+            return index, self.cut(image, index, draw), label, ""
         except UNREADABLE:
             return index, None, -1, self.source.name(index)
 

@@ -1,27 +1,33 @@
-"""One vector an image: the class token of every image of a source, in the source's order.
+"""One vector an image of a source, in the source's order.
 
-N  images that could be read     D  width of the backbone
+N  images that could be read     W  numbers an image: the backbone's width, for its class token alone
 """
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dinokit.backbones import Backbone
-from dinokit.data.loader import EvalBatch, eval_loader
+from dinokit.data.loader import EvalBatch, view_loader
 from dinokit.data.sources import Picture, Source
+from dinokit.data.views import Cut, Middle
 from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.features.frozen import device_of, frozen, normalised
+from dinokit.features.reading import Reading
+from dinokit.log import watch
+
+CLASS_TOKEN = Reading()
 
 
 @dataclass
 class Features:
     """On the backbone's device; the same in every process."""
 
-    x: Tensor  # (N, D) float32: the class token after the final norm, at its own length
+    x: Tensor  # (N, W) float32, after the final norm, at its own length
     y: Tensor  # (N,) int64 labels, -1 without one
     unreadable: list[str]  # names of the images that are left out, because they could not be read
 
@@ -64,8 +70,11 @@ def extract(
     batch: int = 256,
     workers: int = 0,
     precision: torch.dtype | None = None,
+    reading: Reading = CLASS_TOKEN,
+    cut: Cut | None = None,
+    draw: int = 0,
 ) -> Features:
-    """Features of the centre of each image. Leaves the backbone as it was.
+    """Features of the centre, or another view, of each image. Leaves the backbone as it was.
 
     With several processes all must call this; each reads its share of the images, and all get all features.
 
@@ -77,6 +86,9 @@ def extract(
         batch: images at a time.
         workers: processes that load images.
         precision: bfloat16 or float16 runs the backbone in autocast; None leaves it in float32.
+        reading: what is kept of the tokens.
+        cut: what is shown of an image in place of its centre, (C, size, size).
+        draw: the number of the draw, for a `cut` that draws.
 
     Raises:
         ValueError: if the size or the channels do not fit the backbone, no image can be read, or a feature is
@@ -87,41 +99,60 @@ def extract(
     if resize < size:
         raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
     device = device_of(backbone)
-    x = torch.zeros(len(source), backbone.width, device=device)
+    x = torch.zeros(len(source), reading.width(backbone), device=device)
     y = torch.zeros(len(source), dtype=torch.int64, device=device)
     seen = torch.zeros(len(source), dtype=torch.int64, device=device)
     share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is the whole
-    loader = eval_loader(Part(source, share), resize, size, batch, workers, backbone.channels)
+    order, cut = _InTurn(share, batch, draw), cut or Middle(resize, size)
+    views = watch(view_loader(source, cut, size, order, workers, backbone.channels), len(order), "features")
     with frozen(backbone), torch.inference_mode():
-        for part in loader:
-            places = part.indices * world_size() + rank()
-            kept = _readable(source, places, part)
+        for part in views:
+            kept = readable(source, part)
             if not kept.any():
                 continue
             crops = normalised(backbone, part.crops[kept].to(device))
             with torch.autocast(device.type, precision, enabled=precision is not None):
-                tokens = backbone([crops], [None])[0]
-            places = places[kept].to(device)
-            x[places], y[places], seen[places] = tokens.cls.float(), part.labels[kept].to(device), 1
+                rows = reading(backbone, crops)
+            places = part.indices[kept].to(device)
+            x[places], y[places], seen[places] = rows, part.labels[kept].to(device), 1
     x, y, whole = all_reduce_sum(x), all_reduce_sum(y), all_reduce_sum(seen) > 0
     lost = [source.name(int(i)) for i in (~whole).nonzero()]
     if len(lost) == len(source):
         raise ValueError(f"None of the {len(source)} images can be read{_first_reason(source)}.")
-    if lost:
-        x, y = x[whole], y[whole]
+    x, y = (x[whole], y[whole]) if lost else (x, y)
+    _refuse_broken(x, precision)
+    return Features(x, y, lost)
+
+
+@dataclass
+class _InTurn:
+    """Batches of (image, draw) over the images of a share, made one after another."""
+
+    share: range
+    batch: int
+    draw: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.share) / self.batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.share), self.batch):
+            yield [(i, self.draw) for i in self.share[start : start + self.batch]]
+
+
+def _refuse_broken(x: Tensor, precision: torch.dtype | None) -> None:
     broken = int((~x.isfinite()).any(dim=1).sum())
     if broken:
         hint = " or float16 is too narrow for them: try precision=bf16" if precision == torch.float16 else ""
         raise ValueError(
             f"Features of {broken} of {len(x)} images are not finite: the weights are broken{hint}."
         )
-    return Features(x, y, lost)
 
 
-def _readable(source: Source, places: Tensor, part: EvalBatch) -> Tensor:
+def readable(source: Source, part: EvalBatch) -> Tensor:
     """(b,) bool. A batch gives the names of unreadable images, not their places; they have no label."""
     names = set(part.unreadable)
-    lost = [bool(names) and source.name(int(i)) in names for i in places]
+    lost = [bool(names) and source.name(int(i)) in names for i in part.indices]
     return ~(torch.tensor(lost) & (part.labels < 0))
 
 

@@ -4,42 +4,120 @@ Without train.* and test.*, the data that the weights were trained on is used, i
 given by its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of weights=...
 judges a backbone without training. device=cpu, cuda or auto says where.
 
+Each result is also added to results.jsonl in the run's folder, or in out=FOLDER; dinokit results shows them.
+Features are kept in cache=FOLDER (or DINOKIT_CACHE, or ~/.cache/dinokit/features), so that the next evaluator
+of the same weights and images need not make them again; cache=null keeps none.
+
 dinokit eval knn weights=runs/photos train.path=LABELLED/train test.path=LABELLED/test
 dinokit eval knn backbone.name=pixels train.path=LABELLED/train test.path=LABELLED/test
+dinokit eval all recipe=eval_scenes weights=runs/demo knn.k=[5,20]
 """
 
 import json
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
 
-from dinokit import judge, shelves
+from dinokit import judge, results, shelves
 from dinokit.config import parse_overrides, section_values
+from dinokit.judge import Planned
 from dinokit.verbs import Command
 
 
 def run(command: Command) -> None:
-    what = command.one_word("evaluator", shelves.names("eval"))
-    shelves.read_config("eval", what)
+    have = [*shelves.names("eval"), "all"]
+    what = command.one_word("evaluator", have)
     values = parse_overrides(command.settings)
     weights, untrained = values.pop("weights", None), values.pop("backbone", None)
-    device = str(values.pop("device", "auto"))
+    device, out = str(values.pop("device", "auto")), values.pop("out", None)
+    if what != "all":
+        shelves.read_config("eval", what)
     if (weights is None) == (untrained is None):
         raise ValueError(
             "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
         )
-    values = section_values("eval", what, values, "")
+    keep = "cache" not in values or values["cache"] is not None
+    plan, recipe = _plan(what, values)
     data = None
-    if weights is not None and any(values[key] is None for key in judge.source_fields(what)):
+    if weights is not None and any(each.values[key] is None for each in plan for key in _sources(each)):
         data = judge.trained_on(weights)
-    values = judge.with_data(what, values, data)
-    scores = judge.run_evaluator(what, values, judge.load_judged(weights, untrained, device))
-    print(json.dumps({"eval": what, "weights": weights or f"untrained {untrained['name']}", **scores}))
+    for each in plan:
+        each.values = judge.with_data(each.name, each.values, data)
+    folder = Path(out) if out else _folder_of(weights)
+    _judge_all(plan, recipe, weights, untrained, device, folder, keep)
+
+
+def _plan(what: str, values: dict[str, Any]) -> tuple[list[Planned], str]:
+    """What is to be done, and the recipe that says so."""
+    if what != "all":
+        return [Planned(what, what, section_values("eval", what, values, ""))], ""
+    recipe = values.pop("recipe", None)
+    if recipe is None:
+        there = ", ".join(shelves.recipe_names("eval"))
+        raise ValueError(f"recipe must be given, as in recipe=NAME_OR_FILE; there is: {there}.")
+    return judge.read_list(str(recipe), values), str(recipe)
+
+
+def _sources(each: Planned) -> dict[str, str]:
+    return judge.source_fields(each.name)
+
+
+def _folder_of(weights: str | None) -> Path | None:
+    """Where results of these weights go: their run, or the folder of their file."""
+    if weights is None:
+        return None
+    path = Path(weights)
+    return path if path.is_dir() else path.parent if path.is_file() else Path("runs") / path.name
+
+
+def _judge_all(
+    plan: Sequence[Planned],
+    recipe: str,
+    weights: str | None,
+    untrained: dict[str, Any] | None,
+    device: str,
+    folder: Path | None,
+    keep: bool,
+) -> None:
+    backbone = judge.load_judged(weights, untrained, device)
+    about = {**judge.describe_judged(weights, backbone), "eval_recipe": recipe}
+    name = weights or f"untrained {(untrained or {})['name']}"
+    from dinokit.distributed import cache_folder, rank
+
+    failed = []
+    for each in plan:
+        known, begun = {f.name for f in fields(shelves.read_config("eval", each.name))}, time.monotonic()
+        if "cache" in known and each.values["cache"] is None and keep:
+            each.values["cache"] = str(cache_folder())
+        if "out" in known and folder is not None:
+            each.values["out"] = str(folder / each.label)
+        try:
+            scores = judge.run_evaluator(each.name, each.values, backbone)
+        except (ValueError, LookupError, OSError) as error:
+            if len(plan) == 1:
+                raise
+            failed.append(each.label)
+            print(f"dinokit: {each.label}: {error}", file=sys.stderr)
+            continue
+        seen = {"transform": judge.transform_of(each.values, backbone), "seconds": time.monotonic() - begun}
+        line = results.record(each.name, name, scores, each.values, {**about, **seen})
+        if rank() == 0:
+            print(json.dumps(line))
+            if folder is not None:
+                results.append(folder, line)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(plan)} evaluators could not judge: {', '.join(failed)}.")
 
 
 def describe(words: Sequence[str]) -> str:
     have = shelves.names("eval")
+    if words and words[0] == "all":
+        return f"recipes: {', '.join(shelves.recipe_names('eval'))}"
     if not words or words[0] not in have:
-        return f"evaluators: {', '.join(have)}; dinokit eval NAME --help lists the keys"
+        return f"evaluators: {', '.join(have)}, or all; dinokit eval NAME --help lists the keys"
     lines = [f"keys of {words[0]}:"]
     for f in fields(shelves.read_config("eval", words[0])):
         default = "" if f.default is MISSING else f" = {json.dumps(f.default, default=list)}"

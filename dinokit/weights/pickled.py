@@ -47,7 +47,7 @@ def read_pickled(path: Path, values: bool) -> Any:
         if asked:
             raise ValueError(
                 f"{path} is a pickle that would run code of its own: it asks for '{asked}'. Nothing was run. "
-                f"dinokit reads tensors and plain values alone: whoever made the file can save its state_dict()."
+                f"dinokit reads tensors and plain values: whoever made the file can save its state_dict()."
             ) from None
         raise ValueError(
             f"{path} begins like a file of torch.save, but cannot be read: it is cut off or damaged. Copy or "

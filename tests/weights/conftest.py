@@ -1,9 +1,6 @@
-"""Small vits of every released architecture, each tensor drawn so that each one counts."""
+"""Every released architecture, for small vits."""
 
 import pytest
-import torch
-
-from dinokit.backbones.vit import Config, VisionTransformer
 
 NO_SCALE = {"layer_scale": 0.0, "mask_token": False}
 REGISTERS = {"registers": 4, "pos_offset": 0.0, "pos_antialias": True}
@@ -16,21 +13,6 @@ ARCHITECTURES = {
     "DINOv2 giant": {"ffn": "swiglu", "width": 192, "heads": 3},
     "DINOv2 giant with registers": {"ffn": "swiglu", "width": 192, "heads": 3, **REGISTERS},
 }
-
-
-@pytest.fixture
-def drawn():
-    """The maker of a vit: drawn(registers=2)."""
-    torch.manual_seed(0)
-
-    def make(**changes) -> VisionTransformer:
-        defaults = {"size": 56, "patch": 14, "width": 128, "depth": 2, "heads": 2, "layer_scale": 1.0}
-        vit = VisionTransformer(Config(**{**defaults, **changes})).eval().requires_grad_(False)
-        for parameter in vit.parameters():
-            parameter.normal_(std=0.2)
-        return vit
-
-    return make
 
 
 @pytest.fixture(params=ARCHITECTURES)

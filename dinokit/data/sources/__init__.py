@@ -19,7 +19,14 @@ Picture = Image.Image | np.ndarray
 
 
 class Source(Protocol):
-    """Images by number, in an order that is the same every time."""
+    """Images by number, in an order that is the same every time.
+
+    One whose features may be kept on disk has
+
+        stamp() -> str
+
+    which is another text whenever an image, a label or their order may be another (sources/_stamp.py helps).
+    """
 
     classes: Sequence[str]  # names by label; empty if the source has no labels
 

@@ -10,6 +10,7 @@ from dinokit.data.decode import decode
 from dinokit.data.names import Names
 from dinokit.data.sources import Picture
 from dinokit.data.sources._split import Rows
+from dinokit.data.sources._stamp import stamp_of
 
 
 @dataclass
@@ -35,3 +36,9 @@ class ImageFiles:
     def name(self, index: int) -> str:
         """The path of the file."""
         return str(self.root / self.names[self.rows[index]])
+
+    def stamp(self) -> str:
+        """Of the files of the split, their labels and channels."""
+        files = (self.root / self.names[row] for row in self.rows)
+        labels = None if self.labels is None else self.labels[self.rows]
+        return stamp_of(files, (list(self.classes), self.channels), labels)

@@ -22,6 +22,7 @@ from dinokit.data.sources._labels import class_ids, only
 from dinokit.data.sources._parquet import Coded, Columns, read_columns, read_images
 from dinokit.data.sources._paths import shards
 from dinokit.data.sources._split import choose, sides_of_files
+from dinokit.data.sources._stamp import stamp_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -99,6 +100,11 @@ class Parquet:
         row = self._rows[index]
         file = int(np.searchsorted(self._files_start, row, side="right")) - 1
         return f"{self._files[file]} row {row - self._files_start[file]}"
+
+    def stamp(self) -> str:
+        """Of the files, the columns read and the rows of the split."""
+        settings = self._image, self._channels, list(self.classes)
+        return stamp_of(self._files, settings, self._rows, self._labels)
 
     def _group(self, group: int) -> "pa.ChunkedArray":
         if group not in self._images:

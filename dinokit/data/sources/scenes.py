@@ -17,6 +17,7 @@ from PIL import Image
 
 from dinokit.data.sources._scenes_render import Renderer, Scene
 from dinokit.data.sources._scenes_shapes import NAMES
+from dinokit.data.sources._stamp import stamp_of
 
 
 @dataclass
@@ -69,6 +70,10 @@ class Scenes:
         """As in 'scenes train 17'."""
         split, number = self._locate(index)
         return f"scenes {split} {number}"
+
+    def stamp(self) -> str:
+        """Of the settings, and of a drawn scene, which is another when the way of drawing is."""
+        return stamp_of([], self.cfg, self.scene(0).image)
 
     def _locate(self, index: int) -> tuple[str, int]:
         if not 0 <= index < len(self):

@@ -23,6 +23,7 @@ from dinokit.data.sources import Picture
 from dinokit.data.sources._labels import Words, class_ids
 from dinokit.data.sources._paths import shards, wrong_kind
 from dinokit.data.sources._split import choose, sides_of_files
+from dinokit.data.sources._stamp import stamp_of
 
 _OPEN = 128  # files that a process holds open; systems allow about a thousand
 
@@ -79,6 +80,10 @@ class Tar:
         """The file and the member."""
         row = self._rows[index]
         return f"{self._files[self._shards[row]]}: {self._members[row]}"
+
+    def stamp(self) -> str:
+        """Of the files and of the members of the split."""
+        return stamp_of(self._files, (self._channels, list(self.classes)), self._rows, self._labels)
 
     def _open(self, shard: int) -> int:
         """A descriptor of the file. A forked process may share it: pread has no position to fight over."""

@@ -6,4 +6,10 @@ A format that can be read defines
 
 It gives None if the file is of another format. If it is of this one but does not tell what it must, it raises
 ValueError with the second half of a sentence, which the file's name begins.
+
+One that can be written defines
+
+    write(vit: VisionTransformer, out: Path, size: int | None) -> Written
+
+It writes, and opens again what it wrote with the library that the format is for.
 """

@@ -1,0 +1,111 @@
+"""The grid of heads against as many separate trainings by torch's own layers, losses and optimiser."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dinokit.eval._heads import Head, Heads
+
+WIDTH, MOST, CLASSES, BATCH = 5, 4, 7, 32
+CPU = torch.device("cpu")
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+GRID = [Head(blocks, pool, lr) for blocks in (1, 4) for pool in (False, True) for lr in RATES]
+
+
+def made(grid=GRID, many=False):
+    return Heads(grid, WIDTH, MOST, CLASSES, many, BATCH, 0, CPU)
+
+
+def batches(steps, many=False):
+    rng = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        x = torch.randn(BATCH, (MOST + 1) * WIDTH, generator=rng)
+        y = torch.randint(CLASSES, (BATCH,), generator=rng)
+        yield x, (F.one_hot(y, CLASSES) + F.one_hot(y.flip(0), CLASSES) > 0) if many else y
+
+
+def seen_by(head, x):
+    """Class tokens of the last blocks and, with pool, the mean of the patches, put together one by one."""
+    parts = [x[:, i * WIDTH : (i + 1) * WIDTH] for i in range(MOST + 1)]
+    return torch.cat([*parts[MOST - head.blocks : MOST], *(parts[MOST:] if head.pool else [])], dim=1)
+
+
+def trained_alone(head, weight, bias, steps, many):
+    layer = nn.Linear(weight.shape[1], CLASSES)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=head.lr * BATCH / 256, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for x, y in batches(steps, many):
+        logits = layer(seen_by(head, x))
+        if many:
+            loss = F.binary_cross_entropy_with_logits(logits, y.float(), reduction="sum") / BATCH
+        else:
+            loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return layer
+
+
+def train(heads, steps, many=False):
+    for step, (x, y) in enumerate(batches(steps, many)):
+        heads.step(x, y, BATCH, 0.9, (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_52_heads_at_once_are_52_trainings(many):
+    heads, steps = made(many=many), 40
+    first = {head: (weight, bias) for head, weight, bias in heads.each()}
+    assert len(first) == 52
+    train(heads, steps, many)
+    for head, weight, bias in heads.each():
+        alone = trained_alone(head, *first[head], steps, many)
+        torch.testing.assert_close(weight, alone.weight.detach(), atol=2e-6, rtol=2e-5)
+        torch.testing.assert_close(bias, alone.bias.detach(), atol=2e-6, rtol=2e-5)
+    moved = max((weight - first[head][0]).abs().max().item() for head, weight, _ in heads.each())
+    assert moved > 0.05
+
+
+def test_a_head_learns_the_same_whoever_is_beside_it():
+    whole, alone = made(), made([GRID[20]])
+    for heads in (whole, alone):
+        train(heads, 5)
+    weight = next(weight for head, weight, _ in whole.each() if head == GRID[20])
+    torch.testing.assert_close(next(alone.each())[1], weight)
+
+
+def test_what_a_head_gets_right_is_counted_from_its_own_logits():
+    heads = made()
+    train(heads, 5)
+    x, y = next(batches(1))
+    for head, (share, likely) in heads.right(x, y, rows=10).items():
+        logits = heads.logits_of(head, x)
+        assert share == pytest.approx((logits.argmax(dim=1) == y).double().mean().item())
+        assert likely == pytest.approx(-F.cross_entropy(logits, y).item(), rel=1e-5)
+
+
+def test_a_head_that_is_not_finite_is_worth_less_than_nothing():
+    heads = made()
+    heads.groups[1].weight[0, 3] = torch.nan  # of class 0 and head 3: columns go class by class
+    x, y = next(batches(1))
+    worth = heads.right(x, y, rows=100)
+    assert [head for head, (share, _) in worth.items() if share < 0] == [heads.groups[1].heads[3]]
+
+
+def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
+    unbroken, first, second = made(), made(), made()
+    train(unbroken, 6)
+    rows = list(batches(6))
+    for step, (x, y) in enumerate(rows):
+        if step == 4:
+            second.load(first.state())
+        heads = first if step < 4 else second
+        heads.step(x, y, BATCH, 0.9, (1 + math.cos(math.pi * step / 6)) / 2)
+    for (_, a, _), (_, b, _) in zip(unbroken.each(), second.each(), strict=True):
+        assert torch.equal(a, b)

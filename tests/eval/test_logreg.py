@@ -1,0 +1,80 @@
+"""Logistic regression against scikit-learn's, coefficient by coefficient; then whole evaluations."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from dinokit.config import section_values
+from dinokit.eval.logreg import Config, evaluate, solve
+
+
+def blobs(n=200, width=6, classes=4, shift=0.0):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, classes, n)
+    x = rng.normal(size=(n, width)) + rng.normal(size=(classes, width))[y] + shift
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def config(**values):
+    return Config(**section_values("eval", "logreg", {"workers": 0, "held_out": 0.2, **values}, "logreg"))
+
+
+@pytest.mark.parametrize("classes", [3, 4])
+@pytest.mark.parametrize("c", [1e-4, 1e-2, 1.0, 100.0])
+def test_the_coefficients_are_scikit_learns(c, classes):
+    x, y = blobs(classes=classes, shift=3.0)
+    weight, bias = solve(x, y, classes, c, 1000, 1e-9)
+    other = LogisticRegression(C=c, tol=1e-9, max_iter=50_000, solver="newton-cg").fit(x.numpy(), y.numpy())
+    np.testing.assert_allclose(weight.numpy(), other.coef_, atol=1e-3)
+    free = bias.numpy() - bias.numpy().mean()  # a number added to all biases changes nothing
+    np.testing.assert_allclose(free, other.intercept_ - other.intercept_.mean(), atol=1e-3)
+
+
+def test_where_it_starts_does_not_matter():
+    x, y = blobs()
+    near = solve(x, y, 4, 0.3, 1000, 1e-9)
+    for a, b in zip(solve(x, y, 4, 1.0, 1000, 1e-9, near), solve(x, y, 4, 1.0, 1000, 1e-9), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_at_the_minimum_the_slope_of_the_objective_is_nought():
+    x, y = blobs()
+    weight, bias = (each.requires_grad_() for each in solve(x, y, 4, 2.0, 1000, 1e-9))
+    logits = x @ weight.T + bias
+    value = 2.0 * torch.nn.functional.cross_entropy(logits, y, reduction="sum") + weight.square().sum() / 2
+    value.backward()
+    assert weight.grad.abs().max() < 1e-4
+    assert bias.grad.abs().max() < 1e-4
+
+
+def test_colours_are_told_apart_by_colour(colours, mean):
+    scores = evaluate(config(**colours, count=5), mean)
+    assert scores["top1"] == scores["mean_per_class"] == 1.0
+    assert 1e-6 <= scores["C"] <= 1e5
+    assert (scores["images_train"], scores["images_test"]) == (30, 12)
+
+
+def test_the_penalty_is_the_strongest_of_those_that_are_best_where_it_is_chosen(colours, mean):
+    scores = evaluate(config(**colours, powers=[-3, 1], count=5, select="test"), mean)
+    assert scores["top1_optimistic"] == 1.0
+    single = [
+        evaluate(config(**colours, powers=[p, p], count=1, select="test"), mean)["top1_optimistic"]
+        for p in range(-3, 2)
+    ]
+    assert scores["C"] == pytest.approx(10.0 ** (single.index(1.0) - 3))
+
+
+def test_images_to_choose_on_are_trained_on_in_the_end(colours, mean):
+    scores = evaluate(
+        config(train=colours["train"], test=colours["test"], select_on={**colours["train"]}), mean
+    )
+    assert scores["images_train"] == 60
+    with pytest.raises(ValueError, match="share images"):
+        evaluate(config(train=colours["train"], test=colours["test"], select_on=colours["test"]), mean)
+
+
+@pytest.mark.parametrize(("values", "words"), [({"powers": [2, 1]}, "powers"), ({"count": 0}, "count=0")])
+def test_settings_that_lead_nowhere_are_named(values, words):
+    with pytest.raises(ValueError, match=words):
+        config(**values)

@@ -1,0 +1,188 @@
+"""Features from disk: the same as made anew, and never those of other weights, images or settings."""
+
+import os
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dinokit import shelves
+from dinokit.eval._labelled import features_of
+from dinokit.eval.knn import Config
+from dinokit.features import Features, Reading, cached, kept, spread, weights_hash
+from dinokit.features import cache as cache_module
+from dinokit.features.identity import images_stamp
+
+CPU = torch.device("cpu")
+VIT = {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 8, "size": 16, "layer_scale": 1.0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(6):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 * i, 0, 100)).save(path)
+    return tmp_path / "images"
+
+
+def opened(folder, **values):
+    section = {"name": "folder", "path": str(folder), "labels": "folders", **values}
+    return shelves.build("data.sources", section)
+
+
+def vit(**values):
+    torch.manual_seed(0)
+    return shelves.build("backbones", {**VIT, **values}).eval()
+
+
+class Watched(nn.Module):
+    """Counts how often a backbone is asked."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.width, self.patch, self.channels = net, net.width, net.patch, net.channels
+        self.blocks, self.input, self.calls = net.blocks, net.input, []
+
+    def forward(self, crops, masks):
+        self.calls.append(len(crops[0]))
+        return self.net(crops, masks)
+
+    def layers(self, crops, blocks):
+        self.calls.append(len(crops))
+        return self.net.layers(crops, blocks)
+
+
+def asked(tmp_path, net, source, reading=Reading(), **values):  # noqa: B008
+    watched = Watched(net)
+    cfg = Config(cache=str(tmp_path / "cache"), workers=0, **values)
+    done = features_of(cfg, "train", watched, source, reading)
+    return done, sum(watched.calls)
+
+
+def test_what_was_made_is_read_and_is_the_same_to_the_last_bit(tmp_path, folder):
+    first, made = asked(tmp_path, vit(), opened(folder))
+    second, again = asked(tmp_path, vit(), opened(folder))
+    assert (made, again) == (6, 0)
+    assert torch.equal(first.x, second.x)
+    assert torch.equal(first.y, second.y)
+    assert second.unreadable == []
+
+
+def test_the_names_of_unreadable_images_are_kept(tmp_path, folder):
+    (folder / "a" / "0.png").write_bytes(b"")
+    for _ in range(2):
+        done, _ = asked(tmp_path, vit(), opened(folder))
+        assert done.unreadable == [str(folder / "a" / "0.png")]
+        assert len(done.x) == 5
+
+
+def change_a_pixel(folder):
+    path = folder / "a" / "0.png"
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(path)
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # a coarse clock may not have ticked
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_a_pixel,
+        lambda folder: (folder / "a" / "0.png").rename(folder / "a" / "z.png"),
+        lambda folder: (folder / "a" / "0.png").rename(folder / "b" / "0.png"),
+        lambda folder: (folder / "a" / "0.png").unlink(),
+        lambda folder: (folder / "a").rename(folder / "c"),
+    ],
+)
+def test_images_that_changed_are_looked_at_anew(tmp_path, folder, change):
+    asked(tmp_path, vit(), opened(folder))
+    change(folder)
+    assert asked(tmp_path, vit(), opened(folder))[1] > 0
+
+
+@pytest.mark.parametrize(
+    "values", [{"size": 8}, {"resize": 40}, {"precision": "bf16"}, {"reading": Reading(2, "mean")}]
+)
+def test_another_view_precision_or_reading_is_made_anew(tmp_path, folder, values):
+    asked(tmp_path, vit(), opened(folder), precision="fp32")
+    assert asked(tmp_path, vit(), opened(folder), **{"precision": "fp32", **values})[1] == 6
+
+
+def test_some_of_the_images_are_not_taken_for_all(tmp_path, folder):
+    asked(tmp_path, vit(), opened(folder))
+    assert asked(tmp_path, vit(), spread(opened(folder), 3))[1] == 3
+
+
+def test_other_weights_or_another_network_with_the_same_weights_are_told_apart():
+    a, b = vit(), vit()
+    assert weights_hash(a) == weights_hash(b)
+    assert weights_hash(a) == weights_hash(b.train())
+    assert weights_hash(vit(heads=4)) != weights_hash(a)
+    with torch.no_grad():
+        b.blocks[3].mlp.fc2.bias[0] += 1e-7
+    assert weights_hash(b) != weights_hash(a)
+
+
+def test_the_class_token_is_cut_out_of_what_the_linear_grid_kept(tmp_path, folder):
+    asked(tmp_path, vit(), opened(folder), Reading(4, "mean"))
+    done, again = asked(tmp_path, vit(), opened(folder))
+    assert again == 0
+    alone, _ = asked(tmp_path / "elsewhere", vit(), opened(folder))
+    torch.testing.assert_close(done.x, alone.x)
+
+
+class Silent:
+    """Images that do not say when they change."""
+
+    classes = ("a", "b")
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (20, 20), (index, 0, 0)), index % 2
+
+
+def test_a_source_that_does_not_say_when_it_changes_is_never_kept(tmp_path):
+    assert images_stamp(Silent()) is None
+    assert [asked(tmp_path, vit(), Silent())[1] for _ in range(2)] == [3, 3]
+    assert not (tmp_path / "cache").exists()
+
+
+def entry(tmp_path, name="a", rows=3):
+    def make():
+        return Features(torch.arange(rows * 2.0).view(rows, 2), torch.arange(rows), ["lost"])
+
+    return cached(tmp_path, name, CPU, make)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""]
+)
+def test_a_damaged_entry_is_made_anew(tmp_path, damage):
+    entry(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert kept(tmp_path, "a", CPU) is None
+    assert entry(tmp_path).x.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert kept(tmp_path, "a", CPU).x.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_above_the_limit_what_was_longest_unused_goes(tmp_path, monkeypatch):
+    for number, name in enumerate("abc"):
+        entry(tmp_path, name, rows=1000)
+        for file in tmp_path.iterdir():
+            if file.stat().st_mtime > 1000:
+                os.utime(file, (number, number))
+    entry(tmp_path, "a", rows=1000)  # used just now
+    size = next(tmp_path.iterdir()).stat().st_size
+    monkeypatch.setattr(cache_module, "LIMIT", 2 * size + 10)
+    entry(tmp_path, "d", rows=1000)
+    assert [name for name in "abcd" if kept(tmp_path, name, CPU)] == ["a", "d"]
+
+
+@pytest.mark.parametrize("name", ["scenes"])
+def test_built_in_scenes_have_a_stamp_of_their_settings(name):
+    a, b, c = (shelves.build("data.sources", {"name": name, "count": 5, "seed": seed}) for seed in (0, 0, 1))
+    assert images_stamp(a) == images_stamp(b) != images_stamp(c)

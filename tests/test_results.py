@@ -1,0 +1,160 @@
+"""Results are added, never lost, and shown side by side."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinokit import results
+from dinokit.__main__ import main
+from dinokit.judge import read_list
+
+
+def line(weights="runs/a", name="knn", settings=None, digest="aa", path="photos", **scores):
+    settings = {"test": {"name": "folder", "path": path}, "k": [20], "workers": 3, **(settings or {})}
+    return results.record(name, weights, scores, settings, {"weights_hash": digest})
+
+
+def test_a_line_says_what_was_found_and_how():
+    done = json.loads(json.dumps(line(top1=0.5)))
+    assert (done["eval"], done["weights"], done["top1"]) == ("knn", "runs/a", 0.5)
+    about = done["about"]
+    assert about["data"] == {"test": {"name": "folder", "path": "photos"}}
+    assert about["settings"] == {"k": [20]}  # how many workers there were decides nothing
+    assert {"python", "torch", "dinokit"} <= set(about["software"])
+    assert about["weights_hash"] == "aa"
+    assert about["time"]
+
+
+def test_lines_are_added_and_one_that_was_cut_short_costs_only_itself(tmp_path):
+    results.append(tmp_path / "run", line(top1=0.1))
+    with (tmp_path / "run" / results.NAME).open("a") as file:
+        file.write('{"eval": "knn", "wei')
+    results.append(tmp_path / "run", line(top1=0.2))
+    lines, broken = results.read([tmp_path])
+    assert [each["top1"] for each in lines] == [0.1, 0.2]
+    assert broken == [f"{tmp_path / 'run' / results.NAME}, line 2"]
+
+
+def test_many_processes_add_at_once_and_no_line_is_lost(tmp_path):
+    code = (
+        "import sys\nfrom dinokit import results\n"
+        "for i in range(50): results.append(sys.argv[1], {'eval': 'x', 'weights': 'w', 'about': {}, 'n': i})"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [run.wait(timeout=60) for run in runs] == [0, 0, 0]
+    lines, broken = results.read([tmp_path])
+    assert (len(lines), broken) == (150, [])
+
+
+def test_the_best_row_comes_first_and_the_last_result_counts():
+    lines = [line("a", top1=0.9), line("b", top1=0.7), line("a", top1=0.6)]
+    (table,) = results.tables(lines)
+    assert table.title == "knn on photos"
+    assert table.rows == [("b", "", [0.7]), ("a", "", [0.6])]
+    assert table.best == [0.7]
+
+
+def test_of_an_error_the_least_is_the_best():
+    (table,) = results.tables([line("a", rmse=0.9, delta1=0.8), line("b", rmse=0.7, delta1=0.9)])
+    assert table.best == [0.7, 0.9]
+    assert [row[0] for row in table.rows] == ["b", "a"]
+
+
+def test_other_data_make_another_table_and_other_settings_another_row():
+    lines = [line(top1=0.1), line(top1=0.2, path="maps"), line(top1=0.3, settings={"k": [5]})]
+    tables = {table.title: table for table in results.tables(lines)}
+    assert set(tables) == {"knn on photos", "knn on maps"}
+    assert tables["knn on photos"].rows == [("runs/a", "k=[5]", [0.3]), ("runs/a", "k=[20]", [0.1])]
+
+
+def test_two_checkpoints_in_one_place_are_two_rows():
+    (table,) = results.tables([line(top1=0.1, digest="aabbccdd"), line(top1=0.2, digest="eeff0011")])
+    assert [row[0] for row in table.rows] == ["runs/a [eeff00]", "runs/a [aabbcc]"]
+
+
+def test_counts_and_settings_that_came_out_are_no_columns():
+    (table,) = results.tables([line(top1=0.1, images_test=7, lr=0.1, queries=3, mAP=0.2)])
+    assert table.columns == ["top1", "mAP"]
+
+
+def test_a_folder_without_results_is_told(tmp_path, capsys):
+    assert main(["results", str(tmp_path)]) == 2
+    assert "There is no results.jsonl in" in capsys.readouterr().err
+    assert main(["results", str(tmp_path / "nowhere")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
+def test_the_tables_are_printed_for_people_or_as_json(tmp_path, capsys):
+    results.append(tmp_path, line("a", top1=0.9))
+    results.append(tmp_path, line("b", top1=0.7, rmse=1.0))
+    assert main(["results", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("0.9000") < shown.index("0.7000")
+    assert main(["results", str(tmp_path), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["rows"][1] == ["b", "", [0.7, 1.0]]
+
+
+RECIPE = """
+all:
+  train: {name: scenes, split: train, count: 60}
+  test: {name: scenes, split: test, count: 60, test_count: 30}
+  workers: 0
+knn: {k: [5]}
+grid: {eval: linear, steps: 4, step_batch: 8, blocks: [1], pool: [false], lr: [0.1]}
+retrieval: {k: [1]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_list_gives_every_evaluator_what_it_has_a_key_for(recipe):
+    plan = read_list(str(recipe), {"grid": {"steps": 9}, "seed": 3, "test": {"test_count": 20}})
+    assert [(each.label, each.name) for each in plan] == [
+        ("knn", "knn"),
+        ("grid", "linear"),
+        ("retrieval", "retrieval"),
+    ]
+    assert (plan[1].values["steps"], plan[1].values["seed"]) == (9, 3)
+    assert {each.values["test"]["test_count"] for each in plan} == {20}
+    assert plan[0].values["train"]["count"] == 60
+    with pytest.raises(ValueError, match=r"No evaluator of mine\.yaml has a key 'sed'"):
+        read_list(str(recipe), {"sed": 3})
+    with pytest.raises(ValueError, match="there is no key 'stepps'"):
+        read_list(str(recipe), {"grid": {"stepps": 3}})
+
+
+def test_a_whole_list_is_judged_printed_and_kept(recipe, tmp_path, capsys):
+    words = [
+        "backbone.name=pixels",
+        f"recipe={recipe}",
+        f"out={tmp_path / 'out'}",
+        f"cache={tmp_path / 'cache'}",
+    ]
+    assert main(["eval", "all", *words]) == 0
+    printed = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [each["eval"] for each in printed] == ["knn", "linear", "retrieval"]
+    kept, _ = results.read([tmp_path / "out"])
+    assert [{**each, "file": ""} for each in kept] == [{**each, "file": ""} for each in printed]
+    assert (
+        len(list((tmp_path / "cache").iterdir())) == 2
+    )  # the class tokens of train and of test, for all three
+    assert len({each["about"]["weights_hash"] for each in kept}) == 1
+    assert kept[0]["about"]["transform"]["size"] == 64
+
+
+def test_one_that_cannot_judge_does_not_keep_the_others_from_it(recipe, tmp_path, capsys):
+    words = ["backbone.name=pixels", f"recipe={recipe}", f"out={tmp_path / 'out'}", "cache=null"]
+    assert main(["eval", "all", *words, "grid.blocks=[2]"]) == 2
+    said = capsys.readouterr()
+    assert [json.loads(text)["eval"] for text in said.out.splitlines()] == ["knn", "retrieval"]
+    assert "grid: Pixels shows its last block alone" in said.err
+    assert "1 of 3 evaluators could not judge: grid" in said.err

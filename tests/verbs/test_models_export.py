@@ -1,0 +1,88 @@
+"""`dinokit models` and `dinokit export` as they are typed."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from dinokit.__main__ import main
+from dinokit.hub.released import RELEASED
+from dinokit.weights import load_backbone
+
+
+def typed(capsys, line: str) -> tuple[int, str, str]:
+    status = main(line.split())
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_the_list_is_filtered_by_a_pattern(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    status, out, _ = typed(capsys, "models dinov2_vits*")
+    assert status == 0
+    lines = [line.split() for line in out.splitlines() if line.startswith("dinov2_vits")]
+    assert [line[0] for line in lines] == ["dinov2_vits14", "dinov2_vits14_reg"]
+    assert lines[0][1:] == ["22,056,576", "14", "Apache-2.0", "no", RELEASED["dinov2_vits14"].url]
+    file = tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert " yes " in typed(capsys, "models dinov2_vits14")[1]
+
+
+def test_a_pattern_that_meets_nothing_says_what_there_is(capsys):
+    status, _, err = typed(capsys, "models dinov2_vits16")
+    assert status == 2
+    assert "Did you mean 'dino_vits16'" in err or "Did you mean 'dinov2_vits14'" in err
+
+
+def test_identify_says_format_architecture_and_coverage(capsys, drawn, tmp_path):
+    torch.save({"teacher": {f"backbone.{n}": t for n, t in drawn().state_dict().items()}}, tmp_path / "x.pth")
+    status, out, _ = typed(capsys, f"models identify {tmp_path / 'x.pth'}")
+    assert status == 0
+    assert "DINOv2, training dump" in out
+    assert "width=128, depth=2, heads=2, patch=14" in out
+    assert "35 of 35 tensors; nothing missing, nothing left over" in out
+    assert "2 of 64 channels are supposed" in out
+
+
+def test_identify_of_a_part_names_what_is_missing_and_fails(capsys, drawn, tmp_path):
+    tensors = drawn().state_dict()
+    tensors.pop("norm.bias")
+    torch.save(tensors, tmp_path / "x.pth")
+    status, out, err = typed(capsys, f"models identify {tmp_path / 'x.pth'} heads=2")
+    assert status == 2
+    assert "34 of 35 tensors; 1 missing: norm.bias" in out
+    assert "partial=True" in err
+
+
+def test_export_prints_the_difference_and_how_to_open(capsys, drawn, tmp_path):
+    torch.save(drawn().state_dict(), tmp_path / "x.pth")
+    status, out, _ = typed(capsys, f"export weights={tmp_path / 'x.pth'} to=timm out={tmp_path / 'out'}")
+    assert status == 0
+    assert "Largest difference at 56 x 56 pixels: " in out
+    assert f"timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)" in out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["img_size"] == 56
+    timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert load_backbone(tmp_path / "out").width == 128
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("export", "weights must be given"),
+        ("export weights=x to=tim out=y", "There is no format to=tim. Did you mean 'timm'"),
+        ("export weights=x to=timm ou=y", "There is no key 'ou'. Did you mean 'out'"),
+        ("export weights=x to=hf out=y size=224", "size=224 is for to=onnx"),
+        ("export weights=x to=onnx out=y size=large", "size=large is no number"),
+        ("export weights=nowhere.pth to=hf out=y", "There is no file nowhere.pth"),
+        ("models identify", "Which file of weights?"),
+        ("models identify x head=3", "There is no key 'head'. Did you mean 'heads'"),
+        ("models identify nowhere.pth", "There is no file nowhere.pth"),
+        ("models dinov2* heads=3", "There is no key 'heads'"),
+    ],
+)
+def test_what_was_typed_wrongly_is_answered_in_words(capsys, line, words):
+    status, _, err = typed(capsys, line)
+    assert status == 2
+    assert words in err
