@@ -5,18 +5,18 @@ in dinokit/recipe.py. Sections that name a file on a shelf (`backbone`, `losses`
 against that file's Config. Nothing here imports torch, so a mistake is answered at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, asdict, fields, is_dataclass
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from dinokit import shelves
-from dinokit.recipe import CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher, check
+from dinokit.check import check
+from dinokit.config_values import first_line, join, listed, typed
+from dinokit.recipe import BEGINNING, CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
@@ -24,10 +24,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+Look = Callable[[str], Mapping[str, Any]]  # from the name of weights to the section `backbone` they are of
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | None = None) -> Recipe:
     """Read a recipe, a path or a name in configs/, and apply `key=value` overrides.
 
-    An override that changes the `name` of a section starts that section from the new file's defaults.
+    An override that changes the `name` of a section starts that section from the new file's defaults. A
+    section `backbone` with `weights` and no `name` is what `look` says of these, but for its own keys.
 
     Raises:
         ValueError, LookupError: for an unknown recipe, key or name, a value that does not fit, a missing
@@ -37,7 +41,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_mapping(path)
     values.setdefault("name", path.stem)
     _merge(values, parse_overrides(overrides), "")
-    return _complete(values)
+    return _complete(values, look)
 
 
 def data_section(text: str) -> dict[str, Any]:
@@ -51,10 +55,10 @@ def data_section(text: str) -> dict[str, Any]:
     return _section("data.sources", values["data"], "data")
 
 
-def _complete(values: dict[str, Any]) -> Recipe:
+def _complete(values: dict[str, Any], look: Look | None) -> Recipe:
     values = {**values, **{key: values.get(key) or {} for key in ("backbone", "losses", "data", "evals")}}
-    done = Recipe(**_typed(Recipe, values, ""))
-    done.backbone = _section("backbones", values.get("backbone"), "backbone")
+    done = Recipe(**typed(Recipe, values, ""))
+    done.backbone = _backbone(values["backbone"], look)
     done.data = _section("data.sources", values.get("data"), "data")
     done.losses = {
         name: section_values("losses", name, section or {}, f"losses.{name}")
@@ -88,12 +92,12 @@ def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str)
         ValueError, LookupError: as `load_recipe`; `where` is put before the key.
     """
     cls = shelves.read_config(shelf, name)
-    done = _typed(cls, values, where)
+    done = typed(cls, values, where)
     for item in fields(cls):
         if "shelf" in item.metadata and done[item.name]:
-            key, many = _join(where, item.name), "many" in item.metadata
+            key, many = join(where, item.name), "many" in item.metadata
             sections = done[item.name] if many else {"": done[item.name]}
-            checked = {label: _source(item, each, _join(key, label)) for label, each in sections.items()}
+            checked = {label: _source(item, each, join(key, label)) for label, each in sections.items()}
             done[item.name] = checked if many else checked[""]
     return done
 
@@ -117,7 +121,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         done: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:  # the YAML reader's own errors have no common base that OmegaConf exports
         asked = " ".join(overrides)
-        raise ValueError(f"These overrides cannot be read: {asked}: {_first_line(error)}") from None
+        raise ValueError(f"These overrides cannot be read: {asked}: {first_line(error)}") from None
     assert isinstance(done, dict)
     return done
 
@@ -140,7 +144,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except Exception as error:  # as in parse_overrides
         raise ValueError(f"{path} is not a recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a recipe: it should hold the sections {_list(Recipe)}.")
+        raise ValueError(f"{path} is not a recipe: it should hold the sections {listed(Recipe)}.")
     return values
 
 
@@ -157,11 +161,21 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> No
         if not isinstance(change, Mapping) or not isinstance(old, dict):
             values[key] = change
             continue
-        renamed = (where == "" and key in ("backbone", "data")) or "." in _join(where, key)
+        renamed = (where == "" and key in ("backbone", "data")) or "." in join(where, key)
         if renamed and change.get("name", old.get("name")) != old.get("name"):
             values[key] = dict(change)
         else:
-            _merge(old, change, _join(where, key))
+            _merge(old, change, join(where, key))
+
+
+def _backbone(values: Any, look: Look | None) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        return _section("backbones", values, "backbone")
+    begin = {key: str(values[key]) for key in BEGINNING if values.get(key)}
+    rest = {key: value for key, value in values.items() if key not in BEGINNING}
+    if look is not None and "weights" in begin and "name" not in rest:
+        rest = {**look(begin["weights"]), **rest}
+    return {**_section("backbones", rest, "backbone"), **begin}
 
 
 def _section(shelf: str, values: Any, where: str) -> dict[str, Any]:
@@ -183,67 +197,3 @@ def _eval_section(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     rest = {key: value for key, value in values.items() if key != "every"}
     return {"every": values["every"], **section_values("eval", name, rest, where)}
-
-
-def _typed(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    _unknown_keys(cls, values, where)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(values)))
-        absent = sorted(str(key) for key in OmegaConf.missing_keys(merged))
-        if absent:
-            keys = [_join(where, key) for key in absent]
-            raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
-        done = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{_culprit(cls, values, where)}: {_first_line(error)}.") from None
-    return {item.name: getattr(done, item.name) for item in fields(cls)}
-
-
-def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> str:
-    """The key whose value does not fit: OmegaConf's error does not always name it."""
-    for item in fields(cls):
-        if item.name in values:
-            key, value = _join(where, item.name), values[item.name]
-            try:
-                OmegaConf.merge(OmegaConf.structured(cls), {item.name: value})
-            except OmegaConfBaseException:
-                inner = _dataclass_of(item)
-                return _culprit(inner, value, key) if inner and isinstance(value, Mapping) else key
-    return where
-
-
-def _unknown_keys(cls: type[Any], values: object, where: str) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}={values}: it is a section, which may hold: {_list(cls) or 'nothing'}.")
-    known = {item.name: item for item in fields(cls)}
-    for key, value in values.items():
-        if key not in known:
-            inside = f" in '{where}'" if where else ""
-            raise ValueError(
-                f"{_join(where, str(key))}: there is no key '{key}'{inside}."
-                f"{shelves.suggest(str(key), list(known))} There is: {_list(cls) or 'nothing to set'}."
-            )
-        inner = _dataclass_of(known[key])
-        if inner is not None and value is not None:
-            _unknown_keys(inner, value, _join(where, key))
-
-
-def _dataclass_of(item: "Field[Any]") -> type[Any] | None:
-    options = getattr(item.type, "__args__", (item.type,))
-    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
-
-
-def _list(cls: type[Any]) -> str:
-    return ", ".join(f"{f.name}{' (must be given)' if _required(f) else ''}" for f in fields(cls))
-
-
-def _required(item: "Field[Any]") -> bool:
-    return item.default == MISSING or (item.default is NO_DEFAULT and item.default_factory is NO_DEFAULT)
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where and key else where or key
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -25,6 +25,19 @@ def source_fields(name: str) -> dict[str, str]:
     return {f.name: f.metadata["split"] for f in wanted}
 
 
+def needs_labels(name: str) -> bool:
+    """Whether an evaluator asks for labelled images."""
+    config = shelves.read_config("eval", name)
+    return any(f.metadata.get("labels", True) for f in fields(config) if "split" in f.metadata)
+
+
+def with_start(name: str, values: Mapping[str, Any], start: str) -> dict[str, Any]:
+    """`values` of an evaluator, with the weights that a run began with where it compares with them."""
+    config = shelves.read_config("eval", name)
+    keys = [f.name for f in fields(config) if "start" in f.metadata and not values[f.name]]
+    return {**values, **dict.fromkeys(keys, start)}
+
+
 def with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | None) -> dict[str, Any]:
     """`values` of an evaluator, each source that is not given filled in from a run's section `data`.
 
@@ -52,6 +65,17 @@ def trained_on(weights: str) -> dict[str, Any] | None:
 
     recipe = describe(weights)["recipe"]
     return data_section(recipe) if recipe else None
+
+
+def architecture(weights: str) -> dict[str, Any]:
+    """The section `backbone` that a file's or a run's weights are of.
+
+    Raises:
+        ValueError, LookupError: if there are no such weights.
+    """
+    from dinokit.weights import describe
+
+    return dict(describe(weights)["backbone"])
 
 
 def load_judged(weights: str | None, untrained: Mapping[str, Any] | None, device: str) -> "Backbone":

@@ -98,6 +98,21 @@ class RunLog:
         self.text.flush()
 
 
+def before_and_after(out: Path) -> list[str]:
+    """A table, line by line: what each evaluator said of a run first, and last; empty without evaluators."""
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    with (out / "metrics.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            scores = {k: v for k, v in record.items() if "/" in k and v is not None and "/images_" not in k}
+            first = {**scores, **first}
+            last.update(scores)
+    width = max(map(len, first), default=0)
+    rows = [f"{name:<{width}}  {first[name]:>9.4f}  {last[name]:>9.4f}" for name in first]
+    return [f"{'':<{width}}  {'at first':>9}  {'at last':>9}", *rows] if rows else []
+
+
 def watch(items: Iterable[T], total: int, text: str) -> Iterator[T]:
     """The items, with a progress bar on standard error while somebody watches a terminal."""
     console = Console(stderr=True)

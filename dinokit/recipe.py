@@ -1,16 +1,17 @@
-"""The recipe: what a run is, as dataclasses, and which of their values cannot stand together.
+"""The recipe: what a run is, as dataclasses.
 
 Units, everywhere: a duration is in optimiser steps, a batch is images over all processes, a size is in
 pixels, and a pair [a, b] of a schedule is a cosine from a to b.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinokit import shelves
-
 MISSING: Any = "???"  # what OmegaConf takes as "must be given"
+
+# What the section `backbone` may hold beside the fields of its file's Config: the weights that training
+# begins with (whatever load_backbone() takes), and their fingerprint, which the run writes down.
+BEGINNING = ("weights", "fingerprint")
 
 
 def within(low: float, high: float, default: Any) -> Any:
@@ -55,6 +56,7 @@ class Teacher:
     temp_every: int = at_least(
         1, 1
     )  # steps between two changes of the temperature; DINO changes it once an epoch
+    frozen: str = ""  # a backbone file or run that teaches without moving; the average is then a thing apart
 
 
 @dataclass
@@ -109,6 +111,7 @@ class Optim:
     lr: float = at_least(0, MISSING)  # peak, for a batch of `lr_batch` images
     lr_batch: int = at_least(1, 1024)
     lr_rule: Literal["none", "sqrt", "linear"] = "sqrt"
+    head_warmup: int = at_least(0, 0)  # the heads learn alone for so many steps; `warmup` counts from there
     warmup: int = at_least(0, 0)
     min_lr: float = at_least(0, 1e-6)
     weight_decay: tuple[float, float] = at_least(0, (0.04, 0.4))
@@ -168,82 +171,7 @@ class Recipe:
     evals: dict[str, Any] = field(default_factory=dict)
     run: Run = field(default_factory=Run)
 
-
-def check(recipe: Recipe) -> None:
-    """Hold a recipe's settings against each other.
-
-    Raises:
-        ValueError: naming the keys of those that cannot stand together, and the way out.
-    """
-    for key, value, (low, high) in _ranges(recipe, ""):
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(not low <= number <= high for number in numbers):
-            wanted = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
-            raise ValueError(f"{key}={value}: it must be {wanted}.")
-    _check_losses(recipe)
-    optim, crops, run = recipe.optim, recipe.crops, recipe.run
-    if not crops.globals.count:
-        raise ValueError("crops.globals.count=0: teacher and student must see at least one global crop.")
-    if crops.globals.count + crops.locals.count < 2:
-        raise ValueError("crops: one global crop and no local one leave nothing to compare; add crops.")
-    if optim.warmup >= optim.steps:
-        raise ValueError(f"optim.warmup={optim.warmup} leaves nothing of optim.steps={optim.steps}.")
-    if optim.batch % run.accumulate:
-        raise ValueError(
-            f"optim.batch={optim.batch} cannot be cut into run.accumulate={run.accumulate} equal parts."
-        )
-    pairs = {
-        "crops.globals.scale": crops.globals.scale,
-        "crops.locals.scale": crops.locals.scale,
-        "crops.ratio": crops.ratio,
-        "crops.blur_sigma": crops.blur_sigma,
-    }
-    for name, (low, high) in pairs.items():
-        if low > high:
-            raise ValueError(f"{name}=[{low:g}, {high:g}]: the smaller number comes first.")
-    for name, group in {"globals": crops.globals, "locals": crops.locals}.items():
-        for key in ("blur", "solarize"):
-            given = getattr(group, key)
-            if len(given) not in (1, group.count) and group.count:
-                raise ValueError(
-                    f"crops.{name}.{key} gives {len(given)} probabilities for "
-                    f"crops.{name}.count={group.count} crops: give one for all, or one a crop."
-                )
-    if len(crops.mean) != len(crops.std):
-        raise ValueError(f"crops.mean has {len(crops.mean)} channels, crops.std has {len(crops.std)}.")
-    if crops.blur_kernel % 2 == 0:
-        raise ValueError(f"crops.blur_kernel={crops.blur_kernel} must be odd.")
-
-
-def _ranges(section: Any, where: str) -> Iterator[tuple[str, Any, tuple[float, float]]]:
-    """Key, value and range of every field that has one."""
-    for item in fields(section):
-        value = getattr(section, item.name)
-        if is_dataclass(value):
-            yield from _ranges(value, f"{where}{item.name}.")
-        elif "range" in item.metadata:
-            yield f"{where}{item.name}", value, item.metadata["range"]
-
-
-def _check_losses(recipe: Recipe) -> None:
-    if not recipe.losses:
-        there = ", ".join(shelves.names("losses"))
-        raise ValueError(f"losses is empty, so there is nothing to learn from. There is: {there}.")
-    configs = {name: shelves.read_config("losses", name) for name in recipe.losses}
-    masked = [name for name, cls in configs.items() if "masks" in getattr(cls, "uses", ())]
-    if masked and recipe.masks is None:
-        raise ValueError(f"losses.{masked[0]} learns from masked patches, but there is no section `masks`.")
-    for key, value in {"masks": recipe.masks, "heads.patch": recipe.heads.patch}.items():
-        if value is not None and not masked:
-            raise ValueError(
-                f"`{key}` is given, but no loss of this recipe reads it; take it out with {key}=null."
-            )
-    part = recipe.optim.batch // recipe.run.accumulate
-    for name, cls in configs.items():
-        least = getattr(cls, "least_images", 1)
-        if part < least:
-            raise ValueError(
-                f"losses.{name} needs {least} images at a time, but optim.batch={recipe.optim.batch} in "
-                f"run.accumulate={recipe.run.accumulate} parts gives {part}. Raise optim.batch, or drop it "
-                f"with losses.{name}=null."
-            )
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The section `backbone` without where its weights come from: what it is built from."""
+        return {key: value for key, value in self.backbone.items() if key not in BEGINNING}

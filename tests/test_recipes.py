@@ -68,12 +68,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "heads.cls.prototypes": 2**16, "heads.cls.bottleneck": 256, "heads.patch": None,
         "backbone.patch": 16, "backbone.ffn": "mlp", "backbone.drop_path": 0.3, "crops.locals.size": 6 * 16,
     },
+    "dinov2_distill_vits14": {key: value for key, value in LONG.items() if not key.startswith("masks.")} | {
+        "optim.batch": 2048, "optim.lr": 1e-3, "optim.lr_batch": 2048, "masks": None,
+        "backbone.width": 384, "backbone.depth": 12, "backbone.heads": 6, "backbone.ffn": "mlp",
+        "backbone.drop_path": 0.0,
+    },
     "dinov2_vitl14": LONG,
     "dinov2_vitg14": LONG,
 }  # fmt: skip
 PEAK_LR = {
     "dinov1_vits16_in1k": 1e-3,
     "dinov2_vitl16_short": 5.657e-3,
+    "dinov2_distill_vits14": 1e-3,
     "dinov2_vitl14": 3.464e-4,
     "dinov2_vitg14": 3.464e-4,
 }
@@ -84,8 +90,9 @@ def stated(name: str) -> dict[str, Any]:
 
 
 def load(name: str, *overrides: str) -> Recipe:
-    path = ["data.path=somewhere"] if stated(name)["data"].get("path") == "???" else []
-    return load_recipe(name, [*path, *overrides])
+    asked = {"data": "path", "teacher": "frozen", "backbone": "weights"}
+    given = [f"{part}.{key}=somewhere" for part, key in asked.items() if stated(name)[part].get(key) == "???"]
+    return load_recipe(name, [*given, *overrides], look=lambda _: {"name": "vit", "patch": 14, "size": 518})
 
 
 def value_of(tree: object, key: str) -> object:

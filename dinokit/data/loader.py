@@ -78,7 +78,7 @@ def loader(
         raise ValueError("the data source holds no images.")
     part, own = batch // parts, batch // parts // world
     places = [start + rank * own + i for start in range(0, batch, part) for i in range(own)]
-    return _data_loader(
+    return data_loader(
         Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
     )
 
@@ -105,7 +105,7 @@ def view_loader(
     `order` is asked for one batch after another. An unreadable image is zeros (channels, size, size).
     """
     blank = partial(_collate_eval, channels=channels, size=size)
-    return _data_loader(_Views(source, cut), order, blank, workers, pin=False)
+    return data_loader(_Views(source, cut), order, blank, workers, pin=False)
 
 
 class Places(Dataset[Sample]):
@@ -207,13 +207,14 @@ def _collate_eval(rows: Sequence[tuple[int, Tensor | None, int, str]], channels:
     )
 
 
-def _data_loader(
+def data_loader(
     dataset: Dataset[Any],
     batches: Iterable[list[Any]],
     collate_fn: Callable[[Any], Any],
     workers: int,
     pin: bool,
 ) -> DataLoader[Any]:
+    """A DataLoader whose workers leave signals to this process, and which draws nothing from torch's dice."""
     workers = _spare_cores() if workers < 0 else workers
     return DataLoader(
         dataset,

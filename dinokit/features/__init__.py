@@ -1,12 +1,18 @@
 """Frozen features: what a backbone says of images. Nothing here changes the backbone."""
 
+from dinokit.features.attention import attention
 from dinokit.features.cache import cached, kept
+from dinokit.features.extraction import Extraction, extract_to
+from dinokit.features.fingerprint import fingerprint
 from dinokit.features.frozen import device_of, frozen, last_layers, normalised
 from dinokit.features.identity import weights_hash
 from dinokit.features.reading import Reading
+from dinokit.features.store import Store, open_store
 from dinokit.features.vectors import Features, Part, extract, readable, spread
+from dinokit.features.wanted import Wanted
 
 __all__ = [
-    "Features", "Part", "Reading", "cached", "device_of", "extract", "frozen", "kept", "last_layers",
-    "normalised", "readable", "spread", "weights_hash",
+    "Extraction", "Features", "Part", "Reading", "Store", "Wanted", "attention", "cached", "device_of",
+    "extract", "extract_to", "fingerprint", "frozen", "kept", "last_layers", "normalised", "open_store",
+    "readable", "spread", "weights_hash",
 ]  # fmt: skip

@@ -20,6 +20,14 @@ class Scores:
     rows: Tensor  # (..., w)
     prototypes: Tensor  # (K, w)
 
+    def by_crop(self, images: int) -> "Scores":
+        """The rows (crops * images, w), crop after crop, as (crops, images, w)."""
+        return Scores(self.rows.unflatten(0, (-1, images)), self.prototypes)
+
+    def detach(self) -> "Scores":
+        """The same, without a gradient."""
+        return Scores(self.rows.detach(), self.prototypes.detach())
+
     def logits(self, part: slice = slice(None)) -> Tensor:
         """Logits (..., K) of all prototypes, or of a part of them."""
         return F.linear(self.rows, self.prototypes[part])

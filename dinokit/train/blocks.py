@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dinokit.config import Run
 from dinokit.device import DTYPES
 from dinokit.layers.attention import use_kernel
-from dinokit.train.student_teacher import StudentTeacher
+from dinokit.train.start import Model
 
 # What `selective` keeps of a block: results that cost a matrix product with weights, or a fused attention.
 _KEPT = frozenset({
@@ -23,7 +23,7 @@ _KEPT = frozenset({
 })  # fmt: skip
 
 
-def prepare(model: StudentTeacher, run: Run, device: torch.device) -> None:
+def prepare(model: Model, run: Run, device: torch.device) -> None:
     """Do as `run.attention`, `run.checkpointing` and `run.compile` say, in place; parameter names stay.
 
     Raises:
@@ -33,7 +33,7 @@ def prepare(model: StudentTeacher, run: Run, device: torch.device) -> None:
     for block in model.student.backbone.blocks:
         _checkpoint(block, run)
     if run.compile == "blocks":
-        for block in (*model.student.backbone.blocks, *model.teacher.backbone.blocks):
+        for block in (*model.student.backbone.blocks, *model.average.backbone.blocks):
             block.compile(dynamic=False)
 
 

@@ -9,23 +9,24 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from dinokit.config import Recipe, load_recipe, to_yaml
-from dinokit.device import Precision
-from dinokit.distributed import gather_objects, rank, world_size
+from dinokit.device import pick_precision
+from dinokit.distributed import gather_objects, of_first, rank, world_size
 from dinokit.files import PARTS, remove, write_text
 
 # Settings that may change when a run goes on, because they do not change what it learns.
 FREE = (
-    "evals", "run.out", "run.device", "run.workers", "run.log_every", "run.checkpoint_every", "run.keep",
-    "run.keep_every", "run.max_unreadable", "run.parallel", "run.timeout_minutes", "run.attention",
-    "run.compile", "run.checkpointing", "run.logits", "run.keep_memory",
+    "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
+    "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.parallel",
+    "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits",
+    "run.keep_memory",
 )  # fmt: skip
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 
@@ -60,10 +61,13 @@ def open_run(recipe: Recipe) -> Path:
     return out
 
 
-def saved_precision(recipe: Recipe) -> Precision | Literal["auto"]:
-    """What the run in `run.out` computes in, if there is one; else auto."""
-    saved = Path(recipe.run.out) / "recipe.yaml"
-    return load_recipe(saved).run.precision if saved.exists() else "auto"
+def with_precision(recipe: Recipe, device: torch.device) -> Recipe:
+    """With run.precision settled: what the run in the folder has, else what process 0's device does well."""
+    saved, wanted = Path(recipe.run.out) / "recipe.yaml", recipe.run.precision
+    if wanted == "auto" and saved.exists():
+        wanted = load_recipe(saved).run.precision
+    precision = of_first(pick_precision(wanted, device))
+    return replace(recipe, run=replace(recipe.run, precision=precision))
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

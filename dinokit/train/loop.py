@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,17 +14,18 @@ from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
-from dinokit.device import keep_freed_memory, pick_device, pick_precision
-from dinokit.distributed import all_reduce_sum, gather_objects, of_first, rank, world_size
-from dinokit.log import RunLog
+from dinokit.device import keep_freed_memory, pick_device
+from dinokit.distributed import all_reduce_sum, gather_objects, rank, world_size
+from dinokit.log import RunLog, before_and_after
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, Found
 from dinokit.train.finite import check_finite
-from dinokit.train.folder import open_run, saved_precision
+from dinokit.train.folder import open_run, with_precision
 from dinokit.train.memory import memory_share, peak_memory
 from dinokit.train.parallel import whole_backbone
 from dinokit.train.parts import parts_of_step
 from dinokit.train.processes import Stopped, agree, beat, joined, stop_signals
+from dinokit.train.start import begin, keep_start
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
 from dinokit.weights import save_backbone
@@ -58,14 +59,17 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
 def _train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], device: torch.device) -> Path:
     out = Path(recipe.run.out)
     agree(recipe, source, out)
-    recipe = _with_precision(recipe, device)
+    recipe = with_precision(recipe, device)
     found = checkpoint.latest(out / "checkpoints")
     parts = parts_of_step(recipe, world_size(), found.values if found else None)
     torch.manual_seed(recipe.run.seed)
-    step = Step(recipe, device, parts)
+    model, recipe = begin(recipe, first=found is None)
+    step = Step(recipe, device, parts, model)
     masks = block_masks(recipe, step.model.student.backbone)
     open_run(recipe)
     unreadable = Unreadable(recipe.run.max_unreadable, len(source))
+    if found is None:
+        keep_start(out, recipe, whole_backbone(recipe, step.model.student.backbone))
     start = _resume(found, step, unreadable)
     saved = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
     with RunLog(out, recipe.optim.steps, start) as log, saved, stop_signals() as stopping:
@@ -86,6 +90,8 @@ def _train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], devi
                 log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")
                 raise Stopped
         saved.finish()
+        for line in before_and_after(out):
+            log.say(line)
         log.say(f"done: {out / 'teacher.safetensors'}")
     return out
 
@@ -189,7 +195,7 @@ class Run:
         if not due:
             return
         self.report(done)
-        backbone = whole_backbone(self.recipe, self.step.model.teacher.backbone)
+        backbone = whole_backbone(self.recipe, self.step.model.average.backbone)
         beat(0)  # an evaluation may take hours
         for evaluator in due:
             begun = time.monotonic()
@@ -202,10 +208,10 @@ class Run:
     def save(self, done: int) -> None:
         """A checkpoint to go on from, and the teacher for use."""
         self.report(done)  # nothing that is not finite is ever saved
-        backbone = whole_backbone(self.recipe, self.step.model.teacher.backbone)
+        backbone = whole_backbone(self.recipe, self.step.model.average.backbone)
         if rank() == 0:
             # The checkpoint comes last: a run that is killed in between does the last steps, and this, again.
-            path, section = self.out / "teacher.safetensors", self.recipe.backbone
+            path, section = self.out / "teacher.safetensors", self.recipe.architecture
             try:
                 save_backbone(path, backbone, section, to_yaml(self.recipe))
             except OSError as error:
@@ -230,13 +236,6 @@ def block_masks(recipe: Recipe, backbone: Backbone) -> BlockMasks | None:
     """The mask generator for a recipe's global crops, or none."""
     side = recipe.crops.globals.size // backbone.patch
     return BlockMasks(recipe.masks, (side, side)) if recipe.masks is not None else None
-
-
-def _with_precision(recipe: Recipe, device: torch.device) -> Recipe:
-    """With run.precision settled: what the run in the folder has, else what process 0's device does well."""
-    wanted = recipe.run.precision
-    precision = of_first(pick_precision(saved_precision(recipe) if wanted == "auto" else wanted, device))
-    return replace(recipe, run=replace(recipe.run, precision=precision))
 
 
 def _resume(found: Found | None, step: Step, unreadable: Unreadable) -> int:

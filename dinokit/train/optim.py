@@ -1,9 +1,9 @@
 """AdamW with the parameter groups of DINOv2, and both ways of clipping.
 
-A group is all parameters that share (factor on the learning rate, do they decay, are they prototypes).
+A group is all parameters that share (factor on the learning rate, do they decay, whose rate they follow).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,16 +18,17 @@ from dinokit.train.student_teacher import Network
 def parameter_groups(student: Network, cfg: Optim) -> list[dict[str, Any]]:
     """Every trainable parameter of the student once, in groups for AdamW.
 
-    A group has `lr_scale`, `decays` and `prototypes` beside `params`. Biases, norms and LayerScale gains (all
-    that has one dimension) do not decay; tokens, positions and the prototypes' lengths do, as in DINOv2.
+    A group has `lr_scale`, `decays` and `part` (backbone, heads, prototypes) beside `params`. Biases, norms
+    and LayerScale gains (all that has one dimension) do not decay; tokens, positions and the prototypes'
+    lengths do, as in DINOv2.
     """
-    groups: dict[tuple[float, bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[float, bool, str], list[Tensor]] = {}
     for name, p, scale in _scaled(student, cfg):
         if p.requires_grad:
-            groups.setdefault((scale, p.ndim > 1, "last_layer" in name), []).append(p)
+            groups.setdefault((scale, p.ndim > 1, _part(name)), []).append(p)
     return [
-        {"params": params, "lr_scale": scale, "decays": decays, "prototypes": prototypes}
-        for (scale, decays, prototypes), params in groups.items()
+        {"params": params, "lr_scale": scale, "decays": decays, "part": part}
+        for (scale, decays, part), params in groups.items()
     ]
 
 
@@ -36,10 +37,10 @@ def build_optimizer(student: Network, cfg: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(student, cfg), lr=0.0, betas=cfg.betas, fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, head_lr: float, weight_decay: float) -> None:
-    """Give every group its share of this step's learning rate and weight decay."""
+def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float], weight_decay: float) -> None:
+    """Give every group its share of this step's learning rate, by part, and of the weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = (head_lr if group["prototypes"] else lr) * group["lr_scale"]
+        group["lr"] = rates[group["part"]] * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
@@ -68,9 +69,15 @@ def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
 def drop_prototype_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Leave the prototypes out of the next step: DINO's way of freezing, which spares Adam's moments."""
     for group in optimizer.param_groups:
-        if group["prototypes"]:
+        if group["part"] == "prototypes":
             for p in group["params"]:
                 p.grad = None
+
+
+def _part(name: str) -> str:
+    if name.startswith("backbone."):
+        return "backbone"
+    return "prototypes" if "last_layer" in name else "heads"
 
 
 def _scaled(student: Network, cfg: Optim) -> Iterator[tuple[str, Tensor, float]]:

@@ -25,13 +25,14 @@ from dinokit.backbones import Backbone
 from dinokit.config import Recipe
 from dinokit.device import DTYPES
 from dinokit.distributed import full, launch, world_size
-from dinokit.train.student_teacher import Network, StudentTeacher, build_backbone
+from dinokit.train.start import Model
+from dinokit.train.student_teacher import Network, build_backbone
 
 STATE_BYTES = 5 * 4  # a parameter: student, gradient, two moments, teacher, in float32
 ROOMY = 0.4  # of a device's memory: what all that may take before `auto` cuts it
 
 
-def spread(model: StudentTeacher, recipe: Recipe, device: torch.device) -> nn.Module:
+def spread(model: Model, recipe: Recipe, device: torch.device) -> nn.Module:
     """The model to call in a step: it, or it in DDP. FSDP changes the modules in place.
 
     Call it before the optimiser is made. What is recomputed in the backward pass, and what is compiled, is
@@ -79,18 +80,17 @@ def choose(recipe: Recipe, model: nn.Module, device: torch.device) -> Literal["n
     return "ddp" if size < ROOMY * torch.cuda.get_device_properties(device).total_memory else "fsdp"
 
 
-def shard(model: StudentTeacher, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Cut student and teacher, a block at a time, then each head, then what is left."""
+def shard(model: Model, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Cut the student and its average, a block at a time, then each head, then what is left."""
     # A backbone's tokens are views of its rows, which FSDP warns of writing into; nothing here does.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for network in (model.student, model.teacher):
+    for network in (model.student, model.average):
         for block in network.backbone.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        for (
-            part
-        ) in network.children():  # tokens, positions and prototypes stay in float32: they are small, or
-            fully_shard(part, mesh=mesh, mp_policy=whole)  # of unit length, where bf16 loses a small step
+        for part in network.children():
+            # Tokens, positions, prototypes stay in float32: small, or of unit length, where bf16 is coarse.
+            fully_shard(part, mesh=mesh, mp_policy=whole)
     fully_shard(model, mesh=mesh, mp_policy=whole)
 
 
@@ -137,6 +137,6 @@ def _policy(recipe: Recipe, device: torch.device) -> MixedPrecisionPolicy:
 
 def _all_read(student: Network, recipe: Recipe) -> bool:
     """Whether some loss is known to read every parameter."""
-    masked = "ibot" in recipe.losses
-    unmasked = not hasattr(student.backbone, "mask_token") and student.shared
-    return "dino" in recipe.losses and (masked or unmasked)
+    token = recipe.masks is not None or not hasattr(student.backbone, "mask_token")
+    heads = "dino" in recipe.losses and ("ibot" in recipe.losses or student.shared)
+    return token and heads

@@ -22,8 +22,7 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, str]:
         ValueError: for all that would stop the run before its first step, but for the data.
     """
     with torch.device("meta"):
-        model = StudentTeacher(recipe)
-    student = model.student
+        student = StudentTeacher(recipe).student  # a frozen teacher's file is not opened here
     block_masks(recipe, student.backbone)
     Photometric(recipe.crops)
     optim = recipe.optim
@@ -33,7 +32,8 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, str]:
     state = sum(counts.values()) * STATE_BYTES / 2**30
     tokens, activations = _activations(recipe, student, images)
     crops = recipe.crops.globals.count + recipe.crops.locals.count
-    lines = {
+    frozen = {"teacher": f"{recipe.teacher.frozen}, frozen; its memory comes on top of what follows"}
+    lines = (frozen if recipe.teacher.frozen else {}) | {
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "memory": f"{state:.2f} GiB for weights, gradients, AdamW and teacher; about {activations:.1f} GiB "
         f"for what a backward pass over {images} images in one process keeps (an estimate, without "
@@ -58,9 +58,9 @@ def _activations(recipe: Recipe, student: Network, images: int) -> tuple[int, fl
     blocks = tokens * backbone.width * len(backbone.blocks) * BYTES_A_TOKEN
     crops = 2 * recipe.crops.globals.count + recipe.crops.locals.count  # the teacher sees the global ones too
     logits = images * crops * recipe.heads.cls.prototypes * 3 * 4  # logits, exponentials, gradient
-    if recipe.masks is not None:
+    if recipe.masks is not None or recipe.teacher.frozen:
         head = recipe.heads.patch or recipe.heads.cls
-        share = recipe.masks.images * sum(recipe.masks.patches) / 2
+        share = recipe.masks.images * sum(recipe.masks.patches) / 2 if recipe.masks is not None else 1.0
         patches = images * recipe.crops.globals.count * (recipe.crops.globals.size // backbone.patch) ** 2
         logits += round(patches * share) * 2 * head.prototypes * 3 * 4
     return tokens, (blocks + logits) / 2**30

@@ -13,10 +13,11 @@ from dinokit.device import DTYPES
 from dinokit.distributed import rank
 from dinokit.train import state
 from dinokit.train.blocks import prepare
+from dinokit.train.distill import GUIDE
 from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_gradients, set_rates
 from dinokit.train.parallel import spread, synced
 from dinokit.train.schedule import Schedules
-from dinokit.train.student_teacher import StudentTeacher
+from dinokit.train.start import Model, build_model
 
 
 class Step:
@@ -26,12 +27,15 @@ class Step:
         recipe: of the run.
         device: to train on.
         parts: that this process's share of a batch is cut into; 0: run.accumulate.
+        model: what to train, if it is made already.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, parts: int = 0) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, parts: int = 0, model: Model | None = None
+    ) -> None:
         self.recipe, self.device = recipe, device
         self.parts = parts or recipe.run.accumulate
-        self.model = StudentTeacher(recipe).to(device).train()
+        self.model = (model or build_model(recipe)).to(device).train()
         prepare(self.model, recipe.run, device)
         self.replica = spread(self.model, recipe, device)  # what is called in a step: the model, or it in DDP
         self.colour = Photometric(recipe.crops)
@@ -52,7 +56,7 @@ class Step:
         if optim.head_freeze == "gradient" and step < optim.head_frozen:
             drop_prototype_gradients(self.optimizer)
         s = self.schedules
-        set_rates(self.optimizer, s.lr(step), s.head_lr(step), s.weight_decay(step))
+        set_rates(self.optimizer, s.rates(step), s.weight_decay(step))
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -71,11 +75,14 @@ class Step:
             with synced(self.replica, last=i == parts - 1):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     losses = self.replica(seen, temp, new_step=i == 0)
-                total = sum(self.recipe.losses[name]["weight"] * value for name, value in losses.items())
+                total = sum(self._weight(name) * value for name, value in losses.items())
                 self.scaler.scale(total / parts).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / parts
         return sums
+
+    def _weight(self, name: str) -> float:
+        return self.recipe.losses[name.removeprefix(GUIDE)]["weight"]
 
     def coloured(self, batch: Batch) -> Batch:
         """The batch on the device, its crops coloured and normalised."""

@@ -26,18 +26,25 @@ class Network(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.backbone = build_backbone(recipe)
-        self.dino_head = _head(self.backbone.width, recipe.heads.cls)
+        self.dino_head = build_head(self.backbone.width, recipe.heads.cls)
         self.shared = recipe.heads.patch is None
         if recipe.heads.patch is not None:
-            self.ibot_head = _head(self.backbone.width, recipe.heads.patch)
+            self.ibot_head = build_head(self.backbone.width, recipe.heads.patch)
 
     def scores(self, cls: Tensor, patches: Tensor) -> tuple[Scores, Scores]:
         """Of class tokens (C, D) and masked patches (M, D), by the patches' own head or the same."""
-        if not self.shared:
-            return self.dino_head(cls), self.ibot_head(patches)
-        both: Scores = self.dino_head(torch.cat([cls, patches]))
-        rows = both.rows.split([len(cls), len(patches)])
-        return Scores(rows[0], both.prototypes), Scores(rows[1], both.prototypes)
+        return both_scores(self.dino_head, None if self.shared else self.ibot_head, cls, patches)
+
+
+def both_scores(
+    head: nn.Module, patch_head: nn.Module | None, cls: Tensor, patches: Tensor
+) -> tuple[Scores, Scores]:
+    """Of class tokens (C, D) and patches (M, D), by two heads, or in one pass by the first."""
+    if patch_head is not None:
+        return head(cls), patch_head(patches)
+    both: Scores = head(torch.cat([cls, patches]))
+    rows = both.rows.split([len(cls), len(patches)])
+    return Scores(rows[0], both.prototypes), Scores(rows[1], both.prototypes)
 
 
 class StudentTeacher(nn.Module):
@@ -52,6 +59,11 @@ class StudentTeacher(nn.Module):
         self.losses = nn.ModuleList(
             shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
         )
+
+    @property
+    def average(self) -> Network:
+        """The moving average of the student, which is judged and kept: the teacher itself."""
+        return self.teacher
 
     def train(self, mode: bool = True) -> "StudentTeacher":
         """As nn.Module.train, but the teacher stays in evaluation mode: it drops no branch."""
@@ -100,8 +112,8 @@ class StudentTeacher(nn.Module):
             torch.cat([s.cls for s in student]), _rows(student[0].patches, masked)
         )
         return Views(
-            student_cls=Scores(student_cls.rows.unflatten(0, (-1, images)), student_cls.prototypes),
-            teacher_cls=Scores(teacher_cls.rows.unflatten(0, (-1, images)), teacher_cls.prototypes),
+            student_cls=student_cls.by_crop(images),
+            teacher_cls=teacher_cls.by_crop(images),
             student_feature=student[0].cls.unflatten(0, (-1, images)),
             student_patch=student_patch,
             teacher_patch=teacher_patch,
@@ -120,7 +132,7 @@ def build_backbone(recipe: Recipe) -> Backbone:
             token.
     """
     crops = recipe.crops
-    backbone: Backbone = shelves.build("backbones", recipe.backbone)
+    backbone: Backbone = shelves.build("backbones", recipe.architecture)
     if backbone.channels != len(crops.mean):
         raise ValueError(
             f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for "
@@ -141,7 +153,8 @@ def build_backbone(recipe: Recipe) -> Backbone:
     return backbone
 
 
-def _head(width: int, cfg: Head) -> PrototypeHead:
+def build_head(width: int, cfg: Head) -> PrototypeHead:
+    """The head that a recipe describes, for features of this width."""
     return PrototypeHead(width, cfg.prototypes, cfg.hidden, cfg.bottleneck, cfg.layers, cfg.norm_last_layer)
 
 

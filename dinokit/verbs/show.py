@@ -12,7 +12,7 @@ dinokit show dinov2_vitg14 data.path=LIST nodes=12 gpus=8 images_per_second=35
 from collections.abc import Sequence
 from typing import Any
 
-from dinokit import shelves
+from dinokit import judge, shelves
 from dinokit.config import load_recipe, to_yaml
 from dinokit.verbs import Command
 
@@ -23,7 +23,7 @@ CLUSTER = {"nodes": int, "gpus": int, "images_per_second": float, "gpu_gib": flo
 def run(command: Command) -> None:
     given = [text for text in command.settings if text.partition("=")[0] in CLUSTER]
     rest = [text for text in command.settings if text not in given]
-    recipe = load_recipe(command.one_word("recipe", shelves.recipe_names()), rest)
+    recipe = load_recipe(command.one_word("recipe", shelves.recipe_names()), rest, judge.architecture)
     cluster = dict(_number(text) for text in given)
     from dinokit.train.plan import plan
     from dinokit.train.scale import Cluster

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def run(command: Command) -> None:
-    pretrain(load_recipe(command.one_word("recipe", shelves.recipe_names()), command.settings))
+    word = command.one_word("recipe", shelves.recipe_names())
+    pretrain(load_recipe(word, command.settings, judge.architecture))
 
 
 def describe(words: Sequence[str]) -> str:
@@ -46,7 +47,8 @@ def _evaluators(recipe: Recipe, source: "Source") -> list["Evaluator"]:
     for name, section in recipe.evals.items():
         values = {key: value for key, value in section.items() if key != "every"}
         sources = judge.source_fields(name)
-        if any(values[key] is None for key in sources) and not source.classes:
+        unlabelled = judge.needs_labels(name) and not source.classes
+        if any(values[key] is None for key in sources) and unlabelled:
             text = (
                 f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To watch the "
                 f"run by it, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}."
@@ -55,5 +57,7 @@ def _evaluators(recipe: Recipe, source: "Source") -> list["Evaluator"]:
                 print(text, file=sys.stderr)
             continue
         values = judge.with_data(name, values, recipe.data)
+        if recipe.backbone.get("weights"):
+            values = judge.with_start(name, values, f"{recipe.run.out}/start.safetensors")
         done.append(Evaluator(name, section["every"], partial(judge.run_evaluator, name, values)))
     return done

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dinokit import shelves
 from dinokit.config import load_recipe
+from dinokit.train import loop
 
 TINY = """
 backbone: {name: vit, size: 32, width: 24, depth: 2, heads: 2, patch: 8, layer_scale: 1.0, drop_path: 0.2}
@@ -88,6 +90,18 @@ def same_run():
     return assert_same_run
 
 
+@pytest.fixture
+def saved():
+    """saved(checkpoint): the model in a checkpoint of one process, by name."""
+
+    def read(path):
+        (shard,) = path.glob("shard-*")
+        tensors = load_file(shard)
+        return {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+
+    return read
+
+
 SCENARIOS = str(Path(__file__).parent / "scenarios.py")
 RACES = "Address already in use", "EADDRINUSE", "Connection refused"  # of two programs that start at once
 
@@ -145,3 +159,23 @@ class Together:
 @pytest.fixture
 def together(tmp_path):
     return Together(tmp_path / "said.txt")
+
+
+@pytest.fixture
+def cut_short(monkeypatch):
+    """cut_short(recipe): a run that ends after its fourth step, as when it is interrupted."""
+
+    def run(recipe):
+        whole = loop.Run.advance
+
+        def advance(self, batch):
+            whole(self, batch)
+            if batch.step == 3:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Run, "advance", advance)
+            with pytest.raises(KeyboardInterrupt):
+                loop.train(recipe, shelves.build("data.sources", recipe.data))
+
+    return run

@@ -129,7 +129,7 @@ def follow(recorded, run: dict, koleo: dict | None = None) -> None:
         want = dict(zip(columns, values, strict=True))
         schedules = step.schedules
         close(schedules.lr(i), want["lr"], f"lr of step {i}")
-        close(schedules.head_lr(i), want["last_layer_lr"], f"last_layer_lr of step {i}")
+        close(schedules.prototypes_lr(i), want["last_layer_lr"], f"last_layer_lr of step {i}")
         close(schedules.weight_decay(i), want["weight_decay"], f"weight decay of step {i}")
         close(schedules.momentum(i), want["momentum"], f"momentum of step {i}")
         close(schedules.teacher_temp(i), want["teacher_temp"], f"teacher temperature of step {i}")

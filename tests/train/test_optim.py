@@ -36,7 +36,7 @@ def optim(**values) -> Optim:
     return Optim(**{"steps": 10, "batch": 2, "lr": 1e-3, **values})
 
 
-def rule(name: str, decay: float, patch: float) -> tuple[float, bool, bool]:
+def rule(name: str, decay: float, patch: float) -> tuple[float, bool, str]:
     """DINOv2's rules, from the name alone (section 5.3 of its description)."""
     scale = 1.0
     if name.startswith("backbone."):
@@ -47,17 +47,18 @@ def rule(name: str, decay: float, patch: float) -> tuple[float, bool, bool]:
     if "patch_embed" in name:
         scale *= patch
     decays = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-    return scale, decays, "last_layer" in name
+    head = "prototypes" if "last_layer" in name else "heads"
+    return scale, decays, "backbone" if name.startswith("backbone.") else head
 
 
 def test_every_parameter_is_in_one_group_and_follows_the_published_rules():
     student = network()
     groups = parameter_groups(student, optim(layer_decay=0.9, patch_lr=0.2))
-    found = {id(p): (g["lr_scale"], g["decays"], g["prototypes"]) for g in groups for p in g["params"]}
+    found = {id(p): (g["lr_scale"], g["decays"], g["part"]) for g in groups for p in g["params"]}
     assert sum(len(g["params"]) for g in groups) == len(found) == len(list(student.parameters()))
     for name, p in student.named_parameters():
-        scale, decays, prototypes = rule(name, 0.9, 0.2)
-        assert found[id(p)] == (pytest.approx(scale), decays, prototypes), name
+        scale, decays, part = rule(name, 0.9, 0.2)
+        assert found[id(p)] == (pytest.approx(scale), decays, part), name
 
 
 def test_a_patch_embedding_of_a_large_model_learns_slowly():
@@ -67,9 +68,11 @@ def test_a_patch_embedding_of_a_large_model_learns_slowly():
 
 def test_rates_reach_the_groups():
     opt = build_optimizer(network(), optim())
-    set_rates(opt, lr=0.5, head_lr=0.0, weight_decay=0.1)
+    rates = {"backbone": 0.5, "heads": 0.25, "prototypes": 0.0}
+    set_rates(opt, rates, weight_decay=0.1)
+    assert {g["part"] for g in opt.param_groups} == set(rates)
     for g in opt.param_groups:
-        assert g["lr"] == (0.0 if g["prototypes"] else 0.5)
+        assert g["lr"] == rates[g["part"]]
         assert g["weight_decay"] == (0.1 if g["decays"] else 0.0)
 
 
@@ -111,7 +114,7 @@ def test_no_clipping_leaves_gradients_alone(generator):
 def test_dropped_prototypes_do_not_move_and_keep_no_moments(generator):
     student = with_gradients(generator)
     opt = build_optimizer(student, optim())
-    set_rates(opt, 0.1, 0.1, 0.1)
+    set_rates(opt, dict.fromkeys(("backbone", "heads", "prototypes"), 0.1), 0.1)
     before = student.dino_head.last_layer.weight_v.detach().clone()
     drop_prototype_gradients(opt)
     opt.step()

@@ -31,10 +31,21 @@ def test_the_learning_rate_is_the_published_array(warmup):
 
 def test_the_prototypes_stand_still_at_first():
     s = Schedules(recipe())
-    assert [s.head_lr(i) for i in range(5)] == [0.0] * 5
-    assert s.head_lr(5) == s.lr(5) > 0
+    assert [s.prototypes_lr(i) for i in range(5)] == [0.0] * 5
+    assert s.prototypes_lr(5) == s.lr(5) > 0
     s = Schedules(recipe(head_freeze="gradient"))
-    assert s.head_lr(3) == s.lr(3) > 0
+    assert s.prototypes_lr(3) == s.lr(3) > 0
+
+
+def test_heads_learn_alone_and_then_the_backbone_begins_as_if_the_run_began_there():
+    s = Schedules(recipe(head_warmup=20))
+    assert [s.lr(i) for i in range(20)] == [0.0] * 20
+    want = array_as_published(4e-3 * 0.5**0.5, 1e-6, 80, 10)
+    np.testing.assert_allclose([s.lr(i) for i in range(20, 100)], want, rtol=1e-9)
+    peak = 4e-3 * 0.5**0.5
+    np.testing.assert_allclose([s.head_lr(i) for i in range(20)], np.linspace(0, peak, 20), rtol=1e-9)
+    assert [s.head_lr(i) for i in range(20, 30)] == [peak] * 10
+    assert [s.head_lr(i) for i in range(30, 100)] == [s.lr(i) for i in range(30, 100)]
 
 
 def test_the_teacher_temperature_is_a_line_with_both_ends():

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dinokit.shelves import suggest
+
 _NONE = ("", "-1")  # what stands for "no label" in the formats that have a place for one anyway
 
 
@@ -51,3 +53,29 @@ def class_ids(codes: np.ndarray, words: Sequence[str]) -> tuple[list[str], np.nd
     number = {name: label for label, name in enumerate(classes)}
     labels = [number.get(word, -1) for word in words]
     return classes, np.array([*labels, -1], np.int32)[codes]  # the last place is for a code of -1
+
+
+def only(
+    classes: Sequence[str], labels: np.ndarray, wanted: Sequence[str], where: str
+) -> tuple[list[str], np.ndarray]:
+    """The wanted classes, numbered in the order of `classes`; -1 for the label of every other image.
+
+    Args:
+        classes: all, by label.
+        labels: (n,), -1 without one.
+        wanted: names of some.
+        where: what to call the data set in messages.
+
+    Raises:
+        ValueError: if the data set has no such class.
+    """
+    for name in wanted:
+        if name not in classes:
+            there = ", ".join(classes[:20]) or "none: its images have no labels"
+            raise ValueError(
+                f"{where} has no class '{name}'.{suggest(name, list(classes))} Its classes are: {there}."
+            )
+    kept = [name for name in classes if name in wanted]
+    number = np.full(len(classes) + 1, -1, np.int32)  # the last place is for a label of -1
+    number[[classes.index(name) for name in kept]] = np.arange(len(kept))
+    return kept, number[labels]

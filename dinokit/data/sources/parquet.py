@@ -18,7 +18,7 @@ import numpy as np
 
 from dinokit.data.decode import decode
 from dinokit.data.sources import Picture
-from dinokit.data.sources._labels import class_ids
+from dinokit.data.sources._labels import class_ids, only
 from dinokit.data.sources._parquet import Coded, Columns, read_columns, read_images
 from dinokit.data.sources._paths import shards
 from dinokit.data.sources._split import choose, sides_of_files
@@ -38,6 +38,7 @@ class Config:
     split_column: str = "split"  # likewise
     split: Literal["all", "train", "test"] = "all"  # by that column, else by file names, else by a hash
     test_share: float = 0.1  # of images held out, where the data do not say
+    classes: tuple[str, ...] = ()  # take the images of these alone, numbered in the data's order; none: all
     memory_gib: float = 2.0  # of images, as stored, that a process may hold
     channels: int = 3  # as backbone.channels
 
@@ -66,6 +67,9 @@ class Parquet:
         if said is None and cfg.split != "all":
             said = np.repeat(np.arange(len(parts)), np.diff(self._files_start)), sides_of_files(self._files)
         self._rows = choose(cfg.split, cfg.test_share, self._names(), int(self._starts[-1]), said, cfg.path)
+        if cfg.classes:
+            self.classes, self._labels = only(self.classes, self._labels, cfg.classes, cfg.path)
+            self._rows = np.asarray(self._rows)[self._labels[self._rows] >= 0]
         size = sum(part.image_bytes for part in parts)
         self._hold = size <= cfg.memory_gib * 2**30
         self._images: dict[int, pa.ChunkedArray] = {}  # by group: all of them, or the one used last

@@ -190,3 +190,14 @@ def test_without_pyarrow_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match=r"pip install 'dinokit\[cpu\]'"):
         opened(path)
+
+
+def test_some_classes_alone_are_numbered_anew(tmp_path: Path, paint: Paint, numbers: Numbers) -> None:
+    columns = {"image": [paint(n) for n in range(8)], "label": [0, 1, 2, 3, 0, 1, 2, None]}
+    path = write(tmp_path / "x.parquet", columns, hugging_face(["ant", "bee", "cow", "doe"]))
+    source = opened(path, classes=("doe", "bee"))
+    assert source.classes == ["bee", "doe"]
+    assert numbers(source) == [(1, 0), (3, 1), (5, 0)]
+    assert source.name(1) == f"{path} row 3"
+    with pytest.raises(ValueError, match=r"no class 'been'\. Did you mean 'bee'\? Its classes are: ant, bee"):
+        opened(path, classes=("been",))

@@ -1,0 +1,83 @@
+"""Values against a dataclass: unknown keys, wrong types, missing values, in words that name the key."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinokit import shelves
+
+
+def typed(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` as the fields of `cls`, defaults filled in.
+
+    Raises:
+        ValueError: naming the key, `where` put before it.
+    """
+    _unknown_keys(cls, values, where)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(values)))
+        absent = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        if absent:
+            keys = [join(where, key) for key in absent]
+            raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
+        done = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{_culprit(cls, values, where)}: {first_line(error)}.") from None
+    return {item.name: getattr(done, item.name) for item in fields(cls)}
+
+
+def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> str:
+    """The key whose value does not fit: OmegaConf's error does not always name it."""
+    for item in fields(cls):
+        if item.name in values:
+            key, value = join(where, item.name), values[item.name]
+            try:
+                OmegaConf.merge(OmegaConf.structured(cls), {item.name: value})
+            except OmegaConfBaseException:
+                inner = _dataclass_of(item)
+                return _culprit(inner, value, key) if inner and isinstance(value, Mapping) else key
+    return where
+
+
+def _unknown_keys(cls: type[Any], values: object, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}={values}: it is a section, which may hold: {listed(cls) or 'nothing'}.")
+    known = {item.name: item for item in fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            inside = f" in '{where}'" if where else ""
+            raise ValueError(
+                f"{join(where, str(key))}: there is no key '{key}'{inside}."
+                f"{shelves.suggest(str(key), list(known))} There is: {listed(cls) or 'nothing to set'}."
+            )
+        inner = _dataclass_of(known[key])
+        if inner is not None and value is not None:
+            _unknown_keys(inner, value, join(where, key))
+
+
+def _dataclass_of(item: "Field[Any]") -> type[Any] | None:
+    options = getattr(item.type, "__args__", (item.type,))
+    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
+
+
+def listed(cls: type[Any]) -> str:
+    """The keys of a dataclass."""
+    return ", ".join(f"{f.name}{' (must be given)' if _required(f) else ''}" for f in fields(cls))
+
+
+def _required(item: "Field[Any]") -> bool:
+    return item.default == MISSING or (item.default is NO_DEFAULT and item.default_factory is NO_DEFAULT)
+
+
+def join(where: str, key: str) -> str:
+    """The key inside a section."""
+    return f"{where}.{key}" if where and key else where or key
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -1,0 +1,76 @@
+"""What the class token looks at: its attention in one block, recomputed from what that block was given.
+
+Attention kernels never form the weights. So the network runs as ever, one block's input is caught on the way,
+and of it only the class token's row of weights is computed: O(T * D) beside O(T * D^2) for the keys.
+
+    b  images     H  heads     T  tokens: class, registers, patches     D  width     d  D / H
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinokit.backbones import Backbone
+from dinokit.features.frozen import frozen
+
+
+@torch.inference_mode()
+def attention(backbone: Backbone, crops: Tensor, block: int = -1) -> Tensor:
+    """Softmax attention of the class token over all tokens, in one block.
+
+    The last N of T are the patches, row by row: attention(...)[..., -N:].unflatten(2, (h, w)) are H maps.
+    The blocks after this one are computed in vain; take the last, as DINO does (arXiv 2104.14294, figure 1).
+
+    Args:
+        backbone: a ViT of ours or of timm, on the device of the crops; left as it is.
+        crops: (b, C, h, w), normalised.
+        block: its number, from 0; from the end if negative.
+
+    Returns:
+        (b, H, T) float32; rows sum to 1.
+
+    Raises:
+        ValueError: if there is no such block, or its attention is of another kind.
+    """
+    depth = len(backbone.blocks)
+    if not -depth <= block < depth:
+        raise ValueError(f"block={block}: the backbone has {depth} blocks, numbered from 0.")
+    layer = getattr(backbone.blocks[block], "attn", None)
+    heads = getattr(layer, "heads", None) or getattr(layer, "num_heads", None)
+    if (
+        not isinstance(layer, nn.Module)
+        or not isinstance(getattr(layer, "qkv", None), nn.Linear)
+        or not heads
+    ):
+        raise ValueError(
+            f"Block {block} of {type(backbone).__name__} has no attention that is made by one linear layer "
+            f"`attn.qkv`, so its weights cannot be computed here."
+        )
+    caught: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+    try:
+        with frozen(backbone):
+            backbone([crops], [None])
+    finally:
+        handle.remove()
+    rows = caught[0].reshape(len(crops), -1, backbone.width)  # (b, T, D), after the block's norm
+    return _weights(layer, rows, int(heads))
+
+
+def _weights(layer: nn.Module, rows: Tensor, heads: int) -> Tensor:
+    """(b, T, D) -> (b, H, T)."""
+    qkv = layer.qkv
+    assert isinstance(qkv, nn.Linear)
+    width = qkv.weight.shape[0] // 3
+    weight, bias = qkv.weight, qkv.bias
+    q = F.linear(rows[:, :1], weight[:width], None if bias is None else bias[:width])
+    k = F.linear(rows, weight[width : 2 * width], None if bias is None else bias[width : 2 * width])
+    q, k = (x.float().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k))  # (b, H, 1 or T, d)
+    q, k = (
+        norm(x) for norm, x in ((getattr(layer, "q_norm", _same), q), (getattr(layer, "k_norm", _same), k))
+    )
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(dim=-1)[:, :, 0]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,149 @@
+"""Extractions that are killed, shared out, or out of room leave what an unbroken one leaves."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dinokit.__main__ import main
+
+COMMAND = "from dinokit.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
+ALIKE = ["tokens=cls,patch", "fit=resize", "size=32", "shard=8", "batch=3", "workers=0", "precision=fp32"]
+
+
+def words(weights: Path, photos: Path, out: Path, *more: str) -> list[str]:
+    return ["extract", f"weights={weights}", f"data.path={photos}", f"out={out}", *ALIKE, *more]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != "store.json")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, path: Path) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists():
+            return
+        time.sleep(0.002)
+    pytest.fail(f"{path} did not come: {process.communicate()}")
+
+
+@pytest.fixture
+def whole(vit_file, photos, tmp_path, capsys):
+    """A folder of photos, and all files of an unbroken extraction."""
+    folder = photos(160, 5, 77)
+    assert main(words(vit_file, folder, tmp_path / "whole")) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["images"], last["unreadable"], last["cls"]) == (160, 2, [160, 24])
+    return folder, contents(tmp_path / "whole")
+
+
+def test_killed_and_started_again_it_leaves_the_same_bytes(whole, vit_file, tmp_path):
+    folder, want = whole
+    out = tmp_path / "broken"
+    process = start(*words(vit_file, folder, out))
+    wait_for(process, out / "images" / "00003.npy")
+    process.kill()
+    process.communicate()
+    assert not (out / "images" / "00019.npy").exists()  # it was killed on the way
+    (out / "cls" / ".00009.npy.1.part").write_bytes(b"left half written")
+    assert main(words(vit_file, folder, out)) == 0
+    assert contents(out) == want
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_at_once_and_what_is_done_stays(whole, vit_file, tmp_path):
+    folder, want = whole
+    out = tmp_path / "broken"
+    process = start(*words(vit_file, folder, out))
+    wait_for(process, out / "images" / "00001.npy")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    done = contents(out)
+    assert not any("part" in name for name in done)
+    assert all(done[name] == want[name] for name in done)
+
+
+def test_shared_out_over_processes_it_leaves_the_same_bytes(whole, vit_file, tmp_path, capsys):
+    folder, want = whole
+    assert main(words(vit_file, folder, tmp_path / "two", "processes=2")) == 0
+    assert contents(tmp_path / "two") == want
+    assert "0077.png cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_launchers_processes_take_every_other_shard(whole, vit_file, tmp_path):
+    folder, want = whole
+    out = tmp_path / "launched"
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    second = start(*words(vit_file, folder, out), RANK="1", LOCAL_RANK="1", **place)
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert {int(path.stem) % 2 for path in (out / "cls").iterdir()} == {1}
+    first = start(*words(vit_file, folder, out), RANK="0", LOCAL_RANK="0", **place)
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 0, err
+    assert contents(out) == want
+
+
+def test_a_full_disk_is_told_in_words_and_keeps_what_is_done(vit_file, photos, tmp_path, capsys, monkeypatch):
+    folder, out = photos(20), tmp_path / "out"
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4000, old[1])
+    )  # a file that must not grow: as a disk that is full
+    try:
+        status = main(words(vit_file, folder, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    err = capsys.readouterr().err
+    assert status == 2
+    assert "there is no room left. 0 of 3 shards are done and stay. Make room, and the same command" in err
+    assert main(words(vit_file, folder, out)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        ("tokens=cls,ptch", "tokens: no 'ptch'. Did you mean 'patch'?"),
+        ("fit=stretch", "fit: "),
+        ("sise=3", "there is no key 'sise'. Did you mean 'size'?"),
+        ("data.pth=x", "data.pth: there is no key 'pth' in 'data'. Did you mean 'path'"),
+        ("batch=0", "batch=0, but it must be 1 or more"),
+    ],
+)
+def test_a_mistake_is_answered_without_torch(change, answer):
+    told = (
+        "import sys; from dinokit.__main__ import main; status = main(sys.argv[1:]); "
+        "sys.exit('torch' if 'torch' in sys.modules else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", told, "extract", "weights=x", "out=y", "data.path=z", change],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert answer in done.stderr
+
+
+def test_an_empty_folder_is_told(vit_file, tmp_path, capsys):
+    (tmp_path / "none").mkdir()
+    assert main(words(vit_file, tmp_path / "none", tmp_path / "out")) == 2
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
