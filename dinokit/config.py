@@ -22,6 +22,7 @@ __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
     "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "section_values", "to_yaml",
 ]  # fmt: skip
+BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.pairs": {"name": "folders"}}
 
 
 Look = Callable[[str], Mapping[str, Any]]  # from the name of weights to the section `backbone` they are of
@@ -85,8 +86,8 @@ def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str)
     """`values` of a section, checked against the Config of shelf/name and completed by its defaults.
 
     A field of that Config with metadata {"shelf": ...} is itself a section, or none; with "many", a section
-    for each of the names in it. One with a "split" is a labelled source: without a name, a folder with one
-    sub-folder a class.
+    for each of the names in it. One with a "split" is a source of images with labels or
+    maps: without a name, one of folders.
 
     Raises:
         ValueError, LookupError: as `load_recipe`; `where` is put before the key.
@@ -104,7 +105,7 @@ def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str)
 
 def _source(item: "Field[Any]", section: Any, where: str) -> dict[str, Any]:
     if "split" in item.metadata and isinstance(section, Mapping) and "name" not in section:
-        section = {"name": "folder", "labels": "folders", **section}
+        section = {**BARE[item.metadata["shelf"]], **section}
     return _section(item.metadata["shelf"], section, where)
 
 

@@ -45,13 +45,16 @@ def with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | No
         ValueError: if one is not given, and there is no data with splits to take it from.
     """
     done = dict(values)
+    shelf_of = {f.name: f.metadata.get("shelf", "") for f in fields(shelves.read_config("eval", name))}
     for key, split in source_fields(name).items():
         if done[key] is None:
-            if data is None or "split" not in data:
-                raise ValueError(
-                    f"{key}.path (a folder with one sub-folder a class) or {key}.name must be given."
-                )
-            done[key] = {**data, "split": split}
+            shelf = shelf_of[key]
+            known = data and "split" in data and ("." in data["name"] or data["name"] in shelves.names(shelf))
+            if data is None or not known:
+                what = "one sub-folder a class" if shelf == "data.sources" else "images/ and masks/ or depth/"
+                raise ValueError(f"{key}.path (a folder with {what}) or {key}.name must be given.")
+            has = {f.name for f in fields(shelves.read_config(shelf, data["name"]))} | {"name"}
+            done[key] = {key: value for key, value in {**data, "split": split}.items() if key in has}
     return done
 
 

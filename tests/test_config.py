@@ -88,7 +88,11 @@ def test_a_loss_can_be_added_on_the_command_line(base):
     assert load_recipe(base, ["losses.koleo.weight=0.5"]).losses["koleo"]["weight"] == 0.5
     base.write_text(BASE.replace("  koleo: {weight: 0.1}\n", ""))
     assert "koleo" not in load_recipe(base).losses
-    assert load_recipe(base, ["losses.koleo={}"]).losses["koleo"] == {"weight": 0.1, "eps": 1e-8}
+    assert load_recipe(base, ["losses.koleo={}"]).losses["koleo"] == {
+        "weight": 0.1,
+        "eps": 1e-8,
+        "distributed": False,
+    }
 
 
 def test_evaluation_data_given_by_its_path_alone_is_a_folder_with_a_class_a_sub_folder(base):

@@ -13,7 +13,13 @@ from dinokit import shelves
 from dinokit.config import load_recipe
 from dinokit.losses import Views
 
-VERBS = {"backbones": "build", "losses": "build", "data.sources": "build", "eval": "evaluate"}
+VERBS = {
+    "backbones": "build",
+    "losses": "build",
+    "data.sources": "build",
+    "data.pairs": "build",
+    "eval": "evaluate",
+}
 FILES = [(shelf, name) for shelf in VERBS for name in shelves.names(shelf)]
 
 
@@ -55,7 +61,10 @@ def test_a_backbone_says_how_many_channels_it_takes(name):
 @pytest.mark.parametrize("name", shelves.names("eval"))
 def test_a_source_inside_an_evaluator_says_which_split_it_stands_for(name):
     nested = [item.metadata for item in fields(shelves.read_config("eval", name)) if "shelf" in item.metadata]
-    assert all(about["shelf"] == "data.sources" and about["split"] in ("train", "test") for about in nested)
+    shelves_of_images = ("data.sources", "data.pairs")
+    assert all(
+        about["shelf"] in shelves_of_images and about["split"] in ("train", "test") for about in nested
+    )
 
 
 def test_names_with_an_underscore_are_off_the_shelf():

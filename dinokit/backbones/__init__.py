@@ -37,10 +37,11 @@ class Backbone(Protocol):
     One that can be trained with masks has a parameter `mask_token` besides. One whose blocks can be looked
     into has
 
-        layers(crops: Tensor, blocks: Sequence[int]) -> list[Tokens]
+        layers(crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]
 
     which gives for crops (b, C, h, w) the Tokens after each of these blocks, numbered from 0, in the order of
-    depth, each after the final norm; it raises ValueError if there is no such block.
+    depth, each after the final norm or, without `norm`, before it; it raises ValueError if there is no such
+    block.
     """
 
     width: int  # D

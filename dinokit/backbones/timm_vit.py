@@ -50,7 +50,7 @@ class TimmViT(nn.Module):
         """As Backbone: one pass a group."""
         return [self._forward_group(x, mask) for x, mask in zip(crops, masks, strict=True)]
 
-    def layers(self, crops: Tensor, blocks: Sequence[int]) -> list[Tokens]:
+    def layers(self, crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
         """As Backbone."""
         depth, wanted = len(self.net.blocks), set(blocks)
         if not wanted <= set(range(depth)):
@@ -59,14 +59,14 @@ class TimmViT(nn.Module):
         for i, block in enumerate(self.net.blocks[: max(wanted, default=-1) + 1]):
             rows = block(rows)
             if i in wanted:
-                done.append(self._tokens(rows))
+                done.append(self._tokens(self.net.norm(rows) if norm else rows))
         return done
 
     def _forward_group(self, x: Tensor, mask: Tensor | None) -> Tokens:
         rows = self._embed(x, mask)
         for block in self.net.blocks:
             rows = block(rows)
-        return self._tokens(rows)
+        return self._tokens(self.net.norm(rows))
 
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
         patches = self.net.patch_embed(x)  # (b, h, w, D): timm keeps the grid when the image size may change
@@ -78,7 +78,6 @@ class TimmViT(nn.Module):
         return self.net.norm_pre(self.net.patch_drop(self.net._pos_embed(patches)))
 
     def _tokens(self, rows: Tensor) -> Tokens:
-        rows = self.net.norm(rows)
         prefix = self.net.num_prefix_tokens
         return Tokens(cls=rows[:, 0], registers=rows[:, 1:prefix], patches=rows[:, prefix:])
 

@@ -177,9 +177,9 @@ class VisionTransformer(nn.Module):
             return tuple(zip(patches, (o.cls for o in outs), strict=True))
         return tuple(patches)
 
-    def layers(self, crops: Tensor, blocks: Sequence[int]) -> list[Tokens]:
+    def layers(self, crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
         """As Backbone."""
-        return [self._tokens(self.norm(rows)) for rows in self._after(crops, blocks)]
+        return [self._tokens(self.norm(rows) if norm else rows) for rows in self._after(crops, blocks)]
 
     def _after(self, x: Tensor, blocks: Sequence[int]) -> Iterator[Tensor]:
         """Rows (b, 1 + R + N, D) after each of `blocks`, in the order of depth, before the final norm.

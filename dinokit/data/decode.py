@@ -71,6 +71,47 @@ def decode(data: bytes, name: str, channels: int) -> Picture:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
+def decode_map(data: bytes, name: str) -> np.ndarray:
+    """The numbers of a map, one a pixel, as stored: (H, W) of uint8, uint16, int32 or float32.
+
+    A palette is not looked up: its indices are the numbers.
+
+    Raises:
+        ValueError: if the file is damaged, in no known format, in JPEG, or has more than one channel; the
+            message begins with `name`.
+    """
+    if data.startswith(b"\x93NUMPY"):
+        try:
+            return _numbers(np.load(BytesIO(data), allow_pickle=False), name)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{name} cannot be read: {error}") from None
+    try:
+        image = Image.open(BytesIO(data))
+        image.load()
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{name} cannot be read: {len(data)} bytes that begin like no image format."
+        ) from None
+    except Exception as error:  # as in decode()
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    if image.format == "JPEG":
+        raise ValueError(f"{name} is a JPEG, which changes numbers: store maps as PNG.")
+    return _numbers(np.array(image), name)
+
+
+def _numbers(array: np.ndarray, name: str) -> np.ndarray:
+    if array.ndim != 2:
+        raise ValueError(
+            f"{name} is of shape {array.shape}: a map holds one number a pixel, so it has one channel. Turn "
+            f"colours into ids first."
+        )
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} holds {array.dtype}, no numbers.")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 def _pillow(image: ImageFile, channels: int) -> Picture:
     image.load()
     if image.mode.startswith("I") or image.mode == "F":

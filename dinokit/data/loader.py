@@ -5,19 +5,14 @@ same for any number of workers and processes, and a run that goes on at step k s
 have seen.
 """
 
-import os
-import signal
-import struct
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dinokit.config import CropGroup, Crops
 from dinokit.data import photometric
@@ -27,12 +22,10 @@ from dinokit.data.masks import BlockMasks
 from dinokit.data.order import generator, hash_key, image_at, permute
 from dinokit.data.sources import Source
 from dinokit.data.views import Cut, Middle
-from dinokit.distributed import cores
+from dinokit.data.workers import UNREADABLE, Steps, data_loader
 
 CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
 ATTEMPTS = 20  # images tried for one place before the run gives up
-MOST_WORKERS = 16
-UNREADABLE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
 
 
 class EvalBatch(NamedTuple):
@@ -79,7 +72,7 @@ def loader(
     part, own = batch // parts, batch // parts // world
     places = [start + rank * own + i for start in range(0, batch, part) for i in range(own)]
     return data_loader(
-        Places(source, crops, masks, seed, batch), _Steps(start_step, steps, places), collate, workers, pin
+        Places(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers, pin
     )
 
 
@@ -169,19 +162,6 @@ class Places(Dataset[Sample]):
         return torch.from_numpy(np.stack(rows))
 
 
-class _Steps:
-    """For each step, this process's places in it."""
-
-    def __init__(self, start: int, stop: int, places: list[int]) -> None:
-        self.steps, self.places = range(start, stop), places
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return ([(step, place) for place in self.places] for step in self.steps)
-
-
 class _Views(Dataset[tuple[int, Tensor | None, int, str]]):
     """Number, view, label and name of each image; no view if the image is unreadable."""
 
@@ -205,46 +185,3 @@ def _collate_eval(rows: Sequence[tuple[int, Tensor | None, int, str]], channels:
         indices=torch.tensor([index for index, _, _, _ in rows]),
         unreadable=[name for _, crop, _, name in rows if crop is None],
     )
-
-
-def data_loader(
-    dataset: Dataset[Any],
-    batches: Iterable[list[Any]],
-    collate_fn: Callable[[Any], Any],
-    workers: int,
-    pin: bool,
-) -> DataLoader[Any]:
-    """A DataLoader whose workers leave signals to this process, and which draws nothing from torch's dice."""
-    workers = _spare_cores() if workers < 0 else workers
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate_fn,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin,
-        worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),  # else it would draw from torch's own, and change what training draws
-    )
-
-
-def _spare_cores() -> int:
-    return min(MOST_WORKERS, cores() - 1)
-
-
-def _leave_signals_to_the_parent(_: int) -> None:
-    """Make a worker deaf to Ctrl-C and to a scheduler's warning, which reach every process of a job at once.
-
-    The parent answers them, and still needs batches to end in order. Its own SIGTERM is obeyed: Python sends
-    one to each child when it ends, and then waits for them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none; there a SIGTERM ends the worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_asks, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_the_parent_asks(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

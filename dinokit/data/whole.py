@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from dinokit.data.batch import stack
 from dinokit.data.crops import center_crop, resize, to_tensor
-from dinokit.data.loader import UNREADABLE, data_loader
 from dinokit.data.sources import Picture, Source
+from dinokit.data.workers import UNREADABLE, data_loader
 
 
 @dataclass(frozen=True)

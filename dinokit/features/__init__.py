@@ -2,6 +2,7 @@
 
 from dinokit.features.attention import attention
 from dinokit.features.cache import cached, kept
+from dinokit.features.dense import Map, dense, last_blocks, patch_width, spread_blocks
 from dinokit.features.extraction import Extraction, extract_to
 from dinokit.features.fingerprint import fingerprint
 from dinokit.features.frozen import device_of, frozen, last_layers, normalised
@@ -12,7 +13,7 @@ from dinokit.features.vectors import Features, Part, extract, readable, spread
 from dinokit.features.wanted import Wanted
 
 __all__ = [
-    "Extraction", "Features", "Part", "Reading", "Store", "Wanted", "attention", "cached", "device_of",
-    "extract", "extract_to", "fingerprint", "frozen", "kept", "last_layers", "normalised", "open_store",
-    "readable", "spread", "weights_hash",
+    "Extraction", "Features", "Map", "Part", "Reading", "Store", "Wanted", "attention", "cached", "dense",
+    "device_of", "extract", "extract_to", "fingerprint", "frozen", "kept", "last_blocks", "last_layers",
+    "normalised", "open_store", "patch_width", "readable", "spread", "spread_blocks", "weights_hash",
 ]  # fmt: skip

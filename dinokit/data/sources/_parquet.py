@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,6 +60,17 @@ def read_images(path: Path, group: int, image: str) -> "pa.ChunkedArray":
     """The images of one row group, as a chunked array of bytes or of structs with a field `bytes`."""
     file = _open(path)
     return file.read_row_group(group, columns=[_leaf(file.schema_arrow, image)], use_threads=False).column(0)
+
+
+def read_about(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """The names of the columns, and what the schema's metadata holds under the key `dinokit`.
+
+    Raises:
+        ValueError: if it is no Parquet file, or pyarrow is missing.
+    """
+    schema = _open(path).schema_arrow
+    about = json.loads((schema.metadata or {}).get(b"dinokit", b"{}"))
+    return list(schema.names), about if isinstance(about, dict) else {}
 
 
 def _arrow(name: str) -> ModuleType:

@@ -87,13 +87,22 @@ class Parquet:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Picture, int]:
+        data = self.stored(index)
+        return decode(data, self.name(index), self._channels), int(self._labels[self._rows[index]])
+
+    def stored(self, index: int) -> bytes:
+        """The file in the image column.
+
+        Raises:
+            ValueError: if there is none.
+        """
         row = self._rows[index]
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         data = self._group(group)[int(row - self._starts[group])].as_py()
         data = data["bytes"] if isinstance(data, dict) else data
         if data is None:
             raise ValueError(f"{self.name(index)} holds no image.")
-        return decode(data, self.name(index), self._channels), int(self._labels[row])
+        return bytes(data)
 
     def name(self, index: int) -> str:
         """The file and the row in it, counted from 0."""

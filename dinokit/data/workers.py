@@ -1,0 +1,73 @@
+"""Loader processes themselves: how many, what they answer to, and which errors mean an unreadable image."""
+
+import os
+import signal
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dinokit.distributed import cores
+
+MOST_WORKERS = 16
+UNREADABLE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
+
+
+class Steps:
+    """For each step, this process's places in it."""
+
+    def __init__(self, start: int, stop: int, places: Sequence[int]) -> None:
+        self.steps, self.places = range(start, stop), places
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(step, place) for place in self.places] for step in self.steps)
+
+
+def data_loader(
+    dataset: Dataset[Any],
+    batches: Iterable[list[Any]],
+    collate_fn: Callable[[Any], Any],
+    workers: int,
+    pin: bool,
+) -> DataLoader[Any]:
+    """A DataLoader whose workers leave signals to this process, and which draws nothing from torch's dice."""
+    workers = _spare_cores() if workers < 0 else workers
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # else it would draw from torch's own, and change what training draws
+    )
+
+
+def _spare_cores() -> int:
+    return min(MOST_WORKERS, cores() - 1)
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Make a worker deaf to Ctrl-C and to a scheduler's warning, which reach every process of a job at once.
+
+    The parent answers them, and still needs batches to end in order. Its own SIGTERM is obeyed: Python sends
+    one to each child when it ends, and then waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none; there a SIGTERM ends the worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_asks, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_parent_asks(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

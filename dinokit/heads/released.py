@@ -1,0 +1,176 @@
+"""Files of heads: DINOv2's released ones, and those that our evaluators write, which have the same layout.
+
+A linear classifier's file holds `weight` and `bias`; the others hold, under `state_dict`, the head's tensors
+with `decode_head.` before their names. For models with registers only classifiers were released.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dinokit.backbones import Backbone
+from dinokit.features import dense, last_blocks, spread_blocks
+from dinokit.files import atomic
+from dinokit.heads.depth import LinearDepth
+from dinokit.heads.dpt import DPT
+from dinokit.heads.segmentation import LinearSegmenter, to_size
+
+PREFIX = "decode_head."
+LEAST = 1e-3  # metres
+MOST = {"NYU": 10.0, "KITTI": 80.0}  # metres
+
+
+class Depther(nn.Module):
+    """A backbone and a depth head: images (b, 3, H, W), float32 in [0, 1] or uint8 -> depth (b, 1, H, W).
+
+    Metres, within the head's range. The backbone has no gradient.
+    """
+
+    def __init__(self, backbone: Backbone, head: LinearDepth | DPT, blocks: list[int]) -> None:
+        super().__init__()
+        self.backbone, self.head, self.blocks = backbone, head, blocks
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the class says."""
+        maps = dense(self.backbone, images, self.blocks, norm=False)
+        depth = self.head(maps).clamp(self.head.least, self.head.most)
+        return to_size(depth, images.shape[2], images.shape[3])
+
+
+def save_head(path: Path, head: nn.Module) -> None:
+    """Write a dense head in the layout of the released files, whole or not at all."""
+    with atomic(path) as part:
+        tensors = {PREFIX + key: value.detach().cpu() for key, value in head.state_dict().items()}
+        torch.save({"state_dict": tensors}, part)
+
+
+def load_classifier(path: str | Path, layers: Literal[1, 4], backbone: Backbone) -> nn.Linear:
+    """A linear classifier of [class tokens of the last `layers` blocks | mean patch of the last].
+
+    Raises:
+        ValueError, LookupError: as `load_segmenter`.
+    """
+    tensors = _read(path)
+    _need(path, tensors, ("weight", "bias"))
+    head = nn.Linear((layers + 1) * backbone.width, len(tensors["bias"]))
+    _load(head, tensors, path, f"a classifier on {layers} block(s) of a backbone {backbone.width} wide")
+    return head
+
+
+def load_segmenter(path: str | Path, backbone: Backbone) -> tuple[LinearSegmenter, list[int]]:
+    """A segmentation head, and the blocks whose patches, after the final norm, it takes side by side.
+
+    Raises:
+        LookupError: if there is no such file.
+        ValueError: if it is no such head, or does not fit the backbone.
+    """
+    tensors = _read(path)
+    _need(path, tensors, ("conv_seg.weight", "bn.running_mean"))
+    classes, inputs = tensors["conv_seg.weight"].shape[:2]
+    count = max(1, inputs // backbone.width)
+    head = LinearSegmenter(count * backbone.width, classes)
+    _load(head, tensors, path, f"a segmentation head on a backbone {backbone.width} wide")
+    return head.eval(), last_blocks(backbone, count)
+
+
+def load_depther(
+    path: str | Path,
+    backbone: Backbone,
+    trained_on: str = "NYU",
+    hub_range_bug: bool = False,
+    most: float | None = None,
+) -> Depther:
+    """A backbone with a depth head, linear on one or four blocks or DPT: which, its tensors say.
+
+    Args:
+        path: of a released file, such as dinov2_vits14_nyu_linear4_head.pth, or of one of ours.
+        backbone: the one that it was trained on.
+        trained_on: "NYU" (1 mm to 10 m) or "KITTI" (1 mm to 80 m).
+        hub_range_bug: give a linear head the range to 80 m whatever it was trained on. A version of the
+            reference's hub code does so for NYU, whose depths then come out eight times too large.
+        most: metres, in place of the range of `trained_on`.
+
+    Raises:
+        LookupError: if there is no such file.
+        ValueError: if it is no such head, does not fit the backbone, or there is no such training set.
+    """
+    if trained_on.upper() not in MOST:
+        raise ValueError(f"weights='{trained_on}': depth heads were released for {' and '.join(MOST)}.")
+    most = most or MOST[trained_on.upper()]
+    tensors = _read(path)
+    head: LinearDepth | DPT
+    if "conv_depth.weight" in tensors:
+        bins, inputs = tensors["conv_depth.weight"].shape[:2]
+        count = max(1, inputs // (2 * backbone.width))
+        head = LinearDepth(backbone.width, count, LEAST, MOST["KITTI"] if hub_range_bug else most, bins)
+    else:
+        _need(path, tensors, ("project.conv.weight", "conv_depth.head.0.weight"))
+        head, count = DPT(backbone.width, LEAST, most, len(tensors["project.conv.bias"])), 4
+    _load(head, tensors, path, f"a depth head on a backbone {backbone.width} wide")
+    blocks = last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count)
+    return Depther(backbone, head, blocks)
+
+
+def depther(
+    backbone: Backbone,
+    model: str,
+    kind: Literal["ld", "dd"],
+    fetch: Callable[[str], str | Path],
+    layers: int = 4,
+    weights: str = "NYU",
+    hub_range_bug: bool = False,
+) -> Depther:
+    """What torch.hub's entry points `dinov2_vitX14_ld` (linear) and `dinov2_vitX14_dd` (DPT) return.
+
+    Args:
+        backbone: the released one, without registers.
+        model: its name, such as "dinov2_vits14".
+        kind: of the head.
+        fetch: from the path of a file below the released models' address to where it is on this machine.
+        layers: 1 or 4, of a linear head.
+        weights: "NYU" or "KITTI".
+        hub_range_bug: as `load_depther`.
+
+    Raises:
+        ValueError: if no such head was released.
+    """
+    if layers not in (1, 4) or "_reg" in model:
+        raise ValueError(
+            f"No depth head was released for {model} with layers={layers}: linear ones look into 1 or 4 "
+            f"blocks, and models with registers have none."
+        )
+    name = "dpt" if kind == "dd" else "linear4" if layers == 4 else "linear"
+    path = fetch(f"{model}/{model}_{weights.lower()}_{name}_head.pth")
+    return load_depther(path, backbone, weights, hub_range_bug)
+
+
+def _read(path: str | Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise LookupError(f"There is no file {path} (looked from {Path.cwd()}).")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken zip, a foreign pickle, a short read: each has its own type
+        raise ValueError(f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]}") from None
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    head = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
+    return head or tensors
+
+
+def _need(path: str | Path, tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        have = ", ".join(list(tensors)[:4]) or "no tensor"
+        raise ValueError(f"{path} is another kind of head: it has no {' and no '.join(missing)}, but {have}.")
+
+
+def _load(head: nn.Module, tensors: Mapping[str, Tensor], path: str | Path, what: str) -> None:
+    try:
+        head.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(f"{path} is not {what}: {lines}") from None

@@ -1,0 +1,156 @@
+"""Patches of the training images with what is known of their pixels: for methods that train no map.
+
+N  patches in the bank     D  width     C  classes     k  neighbours     h, w  patches down and across
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinokit.data.pair_crops import resize_image, resize_map, short_side
+from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.pairs import IGNORE, Pairs
+from dinokit.eval._look import Look, progress
+from dinokit.features.dense import padding
+
+BLOCK = 1024  # queries at a time: with 100,000 patches in the bank, a block of cosines is 400 MiB
+
+
+@dataclass
+class Bank:
+    """On the backbone's device."""
+
+    x: Tensor  # (N, D) float32
+    shares: Tensor  # (N, C) float32: of the judged pixels of a patch, those of each class
+    image: Tensor  # (N,) int64: the number of the image
+
+
+def fill_bank(look: Look, pairs: Pairs, resize: int, most: int, workers: int, seed: int) -> Bank:
+    """Patches of all pairs that have a judged pixel; of each image an equal share of at most `most` patches.
+
+    Raises:
+        ValueError: if no pixel is judged, or a pair cannot be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    share = max(1, most // len(pairs))
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for pair in progress(
+        whole_pairs(pairs, range(len(pairs)), workers), "patches of training images", len(pairs)
+    ):
+        size = short_side(pair.image, resize)
+        x = patch_rows(look, resize_image(pair.image.float() / 255, *size))
+        counts = patch_counts(resize_map(pair.target, *size), look.backbone.patch, len(pairs.classes))
+        kept = counts.sum(dim=1).nonzero().flatten()
+        kept = kept[torch.randperm(len(kept), generator=generator)[:share]]
+        here = counts[kept].to(x.device)
+        rows.append(
+            (x[kept.to(x.device)], here / here.sum(1, keepdim=True), torch.full((len(kept),), pair.number))
+        )
+    x, shares, image = (torch.cat(part) for part in zip(*rows, strict=True))
+    if not len(x):
+        raise ValueError("No pixel of the training images is judged: look at `ignore` and the masks' ids.")
+    return Bank(x, shares, image)
+
+
+def patch_rows(look: Look, image: Tensor) -> Tensor:
+    """Features of the patches of one image (C, H, W), row by row: (h w, D)."""
+    return look(image[None])[0].patches[0].flatten(1).T.contiguous()
+
+
+def patch_counts(ids: Tensor, patch: int, classes: int) -> Tensor:
+    """How many pixels of each class lie in each patch: ids (H, W) -> (h w, C), padded as in `dense`."""
+    left, right, top, bottom = padding(ids.shape[0], ids.shape[1], patch)
+    ids = F.pad(ids.long(), (left, right, top, bottom), value=IGNORE)
+    blocks = (
+        ids.unflatten(1, (-1, patch)).unflatten(0, (-1, patch)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    )
+    place = torch.arange(len(blocks))[:, None] * classes + blocks
+    counts = place[blocks != IGNORE].bincount(minlength=len(blocks) * classes)
+    return counts.view(-1, classes).float()
+
+
+def grid_to_image(rows: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """Values (h w, C) of the patches of an image of `height` x `width`, at its pixels: (C, height, width)."""
+    left, right, top, bottom = padding(height, width, patch)
+    h, w = (height + top + bottom) // patch, (width + left + right) // patch
+    x = rows.T.unflatten(1, (h, w))[None]
+    x = F.interpolate(x, (h * patch, w * patch), mode="bilinear", align_corners=False)
+    return x[0, :, top : top + height, left : left + width]
+
+
+def neighbour_judge(bank: Bank, k: int, temp: float) -> Callable[[Tensor], Tensor]:
+    """Judges patches (Q, D) by their k nearest in the bank, by cosine: (Q, C) shares of the classes.
+
+    Each votes with weight softmax(cosine / temp) for the classes of its own pixels, by their share:
+    in-context segmentation (Balazevic et al., arXiv 2306.01667). The search is exact.
+    """
+    known, k = F.normalize(bank.x, dim=1), min(k, len(bank.x))
+
+    def judge(x: Tensor) -> Tensor:
+        done = []
+        for part in F.normalize(x, dim=1).split(BLOCK):
+            near, places = (part @ known.T).topk(k, dim=1)
+            weights = (near / temp).softmax(dim=1)
+            done.append(torch.einsum("qk,qkc->qc", weights, bank.shares[places]))
+        return torch.cat(done)
+
+    return judge
+
+
+def regression_judge(
+    bank: Bank, cs: list[float], held_out: float
+) -> tuple[Callable[[Tensor], Tensor], float]:
+    """Multinomial logistic regression on the bank's patches, judging (Q, D) as shares (Q, C), and its C.
+
+    Features are standardised. The objective is C times the sum of the cross-entropies, plus half the square
+    of the weights (not of the biases), by L-BFGS. Of several C the one is taken that is best on the patches
+    of a share of the images, by mean IoU of each patch's largest class; then all patches are fitted.
+
+    Args:
+        bank: patches.
+        cs: C, ascending.
+        held_out: share of the images to choose by.
+    """
+    mean, std = bank.x.mean(dim=0), bank.x.std(dim=0).clamp_min(1e-6)
+    x = (bank.x - mean) / std
+    best = cs[0]
+    if len(cs) > 1:
+        last = bank.image >= bank.image.max() + 1 - max(1, round(held_out * (int(bank.image.max()) + 1)))
+        last = last.to(x.device)
+        truth, tried, weights = bank.shares[last].argmax(1), [], None
+        for c in progress(cs, "logistic regression", len(cs)):
+            weights = _regress(x[~last], bank.shares[~last], c, weights)
+            tried.append(_mean_iou((_with_one(x[last]) @ weights).argmax(1), truth, bank.shares.shape[1]))
+        best = cs[max(range(len(cs)), key=lambda i: tried[i])]
+    weights = _regress(x, bank.shares, best, None)
+    return lambda rows: (_with_one((rows - mean) / std) @ weights).softmax(dim=1), best
+
+
+def _regress(x: Tensor, shares: Tensor, c: float, start: Tensor | None) -> Tensor:
+    """(D + 1, C) weights, the last row the biases."""
+    x, scale = _with_one(x), 1 / (c * len(x))  # divided by C N, the objective is of size 1
+    w = start.clone() if start is not None else x.new_zeros(x.shape[1], shares.shape[1])
+    w.requires_grad_(True)
+    optimizer = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(x @ w, shares) + scale / 2 * w[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return w.detach()
+
+
+def _with_one(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 1), value=1.0)
+
+
+def _mean_iou(given: Tensor, truth: Tensor, classes: int) -> float:
+    counts = (truth * classes + given).bincount(minlength=classes**2).view(classes, classes).double()
+    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    return (counts.diagonal() / union)[union > 0].mean().item()

@@ -1,0 +1,104 @@
+"""What the dense evaluators share: opening pairs, a frozen backbone to look through, progress."""
+
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from dinokit import shelves
+from dinokit.backbones import Backbone
+from dinokit.data.pairs import Pairs
+from dinokit.data.sources import Picture
+from dinokit.distributed import rank
+from dinokit.features import Map, dense, device_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Look:
+    """A frozen backbone, and what is taken of it."""
+
+    backbone: Backbone
+    blocks: list[int]
+    norm: bool
+    precision: torch.dtype | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return device_of(self.backbone)
+
+    def __call__(self, images: Tensor) -> list[Map]:
+        """Images (b, C, H, W) -> a Map of each block."""
+        return dense(self.backbone, images.to(self.device), self.blocks, self.norm, self.precision)
+
+
+def open_pairs(
+    section: Mapping[str, Any] | None, split: str, target: str, backbone: Backbone, most: int
+) -> Pairs:
+    """The source `section`, with maps of `target`; at most `most` pairs of it, evenly spread; 0 means all.
+
+    Raises:
+        ValueError: if there is no section, its maps are of the other kind, or it is empty.
+    """
+    if not section or not section.get("name"):
+        raise ValueError(f"{split}.name must be given; there is: {', '.join(shelves.names('data.pairs'))}.")
+    known = {"channels": backbone.channels, "target": target}
+    has = {item.name for item in fields(shelves.find("data.pairs", section["name"]).Config)}
+    section = {**section, **{key: value for key, value in known.items() if key in has}}
+    pairs: Pairs = shelves.build("data.pairs", section)
+    if bool(pairs.classes) != (target == "mask"):
+        have = "classes" if pairs.classes else "depths"
+        wanted = "classes" if target == "mask" else "depths"
+        raise ValueError(f"{split}.name={section['name']} gives maps of {have}; {wanted} are judged here.")
+    if not len(pairs):
+        raise ValueError(f"{split}.name={section['name']} has no image.")
+    return _Few(pairs, most) if 0 < most < len(pairs) else pairs
+
+
+def refuse_overlap(train: Mapping[str, Any] | None, test: Mapping[str, Any] | None) -> None:
+    """Hold test images out of the training.
+
+    Raises:
+        ValueError: if both are the same part of the same data.
+    """
+    sections = [dict(section or {}) for section in (train, test)]
+    splits = [section.pop("split", "all") for section in sections]
+    if sections[0] and sections[0] == sections[1] and (splits[0] == splits[1] or "all" in splits):
+        raise ValueError(
+            f"`train` and `test` share images: they are the same data with train.split={splits[0]} and "
+            f"test.split={splits[1]}. Set train.split=train test.split=test, or give another test.path."
+        )
+
+
+def progress(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterator[T]:
+    """The items, with a bar on a terminal; the standard output is left to the scores."""
+    console = Console(stderr=True)
+    live = rank() == 0 and sys.stderr.isatty()
+    return iter(track(items, what, total=total, completed=done, console=console, disable=not live))
+
+
+class _Few:
+    """Some pairs of a source: one drawn from each of so many equal parts, the same every time."""
+
+    def __init__(self, pairs: Pairs, count: int) -> None:
+        n, draw = len(pairs), random.Random(0)
+        self.pairs, self.classes = pairs, pairs.classes
+        self.places = [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Picture, np.ndarray]:
+        return self.pairs[self.places[index]]
+
+    def name(self, index: int) -> str:
+        return self.pairs.name(self.places[index])

@@ -1,0 +1,292 @@
+"""Whole dense evaluations on pictures whose truth is in their pixels, and trainings that are cut off."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dinokit import judge, shelves
+from dinokit.backbones import Input, Tokens
+from dinokit.config import section_values
+from dinokit.eval import depth, segmentation, video
+
+
+class Colours(nn.Module):
+    """A patch's feature is its mean colour, its square, and noise in the channels that say nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.patch, self.channels, self.blocks = 6, 4, 3, nn.ModuleList()
+        self.input = Input(32, (0.5,) * 3, (0.5,) * 3)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, crops, masks):
+        done = []
+        for x in crops:
+            mean = torch.nn.functional.avg_pool2d(x, 4).flatten(2).transpose(1, 2)
+            patches = torch.cat([mean, mean.square()], -1) * self.gain
+            done.append(Tokens(patches.mean(1), patches[:, :0], patches))
+        return done
+
+
+SPLITS = ("train", "test")
+HUES = np.array([(40, 40, 40), (220, 30, 30), (30, 200, 60)])
+
+
+@pytest.fixture
+def blobs(tmp_path):
+    """Red and green rectangles on grey, aligned to patches, with a class and a depth for each colour."""
+    rng = np.random.default_rng(0)
+    for i in range(14):
+        ids = np.zeros((32, 40), np.uint8)
+        for label in (1, 2):
+            top, left = rng.integers(0, 5) * 4, rng.integers(0, 6) * 4
+            ids[top : top + 12, left : left + 16] = label
+        noise = rng.integers(0, 25, (32, 40, 3))
+        split = "train" if i < 10 else "test"
+        for kind, array in (
+            ("images", (HUES[ids] + noise).astype(np.uint8)),
+            ("masks", ids),
+            ("depth", np.array([4000, 1000, 2000], np.uint16)[ids]),
+        ):
+            folder = tmp_path / kind / split
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def sections(root, **more):
+    return {s: {"name": "folders", "path": str(root), "split": s, **more} for s in SPLITS}
+
+
+def config(module, name, **values):
+    return module.Config(**section_values("eval", name, {"workers": 0, **values}, name))
+
+
+def segment(root, **values):
+    data = sections(root, classes=["grey", "red", "green"])
+    small = {"resize": 32, "crop": 32, "stride": 21, "steps": 60, "batch": 4, "lr": 0.05}
+    return config(segmentation, "segmentation", **{**data, **small, **values})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "linear"},
+        {"method": "linear", "augment": False},
+        {"method": "knn", "k": 5},
+        {"method": "logreg"},
+    ],
+)
+def test_colours_are_segmented_by_colour_and_the_majority_is_far_below(blobs, method):
+    scores = segmentation.evaluate(segment(blobs, **method), Colours())
+    assert scores["mIoU"] > 0.7
+    assert scores["images_train"] == 10
+    assert json.loads(json.dumps(scores)) == scores
+    base = segmentation.evaluate(segment(blobs, method="majority"), Colours())
+    assert base["mIoU"] < 0.35
+    assert base["iou red"] == 0
+
+
+def test_several_scales_and_mirrors_average_to_one_answer(blobs):
+    vit = shelves.build(
+        "backbones", {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 4, "size": 32}
+    )
+    values = {"method": "ms", "scales": [1.0, 1.5], "augment": False, "ratio": [1.0, 1.0]}
+    scores = segmentation.evaluate(segment(blobs, **values), vit)
+    assert 0 < scores["mIoU"] <= 1
+    assert vit.training
+    assert all(p.grad is None for p in vit.parameters())
+
+
+def depth_config(root, **values):
+    small = {"layers": 1, "norm": True, "crop": [32, 40], "steps": 150, "batch": 4, "lr": 0.03, "bins": 32}
+    return config(depth, "depth", **{**sections(root, target="depth"), **small, "max_depth": 5.0, **values})
+
+
+def test_the_data_of_a_run_on_the_scenes_gives_both_kinds_of_map():
+    data = {"name": "scenes", "size": 32, "count": 6, "test_count": 4, "seed": 0, "split": "train"}
+    for name, module, values in (
+        ("depth", depth, {"method": "mean", "max_depth": 25.0}),
+        ("segmentation", segmentation, {"method": "majority"}),
+    ):
+        given = section_values("eval", name, {"workers": 0, **values}, name)
+        scores = module.evaluate(module.Config(**judge.with_data(name, given, data)), Colours())
+        assert (scores["images_train"], scores["images_test"]) == (6, 4)
+    with pytest.raises(ValueError, match=r"train.path \(a folder with images/"):
+        judge.with_data("depth", section_values("eval", "depth", {}, "depth"), {**data, "name": "tar"})
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_depth_that_is_a_colour_is_found_far_better_than_by_the_mean(blobs, augment):
+    base = depth.evaluate(depth_config(blobs, method="mean"), Colours())
+    found = depth.evaluate(depth_config(blobs, augment=augment), Colours())
+    assert found["rmse"] < 0.6 * base["rmse"]
+    assert found["a1"] > base["a1"]
+    depths = np.concatenate(
+        [np.array(Image.open(p)).ravel() for p in sorted((blobs / "depth/train").iterdir())]
+    )
+    truth = [np.array(Image.open(p)) / 1000 for p in sorted((blobs / "depth/test").iterdir())]
+    mean = depths.mean() / 1000
+    assert base["rmse"] == pytest.approx(
+        np.mean([np.sqrt(((t - mean) ** 2).mean()) for t in truth]), rel=1e-4
+    )
+
+
+def test_a_head_that_was_saved_is_judged_as_it_was_when_it_was_trained(blobs, tmp_path):
+    out = tmp_path / "out"
+    first = segmentation.evaluate(segment(blobs, out=str(out), augment=False), Colours())
+    again = segmentation.evaluate(segment(blobs, head=str(out / "segmentation_linear_head.pth")), Colours())
+    assert again["mIoU"] == first["mIoU"]
+    few = {"out": str(out / "d"), "augment": False, "bins": 256, "steps": 8}
+    told = depth.evaluate(depth_config(blobs, **few), Colours())
+    file = str(out / "d" / "depth_linear_head.pth")
+    assert depth.evaluate(depth_config(blobs, head=file, min_depth=1e-3), Colours())["rmse"] == told["rmse"]
+
+
+def test_a_training_of_other_settings_does_not_go_on(blobs, tmp_path):
+    segmentation.evaluate(segment(blobs, out=str(tmp_path / "out"), steps=3), Colours())
+    with pytest.raises(ValueError, match=r"training with other settings \(lr\)"):
+        segmentation.evaluate(segment(blobs, out=str(tmp_path / "out"), steps=3, lr=0.5), Colours())
+    other = Colours()
+    other.gain.data.mul_(2)
+    with pytest.raises(ValueError, match=r"other settings \(weights\)"):
+        segmentation.evaluate(segment(blobs, out=str(tmp_path / "out"), steps=3), other)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_to_the_same_head(blobs, tmp_path):
+    def command(out):
+        data = [
+            f"{s}.{k}={v}"
+            for s, section in sections(blobs, classes="[grey,red,green]").items()
+            for k, v in section.items()
+        ]
+        sizes = ["resize=32", "crop=32", "stride=21", "batch=4"]
+        settings = [*sizes, "steps=400", "save_every=20", "workers=0", "device=cpu"]
+        backbone = ["backbone.name=raw_patches", "backbone.patch=4", "backbone.size=32"]
+        words = ["eval", "segmentation", *backbone, *data, *settings, f"out={out}"]
+        return [sys.executable, "-m", "dinokit", *words]
+
+    quiet = {"capture_output": True, "text": True, "check": True, "timeout": 300}
+    whole = subprocess.run(command(tmp_path / "whole"), **quiet)
+    process = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    limit = time.monotonic() + 200
+    while not (tmp_path / "cut" / "head.ckpt").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    step = torch.load(tmp_path / "cut" / "head.ckpt", weights_only=True)["step"]
+    assert 0 < step < 400
+    rest = subprocess.run(command(tmp_path / "cut"), **quiet)
+    assert _scores(rest.stdout) == _scores(whole.stdout)
+    file = "segmentation_linear_head.pth"
+    heads = [torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "cut")]
+    for key, value in heads[0]["state_dict"].items():
+        assert torch.equal(value, heads[1]["state_dict"][key])
+
+
+def _scores(text):
+    return {k: v for k, v in json.loads(text.splitlines()[-1]).items() if "iou" in k.lower()}
+
+
+def test_what_cannot_be_judged_is_said(blobs):
+    backbone = shelves.build("backbones", {"name": "pixels"})
+    with pytest.raises(ValueError, match=r"Pixels gives 0 patch features .*=raw_patches"):
+        segmentation.evaluate(segment(blobs, method="knn"), backbone)
+    data = {"name": "folders", "path": str(blobs), "classes": ["grey", "red", "green"]}
+    with pytest.raises(ValueError, match=r"share images: .* train.split=train test.split=test"):
+        segmentation.evaluate(segment(blobs, train=data, test=data), Colours())
+    for path in (blobs / "depth" / "test").iterdir():
+        Image.fromarray(np.full((32, 40), 9000, np.uint16)).save(path)
+    with pytest.raises(ValueError, match=r"None of the 4 test images has a reading between min_depth=0.001"):
+        depth.evaluate(depth_config(blobs, method="mean"), Colours())
+
+
+def test_no_reading_at_all_is_said(blobs):
+    for path in (blobs / "depth").rglob("*.png"):
+        Image.fromarray(np.zeros((32, 40), np.uint16)).save(path)
+    with pytest.raises(ValueError, match="have no reading: look at depth_scale"):
+        depth.evaluate(depth_config(blobs), Colours())
+
+
+def test_a_cache_that_would_be_too_large_is_refused_with_its_size(blobs):
+    with pytest.raises(ValueError, match=r"about \d+\.\d GiB, more than cache_gib=1e-07"):
+        segmentation.evaluate(segment(blobs, augment=False, cache_gib=1e-7), Colours())
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "values", "message"),
+    [
+        (segmentation, "segmentation", {"stride": 700}, "leaves gaps"),
+        (segmentation, "segmentation", {"ratio": [2.0, 0.5]}, "smaller one first"),
+        (segmentation, "segmentation", {"steps": 0}, "steps=0"),
+        (depth, "depth", {"layers": 2}, "1 or 4 blocks"),
+        (depth, "depth", {"crop": [5]}, "height and width"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(module, name, values, message):
+    with pytest.raises(ValueError, match=message):
+        config(module, name, **values)
+
+
+def test_the_published_numbers_are_the_defaults():
+    linear, ms = segmentation.Config(), segmentation.Config(method="ms")
+    assert (linear.resize, linear.crop, linear.stride) == (512, 512, 341)
+    assert (linear.ratio, linear.scales) == ((0.5, 2.0), (1.0,))
+    assert (ms.resize, ms.crop, ms.stride, ms.ratio) == (640, 640, 320, (1.0, 3.0))
+    assert ms.scales == (1, 1.32, 1.73, 2.28, 3.0)
+    assert round(linear.warmup * linear.steps) == 1500
+    assert round(depth.Config().warmup * depth.Config().steps) == 12_800
+
+
+@pytest.fixture
+def davis(tmp_path):
+    """A red and a green square that move over grey, one patch a frame."""
+    for number in range(6):
+        ids = np.zeros((48, 64), np.uint8)
+        ids[8:24, 4 + 4 * number : 20 + 4 * number] = 1
+        ids[28:44, 40 - 4 * number : 56 - 4 * number] = 2
+        for kind, array, end in (
+            ("JPEGImages", HUES[ids].astype(np.uint8), "jpg"),
+            ("Annotations", ids, "png"),
+        ):
+            folder = tmp_path / kind / "480p" / "squares"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / f"{number:05d}.{end}", quality=98)
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("squares\n")
+    return tmp_path
+
+
+def video_config(root, **values):
+    return video.Config(**section_values("eval", "video", {"path": str(root), "size": 48, **values}, "video"))
+
+
+def test_squares_that_move_are_followed(davis, tmp_path):
+    scores = video.evaluate(video_config(davis, out=str(tmp_path / "out")), Colours())
+    assert scores["J mean"] > 0.8
+    assert scores["F mean"] > 0.8
+    assert scores["J&F mean"] == pytest.approx((scores["J mean"] + scores["F mean"]) / 2)
+    assert (scores["videos"], scores["objects"]) == (1, 2)
+    kept = tmp_path / "out" / "squares.json"
+    kept.write_text(re.sub(r'"scores": .*', '"scores": [[0.5, 0.25], [0.5, 0.25]]}', kept.read_text()))
+    assert video.evaluate(video_config(davis, out=str(tmp_path / "out")), Colours())["J&F mean"] == 0.375
+
+
+def test_a_video_without_a_mask_or_a_list_that_is_not_there_is_named(davis):
+    with pytest.raises(ValueError, match=r"has no list 'vall'. Did you mean 'val'"):
+        video.evaluate(video_config(davis, list="vall"), Colours())
+    (davis / "Annotations" / "480p" / "squares" / "00003.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 6 frames have no mask, .*00003.png"):
+        video.evaluate(video_config(davis), Colours())
+    with pytest.raises(ValueError, match="is not laid out as DAVIS 2017"):
+        video.evaluate(video_config(davis / "JPEGImages"), Colours())
