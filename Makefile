@@ -14,7 +14,7 @@ demo: env  ## Train a small ViT on built-in scenes, on this machine, and judge i
 	$(PY) -m dinokit demo
 
 test: env  ## Every test that needs no GPU and under ten seconds
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not slow and not slurm"
 
 lint: env  ## ruff and mypy
 	$(PY) -m ruff check

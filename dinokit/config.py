@@ -138,14 +138,14 @@ def to_yaml(recipe: Recipe, template: bool = False) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """What a YAML file holds; a ValueError if it cannot be read, or holds no sections."""
+def read_mapping(path: Path, what: str = "recipe", holds: type[Any] = Recipe) -> dict[str, Any]:
+    """What a YAML file holds; a ValueError if it cannot be read, or is no `what`, with keys as in `holds`."""
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # as in parse_overrides
-        raise ValueError(f"{path} is not a recipe: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not a {what}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a recipe: it should hold the sections {listed(Recipe)}.")
+        raise ValueError(f"{path} is not a {what}: it should hold keys such as {listed(holds)}.")
     return values
 
 

@@ -151,7 +151,7 @@ class Run:
     log_every: int = at_least(1, 10)
     checkpoint_every: int = at_least(1, 500)
     keep: int = at_least(1, 2)  # checkpoints, the newest
-    keep_every: int = at_least(0, 0)  # steps: one every so many is kept for good; 0: none
+    keep_every: int = at_least(0, 0)  # steps: one every so many stays, its teacher in teachers/; 0: none
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # of several processes; auto: ddp while it fits
     timeout_minutes: float = at_least(0.05, 30.0)  # without a step or a word of the others, before a run ends
     max_unreadable: float = share(0.01)  # share of images that may be unreadable before the run stops

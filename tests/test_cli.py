@@ -1,8 +1,10 @@
 """The command line: quick answers without torch, and words for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,8 @@ sys.exit(f"imported {heavy}" if heavy else status)
 
 def quick(*words: str) -> subprocess.CompletedProcess:
     """A command line, which must be answered without importing anything heavy."""
-    done = subprocess.run([sys.executable, "-c", QUICK, *words], capture_output=True, text=True)
+    without = {**os.environ, "PATH": str(Path(sys.executable).parent)}  # programs of SLURM, if there are any
+    done = subprocess.run([sys.executable, "-c", QUICK, *words], capture_output=True, text=True, env=without)
     assert "imported" not in done.stderr, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -36,6 +39,8 @@ def quick(*words: str) -> subprocess.CompletedProcess:
         (["eval", "all", "--help"], "eval_scenes"),
         (["eval", "linear", "--help"], "held_out"),
         (["results", "--help"], "--json"),
+        (["submit", "--help"], "profiles: cpu, gpu"),
+        (["submit", "profile=gpu", "nodes=2", "--dry-run", "--", "train", "scenes_cpu"], "#SBATCH --nodes=2"),
         (["--version"], "dinokit 0"),
     ],
 )
@@ -77,6 +82,34 @@ def test_help_is_given_at_once(words, answer):
         (["eval", "all", "weights=x", "recipe=eval_scenes", "knn.kk=3"], "knn.kk: there is no key 'kk'"),
         (["eval", "all", "weights=x", "recipe=eval_scenes", "kn=3"], "has a key 'kn'. Did you mean 'knn'?"),
         (["results", "a=1"], "dinokit results takes folders"),
+        (["submit", "profile=gpu"], "Which command? It stands behind --"),
+        (["submit", "--", "train", "scenes_cpu"], "profile must be given. There is: cpu, gpu"),
+        (["submit", "statsu"], "Did you mean 'status'?"),
+        (["submit", "status", "12"], "No job 12 was submitted from here"),
+        (["submit", "logs"], "Nothing was submitted from here"),
+        (["submit", "cancel"], "Which job?"),
+        (["submit", "profile=gpu", "hors=4", "--", "train", "scenes_cpu"], "Did you mean 'hours'?"),
+        (
+            ["submit", "profile=gpu", "--", "trian", "scenes_cpu"],
+            "no verb 'trian' to submit. Did you mean 'train'?",
+        ),
+        (["submit", "profile=gpu", "--", "train", "scenes_cpu", "optim.lrr=1"], "Did you mean 'lr"),
+        (
+            ["submit", "profile=gpu", "nodes=3", "tasks=1", "--", "train", "scenes_cpu"],
+            "nodes=3 and 1 processes a node: optim.batch=32 images cannot be shared out evenly over 3",
+        ),
+        (
+            ["submit", "profile=gpu", "nodes=3", "tasks=1", "--", "train", "scenes_cpu"],
+            "nodes may be 1, 2, 4.",
+        ),
+        (["submit", "profile=gpu", "nodes=2", "--", "eval", "knn", "weights=x"], "eval works in one process"),
+        (["submit", "profile=gpu", "array=1-3", "--", "eval", "knn"], "all its jobs would do the same"),
+        (["submit", "profile=gpu", "array=no/*", "--", "eval", "knn", "weights={}"], "has no values"),
+        (["submit", "profile=gpu", "after=soon", "--", "train", "scenes_cpu"], "after=soon: numbers of jobs"),
+        (
+            ["submit", "profile=gpu", "--", "train", "scenes_cpu"],
+            "There is no SLURM here: the program sbatch",
+        ),
     ],
 )
 def test_every_mistake_is_answered_at_once_with_what_was_meant(words, answer):

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PYTHON = sorted(path for top in ("dinokit", "eval") for path in (ROOT / top).rglob("*.py"))
+PYTHON = sorted(path for top in ("dinokit", "eval", "slurm") for path in (ROOT / top).rglob("*.py"))
 FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
 
-# A room is a file or folder right below dinokit/, or eval/. It imports the rooms in its row and no other.
+# A room is a file or folder right below dinokit/, or eval/, or slurm/. It imports those in its row alone.
 MAY_IMPORT = {
     "__init__": "",
     "__main__": "shelves verbs",
@@ -38,9 +38,10 @@ MAY_IMPORT = {
     "recipe": "",
     "results": "",
     "shelves": "",
+    "slurm": "config files shelves",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
     "verbs": "backbones bench config data device distributed features files hub judge log results shelves "
-             "train weights",
+             "slurm train weights",
     "weights": "backbones config files layers shelves",
 }  # fmt: skip
 
@@ -52,7 +53,7 @@ DOORS = {
     "onnxruntime": "dinokit/weights/formats/onnx.py",
     "onnxscript": "dinokit/weights/formats/onnx.py",
     "pyarrow": "dinokit/*parquet.py",
-    "submitit": "",
+    "submitit": "slurm/submit.py",
     "tifffile": "dinokit/data/decode.py",
     "timm": "dinokit/*/timm*.py",
     "torchvision": "dinokit/data/*",

@@ -61,7 +61,8 @@ def _leave_signals_to_the_parent(_: int) -> None:
     The parent answers them, and still needs batches to end in order. Its own SIGTERM is obeyed: Python sends
     one to each child when it ends, and then waits for them.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():  # Windows has the first
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none; there a SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_the_parent_asks, args=(os.getppid(),), daemon=True).start()

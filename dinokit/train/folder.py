@@ -6,6 +6,7 @@ It belongs to one recipe. Given again with the same recipe, the run goes on; wit
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 
+from dinokit.backbones import Backbone
 from dinokit.config import Recipe, load_recipe, to_yaml
 from dinokit.device import pick_precision
 from dinokit.distributed import gather_objects, of_first, rank, world_size
-from dinokit.files import PARTS, remove, write_text
+from dinokit.files import PARTS, atomic, remove, write_text
+from dinokit.weights import save_backbone
 
 # Settings that may change when a run goes on, because they do not change what it learns.
 FREE = (
@@ -54,7 +57,7 @@ def open_run(recipe: Recipe) -> Path:
     if rank() == 0:
         write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
         (out / "checkpoints").mkdir(exist_ok=True)
-        for part in (*out.glob(PARTS), *(out / "checkpoints").glob(PARTS)):
+        for part in (*out.glob(PARTS), *out.glob(f"checkpoints/{PARTS}"), *out.glob(f"teachers/{PARTS}")):
             remove(part)  # left by a process that was killed while it wrote
         write_text(out / "env.json", json.dumps(environment(), indent=1))
     gather_objects(None)
@@ -68,6 +71,15 @@ def with_precision(recipe: Recipe, device: torch.device) -> Recipe:
         wanted = load_recipe(saved).run.precision
     precision = of_first(pick_precision(wanted, device))
     return replace(recipe, run=replace(recipe.run, precision=precision))
+
+
+def save_teacher(recipe: Recipe, backbone: Backbone, done: int) -> None:
+    """Write the teacher after `done` steps; to teachers/ as well, if it is one of every so many to keep."""
+    path, every = Path(recipe.run.out) / "teacher.safetensors", recipe.run.keep_every
+    save_backbone(path, backbone, recipe.architecture, to_yaml(recipe))
+    if every and done % every == 0:
+        with atomic(path.parent / "teachers" / f"step_{done:07d}.safetensors") as part:
+            shutil.copyfile(path, part)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

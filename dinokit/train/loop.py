@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinokit.backbones import Backbone
-from dinokit.config import Recipe, to_yaml
+from dinokit.config import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
@@ -20,15 +20,15 @@ from dinokit.log import RunLog, before_and_after
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, Found
 from dinokit.train.finite import check_finite
-from dinokit.train.folder import open_run, with_precision
+from dinokit.train.folder import open_run, save_teacher, with_precision
 from dinokit.train.memory import memory_share, peak_memory
 from dinokit.train.parallel import whole_backbone
 from dinokit.train.parts import parts_of_step
-from dinokit.train.processes import Stopped, agree, beat, joined, stop_signals
+from dinokit.train.processes import Stopped, agree, beat, joined
+from dinokit.train.signals import stop_signals
 from dinokit.train.start import begin, keep_start
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
-from dinokit.weights import save_backbone
 
 
 @dataclass
@@ -211,9 +211,8 @@ class Run:
         backbone = whole_backbone(self.recipe, self.step.model.average.backbone)
         if rank() == 0:
             # The checkpoint comes last: a run that is killed in between does the last steps, and this, again.
-            path, section = self.out / "teacher.safetensors", self.recipe.architecture
             try:
-                save_backbone(path, backbone, section, to_yaml(self.recipe))
+                save_teacher(self.recipe, backbone, done)
             except OSError as error:
                 raise OSError(self.checkpoints.trouble(done, error)) from None
         tensors, scaler = self.step.state()

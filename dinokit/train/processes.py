@@ -8,13 +8,12 @@ import faulthandler
 import hashlib
 import json
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -28,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 import dinokit
 from dinokit.config import Recipe
 from dinokit.data.sources import Source
-from dinokit.distributed import Launch, all_reduce_max, gather_objects, launch, of_first, rank, world_size
+from dinokit.distributed import Launch, gather_objects, launch, of_first, rank, world_size
 
 FAILED = "failed"  # the store's key for who failed first
 GRACE = 5.0  # seconds that a process has to end by itself when another failed
@@ -142,28 +141,6 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
         "number of images": n,
         "order of images": f"{_digest(names)} (the first is {names[0] if names else 'none'})",
     }
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While open, the first Ctrl-C or termination asks the loop to save and end; the second ends at once.
-
-    What is yielded says whether any process was asked, the same in all; all must call it equally often. It
-    costs one number to every process, between CPUs, and no wait for a GPU.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, _: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(all_reduce_max(torch.tensor(len(asked), dtype=torch.int32)))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _part(over: threading.Event) -> None:

@@ -9,6 +9,8 @@ and may define
     FLAGS: dict[str, str]                       # its own options, such as {"--json": "print JSON alone"};
                                                 # "--against=" is one that takes a value
     describe(words: Sequence[str]) -> str       # more help, once asked: what may be given
+    SHARES = True                               # processes that were started together share its work
+    RESUMES = True                              # given again, it goes on where it stopped
 
 Every heavy import waits inside these functions, and settings are checked before it: help and typos are
 answered at once.

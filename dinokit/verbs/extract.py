@@ -20,6 +20,7 @@ from dinokit.config import parse_overrides, section_values
 from dinokit.shelves import read_config, suggest
 from dinokit.verbs import Command
 
+SHARES = RESUMES = True
 TOKENS = ["cls", "mean", "patch", "registers"]
 SHOWN = 20  # unreadable images named on the screen
 

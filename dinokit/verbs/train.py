@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dinokit.data.sources import Source
     from dinokit.train.loop import Evaluator
 
+SHARES = RESUMES = True
+
 
 def run(command: Command) -> None:
     word = command.one_word("recipe", shelves.recipe_names())

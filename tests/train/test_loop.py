@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, s
     same_run(whole, broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
     tiny, recipe_file, photos, tmp_path, number, same_run
 ):
@@ -105,13 +105,25 @@ def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
     broken = tmp_path / "broken"
     process = start(recipe_file, photos, broken, *LONG, "run.checkpoint_every=1", "run.workers=1")
     wait_for_step(process, broken, 2)
-    process.send_signal(number)
+    for _ in range(1 if number == signal.SIGINT else 3):  # a scheduler repeats itself
+        process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "the same command goes on from here" in out
     assert "Traceback" not in err
     train(tiny("broken", *LONG))
     same_run(whole, broken)
+
+
+def test_the_teachers_to_keep_stay_beside_the_last_one(tiny, weights):
+    out = train(tiny("a", "run.keep_every=4", "run.checkpoint_every=2"))
+    assert [path.name for path in (out / "teachers").iterdir()] == ["step_0000004.safetensors"]
+    kept = load_file(out / "teachers/step_0000004.safetensors")
+    assert kept.keys() == weights(out).keys()
+    assert not all(torch.equal(kept[key], value) for key, value in weights(out).items())
+    out = train(tiny("b", "run.keep_every=3"))  # the last step is one of them
+    kept = load_file(out / "teachers/step_0000006.safetensors")
+    assert all(torch.equal(kept[key], value) for key, value in weights(out).items())
 
 
 def test_a_finished_run_is_not_run_again(tiny, records):

@@ -1,0 +1,115 @@
+"""A profile: what a job asks a cluster for, in YAML. Nothing here names a cluster, and nothing asks one."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dinokit.config import read_mapping, section_values
+from dinokit.shelves import suggest
+
+YEAR = 8766.0  # hours
+
+
+@dataclass
+class Config:
+    partition: str = ""  # one, or several with commas; empty: the cluster's own choice, as all that is empty
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""  # a feature that the nodes must have
+    nodes: int = 1
+    gpus: int = 0  # a node
+    tasks: int = 0  # processes a node; 0: one a GPU for a command that they can share, else one
+    cpus: int = 1  # a process
+    memory: float = 0.0  # GB a node; 0: all that a node has
+    hours: float = 24.0  # after which SLURM ends the job
+    notice: int = 120  # seconds before that in which the job is told to save
+    restarts: int = 100  # how often the job starts again after it had to stop; 0: never
+    at_once: int = 0  # jobs of an array that run at a time; 0: as many as the cluster lets
+    venv: str = ""  # folder of the Python environment in the job; empty: the one that submits
+    container: str = ""  # an image to run in, by apptainer
+    setup: list[str] = field(default_factory=list)  # shell lines before the command
+    sbatch: dict[str, Any] = field(
+        default_factory=dict
+    )  # its other options: {mail-type: END, exclusive: true}
+
+    def __post_init__(self) -> None:
+        least = {
+            "nodes": 1,
+            "gpus": 0,
+            "tasks": 0,
+            "cpus": 1,
+            "memory": 0,
+            "notice": 10,
+            "restarts": 0,
+            "at_once": 0,
+        }
+        for key, low in least.items():
+            if getattr(self, key) < low:
+                raise ValueError(f"{key}={getattr(self, key)}: it must be {low} or more.")
+        if not 0 < self.hours <= YEAR:
+            raise ValueError(
+                f"hours={self.hours:g}: a number of hours, such as 24 or 0.5. In YAML, "
+                f"4:00:00 is a number of seconds; write 4."
+            )
+        if self.notice >= 60 * self.minutes:
+            raise ValueError(f"notice={self.notice} seconds leave nothing of hours={self.hours:g}.")
+        if self.venv and self.container:
+            raise ValueError("venv and container are given: Python is in one of them.")
+
+    @property
+    def minutes(self) -> int:
+        """The time limit, as SLURM counts it."""
+        return math.ceil(self.hours * 60)
+
+
+def profile_names() -> list[str]:
+    """The profiles in slurm/profiles/, sorted."""
+    found = (files("dinokit.slurm") / "profiles").iterdir()
+    return sorted(p.name.removesuffix(".yaml") for p in found if p.name.endswith(".yaml"))
+
+
+def find_profile(profile: str) -> Path:
+    """The file of a profile: a name in slurm/profiles/, or a path.
+
+    Raises:
+        LookupError: if there is none; it lists those that there are.
+    """
+    have = profile_names()
+    if profile in have:
+        return Path(str(files("dinokit.slurm") / "profiles" / f"{profile}.yaml"))
+    if Path(profile).is_file():
+        return Path(profile)
+    if profile.endswith((".yaml", ".yml")) or "/" in profile:
+        raise LookupError(f"There is no profile file '{profile}' (looked from {Path.cwd()}).")
+    raise LookupError(
+        f"There is no profile '{profile}'.{suggest(profile, have)} Profiles are: {', '.join(have)}; or give "
+        f"the path of a YAML file, such as a copy of {find_profile(have[0])}."
+    )
+
+
+def load_profile(profile: str, changes: Mapping[str, Any]) -> Config:
+    """A profile, with changes from the command line.
+
+    Raises:
+        ValueError, LookupError: for an unknown profile or key, or a value that does not fit.
+    """
+    path = find_profile(profile)
+    held = read_mapping(path, "profile", Config)
+    try:
+        section_values("slurm", "profile", _readable(held), "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Config(**section_values("slurm", "profile", _readable({**held, **changes}), ""))
+
+
+def _readable(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    hours = values.get("hours")
+    if isinstance(hours, str):
+        raise ValueError(
+            f"hours={hours}: a number of hours, such as 24 or 0.5. SLURM's 1-12:30:00 is hours=36.5."
+        )
+    setup = values.get("setup")
+    return {**values, "setup": [setup]} if isinstance(setup, str) else values

@@ -1,0 +1,259 @@
+"""On a real SLURM (the test bed): runs of two nodes that are stopped in every way end as an unbroken one.
+
+All jobs are submitted first, held, from a copy of the code; then that copy, the recipe and the package that
+it names are made unusable. What runs, and runs again, can only be what was there before.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dinokit.slurm.snapshot import copy_code
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(230)]
+
+RECIPE = """
+backbone: {name: vit, size: 32, width: 24, depth: 2, heads: 2, patch: 8, layer_scale: 1.0, drop_path: 0.2}
+heads: {cls: {prototypes: 32, hidden: 32, bottleneck: 16}}
+losses: {dino: {}, ibot: {}}
+teacher: {momentum: [0.9, 1.0], temp: [0.04, 0.07], temp_warmup: 4}
+crops: {globals: {count: 2, size: 32}, locals: {count: 2, size: 16}}
+masks: {images: 0.5, patches: [0.2, 0.5]}
+optim: {steps: 30, batch: 4, lr: 1e-3, lr_rule: none, warmup: 2}
+data: {name: slow.scenes}
+run: {precision: fp32, workers: 0, log_every: 1, checkpoint_every: 7, keep_every: 14}
+"""
+
+SLOW = """
+import time
+from dataclasses import dataclass
+from dinokit.data.sources import scenes
+
+@dataclass
+class Config:
+    seconds: float = 0.1  # that an image takes: no work, so that many runs fit on one machine
+
+class Slow(scenes.Scenes):
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+def build(cfg):
+    source = Slow(scenes.Config(size=32, count=200, split="train"))
+    source.seconds = cfg.seconds
+    return source
+"""
+
+# The runs: seconds an image, time limit in hours, and what is done to it when it is in its twelfth step.
+RUNS = {
+    "limit": (0.75, 1 / 60, None),
+    "unbroken": (0.1, 0.5, None),
+    "requeued": (0.3, 0.5, lambda job: ask("scontrol", "requeue", job)),
+    "told": (0.3, 0.5, lambda job: ask("scancel", "--signal=USR2", job)),
+    "terminated": (0.3, 0.5, lambda job: ask("scancel", "--signal=TERM", job)),
+    "killed": (0.3, 0.5, lambda job: os.kill(process_of(job, "1"), signal.SIGKILL)),
+}
+OVER = "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"
+
+
+def ask(*words):
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def process_of(job, rank):
+    """The process that trains as `rank` in a job."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            env = dict(x.split("=", 1) for x in (path / "environ").read_text().split("\0") if "=" in x)
+            words = (path / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == rank and "train" in words:
+            return int(path.name)
+    raise AssertionError(f"no process of rank {rank} in job {job}")
+
+
+class Here:
+    """A folder from which jobs are submitted."""
+
+    def __init__(self, folder):
+        self.folder, self.jobs = folder, {}
+        copy_code(folder / "checkout")
+        (folder / "slow").mkdir()
+        self.sources = {"recipe.yaml": RECIPE, "slow/__init__.py": "", "slow/scenes.py": SLOW}
+        edited = folder / "checkout/dinokit/__init__.py"
+        self.sources[str(edited.relative_to(folder))] = edited.read_text()
+        self.write()
+
+    def write(self, text=None):
+        for name, good in self.sources.items():
+            (self.folder / name).write_text(good if text is None else text)
+
+    def dinokit(self, *words, status=0):
+        env = {**os.environ, "PYTHONPATH": f"{self.folder / 'checkout'}:{self.folder}", "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-m", "dinokit", *words]
+        done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, name, *words):
+        said = self.dinokit("submit", "profile=cpu", "cpus=1", "memory=1", *words)
+        self.jobs[name] = re.match(r"job (\d+)", said)[1]
+
+    def train(self, name, *settings):
+        seconds, hours, _ = RUNS[name]
+        more = ["nodes=2", f"hours={hours}", "notice=15", *settings]
+        self.submit(
+            name, *more, "--", "train", "recipe.yaml", f"run.out=runs/{name}", f"data.seconds={seconds}"
+        )
+
+    def step(self, name):
+        path = self.folder / "runs" / name / "metrics.jsonl"
+        return json.loads(path.read_text().splitlines()[-1])["step"] if path.exists() else 0
+
+    def state(self, name):
+        lines = ask("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", self.jobs[name]).split()
+        return [line.split("|")[1] for line in lines if "|" in line]
+
+    def log(self, name):
+        return (self.folder / "runs" / name / "run.log").read_text()
+
+    def over(self, name):
+        states = self.state(name)
+        return bool(states) and all(state in OVER for state in states)
+
+    def wait(self, what, holds, seconds=300):
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, f"{what}: {ask('squeue')}{self.jobs}"
+            time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    if not os.environ.get("SLURM_CONF"):
+        pytest.skip("needs the SLURM test bed, whose env.sh sets SLURM_CONF")
+    here = Here(tmp_path_factory.mktemp("here"))
+    try:
+        for name in RUNS:
+            here.train(name, "sbatch.hold=true")
+        here.submit("dependent", f"after={here.jobs['requeued']}", "--", "show", "scenes_cpu")
+        here.submit("in vain", f"after={here.jobs['killed']}", "--", "show", "scenes_cpu")
+        here.submit("cancelled", "sbatch.hold=true", "--", "show", "scenes_cpu")
+        here.write("raise SystemExit('edited')")
+        ask("scontrol", "release", *[here.jobs[name] for name in RUNS])
+        todo = {name: act for name, (_, _, act) in RUNS.items() if act}
+        while todo:
+            here.wait(f"{list(todo)} begin", lambda: any(here.step(name) >= 12 for name in todo))
+            for name in [name for name in todo if here.step(name) >= 12]:
+                todo.pop(name)(here.jobs[name])
+        yield here
+    finally:
+        for job in here.jobs.values():
+            subprocess.run(["scancel", job], check=False)
+
+
+def assert_same_weights(here, name):
+    one, two = (load_file(here.folder / "runs" / n / "teacher.safetensors") for n in ("unbroken", name))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def assert_goes_on(here, name):
+    here.wait(name, lambda: here.over(name) and here.over("unbroken"))
+    assert here.state("unbroken") == ["COMPLETED"]
+    assert here.state(name) == ["COMPLETED"], here.log(name)
+    stopped = re.findall(r"stopped after step (\d+)", here.log(name))
+    begun = re.findall(r"goes on after step (\d+)", here.log(name))
+    assert begun
+    if name != "requeued":  # there SLURM gives KillWait to save, here five seconds: on a busy machine too few
+        assert stopped == begun
+    assert_same_weights(here, name)
+
+
+@pytest.mark.parametrize("name", ["requeued", "told", "terminated"])
+def test_a_run_that_is_stopped_goes_on_by_itself_and_ends_as_an_unbroken_one(here, name):
+    assert_goes_on(here, name)
+
+
+def test_a_killed_process_ends_the_job_and_the_same_command_again_ends_the_run(here):
+    here.wait("killed", lambda: here.over("killed"))
+    assert here.state("killed") == ["FAILED"]
+    here.write()
+    assert "task 1: Killed" in here.dinokit("submit", "logs", here.jobs["killed"])
+    here.train("killed")
+    here.wait("killed", lambda: here.over("killed"))
+    assert "goes on after step 7" in here.log("killed")
+    assert_same_weights(here, "killed")
+
+
+def test_a_dependent_job_waits_for_the_end_through_every_restart(here):
+    here.wait("dependent", lambda: here.over("dependent") and here.over("in vain"))
+    assert here.state("dependent") == ["COMPLETED"]
+    assert here.state("in vain") == ["CANCELLED"]  # what it waited for failed
+
+    def times(name, field):
+        return ask("sacct", "-X", "-n", "-P", "-o", field, "-j", here.jobs[name]).strip()
+
+    assert times("requeued", "End") <= times("dependent", "Start")
+
+
+def test_what_was_submitted_can_be_asked_after_and_cancelled(here):
+    lines = here.dinokit("submit", "status").splitlines()
+    assert any(line.startswith(here.jobs["unbroken"]) and "COMPLETED" in line for line in lines)
+    here.dinokit("submit", "cancel", here.jobs["cancelled"])
+    assert "CANCELLED" in here.dinokit("submit", "status", here.jobs["cancelled"])
+    assert "has said nothing yet" in here.dinokit("submit", "logs", here.jobs["cancelled"])
+    assert "done: runs/unbroken/teacher.safetensors" in here.dinokit("submit", "logs", here.jobs["unbroken"])
+
+
+def test_an_array_judges_every_kept_teacher(here):
+    data = [
+        "train.name=scenes",
+        "train.count=60",
+        "test.name=scenes",
+        "test.split=test",
+        "test.test_count=30",
+    ]
+    every = "array=runs/unbroken/teachers/*"
+    here.submit("array", every, "--", "eval", "knn", "weights={}", "k=[5]", "device=cpu", *data)
+    here.wait("array", lambda: here.over("array"))
+    assert here.state("array") == ["COMPLETED", "COMPLETED"]
+    said = here.dinokit("submit", "logs", here.jobs["array"]).splitlines()
+    judged = [json.loads(line)["weights"] for line in said if line.startswith("{")]
+    assert judged == [f"runs/unbroken/teachers/step_00000{n}.safetensors" for n in (14, 28)]
+
+
+def test_what_is_in_the_queue_is_not_submitted_again(here):
+    train = ["submit", "profile=cpu", "sbatch.hold=true", "--", "train", "scenes_cpu", "run.out=runs/twice"]
+    number = re.match(r"job (\d+)", here.dinokit(*train))[1]
+    assert f"Job {number} is PENDING (JobHeldUser) and does the same: train scenes_cpu" in here.dinokit(
+        *train, status=2
+    )
+    here.dinokit("submit", "cancel", number)
+    here.dinokit("submit", "cancel", re.match(r"job (\d+)", here.dinokit(*train))[1])
+
+
+def test_an_unknown_partition_is_answered_with_those_that_there_are(here):
+    said = here.dinokit("submit", "profile=cpu", "partition=man", "--", "train", "scenes_cpu", status=2)
+    assert "There is no partition 'man'. Did you mean 'main'? sinfo has: main." in said
+
+
+def test_what_slurm_refuses_is_said_in_its_words_and_leaves_nothing_behind(here):
+    before = set((here.folder / "runs/jobs").iterdir())
+    said = here.dinokit("submit", "profile=cpu", "gpus=1", "--", "train", "scenes_cpu", status=2)
+    assert "SLURM refuses the job: sbatch: error: " in said
+    assert set((here.folder / "runs/jobs").iterdir()) == before
+
+
+def test_a_run_that_meets_its_time_limit_goes_on_until_it_is_done(here):
+    assert_goes_on(here, "limit")  # last, for it takes longest

@@ -1,0 +1,61 @@
+"""A profile says what a job asks for, and every slip in one is answered with what was meant."""
+
+import pytest
+
+from dinokit.slurm.profile import Config, find_profile, load_profile, profile_names
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        path = tmp_path / "ours.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_the_patterns_are_whole_and_name_no_cluster(name):
+    profile = load_profile(name, {})
+    assert (profile.partition, profile.account, profile.qos, profile.constraint) == ("", "", "", "")
+
+
+def test_the_command_line_changes_a_profile(written):
+    path = written("{hours: 3, gpus: 4, sbatch: {mail-type: END}}")
+    profile = load_profile(path, {"gpus": 2, "setup": "module load x"})
+    assert (profile.hours, profile.gpus, profile.setup) == (3.0, 2, ["module load x"])
+    assert profile.sbatch == {"mail-type": "END"}
+
+
+@pytest.mark.parametrize(("hours", "minutes"), [(1, 60), (0.5, 30), (1 / 60, 1), (0.0253, 2)])
+def test_a_limit_is_whole_minutes_and_never_less_than_asked(hours, minutes):
+    assert Config(hours=hours, notice=10).minutes == minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("hors: 4", "ours.yaml: hors: there is no key 'hors'. Did you mean 'hours'? There is: partition, "),
+        ("gpus: many", "ours.yaml: gpus: Value 'many'"),
+        ("hours: 1-12", "hours=1-12: a number of hours, such as 24 or 0.5. SLURM's 1-12:30:00 is hours=36.5"),
+        ("hours: 4:00:00", "4:00:00"),
+        ("hours: 0", "hours=0: a number of hours"),
+        ("nodes: 0", "nodes=0: it must be 1 or more"),
+        ("{hours: 0.02, notice: 120}", "notice=120 seconds leave nothing of hours=0.02"),
+        ("{venv: a, container: b}", "venv and container are given"),
+        ("- a list", "ours.yaml is not a profile: it should hold keys such as partition"),
+        ("{", "ours.yaml is not a profile: "),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(written, text, answer):
+    with pytest.raises(ValueError, match=r"^") as said:
+        load_profile(written(text), {})
+    assert answer in str(said.value)
+
+
+def test_a_profile_that_is_not_there_is_answered_with_those_that_are():
+    with pytest.raises(LookupError, match=r"no profile 'gup'. Did you mean 'gpu'\? Profiles are: cpu, gpu"):
+        find_profile("gup")
+    with pytest.raises(LookupError, match=r"no profile file 'a/b.yaml' \(looked from /"):
+        find_profile("a/b.yaml")
