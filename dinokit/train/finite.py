@@ -1,11 +1,9 @@
 """A run ends when a loss is no number any more; it says which, when, and what to try."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from dinokit.train.checkpoint import newest
+from dinokit.train.checkpoint import Checkpoints, newest
 
 LEAST_SCALE = 1e-3  # of fp16's gradients: it halves with every overflow
 
@@ -15,7 +13,7 @@ class TrainingError(RuntimeError):
 
 
 def check_finite(
-    table: Tensor, names: list[str], first: int, scaler: torch.amp.GradScaler, checkpoints: Path
+    table: Tensor, names: list[str], first: int, scaler: torch.amp.GradScaler, checkpoints: Checkpoints
 ) -> None:
     """Look at the values of some steps.
 
@@ -24,7 +22,7 @@ def check_finite(
         names: of the columns.
         first: steps done before these.
         scaler: of the run; in fp16 it answers for a gradient's overflow.
-        checkpoints: the run's folder of them.
+        checkpoints: of the run; one that is still being written may be the last good one.
 
     Raises:
         TrainingError: if one is not finite, or if in fp16 every step overflows.
@@ -40,7 +38,8 @@ def check_finite(
     bad = bad[[not (skips and names[int(column)].startswith("grad_")) for _, column in bad]]
     if len(bad):
         row, column = (int(i) for i in bad[0])
-        last = newest(checkpoints)
+        checkpoints.finish()
+        last = newest(checkpoints.folder)
         raise TrainingError(
             f"'{names[column]}' became {table[row, column].item()} in step {first + row + 1}. "
             f"{f'The last good checkpoint is {last.path}.' if last else 'No checkpoint was written yet.'} "

@@ -170,7 +170,7 @@ class Run:
         ).cpu()  # each is a mean over images, or alike everywhere
         self._count_unreadable(done)
         first, count = done - len(self.pending), len(self.pending)
-        check_finite(table, names, first, self.step.scaler, self.out / "checkpoints")
+        check_finite(table, names, first, self.step.scaler, self.checkpoints)
         seconds = max(time.monotonic() - self.since, 1e-9)
         s = self.step.schedules
         self.log.step(
