@@ -1,5 +1,6 @@
 """The stage `hash`: copies that need no embedding to be found, and images that cannot be read."""
 
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from enum import IntEnum
 from functools import partial
@@ -119,17 +120,18 @@ def representatives(label: np.ndarray, pixels: np.ndarray | None, able: np.ndarr
 def _hash_all(one: ImageSet, folder: Path, processes: int, share: Share) -> None:
     """Files of RECORDs, a shard each, and of the sentences for images that cannot be read."""
     todo = [n for n in share.mine(-(-len(one) // SHARD)) if not (folder / f"{n:05d}.npy").exists()]
-    work = partial(_hash_shard, one.section, len(one), folder)
+    assert one.source is not None
+    assert one.section is not None
     if processes == 1 or len(todo) < 2:
-        assert one.source is not None
         for number in todo:
             _write(one.source, number, len(one), folder)
         return
+    work = partial(_hash_shard, one.section, len(one), folder)
     with ProcessPoolExecutor(min(processes, len(todo)), get_context("spawn")) as pool:
         list(pool.map(work, todo))
 
 
-def _hash_shard(section: dict[str, Any], n: int, folder: Path, number: int) -> None:
+def _hash_shard(section: Mapping[str, Any], n: int, folder: Path, number: int) -> None:
     _write(shelves.build("data.sources", section), number, n, folder)
 
 

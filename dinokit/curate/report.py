@@ -62,7 +62,7 @@ def write_report(path: Path, shown: Shown) -> dict[str, Any]:
 
 def _funnel(fate: np.ndarray, picks: np.ndarray, shown: Shown) -> str:
     n = len(fate)
-    rows = [("images in the pool", n, n, "")]
+    rows: list[tuple[str, int, int | str, str]] = [("images in the pool", n, n, "")]
     left = n
     for kind, why in WHY.items():
         gone = int((fate == kind).sum())

@@ -1,17 +1,15 @@
 """A set of images that takes part in a curation: a source, embeddings that are given, or both."""
 
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dinokit import shelves
 from dinokit.curate.vectors import Vectors
-from dinokit.data.names import Names, encode
+from dinokit.data.names import Names
 from dinokit.data.sources import Picture, Source
 from dinokit.features import open_store
+from dinokit.features.identity import images_stamp
 from dinokit.features.layout import shard_path
 
 
@@ -32,11 +30,7 @@ class ImageSet:
         """
         self.label, self.section = label, section
         self.source: Source | None = shelves.build("data.sources", section) if section else None
-        self.given: Vectors | None = None
-        self._names: Names | None = None
-        self._files: list[Path] = []
-        if embeddings:
-            self._read(Path(embeddings).expanduser(), token)
+        self.given, self._names, self._files = _read(label, embeddings, token)
         assert self.source is not None or self.given is not None, label
         if self.source is not None and self.given is not None and len(self.source) != len(self.given):
             raise ValueError(
@@ -45,7 +39,9 @@ class ImageSet:
             )
 
     def __len__(self) -> int:
-        return len(self.source if self.source is not None else self.given or ())
+        whole = self.source if self.source is not None else self.given
+        assert whole is not None
+        return len(whole)
 
     def name(self, number: int) -> str:
         """What the manifest calls an image."""
@@ -64,41 +60,37 @@ class ImageSet:
         return self.source[number][0]
 
     def stamp(self) -> dict[str, Any]:
-        """What tells this set from another: its settings, its names, and the files of given embeddings."""
-        names = sha256()
-        if self.source is not None:
-            for number in range(len(self.source)):
-                names.update(encode(self.source.name(number)) + b"\n")
+        """What is another whenever an image or a given embedding may be another."""
+        images = images_stamp(self.source) if self.source is not None else None
         status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self._files]
-        return {
-            "section": self.section,
-            "images": len(self),
-            "names": names.hexdigest()[:16],
-            "files": status,
-        }
+        return {"section": self.section, "images": len(self), "stamp": images, "files": status}
 
-    def _read(self, path: Path, token: str) -> None:
-        if (path / "store.json").is_file():
-            store = open_store(path)
-            if token not in store.tokens:
-                raise ValueError(f"{path} holds no '{token}' tokens, but: {', '.join(store.tokens)}.")
-            shards = -(-len(store) // store.about["shard"])
-            self._files = [shard_path(path, token, number) for number in range(shards)]
-            self._names = Names.of(store.iter_names())
-        elif path.is_dir():
-            self._files = sorted(path.glob("*.npy"))
-            self._names = _listed(path / "names.txt")
-        else:
-            self._files = [path]
-            self._names = _listed(path.with_suffix(".txt"))
-        if not self._files or not self._files[0].is_file():
-            raise ValueError(
-                f"{self.label}.embeddings='{path}': there are no embeddings; they are a .npy file, a folder "
-                f"of such, or what `dinokit extract` wrote."
-            )
-        self.given = Vectors(self._files)
-        if self._names is not None and len(self._names) != len(self.given):
-            raise ValueError(f"{path}: {len(self._names)} names, but {len(self.given)} embeddings.")
+
+def _read(label: str, embeddings: str, token: str) -> tuple[Vectors | None, Names | None, list[Path]]:
+    """Given embeddings, the images' names if they are told, and the files."""
+    if not embeddings:
+        return None, None, []
+    path = Path(embeddings).expanduser()
+    if (path / "store.json").is_file():
+        store = open_store(path)
+        if token not in store.tokens:
+            raise ValueError(f"{path} holds no '{token}' tokens, but: {', '.join(store.tokens)}.")
+        shards = -(-len(store) // store.about["shard"])
+        files = [shard_path(path, token, number) for number in range(shards)]
+        return Vectors(files), Names.of(store.iter_names()), files
+    files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise ValueError(
+            f"{label}.embeddings={embeddings}: there are no embeddings; they are a .npy file, a folder of "
+            f"such, or what `dinokit extract` wrote."
+        )
+    vectors, names = (
+        Vectors(files),
+        _listed(path / "names.txt" if path.is_dir() else path.with_suffix(".txt")),
+    )
+    if names is not None and len(names) != len(vectors):
+        raise ValueError(f"{path}: {len(names)} names, but {len(vectors)} embeddings.")
+    return vectors, names, files
 
 
 def _listed(path: Path) -> Names | None:
@@ -106,8 +98,3 @@ def _listed(path: Path) -> Names | None:
         return None
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return Names.of(line.removesuffix("\n") for line in file)
-
-
-def rows_of(chosen: np.ndarray, bad: np.ndarray) -> np.ndarray:
-    """Of the images chosen, those that are not bad; ascending."""
-    return chosen[~bad]

@@ -10,10 +10,14 @@ dinokit search weights=runs/photos index=features k=30 sheet=found.png a.jpg b.j
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dinokit.config import parse_overrides, section_values
 from dinokit.shelves import refuse_below
 from dinokit.verbs import Command
+
+if TYPE_CHECKING:
+    from dinokit.data.sources import Picture
 
 
 @dataclass
@@ -43,7 +47,7 @@ def run(command: Command) -> None:
     lookup = Lookup(Path(cfg.index))
     backbone = load_backbone(cfg.weights or lookup.weights).to(pick_device(cfg.device))
     similarity, found = lookup.search(lookup.embed(backbone, command.words), cfg.k)
-    tiles = []
+    tiles: list[tuple[Picture | None, str]] = []
     for file, values, numbers in zip(command.words, similarity.tolist(), found.tolist(), strict=True):
         print(f"{file}\n rank  similarity  image")
         tiles.append((Image.open(file), Path(file).name))

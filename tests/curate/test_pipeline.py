@@ -77,9 +77,10 @@ def test_images_of_a_parquet_or_tar_pool_become_files(tmp_path, scenes, weights,
             member = tarfile.TarInfo(f"{number}.png")
             member.size = len(file.getvalue())
             tar.addfile(member, io.BytesIO(file.getvalue()))
+    pool = ("pool.name=tar", f"pool.path={tmp_path / 'pool.tar'}", "dedup.similarity=1")
+    balanced = ("balance.images=6", "balance.levels=[4,2]", "balance.resample=[0,1]")
     out = tmp_path / "out"
-    curate(f"weights={weights}", "pool.name=tar", f"pool.path={tmp_path / 'pool.tar'}",
-           f"out={out}", "dedup.similarity=1", "balance.images=6", "balance.levels=[4,2]", "balance.resample=[0,1]")  # fmt: skip
+    curate(f"weights={weights}", *pool, *balanced, f"out={out}")
     rows = manifest(out)
     assert len(rows) == 6
     assert {row["rule"] for row in rows} == {"balance"}
