@@ -58,9 +58,20 @@ def exact(queries: np.ndarray, vectors: Vectors, k: int, gpu: bool = True) -> Fo
 
 
 def assign(x: np.ndarray, centres: np.ndarray, gpu: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of x (m, D) the nearest of centres (c, D): its number (m,), and the squared distance."""
-    distance, which = _knn(x, centres, 1, gpu, inner=False)
-    return which[:, 0], np.maximum(distance[:, 0], 0)
+    """For each row of x (m, D) the nearest of centres (c, D): its number (m,), and the squared distance.
+
+    Holds m * c numbers. Of equally near centres, the first.
+    """
+    if gpu and _gpus():
+        distance, which = _knn(x, centres, 1, gpu, inner=False)
+        return which[:, 0], np.maximum(distance[:, 0], 0)
+    table = x @ centres.T  # several times as fast as faiss.knn, for one neighbour
+    length = np.einsum("cd,cd->c", centres, centres)
+    table *= -2
+    table += length
+    which = table.argmin(axis=1)
+    near = table[np.arange(len(x)), which] + np.einsum("md,md->m", x, x)
+    return which, np.maximum(near, 0)
 
 
 def build(

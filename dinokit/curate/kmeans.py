@@ -6,6 +6,7 @@ Arthur and Vassilvitskii 2007 (greedy k-means++, 2 + ln k trials); what a step n
 import math
 
 import numpy as np
+import torch
 
 from dinokit.curate.index import assign
 from dinokit.curate.settings import KMeans
@@ -30,12 +31,13 @@ def cluster(vectors: Vectors, k: int, cfg: KMeans, rng: np.random.Generator) -> 
         vectors = vectors.at(np.sort(rng.choice(n, k * cfg.points, replace=False)))
     centres = _first(vectors, k, cfg, rng)
     for _ in range(cfg.iterations):
-        sums, counts = np.zeros(centres.shape), np.zeros(k, np.int64)
+        sums = torch.zeros(centres.shape, dtype=torch.float64)
+        counts = np.zeros(k, np.int64)
         for _, x in vectors.chunks(piece(k)):
             which, _ = assign(x, centres)
-            _add_rows(sums, which, x)
+            sums.index_add_(0, torch.from_numpy(which), torch.from_numpy(x).double())
             counts += np.bincount(which, minlength=k)
-        moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres)
+        moved = np.where(counts[:, None] > 0, sums.numpy() / np.maximum(counts, 1)[:, None], centres)
         still = np.array_equal(moved.astype(np.float32), centres)
         centres = moved.astype(np.float32)
         if still:
@@ -92,15 +94,3 @@ def plus_plus(x: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
 def _squared(x: np.ndarray, length: np.ndarray, to: np.ndarray) -> np.ndarray:
     """(len(to), m) squared distances of all rows to those rows."""
     return np.maximum(length + length[to, None] - 2 * x[to] @ x.T, 0)
-
-
-def _add_rows(sums: np.ndarray, which: np.ndarray, x: np.ndarray) -> None:
-    """Add each row of x to sums[which], in float64; rows are sorted, and a cluster's summed at once."""
-    order = np.argsort(which, kind="stable")
-    names, starts = np.unique(which[order], return_index=True)
-    for begin in range(0, len(names), 4096):
-        part = slice(begin, begin + 4096)
-        first = starts[begin]
-        last = starts[begin + 4096] if begin + 4096 < len(names) else len(order)
-        rows = x[order[first:last]].astype(np.float64)
-        sums[names[part]] += np.add.reduceat(rows, starts[part] - first, axis=0)
