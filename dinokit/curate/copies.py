@@ -93,7 +93,7 @@ def judge(table: np.ndarray, n: int, bits: int, largest: bool) -> tuple[np.ndarr
     exact_of, label = of[:n].copy(), joined.labels()
     keeper = representatives(label, table["pixels"][:n] if largest else None, fate == Fate.KEPT)
     copy = (keeper != np.arange(n)) & (fate == Fate.KEPT)
-    twin = exact_of == exact_of[keeper]
+    twin = (exact_of == exact_of[keeper]) | (exact_of != np.arange(n))
     fate[copy] = np.where(twin, Fate.EXACT, Fate.NEAR)[copy]
     return fate, keeper, np.unique(np.concatenate(crossed), axis=0)
 

@@ -25,8 +25,8 @@ class Machine:
 
     decoded: float = 150.0  # images decoded and hashed
     embedded: float = 30.0  # images through the backbone
-    flops: float = 1.0e11  # of matrix products in float32
-    scanned: float = 2.0e9  # bytes of inverted lists
+    flops: float = 5.0e10  # of matrix products in float32
+    scanned: float = 4.0e9  # bytes of inverted lists
     machines: int = 1  # that share the stages hash, embed, neighbours and search
 
 
@@ -74,7 +74,7 @@ def cost(work: Work, machine: Machine | None = None) -> dict[str, Cost]:
         ),
         "dedup": Cost(n * 5e-7, n * 60, 17 * n),
         "clusters": _clusters(work, left, on),
-        "survivors": _index(work, left, on) if work.seeds else Cost(0, 0, 0),
+        "survivors": _index(work, left, on, learn=False) if work.seeds else Cost(0, 0, 0),
         "search": Cost(
             _search(work, work.seeds, left, on) / on.machines, chunk, work.seeds * work.neighbours * 12
         ),
@@ -89,17 +89,18 @@ def total(costs: dict[str, Cost]) -> Cost:
     return Cost(sum(c.seconds for c in parts), max(c.memory for c in parts), sum(c.disk for c in parts))
 
 
-def _index(work: Work, rows: int, on: Machine) -> Cost:
+def _index(work: Work, rows: int, on: Machine, learn: bool = True) -> Cost:
+    """Learnt, or with the lists of another that was."""
     cfg, d = work.index, work.width
     if rows <= cfg.exact_below:
         return Cost(_exact(cfg.recall, rows, d, on), 3 * CHUNK * d * 4, 0)
     lists, code = lists_of(rows, cfg), cfg.pq or 2 * d
-    learnt = min(rows, max(cfg.train * lists, 1024))
+    learnt = min(rows, max(cfg.train * lists, 1024)) if learn else 0
     products = 2.0 * d * lists * (learnt * ITERATIONS + rows)
     shards = -(-rows // cfg.shard)
     size = min(rows, cfg.shard) * (code + 8)
     memory = max(2 * learnt * d * 4, 1.5 * size + 3 * CHUNK * d * 4)  # lists grow by halves
-    disk = rows * (code + 8) + (shards + 1) * lists * d * 4
+    disk = rows * (code + 8) + (shards + learn) * lists * d * 4
     return Cost(products / on.flops + _exact(cfg.recall, rows, d, on), memory, disk)
 
 

@@ -84,10 +84,8 @@ def _read(label: str, embeddings: str, token: str) -> tuple[Vectors | None, Name
             f"{label}.embeddings={embeddings}: there are no embeddings; they are a .npy file, a folder of "
             f"such, or what `dinokit extract` wrote."
         )
-    vectors, names = (
-        Vectors(files),
-        _listed(path / "names.txt" if path.is_dir() else path.with_suffix(".txt")),
-    )
+    vectors = Vectors(files)
+    names = _listed(path / "names.txt" if path.is_dir() else path.with_suffix(".txt"))
     if names is not None and len(names) != len(vectors):
         raise ValueError(f"{path}: {len(names)} names, but {len(vectors)} embeddings.")
     return vectors, names, files
