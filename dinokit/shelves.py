@@ -59,11 +59,12 @@ def build(shelf: str, section: Mapping[str, Any]) -> Any:
 
 
 def recipe_names(kind: str = "") -> list[str]:
-    """The recipes in configs/, sorted: those for training, or with kind='eval' the lists of evaluators."""
+    """The recipes in configs/, sorted: for training, or of the kind that names begin with: eval, curate."""
     have = [
         p.name.removesuffix(".yaml") for p in files("dinokit.configs").iterdir() if p.name.endswith(".yaml")
     ]
-    return sorted(name for name in have if name.startswith("eval_") == (kind == "eval"))
+    kinds = {name: name.partition("_")[0] if name.startswith(("eval_", "curate_")) else "" for name in have}
+    return sorted(name for name in have if kinds[name] == kind)
 
 
 def find_recipe(recipe: str | Path, kind: str = "") -> Path:

@@ -41,6 +41,8 @@ def quick(*words: str) -> subprocess.CompletedProcess:
         (["results", "--help"], "--json"),
         (["submit", "--help"], "profiles: cpu, gpu"),
         (["submit", "profile=gpu", "nodes=2", "--dry-run", "--", "train", "scenes_cpu"], "#SBATCH --nodes=2"),
+        (["curate", "--help"], "curate_lvd"),
+        (["search", "--help"], "sheet"),
         (["--version"], "dinokit 0"),
     ],
 )
@@ -110,6 +112,24 @@ def test_help_is_given_at_once(words, answer):
             ["submit", "profile=gpu", "--", "train", "scenes_cpu"],
             "There is no SLURM here: the program sbatch",
         ),
+        (["curate", "curate_smal"], "There is no recipe 'curate_smal'. Did you mean 'curate_small'?"),
+        (["curate", "curate_small", "out=x"], "pool.path must be given"),
+        (["curate", "curate_small", "pool.path=x"], "out must be given"),
+        (["curate", "curate_small", "out=x", "pool.path=x"], "weights=FILE_OR_RUN must be given"),
+        (
+            ["curate", "curate_small", "out=x", "pool.nme=tar", "pool.path=x"],
+            "pool.nme: there is no key 'nme'",
+        ),
+        (
+            ["curate", "curate_small", "out=x", "pool.path=x", "seeds.a.rul=sample"],
+            "there is no key 'rul'",
+        ),
+        (["curate", "curate_small", "out=x", "pool.path=x", "dedup.kk=3"], "dedup.kk: there is no key 'kk'"),
+        (["curate", "curate_small", "stage=hsh"], "Did you mean 'hash'?"),
+        (["curate", "curate_small", "part=3/3", "stage=hash"], "from 0 to N - 1"),
+        (["curate", "curate_small", "part=1/3", "stage=dedup"], "needs stage= with one of: hash, embed"),
+        (["search", "index=x"], "Which image?"),
+        (["search", "indx=x", "a.jpg"], "Did you mean 'index'?"),
     ],
 )
 def test_every_mistake_is_answered_at_once_with_what_was_meant(words, answer):

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "check": "recipe shelves",
     "config": "check config_values recipe shelves",
     "config_values": "shelves",
+    "curate": "backbones data device features files shelves weights",
     "data": "config distributed shelves",
     "device": "",
     "distributed": "",
@@ -40,15 +41,15 @@ MAY_IMPORT = {
     "shelves": "",
     "slurm": "config files shelves",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
-    "verbs": "backbones bench config data device distributed features files hub judge log results shelves "
-             "slurm train weights",
+    "verbs": "backbones bench config curate data device distributed features files hub judge log results "
+             "shelves slurm train weights",
     "weights": "backbones config files layers shelves",
 }  # fmt: skip
 
 # Packages beyond the core, each with the files that are its door: nobody else misses one that is not there.
 CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
-    "faiss": "",
+    "faiss": "dinokit/curate/index.py",
     "omegaconf": "dinokit/config*.py",
     "onnxruntime": "dinokit/weights/formats/onnx.py",
     "onnxscript": "dinokit/weights/formats/onnx.py",

@@ -1,0 +1,158 @@
+"""The stages `clusters`, `search` and `retrieve`: what of the clean pool is taken, and why."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinokit.curate.balance import draw, entropy
+from dinokit.curate.embedding import Embedded
+from dinokit.curate.hierarchy import grow
+from dinokit.curate.index import Searcher
+from dinokit.curate.kmeans import cluster, nearest
+from dinokit.curate.retrieve import Picks, award, by_cluster_hits
+from dinokit.curate.seeds import Config as Seeds
+from dinokit.curate.settings import Clusters, Config
+from dinokit.curate.stages import Share, Told, save
+from dinokit.curate.vectors import Vectors
+
+QUERIES = 65_536  # seeds whose candidates make a file
+MOST_CLUSTERS = 100_000  # as published
+BALANCE, ALL = "balance", "all"  # origins beside the names of seeds
+
+# An image of the pool; a number of origins(); an image of these seeds, and its place and likeness for that.
+PICK = np.dtype(
+    [
+        ("image", "<i8"),
+        ("origin", "<i4"),
+        ("query", "<i8"),
+        ("rank", "<i8"),
+        ("similarity", "<f4"),
+        ("cluster", "<i8"),
+    ]
+)
+
+
+@dataclass
+class Known:
+    """Of the clean pool."""
+
+    left: Embedded
+    cluster: np.ndarray  # (n,) of each image of the whole pool, -1 without an embedding
+    centres: np.ndarray  # (c, D) of those clusters
+    found: Path  # the folder of the stage `search`
+
+
+def origins(rules: Mapping[str, Seeds]) -> list[str]:
+    """What an `origin` numbers."""
+    return [*rules, BALANCE, ALL]
+
+
+def clusters(
+    cfg: Clusters, seed: int, pool: Embedded, left: Embedded, n: int, folder: Path
+) -> dict[str, Any]:
+    """Learn the clusters of what is left, and say the cluster of every image of the pool.
+
+    Leaves clusters.npz: centres (c, D); cluster (n,), -1 without an embedding.
+    """
+    count = min(cfg.count or min(math.isqrt(len(left.images)), MOST_CLUSTERS), len(left.images))
+    centres = cluster(left.vectors, count, cfg.kmeans, np.random.default_rng([seed, 3]))
+    which = np.full(n, -1, np.int64)
+    which[pool.images] = nearest(pool.vectors, centres)[0]
+    save(folder / "clusters.npz", centres=centres, cluster=which)
+    sizes = np.bincount(which[left.images], minlength=count)
+    return {"clusters": count, "largest": int(sizes.max()), "entropy": round(entropy(sizes), 4)}
+
+
+def search(searcher: Searcher, seeds: Vectors, wide: int, folder: Path, share: Share) -> None:
+    """Files of the `wide` most similar images to each seed, 65,536 seeds a file."""
+    for number in share.mine(-(-len(seeds) // QUERIES)):
+        path = folder / f"{number:05d}.npz"
+        if not path.exists():
+            similarity, rows = searcher.search(seeds.chunk(number * QUERIES, QUERIES), wide)
+            save(path, similarity=similarity, rows=rows)
+
+
+def choose(
+    cfg: Config,
+    rules: Mapping[str, Seeds],
+    seeds: Mapping[str, Embedded],
+    known: Known,
+    folder: Path,
+    told: Told,
+) -> dict[str, Any]:
+    """Every set of seeds in turn, then balance; an image that several bring is noted with the first.
+
+    Args:
+        cfg: the settings.
+        rules: by the name of a set of seeds.
+        seeds: their embeddings.
+        known: of the clean pool.
+        folder: gets picks.npy: PICKs, ascending by image.
+        told: takes lines for the screen.
+    """
+    left, names = known.left, origins(rules)
+    inside = known.cluster[left.images]
+    taken = np.zeros(len(left.images), np.bool_)
+    columns: list[np.ndarray] = []
+    counts: dict[str, int] = {}
+    for number, (name, rule) in enumerate(rules.items()):
+        own = seeds[name]
+        if rule.rule == "sample":
+            picks = award(*_candidates(known.found / name, len(own.images)), rule.k, len(left.images))
+            picks.cluster = inside[picks.image]
+        else:
+            hit, _ = nearest(own.vectors, known.centres)
+            rng = np.random.default_rng([cfg.seed, 5, number])
+            picks = by_cluster_hits(left.vectors, inside, own.vectors, hit, rule, rng)
+        picks.query = own.images[picks.query]
+        columns.append(_rows(picks, number, taken))
+        counts[name] = columns[-1].shape[0]
+    if cfg.balance.images:
+        image = _balanced(cfg, left, folder, told)
+        columns.append(_rows(_plain(image, inside), names.index(BALANCE), taken))
+        counts[BALANCE] = columns[-1].shape[0]
+    elif not rules:
+        columns.append(_rows(_plain(np.arange(len(left.images)), inside), names.index(ALL), taken))
+    table = np.concatenate(columns)
+    table = table[np.argsort(table["image"])]
+    table["image"] = left.images[table["image"]]
+    save(folder / "picks.npy", only=table)
+    sizes = np.bincount(table["cluster"], minlength=len(known.centres))
+    return {"images": len(table), "entropy": round(entropy(sizes), 4), "brought": counts}
+
+
+def _rows(picks: Picks, origin: int, taken: np.ndarray) -> np.ndarray:
+    """The picks that nothing took before, as PICKs; marks them."""
+    free = ~taken[picks.image]
+    taken[picks.image] = True
+    done = np.empty(int(free.sum()), PICK)
+    for name in ("image", "query", "rank", "similarity", "cluster"):
+        done[name] = getattr(picks, name)[free]
+    done["origin"] = origin
+    return done
+
+
+def _plain(image: np.ndarray, cluster: np.ndarray) -> Picks:
+    none = np.full(len(image), -1)
+    return Picks(
+        image, none, np.zeros(len(image), np.int64), np.zeros(len(image), np.float32), cluster[image]
+    )
+
+
+def _balanced(cfg: Config, left: Embedded, folder: Path, told: Told) -> np.ndarray:
+    if cfg.balance.images > len(left.images):
+        raise ValueError(
+            f"balance.images={cfg.balance.images}, but {len(left.images)} images are left to draw from."
+        )
+    levels, distance = grow(left.vectors, cfg.balance, cfg.seed, folder, told)
+    central = distance if cfg.balance.draw == "central" else None
+    return draw(levels, central, cfg.balance.images, np.random.default_rng([cfg.seed, 6]))
+
+
+def _candidates(folder: Path, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    parts = [np.load(folder / f"{number:05d}.npz") for number in range(-(-seeds // QUERIES))]
+    return np.concatenate([p["similarity"] for p in parts]), np.concatenate([p["rows"] for p in parts])

@@ -1,0 +1,54 @@
+"""`dinokit search`: over features, and over the pool of a curation."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from dinokit import shelves
+from dinokit.__main__ import main
+from dinokit.weights import save_backbone
+
+
+def answer(capsys, *words):
+    status = main(["search", *map(str, words)])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_an_image_finds_itself_first_in_a_curation_and_in_features(heap, weights, curate, capsys):
+    photo = heap / "heap" / "07.png"
+    out = heap / "out"
+    curate(f"weights={weights}", f"pool.path={heap / 'heap'}", f"out={out}")
+    words = [f"weights={weights}", f"data.path={heap / 'heap'}", f"out={heap / 'features'}", "workers=0"]
+    assert main(["extract", *words]) == 0
+    capsys.readouterr()
+    for index in (out, heap / "features"):
+        sheet = heap / f"{index.name}.png"
+        status, said, err = answer(
+            capsys, f"index={index}", "k=5", f"sheet={sheet}", photo, heap / "seeds/02.png"
+        )
+        assert status == 0, err
+        lines = said.splitlines()
+        assert lines[0] == str(photo)
+        rank, similarity, name = lines[2].split(maxsplit=2)
+        assert (rank, name) == ("1", str(photo))
+        assert float(similarity) == pytest.approx(1, abs=2e-3)
+        assert json.loads(lines[-1])["images"] == 2
+        with Image.open(sheet) as image:
+            assert image.size == (6 * 192, 2 * (192 + 16))
+
+
+def test_what_cannot_be_searched_is_said(heap, weights, curate, capsys, tmp_path_factory):
+    curate(f"weights={weights}", f"pool.path={heap / 'heap'}", f"out={heap / 'out'}", "seed=1")
+    broken, photo = heap / "heap" / "broken.jpg", heap / "heap" / "07.png"
+    status, _, said = answer(capsys, f"index={heap / 'out'}", broken)
+    assert (status, "broken.jpg cannot be read" in said) == (2, True)
+    status, _, said = answer(capsys, f"index={tmp_path_factory.mktemp('empty')}", photo)
+    assert (status, "holds no features" in said) == (2, True)
+    section = {"name": "vit", "size": 32, "width": 24, "depth": 1, "heads": 2, "patch": 8}
+    torch.manual_seed(5)
+    save_backbone(heap / "other.safetensors", shelves.build("backbones", section), section)
+    status, _, said = answer(capsys, f"index={heap / 'out'}", f"weights={heap / 'other.safetensors'}", photo)
+    assert (status, "not the weights that made the index" in said) == (2, True)

@@ -1,0 +1,201 @@
+"""Whole curations, as commands: of photos with planted copies, and of vectors with a planted truth."""
+
+import csv
+import io
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinokit import shelves
+from dinokit.curate import dedup
+
+
+def manifest(out):
+    with (Path(out) / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(rows):
+    """Of the photos in a manifest."""
+    return sorted(int(Path(row["path"]).name[:2]) for row in rows)
+
+
+def test_of_each_photo_one_stays_and_none_that_is_in_the_test_set(heap, weights, curate, capsys):
+    out = heap / "out"
+    strict = ("dedup.similarity=0.9999", "dedup.against=0.9999")  # of an untrained backbone
+    curate(f"weights={weights}", f"pool.path={heap / 'heap'}", f"against.test.path={heap / 'test'}",
+           f"out={out}", *strict)  # fmt: skip
+    rows = manifest(out)
+    assert numbers(rows) == list(range(32))
+    assert not any("half" in row["path"] for row in rows)  # the largest stays
+    assert {row["rule"] for row in rows} == {"all"}
+    source = shelves.build("data.sources", {"name": "manifest", "path": str(out / "manifest.csv")})
+    assert len(source) == 32
+    assert source[5][0].size == (128, 128)
+    page = (out / "report.html").read_text()
+    assert "same pixels as another image" in page
+    assert page.count("data:image/jpeg") > 20
+    assert "<script" not in page
+    assert "http" not in page
+    told = next((out / "stages").glob("hash.*")) / "pool" / "00000.unreadable.txt"
+    assert "broken.jpg" in told.read_text()
+
+
+def test_seeds_bring_images_and_the_manifest_says_why(heap, weights, curate):
+    out = heap / "out"
+    words = (f"weights={weights}", f"pool.path={heap / 'heap'}", f"out={out}", "dedup.similarity=1")
+    curate(*words, f"seeds.mine.path={heap / 'seeds'}", "seeds.mine.k=2", "seeds.mine.keep=true")
+    rows = manifest(out)
+    kept = [row for row in rows if row["rule"] == "seed"]
+    brought = [row for row in rows if row["rule"] == "sample"]
+    assert (len(kept), len(brought)) == (10, 20)
+    assert {row["from"] for row in rows} == {"seeds.mine"}
+    assert all(Path(row["query"]).parent == heap / "seeds" for row in brought)
+    assert all(1 <= int(row["rank"]) <= 8 and -1 <= float(row["similarity"]) <= 1 for row in brought)
+    capped = (
+        f"seeds.mine.path={heap / 'seeds'}",
+        "seeds.mine.rule=cluster",
+        "clusters.count=2",
+        "seeds.mine.cap=7",
+    )
+    curate(*words, *capped)
+    rows = manifest(out)
+    assert len(rows) == 7
+    assert {row["rule"] for row in rows} == {"cluster"}
+
+
+def test_images_of_a_parquet_or_tar_pool_become_files(tmp_path, scenes, weights, curate):
+    with tarfile.open(tmp_path / "pool.tar", "w") as tar:
+        for number, photo in enumerate(scenes[:12]):
+            file = io.BytesIO()
+            photo.save(file, "PNG")
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(file.getvalue())
+            tar.addfile(member, io.BytesIO(file.getvalue()))
+    pool = ("pool.name=tar", f"pool.path={tmp_path / 'pool.tar'}", "dedup.similarity=1")
+    balanced = ("balance.images=6", "balance.levels=[4,2]", "balance.resample=[0,1]")
+    out = tmp_path / "out"
+    curate(f"weights={weights}", *pool, *balanced, f"out={out}")
+    rows = manifest(out)
+    assert len(rows) == 6
+    assert {row["rule"] for row in rows} == {"balance"}
+    source = shelves.build(
+        "data.sources", {"name": "manifest", "path": str(tmp_path / "out" / "manifest.csv")}
+    )
+    first = np.asarray(source[0][0])
+    assert any(np.array_equal(first, np.asarray(photo.convert("RGB"))) for photo in scenes[:12])
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory, make):
+    folder = tmp_path_factory.mktemp("planted")
+    make(folder, 4000, 64, seeds=100, tests=200)
+    return folder
+
+
+def words_of(planted, out):
+    sets = {"pool": "pool", "seeds.s": "seeds", "against.t": "test"}
+    given = [f"{label}.embeddings={planted / name}.npy" for label, name in sets.items()]
+    return [*given, f"out={out}", "dedup.keep=first", "dedup.similarity=0.8", "dedup.against=0.8",
+            "index.exact_below=500", "index.recall=50", "index.probe=16", "index.shard=2500"]  # fmt: skip
+
+
+def fates(out):
+    return np.load(next((out / "stages").glob("overlap.*")) / "fate.npz")["fate"]
+
+
+def test_planted_copies_and_leaks_are_found_in_vectors(planted, tmp_path, curate):
+    curate(*words_of(planted, tmp_path / "out"))
+    with np.load(planted / "truth.npz") as truth:
+        copy, shows, label, seeds = (truth[key] for key in ("copy_of", "shows", "label", "seed_class"))
+    root = np.where(shows >= 0, 4000 + shows, np.arange(4000))
+    root = np.where(copy >= 0, root[copy], root)  # what shows the same: original, or evaluation image
+    _, first = np.unique(root, return_index=True)
+    wanted = np.ones(4000, np.bool_)
+    wanted[first] = False
+    wanted |= root >= 4000
+    fate = fates(tmp_path / "out")
+    gone, out, leaks = np.isin(fate, (4, 5)), fate == 5, root >= 4000
+    assert (gone & wanted).sum() / gone.sum() > 0.95  # precision
+    assert (gone & wanted).sum() / wanted.sum() > 0.95  # recall
+    assert (out & leaks).sum() / leaks.sum() > 0.95
+    assert (out & leaks).sum() / out.sum() > 0.95
+    taken = [int(row["path"].removeprefix("row ")) for row in manifest(tmp_path / "out")]
+    assert len(np.unique(root[taken])) == len(taken)
+    assert np.isin(label[taken], seeds).mean() > 2 * np.isin(label, seeds).mean()
+
+
+def test_a_killed_curation_goes_on_and_ends_with_the_same_manifest(planted, tmp_path, curate):
+    curate(*words_of(planted, tmp_path / "whole"))
+    command = [
+        sys.executable,
+        "-m",
+        "dinokit",
+        "curate",
+        "curate_small",
+        *words_of(planted, tmp_path / "out"),
+    ]
+    for stage in ("neighbours", "retrieve"):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(f"{stage} ..."):
+                    process.kill()
+                    break
+            assert process.wait() != 0
+    curate(*words_of(planted, tmp_path / "out"))
+    same = [(tmp_path / name / "manifest.csv").read_bytes() for name in ("whole", "out")]
+    assert same[0] == same[1]
+
+
+def test_changed_settings_redo_only_what_they_touch(planted, tmp_path, curate):
+    words = words_of(planted, tmp_path / "out")
+    curate(*words)
+    stages = tmp_path / "out" / "stages"
+    before = {path.parent.name: path.stat().st_mtime_ns for path in stages.glob("*/done.json")}
+    time.sleep(0.01)
+    curate(*words, "seeds.s.per_cluster=7", "balance.draw=central")
+    after = {path.parent.name: path.stat().st_mtime_ns for path in stages.glob("*/done.json")}
+    assert {name.partition(".")[0] for name in after.items() - before.items() for name in name[:1]} == {
+        "retrieve", "manifest", "report",
+    }  # fmt: skip
+    assert len(after) == 12
+    (tmp_path / "out" / "manifest.csv").unlink()
+    curate(*words)
+    assert (tmp_path / "out" / "manifest.csv").exists()
+
+
+def test_parts_done_apart_make_the_same_whole(planted, tmp_path, curate, monkeypatch):
+    monkeypatch.setattr(dedup, "QUERIES", 1000)
+    curate(*words_of(planted, tmp_path / "whole"))
+    words = words_of(planted, tmp_path / "out")
+    said = curate(*words, "stage=neighbours", "part=0/3", fails=True)
+    assert "first run the same command with stage=hash" in said
+    curate(*words, "stage=index")
+    for number in (2, 0, 1):
+        curate(*words, "stage=neighbours", f"part={number}/3")
+    edges = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "stages").glob("neighbours.*/0*.npy")}
+    assert len(edges) == 4
+    curate(*words)
+    again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "stages").glob("neighbours.*/0*.npy")}
+    assert again == edges
+    same = [(tmp_path / name / "manifest.csv").read_bytes() for name in ("whole", "out")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pool.embeddings={p}/pool.npy", "seeds.s.embeddings={p}/none.npy"), "there are no embeddings"),
+        (("pool.embeddings={p}/pool.npy", "balance.images=99999"), "99999, but"),
+        (("pool.path={p}/nowhere", "weights=x"), "there is no such file or folder"),
+    ],
+)
+def test_what_cannot_be_is_said(planted, tmp_path, curate, words, said):
+    (tmp_path / "empty").mkdir()
+    assert said in curate(*(w.format(p=planted) for w in words), f"out={tmp_path / 'out'}", fails=True)

@@ -1,0 +1,76 @@
+"""Retrieval by seeds against loops, on cases small enough to see."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dinokit.curate.retrieve import award, by_cluster_hits
+from dinokit.curate.seeds import Config as Seeds
+from dinokit.curate.vectors import Vectors
+
+
+def share_out(similarity, rows, k, n):
+    """Round by round, asking seed by asking seed, in plain Python."""
+    owner, got = {}, [0] * len(rows)
+    for place in range(len(rows[0])):
+        asks = [q for q in range(len(rows)) if got[q] < k and rows[q][place] >= 0]
+        free = [q for q in asks if rows[q][place] not in owner]
+        for q in sorted(free, key=lambda q: (-similarity[q][place], q)):
+            if rows[q][place] not in owner:
+                owner[rows[q][place]] = (q, place + 1)
+                got[q] += 1
+    return owner
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_images_are_shared_out_as_by_hand(seeds, k, reserve, seed):
+    rng, n = np.random.default_rng(seed), 20
+    truth = rng.random((seeds, n)).round(1).astype(np.float32)  # ties
+    rows = np.argsort(-truth, axis=1, kind="stable")[:, : k * reserve]
+    similarity = np.take_along_axis(truth, rows, 1)
+    picks = award(similarity, rows, k, n)
+    by_hand = share_out(similarity.tolist(), rows.tolist(), k, n)
+    assert {i: (q, r) for i, q, r in zip(picks.image, picks.query, picks.rank, strict=True)} == by_hand
+    assert (np.diff(picks.image) > 0).all()
+    assert np.allclose(picks.similarity, truth[picks.query, picks.image])
+    assert np.bincount(picks.query).max(initial=0) <= k
+
+
+def test_with_a_reserve_equal_seeds_bring_different_images_and_without_they_share():
+    similarity = np.array([[0.9, 0.8, 0.7, 0.6]] * 2, np.float32)
+    rows = np.array([[3, 1, 4, 2]] * 2)
+    assert award(similarity, rows, 2, 6).image.tolist() == [1, 2, 3, 4]
+    assert award(similarity[:, :2], rows[:, :2], 2, 6).image.tolist() == [1, 3]
+
+
+def test_places_that_hold_no_image_are_passed_over():
+    picks = award(np.array([[0.9, -np.inf]], np.float32), np.array([[0, -1]]), 2, 3)
+    assert picks.image.tolist() == [0]
+
+
+def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
+    rng = np.random.default_rng(0)
+    centres = np.eye(3, 8, dtype=np.float32)
+    cluster = np.repeat([0, 1, 2], [50, 30, 20])
+    hit = np.repeat([0, 1, 2], [4, 3, 9])  # more than 3: clusters 0 and 2
+    around = lambda which: centres[which] + 0.05 * rng.standard_normal((len(which), 8)).astype(np.float32)  # noqa: E731
+    images, seeds = Vectors([around(cluster)]), Vectors([around(hit)])
+    cfg = Seeds(rule="cluster", min_hits=3, per_cluster=15, cap=1000)
+    picks = by_cluster_hits(images, cluster, seeds, hit, cfg, np.random.default_rng(0))
+    assert np.bincount(picks.cluster).tolist() == [15, 0, 15]
+    assert (cluster[picks.image] == picks.cluster).all()
+    assert (hit[picks.query] == picks.cluster).all()
+    cosine = images.take(picks.image) @ seeds.take(np.arange(len(hit))).T
+    cosine[picks.cluster[:, None] != hit[None]] = -2
+    assert np.allclose(picks.similarity, cosine.max(axis=1), atol=1e-6)
+    for number in (0, 2):
+        own = picks.cluster == number
+        assert sorted(picks.rank[own]) == list(range(1, 16))
+        assert (np.diff(picks.similarity[own][np.argsort(picks.rank[own])]) <= 0).all()
+    capped = by_cluster_hits(
+        images, cluster, seeds, hit, Seeds(rule="cluster", cap=21, per_cluster=15), np.random.default_rng(0)
+    )
+    assert sorted(np.bincount(capped.cluster, minlength=3).tolist()) == [0, 10, 11]
+    nothing = by_cluster_hits(images, cluster, seeds, hit, Seeds(rule="cluster", min_hits=9), rng)
+    assert len(nothing.image) == 0
