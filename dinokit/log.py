@@ -5,11 +5,13 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
     track,
 )
+from rich.text import Text
 
 from dinokit.distributed import rank
 from dinokit.files import write_text
@@ -50,27 +53,44 @@ class RunLog:
             TaskProgressColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
-            console=self.console,
-            disable=not self.live,
         )
-        self.task = self.progress.add_task("train", total=steps, completed=start, values="")
+        self.task = self.progress.add_task("train", total=steps, completed=start)
+        # Below the bar, on as many lines as they need: beside it they would push it out of the window.
+        self.values = Text(no_wrap=False, overflow="fold")
+        self.view = self._view()
 
     def __enter__(self) -> "RunLog":
-        self.progress.start()
+        self._show()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        self.view.stop()
         if self.main:
             self.text.close()
+
+    def _view(self) -> Live:
+        return Live(Group(self.progress, self.values), console=self.console, transient=True)
+
+    def _show(self) -> None:
+        if self.live:
+            self.view = self._view()  # one that was stopped would go up by the lines that it had then
+            self.view.start()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the bar off the terminal, so that another one can stand there."""
+        self.view.stop()
+        try:
+            yield
+        finally:
+            self._show()
 
     def say(self, text: str) -> None:
         """A line for people, on the console and in run.log."""
         if self.main:
-            self.progress.console.print(text, markup=False)
+            self.console.print(text, markup=False)
             self._write(text)
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
@@ -89,7 +109,8 @@ class RunLog:
         line = f"step {step}/{self.steps}  {text}  left {_clock(left)}"
         self._write(line)
         if self.live:
-            self.progress.update(self.task, completed=step, values=text)
+            self.progress.update(self.task, completed=step)
+            self.values.plain = text
         else:
             self.console.print(line, markup=False)
 

@@ -1,10 +1,16 @@
 """What a run writes down."""
 
+import contextlib
 import json
+import os
+import pty
+import sys
+import threading
+import time
 
 import pytest
 
-from dinokit.log import RunLog
+from dinokit.log import RunLog, watch
 
 
 def records(path):
@@ -43,3 +49,60 @@ def test_the_log_is_kept_when_the_run_fails(tmp_path):
     with pytest.raises(RuntimeError):
         fail_after_a_line(tmp_path)
     assert "before" in (tmp_path / "run.log").read_text()
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch):
+    """Standard output and error are a terminal of 60 columns; gives what tells what was written since."""
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    read = []
+
+    def reader():  # a terminal that nobody reads is full after a few thousand characters
+        with contextlib.suppress(OSError):  # how the other end's closing shows
+            while text := os.read(ours, 1 << 16):
+                read.append(text)
+
+    thread = threading.Thread(target=reader, daemon=True)
+    thread.start()
+    with os.fdopen(theirs, "w", encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "stderr", file)
+
+        def written():
+            file.flush()
+            time.sleep(0.1)
+            text = b"".join(read).decode()
+            read.clear()
+            return text
+
+        yield written
+        monkeypatch.undo()
+    thread.join()
+    os.close(ours)
+
+
+def test_many_values_leave_the_bar_its_place_in_a_narrow_window(tmp_path, monkeypatch):
+    names = [f"value_of_loss_{i}" for i in range(8)]
+    with terminal(monkeypatch) as written, RunLog(tmp_path, steps=10, start=0) as log:
+        log.step(3, dict.fromkeys(names, 1.23456))
+        log.view.refresh()
+        said = written()
+    assert "3/10" in said
+    assert all(name in said for name in names)
+
+
+def test_while_an_evaluator_shows_its_bar_that_of_the_run_is_away(tmp_path, monkeypatch):
+    with terminal(monkeypatch) as written, RunLog(tmp_path, steps=10, start=0) as log:
+        log.step(3, {"dino": 1.0})
+        with log.paused():
+            written()
+            for _ in watch(range(2), 2, "features"):
+                time.sleep(0.4)  # longer than a bar waits before it is drawn again
+            during = written()
+        log.view.refresh()
+        after = written()
+    assert "features" in during
+    assert "3/10" not in during
+    assert "3/10" in after

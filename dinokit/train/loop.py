@@ -199,7 +199,8 @@ class Run:
         beat(0)  # an evaluation may take hours
         for evaluator in due:
             begun = time.monotonic()
-            scores = evaluator.judge(backbone)
+            with self.log.paused():
+                scores = evaluator.judge(backbone)
             self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
             text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
             self.log.say(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")

@@ -36,8 +36,10 @@ def run(command: Command) -> None:
     if what != "all":
         shelves.read_config("eval", what)
     if (weights is None) == (untrained is None):
+        near = (shelves.suggest(key, ["weights", "backbone"]) for key in values)
         raise ValueError(
             "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
+            f"{next(filter(None, near), '')}"
         )
     keep = "cache" not in values or values["cache"] is not None
     plan, recipe = _plan(what, values)

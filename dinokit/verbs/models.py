@@ -26,7 +26,12 @@ def run(command: Command) -> None:
         _identify(Command(command.words[1:], []).one_word("file of weights"), heads)
         return
     _refuse(values, [])
-    pattern = Command(command.words or ["*"], []).one_word("pattern")
+    if len(command.words) > 1:
+        near = suggest(command.words[0], ["identify"])
+        raise ValueError(
+            f"'{' '.join(command.words)}' is more than one pattern.{near} dinokit models --help."
+        )
+    pattern = command.words[0] if command.words else "*"
     names = [name for name in RELEASED if fnmatch(name, pattern)]
     if not names:
         raise LookupError(

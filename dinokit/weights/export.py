@@ -1,5 +1,6 @@
 """Write a vit in the format of another library, open it there, and measure that it says the same."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None
         size: pixels of the images that an ONNX graph takes; None: any multiple of the patch.
 
     Raises:
-        ValueError: if the backbone is no vit, or what was written does not say the same.
+        ValueError: if the backbone is no vit, or what was written does not say the same; it is then set
+            aside as `out`.wrong.
         RuntimeError: if a library is not there; it says what to install.
         OSError: if the files cannot be written.
     """
@@ -41,6 +43,17 @@ def _compared(vit: VisionTransformer, written: Written) -> Iterator[str]:
         if gap <= TOLERANCE * max(largest, 1.0):
             yield text
         elif size == written.sizes[0] or written.every_size:
-            raise ValueError(f"{written.path} does not say what the backbone says. {text} Do not use it.")
+            raise ValueError(
+                f"What was written does not say what the backbone says. {text} "
+                f"It lies in {_aside(written.path)}; there is no {written.path}."
+            )
         else:
             yield f"{text} There the positional embedding is resampled, by another rule than the vit's."
+
+
+def _aside(path: Path) -> Path:
+    """Give what was written a name that nobody takes for the result's."""
+    away = path.with_name(f"{path.name}.wrong")
+    if away.is_dir():
+        shutil.rmtree(away)
+    return path.replace(away)

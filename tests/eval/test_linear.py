@@ -199,6 +199,7 @@ print(json.dumps(linear.evaluate(cfg, net)), net.calls)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_as_an_unbroken_one(colours, tmp_path):
     def go(out, stop):
         values = {
@@ -244,6 +245,7 @@ if rank >= 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(colours, tmp_path):
     common = {**colours, "workers": 0}
     grid = {**SMALL, **common, "steps": 7, "lr": [0.001, 0.1]}

@@ -81,6 +81,7 @@ def test_ctrl_c_ends_at_once_and_what_is_done_stays(whole, vit_file, tmp_path):
     assert all(done[name] == want[name] for name in done)
 
 
+@pytest.mark.slow
 def test_shared_out_over_processes_it_leaves_the_same_bytes(whole, vit_file, tmp_path, capsys):
     folder, want = whole
     assert main(words(vit_file, folder, tmp_path / "two", "processes=2")) == 0

@@ -232,6 +232,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_each_get_what_one_would(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [

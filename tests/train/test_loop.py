@@ -97,7 +97,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, s
     same_run(whole, broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+LATER = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR2)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *LATER])
 def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
     tiny, recipe_file, photos, tmp_path, number, same_run
 ):

@@ -79,6 +79,7 @@ def test_export_prints_the_difference_and_how_to_open(capsys, drawn, tmp_path):
         ("models identify", "Which file of weights?"),
         ("models identify x head=3", "There is no key 'head'. Did you mean 'heads'"),
         ("models identify nowhere.pth", "There is no file nowhere.pth"),
+        ("models idntify x.pth", "Did you mean 'identify'"),
         ("models dinov2* heads=3", "There is no key 'heads'"),
     ],
 )

@@ -104,6 +104,16 @@ def test_a_format_that_resamples_positions_otherwise_says_by_how_much(drawn, tmp
     assert not any("resampled" in line for line in same)
 
 
+@pytest.mark.parametrize("to", ["dinov2", "hf"])
+def test_what_does_not_say_the_same_does_not_stay_where_it_was_asked_for(drawn, tmp_path, to):
+    vit = drawn()
+    vit.blocks[0].norm1.weight.data[0] = float("nan")
+    for _ in range(2):  # the second finds the first one's there
+        with pytest.raises(ValueError, match=r"difference at .*: nan .*It lies in .*out\.wrong"):
+            write(vit, to, tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["out.wrong"]
+
+
 def test_only_a_vit_is_written(tmp_path):
     with pytest.raises(ValueError, match="Only a `vit` can be exported, and this backbone is a Pixels"):
         write(Pixels(PixelsConfig()), "timm", tmp_path / "out")
