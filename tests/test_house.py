@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "heads": "backbones features files",
     "features": "backbones data distributed files log",
     "files": "",
-    "hub": "backbones weights",
+    "hub": "backbones heads weights",
     "judge": "backbones config device features shelves weights",
     "layers": "",
     "log": "distributed files",

@@ -17,7 +17,7 @@ import dinokit
 from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
 from dinokit.data.whole import WholeBatch, whole_loader
-from dinokit.features.fingerprint import fingerprint
+from dinokit.features.identity import fingerprint
 from dinokit.features.folder import begin
 from dinokit.features.frozen import device_of, frozen, normalised
 from dinokit.features.layout import FORMAT, RECORD, shard_range, shard_size

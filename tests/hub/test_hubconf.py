@@ -61,7 +61,7 @@ def test_a_clone_without_dinokit_installed_and_with_torch_alone(tmp_path):
     assert names.startswith(
         "['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight'] (1, 384) ['masks', 'x_norm"
     )
-    assert int(count) == 2 * 8 + 4 + 1
+    assert int(count) == 2 * 8 + 4 + 2 * 4 + 1
 
 
 def test_every_released_model_has_an_entry_point_of_its_name_and_size():
