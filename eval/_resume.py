@@ -13,7 +13,8 @@ from dinokit.distributed import all_reduce_max, rank
 from dinokit.features import weights_hash
 from dinokit.files import atomic
 
-FREE = ("cache", "out", "save_every", "workers", "test", "max_test")  # settings that change nothing that is learnt
+# Settings that change nothing that is learnt.
+FREE = ("cache", "out", "save_every", "workers", "test", "max_test")
 
 
 def identity(values: Mapping[str, Any], backbone: Backbone) -> str:

@@ -38,11 +38,12 @@ MAY_IMPORT = {
     "losses": "distributed layers",
     "recipe": "",
     "results": "",
+    "results_training": "config results",
     "shelves": "",
     "slurm": "config files shelves",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
     "verbs": "backbones bench config curate data device distributed features files hub judge log results "
-             "shelves slurm train weights",
+             "results_training shelves slurm train weights",
     "weights": "backbones config files layers shelves",
 }  # fmt: skip
 

@@ -13,10 +13,10 @@ PLAIN = bool, int, float, str, tuple, Input, torch.dtype, type(None)
 
 
 def fingerprint(module: Backbone | nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, by name: the same for the same weights in whatever kind of file.
+    """SHA-256 of all parameters and buffers, by name: the same for the same weights in any kind of file.
 
-    64 hexadecimal digits, which recipes, stores of features and checkpoints hold. It reads every tensor to the
-    CPU, one at a time: about a second a gigabyte.
+    64 hexadecimal digits, which recipes, stores of features and checkpoints hold. It reads every tensor, one
+    at a time, to the CPU: about a second a gigabyte.
     """
     assert isinstance(module, nn.Module)
     digest = sha256()

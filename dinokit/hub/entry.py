@@ -78,7 +78,7 @@ def depther(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
         head_weights: str | Path | None = None,
         **changes: Any,
     ) -> nn.Module:
-        from dinokit.heads import released
+        from dinokit.heads import released  # noqa: PLC0415 - needs numpy, which a backbone alone does not
 
         vit = _vit(model, pretrained, backbone_weights, changes)
 
@@ -137,9 +137,7 @@ def cached(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
-def _backbone(
-    model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]
-) -> DINOv2 | DINO:
+def _backbone(model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]) -> Any:
     vit = _vit(model, pretrained, weights, changes)
     return DINOv2(vit) if model.values.get("mask_token", True) else DINO(vit)
 

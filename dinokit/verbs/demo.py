@@ -68,7 +68,7 @@ def _judge_all(out: Path, trained: "Backbone", pixels: "Backbone") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("evaluator", "score", "your DINOv2", "baseline", "", title="The same scenes, all evaluators")
+    table = Table("evaluator", "score", "your DINOv2", "baseline", "", title="All evaluators")
     about = {**judge.describe_judged(str(out), trained), "eval_recipe": LIST}
     for each, base in zip(judge.read_list(LIST, {}), judge.read_list(LIST, {}), strict=True):
         score = SHOWN[each.name]

@@ -159,9 +159,10 @@ def test_a_training_that_was_stopped_is_gone_on_with_by_the_same_settings_and_we
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(segmentation, "_test", interrupted)
-        segmentation.evaluate(segment(blobs, out=str(out), steps=3), Colours())
+        with pytest.raises(KeyboardInterrupt):
+            segmentation.evaluate(segment(blobs, out=str(out), steps=3), Colours())
     (state,) = out.glob(".segmentation_*.pt")  # trained to the end, and not judged yet
     assert torch.load(state, weights_only=True)["step"] == 3
     other = Colours()

@@ -1,7 +1,7 @@
 """Depth data sets that come as a list of pairs: a line is the path of an image and that of its depth map."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from dinokit.data.pairs import Pairs
 from dinokit.data.pairs._files import PairedFiles, from_list, parts, read_lines
@@ -17,7 +17,7 @@ class Listed(Protocol):
     train: str  # list; a line is IMAGE DEPTH and what follows
     test: str
     depth_scale: float  # stored units in a metre
-    split: str
+    split: Literal["all", "train", "test"]
     channels: int  # as backbone.channels
 
 
