@@ -5,6 +5,7 @@ The names, and what the models answer to, are those of facebookresearch/dino and
 
 from dinokit.hub.entry import backbone as _backbone
 from dinokit.hub.entry import classifier as _classifier
+from dinokit.hub.entry import depther as _depther
 from dinokit.hub.entry import dinokit_backbone
 
 __all__ = ["dinokit_backbone"]
@@ -34,3 +35,13 @@ dinov2_vits14_reg_lc = _classifier("dinov2_vits14_reg")
 dinov2_vitb14_reg_lc = _classifier("dinov2_vitb14_reg")
 dinov2_vitl14_reg_lc = _classifier("dinov2_vitl14_reg")
 dinov2_vitg14_reg_lc = _classifier("dinov2_vitg14_reg")
+
+dinov2_vits14_ld = _depther("dinov2_vits14", "ld")
+dinov2_vitb14_ld = _depther("dinov2_vitb14", "ld")
+dinov2_vitl14_ld = _depther("dinov2_vitl14", "ld")
+dinov2_vitg14_ld = _depther("dinov2_vitg14", "ld")
+
+dinov2_vits14_dd = _depther("dinov2_vits14", "dd")
+dinov2_vitb14_dd = _depther("dinov2_vitb14", "dd")
+dinov2_vitl14_dd = _depther("dinov2_vitl14", "dd")
+dinov2_vitg14_dd = _depther("dinov2_vitg14", "dd")

@@ -79,14 +79,14 @@ def append(folder: str | Path, line: Mapping[str, Any]) -> Path:
     return path
 
 
-def read(folders: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
+def read(folders: Iterable[str | Path], needed: bool = True) -> tuple[list[dict[str, Any]], list[str]]:
     """All lines of the results in some folders and below them, oldest first.
 
     Returns:
         The lines, each with `file`; and where there was one that is no result, for a person.
 
     Raises:
-        LookupError: if there is no such folder, or no result in any of them.
+        LookupError: if there is no such folder, or, if they are `needed`, no result in any of them.
     """
     lines, broken = [], []
     for folder in map(Path, folders):
@@ -99,7 +99,7 @@ def read(folders: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]
                     broken.append(f"{file}, line {number}")
                 else:
                     lines.append({**line, "file": str(file)})
-    if not lines:
+    if not lines and needed:
         where = ", ".join(map(str, folders))
         raise LookupError(f"There is no {NAME} in {where} or below. dinokit eval makes it.")
     return sorted(lines, key=lambda line: str(line["about"].get("time", ""))), broken

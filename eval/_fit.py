@@ -1,23 +1,19 @@
 """Training a head on frozen features: AdamW, a schedule by step, and a training that was killed goes on."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones import Backbone
-from dinokit.distributed import all_reduce_sum, rank, world_size
+from dinokit.distributed import all_reduce_sum, world_size
 from dinokit.eval._look import progress
+from dinokit.eval._resume import Resume
 from dinokit.features import Map
-from dinokit.files import atomic
 
 Shown = tuple[list[Map], Tensor]  # what a step is shown: maps of features, and the truth (b, H, W)
-SAVED = "head.ckpt"
 
 
 @dataclass(frozen=True)
@@ -29,9 +25,8 @@ class Plan:
     weight_decay: float  # of matrices and kernels alone
     factor: Callable[[int], float]  # of the learning rate, by the number of steps done
     clip: float  # largest gradient norm; 0 is off
-    out: str  # folder of the saved state; "" saves none
+    resume: Resume  # the state to go on from; the last one stays until the scores are there
     save_every: int  # steps
-    identity: str  # what must be the same for a saved state to go on from
 
 
 def poly(steps: int, warmup: int, ratio: float = 1e-6) -> Callable[[int], float]:
@@ -61,14 +56,18 @@ def fit(
         plan: see there.
 
     Raises:
-        ValueError: if the loss is not finite, or a saved state is of another training.
+        ValueError: if the loss is not finite.
     """
     kernels = [p for p in head.parameters() if p.ndim > 1]
     others = [p for p in head.parameters() if p.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, plan.lr, weight_decay=plan.weight_decay)
     head.train()
-    start = done = _load(head, optimizer, plan)
+    state = plan.resume.load()
+    if state is not None:
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+    start = done = 0 if state is None else int(state["step"])
     steps = progress(shown(start), "train head", plan.steps, start) if start < plan.steps else iter(())
     try:
         for maps, truth in steps:
@@ -96,49 +95,12 @@ def fit(
     head.eval()
 
 
-def fingerprint(backbone: Backbone) -> str:
-    """A number that other weights would hardly have."""
-    assert isinstance(backbone, nn.Module)
-    sums = [tensor.double().sum().item() for tensor in backbone.state_dict().values()]
-    return f"{sum((i + 1) * value for i, value in enumerate(sums)):.12g}"
-
-
-def identity(values: dict[str, Any], backbone: Backbone) -> str:
-    """What a training is: its settings, but for those that change nothing that is learnt, and the weights."""
-    free = ("out", "save_every", "workers", "test", "max_test")
-    kept = {key: value for key, value in values.items() if key not in free}
-    return json.dumps({**kept, "weights": fingerprint(backbone)}, sort_keys=True, default=list)
-
-
 def _warm(step: int, warmup: int, ratio: float) -> float:
     return 1.0 if step >= warmup else 1 - (1 - step / warmup) * (1 - ratio)
 
 
 def _save(head: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
-    if plan.out and rank() == 0:
-        state = {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
-        with atomic(Path(plan.out) / SAVED) as part:
-            torch.save({"step": step, "identity": plan.identity, **state}, part)
-
-
-def _load(head: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan) -> int:
-    path = Path(plan.out) / SAVED
-    if not plan.out or not path.is_file():
-        return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken zip, a foreign pickle, a short read: each has its own type
-        raise ValueError(f"{path} cannot be read ({error}). Move it away to begin anew.") from None
-    if state["identity"] != plan.identity:
-        old, new = json.loads(state["identity"]), json.loads(plan.identity)
-        other = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        raise ValueError(
-            f"{path} is of a training with other settings ({', '.join(sorted(other))}). Give another `out`, "
-            f"or move it away."
-        )
-    head.load_state_dict(state["head"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    plan.resume.save({"step": step, "head": head.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 def _average(head: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The state of an evaluator that trains for long: kept while it does, so that the same command goes on."""
 
+import json
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -7,8 +8,19 @@ from typing import Any
 
 import torch
 
+from dinokit.backbones import Backbone
 from dinokit.distributed import all_reduce_max, rank
+from dinokit.features import weights_hash
 from dinokit.files import atomic
+
+# Settings that change nothing that is learnt.
+FREE = ("cache", "out", "save_every", "workers", "test", "max_test")
+
+
+def identity(values: Mapping[str, Any], backbone: Backbone) -> str:
+    """What a training is: its settings, but for those that change nothing that is learnt, and the weights."""
+    kept = {key: value for key, value in values.items() if key not in FREE}
+    return json.dumps({**kept, "weights": weights_hash(backbone)}, sort_keys=True, default=list)
 
 
 class Resume:

@@ -25,8 +25,9 @@ from dinokit.distributed import rank, world_size
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._depth_scores import gradient, scale_invariant
 from dinokit.eval._depth_test import DepthTest, framed, judge_depth, mean_judge
-from dinokit.eval._fit import Plan, Shown, cosine, fit, identity
+from dinokit.eval._fit import Plan, Shown, cosine, fit
 from dinokit.eval._look import Look, open_pairs, refuse_overlap
+from dinokit.eval._resume import Resume, identity
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width, spread_blocks
 from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
@@ -108,6 +109,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     whole = border if cfg.protocol == "kitti" else "none"  # NYU is tested with its rim
     how = DepthTest(cfg.min_depth, cfg.max_depth, whole, judged, cfg.resize, size, cfg.flip, cfg.workers)
     more: dict[str, float] = {}
+    resume = Resume(cfg.out, "depth", identity(asdict(cfg), backbone), device_of(backbone))
     with frozen(backbone):
         if cfg.head:
             trained_on = "KITTI" if cfg.protocol == "kitti" else "NYU"
@@ -128,8 +130,9 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
                     tuple(backbone.input.mean),
                     brightness=brightness,
                 )
-                judge = _trained(cfg, backbone, train, shape)
+                judge = _trained(cfg, backbone, train, shape, resume)
         scores = judge_depth(how, judge, test, device_of(backbone))
+    resume.finish()
     return {**scores, **more}
 
 
@@ -143,7 +146,9 @@ def _judge(look: Look, head: LinearDepth | DPT) -> Callable[[Tensor], Tensor]:
     return lambda image: to_size(head(look(image[None])).clamp(head.least, head.most), *image.shape[1:])[0, 0]
 
 
-def _trained(cfg: Config, backbone: Backbone, train: Pairs, shape: DepthCrops) -> Callable[[Tensor], Tensor]:
+def _trained(
+    cfg: Config, backbone: Backbone, train: Pairs, shape: DepthCrops, resume: Resume
+) -> Callable[[Tensor], Tensor]:
     count = 4 if cfg.method == "dpt" else cfg.layers
     look = _look(cfg, backbone, last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count))
     width = patch_width(backbone)
@@ -166,8 +171,7 @@ def _trained(cfg: Config, backbone: Backbone, train: Pairs, shape: DepthCrops) -
         return value
 
     schedule = cosine(cfg.steps, round(cfg.warmup * cfg.steps))
-    who = identity(asdict(cfg), backbone)
-    plan = Plan(cfg.steps, cfg.lr, cfg.weight_decay, schedule, cfg.clip, cfg.out, cfg.save_every, who)
+    plan = Plan(cfg.steps, cfg.lr, cfg.weight_decay, schedule, cfg.clip, resume, cfg.save_every)
     fit(head, _shown(cfg, look, train, shape), loss, plan)
     if cfg.out and rank() == 0:
         kind = cfg.method if cfg.method == "dpt" else f"linear{'' if count == 1 else count}"

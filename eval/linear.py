@@ -11,7 +11,7 @@ mode=cached sees `views` random cuts of an image, or its centre alone, once, and
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +24,12 @@ from dinokit.data.views import RandomPart
 from dinokit.device import DTYPES, pick_precision
 from dinokit.distributed import rank
 from dinokit.eval._heads import Head, Heads
-from dinokit.eval._resume import Resume
+from dinokit.eval._resume import Resume, identity
 from dinokit.eval._scores import mean_average_precision
 from dinokit.eval._stream import Order, cached_batches, online_batches
 from dinokit.eval._task import Task, split
 from dinokit.eval._truth import kept_places
-from dinokit.features import Part, Reading, device_of, weights_hash
+from dinokit.features import Part, Reading, device_of
 from dinokit.features.identity import images_stamp
 from dinokit.files import atomic
 from dinokit.log import watch
@@ -146,8 +146,7 @@ def _train(cfg: Config, task: Task, heads: Heads) -> tuple[tuple[Tensor, Tensor]
     if cfg.select == "train":
         fit, held = split(len(task.train), cfg.held_out, cfg.seed)
     device = device_of(task.backbone)
-    own = replace(cfg, cache=None, out=None, workers=0, save_every=1)  # what decides nothing
-    depends_on = own, weights_hash(task.backbone), images_stamp(task.train)
+    depends_on = identity(asdict(cfg), task.backbone), images_stamp(task.train)
     resume = Resume(cfg.out, "linear", depends_on, device)
     state = resume.load()
     if state is not None:

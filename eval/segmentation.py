@@ -26,8 +26,9 @@ from dinokit.distributed import rank, world_size
 from dinokit.eval._bank import fill_bank, grid_to_image, neighbour_judge, patch_rows, regression_judge
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._confusion import Confusion
-from dinokit.eval._fit import Plan, Shown, fit, identity, poly
+from dinokit.eval._fit import Plan, Shown, fit, poly
 from dinokit.eval._look import Look, open_pairs, progress, refuse_overlap
+from dinokit.eval._resume import Resume, identity
 from dinokit.eval._windows import slide
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width
 from dinokit.heads.released import load_segmenter, save_head
@@ -104,15 +105,17 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
             f"({', '.join(test.classes[:5])} ...) are not the same, or not in the same order."
         )
     more: dict[str, float] = {}
+    resume = Resume(cfg.out, "segmentation", identity(asdict(cfg), backbone), device_of(backbone))
     with frozen(backbone):
         judge: Callable[[Tensor], Tensor]
         if cfg.method in ("linear", "ms"):
-            judge = _through_head(cfg, backbone, train)
+            judge = _through_head(cfg, backbone, train, resume)
         elif cfg.method == "majority":
             judge = _majority(train, cfg.workers, device_of(backbone))
         else:
             judge, more = _through_patches(cfg, backbone, train)
         scores = _test(cfg, judge, test, device_of(backbone))
+    resume.finish()
     return {**scores, **more, "images_train": len(train), "images_test": len(test)}
 
 
@@ -122,7 +125,9 @@ def _look(cfg: Config, backbone: Backbone) -> Look:
     return Look(backbone, last_blocks(backbone, 4 if cfg.method == "ms" else 1), True, dtype)
 
 
-def _through_head(cfg: Config, backbone: Backbone, train: Pairs) -> Callable[[Tensor], Tensor]:
+def _through_head(
+    cfg: Config, backbone: Backbone, train: Pairs, resume: Resume
+) -> Callable[[Tensor], Tensor]:
     """Logits of an image at its own size, by a head that is trained here or read from a file."""
     look = _look(cfg, backbone)
     if cfg.head:
@@ -135,7 +140,7 @@ def _through_head(cfg: Config, backbone: Backbone, train: Pairs) -> Callable[[Te
         look = Look(backbone, blocks, True, look.precision)
         head = head.to(look.device)
     else:
-        head = _trained(cfg, look, train)
+        head = _trained(cfg, look, train, resume)
 
     def logits(windows: Tensor) -> Tensor:
         return to_size(head(_side_by_side(look(windows))), *windows.shape[2:])
@@ -143,7 +148,7 @@ def _through_head(cfg: Config, backbone: Backbone, train: Pairs) -> Callable[[Te
     return lambda image: slide(image, cfg.crop, cfg.stride, logits)
 
 
-def _trained(cfg: Config, look: Look, train: Pairs) -> LinearSegmenter:
+def _trained(cfg: Config, look: Look, train: Pairs, resume: Resume) -> LinearSegmenter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         head = LinearSegmenter(patch_width(look.backbone) * len(look.blocks), len(train.classes))
@@ -155,8 +160,7 @@ def _trained(cfg: Config, look: Look, train: Pairs) -> LinearSegmenter:
         return F.cross_entropy(logits, truth.long(), ignore_index=IGNORE, reduction="sum") / judged
 
     schedule = poly(cfg.steps, round(cfg.warmup * cfg.steps))
-    who = identity(asdict(cfg), look.backbone)
-    plan = Plan(cfg.steps, cfg.lr, cfg.weight_decay, schedule, 0.0, cfg.out, cfg.save_every, who)
+    plan = Plan(cfg.steps, cfg.lr, cfg.weight_decay, schedule, 0.0, resume, cfg.save_every)
     fit(head, _shown(cfg, look, train), loss, plan)
     if cfg.out and rank() == 0:
         save_head(Path(cfg.out) / f"segmentation_{cfg.method}_head.pth", head)

@@ -23,8 +23,8 @@ from dinokit.data.pair_crops import to_pair
 from dinokit.device import DTYPES, pick_precision
 from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.eval._davis import Sequence, contour, region, sequences
-from dinokit.eval._fit import identity
 from dinokit.eval._look import Look, progress
+from dinokit.eval._resume import identity
 from dinokit.features import device_of, frozen, last_blocks, patch_width
 from dinokit.files import write_text
 

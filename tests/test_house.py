@@ -31,18 +31,19 @@ MAY_IMPORT = {
     "heads": "backbones features files",
     "features": "backbones data distributed files log",
     "files": "",
-    "hub": "backbones weights",
+    "hub": "backbones heads weights",
     "judge": "backbones config device features shelves weights",
     "layers": "",
     "log": "distributed files",
     "losses": "distributed layers",
     "recipe": "",
     "results": "",
+    "results_training": "config results",
     "shelves": "",
     "slurm": "config files shelves",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
     "verbs": "backbones bench config curate data device distributed features files hub judge log results "
-             "shelves slurm train weights",
+             "results_training shelves slurm train weights",
     "weights": "backbones config files layers shelves",
 }  # fmt: skip
 

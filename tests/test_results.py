@@ -98,6 +98,22 @@ def test_the_tables_are_printed_for_people_or_as_json(tmp_path, capsys):
     assert table["rows"][1] == ["b", "", [0.7, 1.0]]
 
 
+def test_what_was_found_while_training_is_shown_at_its_best_and_at_the_end(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("data: {name: folder, path: photos}\nevals: {knn: {every: 5}}\n")
+    found = [(0, 0.1), (5, 0.5), (10, 0.3), (15, 0.4)]
+    lines = [{"step": step, "knn/top1@20": value, "knn/images_test": 9} for step, value in found]
+    lines.insert(2, {"step": 7, "loss": 1.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"step": 2')
+    assert main(["results", str(tmp_path), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["title"] == "knn on photos, while training"
+    assert table["columns"] == ["top1@20"]
+    assert table["rows"] == [[str(run), "step=5", [0.5]], [str(run), "step=15", [0.4]]]
+    assert table["best"] == [0.5]
+
+
 RECIPE = """
 all:
   train: {name: scenes, split: train, count: 60}

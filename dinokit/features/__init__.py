@@ -4,9 +4,8 @@ from dinokit.features.attention import attention
 from dinokit.features.cache import cached, kept
 from dinokit.features.dense import Map, dense, last_blocks, patch_width, spread_blocks
 from dinokit.features.extraction import Extraction, extract_to
-from dinokit.features.fingerprint import fingerprint
 from dinokit.features.frozen import device_of, frozen, last_layers, normalised
-from dinokit.features.identity import weights_hash
+from dinokit.features.identity import fingerprint, weights_hash
 from dinokit.features.reading import Reading
 from dinokit.features.store import Store, open_store
 from dinokit.features.vectors import Features, Part, extract, readable, spread

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from dinokit.backbones.vit import SIZES, Config, VisionTransformer
 from dinokit.hub.official import DINO, DINOv2, LinearClassifier
-from dinokit.hub.released import RELEASED, Released
+from dinokit.hub.released import DINOV2, RELEASED, Released
 from dinokit.weights import fill, load_backbone
 from dinokit.weights.checkpoint import open_checkpoint
 
@@ -61,6 +61,47 @@ def classifier(name: str) -> Callable[..., nn.Module]:
     return _named(entry, f"{name}_lc", f"{text}\n\n    head_weights=PATH: a local file of the classifier.")
 
 
+def depther(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
+    """The entry point of a released backbone with its depth head, linear ("ld") or DPT ("dd").
+
+    These need numpy, as all of dinokit but the backbones does.
+    """
+    model = RELEASED[name]
+
+    def entry(
+        *,
+        layers: int = 4,
+        pretrained: bool = True,
+        weights: str = "NYU",
+        hub_range_bug: bool = False,
+        backbone_weights: str | Path | None = None,
+        head_weights: str | Path | None = None,
+        **changes: Any,
+    ) -> nn.Module:
+        from dinokit.heads import released  # noqa: PLC0415 - needs numpy, which a backbone alone does not
+
+        vit = _vit(model, pretrained, backbone_weights, changes)
+
+        def file(path: str) -> str | Path:
+            if head_weights is None and not pretrained:
+                raise ValueError("A depth head is one that was trained: give head_weights=PATH.")
+            return head_weights or fetch(f"{DINOV2}/{path}")
+
+        return released.depther(vit, name, kind, file, layers, weights, hub_range_bug)
+
+    which = "linear depth head, over layers=1 or 4 blocks" if kind == "ld" else "DPT depth head"
+    text = f"{name} and its {which}: images in [0, 1] (b, 3, h, w) -> metres (b, 1, h, w)."
+    entry.__name__ = entry.__qualname__ = f"{name}_{kind}"
+    entry.__doc__ = f"""{text}
+
+    weights="NYU" (to 10 m) or "KITTI" (to 80 m) says which head.
+    hub_range_bug=True gives a linear NYU head the range to 80 m, as a version of the official code did.
+    backbone_weights=PATH and head_weights=PATH read local files; what is not given is fetched once.
+    Besides: {", ".join(OFFICIAL)}.
+    """
+    return entry
+
+
 def dinokit_backbone(weights: str | Path, heads: int | None = None) -> nn.Module:
     """A backbone of your own, or of any file that dinokit reads, with the API of DINOv2's models.
 
@@ -97,6 +138,13 @@ def cached(url: str) -> Path:
 
 
 def _backbone(model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]) -> Any:
+    vit = _vit(model, pretrained, weights, changes)
+    return DINOv2(vit) if model.values.get("mask_token", True) else DINO(vit)
+
+
+def _vit(
+    model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]
+) -> VisionTransformer:
     unknown = sorted(set(changes) - set(OFFICIAL))
     if unknown:
         raise TypeError(f"{model.name} takes no {', '.join(unknown)}; it takes {', '.join(OFFICIAL)}.")
@@ -108,7 +156,7 @@ def _backbone(model: Released, pretrained: bool, weights: str | Path | None, cha
         fill(vit, weights, tolerate=["mask_token"], heads=SIZES[model.size]["heads"])
     elif pretrained:
         fill(vit, fetch(model.url), heads=SIZES[model.size]["heads"])
-    return DINOv2(vit) if model.values.get("mask_token", True) else DINO(vit)
+    return vit
 
 
 def _named(entry: Callable[..., nn.Module], name: str, text: str) -> Callable[..., nn.Module]:

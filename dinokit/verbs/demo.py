@@ -1,9 +1,30 @@
 """dinokit demo [key=value ...]: pretrain on the built-in scenes, judge, print a table; takes minutes."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from dinokit import judge
 from dinokit.config import load_recipe
 from dinokit.verbs import Command
+from dinokit.verbs.eval import judged as judged_by
 from dinokit.verbs.train import pretrain
+
+if TYPE_CHECKING:
+    from dinokit.backbones import Backbone
+
+LIST = "eval_scenes"
+SHOWN = {
+    "linear": "top1",
+    "knn": "top1@20",
+    "logreg": "top1",
+    "retrieval": "mAP",
+    "segmentation": "mIoU",
+    "depth": "rmse",
+}
+# What stands against the features: another method without them, or the same one on pixels.
+INSTEAD = {"segmentation": {"method": "majority"}, "depth": {"method": "mean"}}
+PIXELS = {"blocks": [1], "pool": [False]}
 
 
 def run(command: Command) -> None:
@@ -37,5 +58,25 @@ def run(command: Command) -> None:
     for label, backbone in judged.items():
         table.add_row(label, f"{100 * judge.run_evaluator('knn', values, backbone)['top1@20']:.1f} %")
     Console().print(table)
+    _judge_all(Path(out), trained, judged["raw pixels, 16 x 16"])
     print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
     print("Now your own: dinokit train small_photos data.path=PHOTOS run.out=runs/photos")
+
+
+def _judge_all(out: Path, trained: "Backbone", pixels: "Backbone") -> None:
+    """Every evaluator on the trained backbone and on a baseline; results go to the run, as of `eval all`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("evaluator", "score", "your DINOv2", "baseline", "", title="All evaluators")
+    about = {**judge.describe_judged(str(out), trained), "eval_recipe": LIST}
+    for each, base in zip(judge.read_list(LIST, {}), judge.read_list(LIST, {}), strict=True):
+        score = SHOWN[each.name]
+        ours = judged_by(each, trained, str(out), about, out, True)[score]
+        change = INSTEAD.get(each.name, {key: v for key, v in PIXELS.items() if key in base.values})
+        base = replace(base, values={**base.values, **change})
+        theirs = judged_by(base, pixels, "pixels", {}, None, True)[score]
+        what = " ".join(str(value) for value in INSTEAD.get(each.name, {}).values()) or "raw pixels"
+        table.add_row(each.name, score, f"{ours:.3f}", f"{theirs:.3f}", what)
+    Console().print(table)
+    print("RMSE is in metres, and less is better. All scores: dinokit results " + str(out))

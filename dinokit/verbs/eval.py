@@ -2,7 +2,8 @@
 
 Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source
 given by its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of weights=...
-judges a backbone without training. device=cpu, cuda or auto says where.
+judges a backbone without training. device=cpu, cuda or auto says where. Started by torchrun or srun, the
+processes share the work, and the first one prints.
 
 Each result is also added to results.jsonl in the run's folder, or in out=FOLDER; dinokit results shows them.
 Features are kept in cache=FOLDER (or DINOKIT_CACHE, or ~/.cache/dinokit/features), so that the next evaluator
@@ -16,15 +17,20 @@ dinokit eval all recipe=eval_scenes weights=runs/demo knn.k=[5,20]
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinokit import judge, results, shelves
 from dinokit.config import parse_overrides, section_values
 from dinokit.judge import Planned
 from dinokit.verbs import Command
+
+if TYPE_CHECKING:
+    from dinokit.backbones import Backbone
+
+PATIENCE = 60.0  # minutes that a process waits for the others
 
 
 def run(command: Command) -> None:
@@ -49,7 +55,11 @@ def run(command: Command) -> None:
     for each in plan:
         each.values = judge.with_data(each.name, each.values, data)
     folder = Path(out) if out else _folder_of(weights)
-    _judge_all(plan, recipe, weights, untrained, device, folder, keep)
+    from dinokit.device import pick_device
+    from dinokit.train.processes import joined
+
+    with joined(pick_device(device), PATIENCE):
+        _judge_all(plan, recipe, weights, untrained, device, folder, keep)
 
 
 def _plan(what: str, values: dict[str, Any]) -> tuple[list[Planned], str]:
@@ -87,31 +97,50 @@ def _judge_all(
     backbone = judge.load_judged(weights, untrained, device)
     about = {**judge.describe_judged(weights, backbone), "eval_recipe": recipe}
     name = weights or f"untrained {(untrained or {})['name']}"
-    from dinokit.distributed import cache_folder, rank
+    from dinokit.distributed import rank, world_size
 
     failed = []
     for each in plan:
-        known, begun = {f.name for f in fields(shelves.read_config("eval", each.name))}, time.monotonic()
-        if "cache" in known and each.values["cache"] is None and keep:
-            each.values["cache"] = str(cache_folder())
-        if "out" in known and folder is not None:
-            each.values["out"] = str(folder / each.label)
         try:
-            scores = judge.run_evaluator(each.name, each.values, backbone)
+            line = judged(each, backbone, name, about, folder, keep)
         except (ValueError, LookupError, OSError) as error:
-            if len(plan) == 1:
+            if len(plan) == 1 or world_size() > 1:  # the others may not have failed, and would wait
                 raise
             failed.append(each.label)
             print(f"dinokit: {each.label}: {error}", file=sys.stderr)
             continue
-        seen = {"transform": judge.transform_of(each.values, backbone), "seconds": time.monotonic() - begun}
-        line = results.record(each.name, name, scores, each.values, {**about, **seen})
         if rank() == 0:
             print(json.dumps(line))
-            if folder is not None:
-                results.append(folder, line)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(plan)} evaluators could not judge: {', '.join(failed)}.")
+
+
+def judged(
+    each: Planned, backbone: "Backbone", name: str, about: Mapping[str, Any], folder: Path | None, keep: bool
+) -> dict[str, Any]:
+    """Do one evaluation. Returns its line, which process 0 also adds to the results in `folder`.
+
+    Args:
+        each: what to do; its cache and its folder are filled in.
+        backbone: what is judged.
+        name: what the line calls it.
+        about: what the line says besides.
+        folder: for results, heads and states to go on from; None keeps none.
+        keep: whether features are kept where the evaluator does not say.
+    """
+    from dinokit.distributed import cache_folder, rank
+
+    known, begun = {f.name for f in fields(shelves.read_config("eval", each.name))}, time.monotonic()
+    if "cache" in known and each.values["cache"] is None and keep:
+        each.values["cache"] = str(cache_folder())
+    if "out" in known and folder is not None:
+        each.values["out"] = str(folder / each.label)
+    scores = judge.run_evaluator(each.name, each.values, backbone)
+    seen = {"transform": judge.transform_of(each.values, backbone), "seconds": time.monotonic() - begun}
+    line = results.record(each.name, name, scores, each.values, {**about, **seen})
+    if folder is not None and rank() == 0:
+        results.append(folder, line)
+    return line
 
 
 def describe(words: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """dinokit results DIR...: what evaluators found, as tables over runs and checkpoints, best first.
 
-Every results.jsonl in these folders and below is read; the best of each column is bold.
+Every results.jsonl in these folders and below is read; the best of each column is bold. So is every
+metrics.jsonl, for what the evaluators said while a run was trained: at its last step and at its best.
 
 dinokit results runs
 dinokit results runs/photos runs/try --json
@@ -11,7 +12,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dinokit import results
+from dinokit import results, results_training
 from dinokit.verbs import Command
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ FLAGS = {"--json": "print each table as a JSON object on a line of its own"}
 def run(command: Command) -> None:
     if command.settings:
         raise ValueError(f"dinokit results takes folders, and not '{command.settings[0]}'.")
-    lines, broken = results.read(command.words or ["runs"])
+    folders = command.words or ["runs"]
+    trained = results_training.tables(folders)
+    lines, broken = results.read(folders, needed=not trained)
     for where in broken:
         print(f"dinokit: passed over what is no result: {where}", file=sys.stderr)
-    tables = results.tables(lines)
+    tables = results.tables(lines) + trained
     if "--json" in command.flags:
         for table in tables:
             print(json.dumps(asdict(table)))

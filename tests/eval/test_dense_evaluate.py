@@ -152,14 +152,27 @@ def test_a_head_that_was_saved_is_judged_as_it_was_when_it_was_trained(blobs, tm
     assert depth.evaluate(depth_config(blobs, head=file, min_depth=1e-3), Colours())["rmse"] == told["rmse"]
 
 
-def test_a_training_of_other_settings_does_not_go_on(blobs, tmp_path):
-    segmentation.evaluate(segment(blobs, out=str(tmp_path / "out"), steps=3), Colours())
-    with pytest.raises(ValueError, match=r"training with other settings \(lr\)"):
-        segmentation.evaluate(segment(blobs, out=str(tmp_path / "out"), steps=3, lr=0.5), Colours())
+def test_a_training_that_was_stopped_is_gone_on_with_by_the_same_settings_and_weights_alone(
+    blobs, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(segmentation, "_test", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            segmentation.evaluate(segment(blobs, out=str(out), steps=3), Colours())
+    (state,) = out.glob(".segmentation_*.pt")  # trained to the end, and not judged yet
+    assert torch.load(state, weights_only=True)["step"] == 3
     other = Colours()
     other.gain.data.mul_(2)
-    with pytest.raises(ValueError, match=r"other settings \(weights\)"):
-        segmentation.evaluate(segment(blobs, out=str(tmp_path / "out"), steps=3), other)
+    segmentation.evaluate(segment(blobs, out=str(out), steps=3), other)
+    segmentation.evaluate(segment(blobs, out=str(out), steps=3, lr=0.5), Colours())
+    assert list(out.glob(".segmentation_*.pt")) == [state]  # theirs are gone, and this one was left alone
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)  # nothing is left to train
+    segmentation.evaluate(segment(blobs, out=str(out), steps=3, workers=0), Colours())
+    assert not list(out.glob(".segmentation_*.pt"))
 
 
 @pytest.mark.slow
@@ -180,11 +193,12 @@ def test_a_killed_training_goes_on_to_the_same_head(blobs, tmp_path):
     whole = subprocess.run(command(tmp_path / "whole"), **quiet)
     process = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     limit = time.monotonic() + 200
-    while not (tmp_path / "cut" / "head.ckpt").exists() and time.monotonic() < limit:
+    while not list((tmp_path / "cut").glob("**/.segmentation_*.pt")) and time.monotonic() < limit:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    step = torch.load(tmp_path / "cut" / "head.ckpt", weights_only=True)["step"]
+    (state,) = (tmp_path / "cut").glob("**/.segmentation_*.pt")
+    step = torch.load(state, weights_only=True)["step"]
     assert 0 < step < 400
     rest = subprocess.run(command(tmp_path / "cut"), **quiet)
     assert _scores(rest.stdout) == _scores(whole.stdout)

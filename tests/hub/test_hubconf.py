@@ -11,6 +11,11 @@ import pytest
 import torch
 
 from dinokit.backbones.vit import Config, VisionTransformer
+from dinokit.features import dense
+from dinokit.heads.depth import LinearDepth
+from dinokit.heads.dpt import DPT
+from dinokit.heads.released import save_head
+from dinokit.heads.segmentation import to_size
 from dinokit.hub.entry import cached, fetch
 from dinokit.hub.official import DINO, DINOv2, LinearClassifier
 from dinokit.hub.released import RELEASED
@@ -61,7 +66,7 @@ def test_a_clone_without_dinokit_installed_and_with_torch_alone(tmp_path):
     assert names.startswith(
         "['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight'] (1, 384) ['masks', 'x_norm"
     )
-    assert int(count) == 2 * 8 + 4 + 1
+    assert int(count) == 2 * 8 + 4 + 2 * 4 + 1
 
 
 def test_every_released_model_has_an_entry_point_of_its_name_and_size():
@@ -207,3 +212,35 @@ def test_what_an_entry_point_does_not_take_is_named():
         hubconf.dinov2_vits14(pretrained=False, image_size=224)
     with pytest.raises(ValueError, match=r"layers=2: there are linear classifiers over 1 block and over 4"):
         hubconf.dinov2_vits14_lc(pretrained=False, layers=2)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("ld", 1), ("ld", 4), ("dd", 4)])
+def test_depth_heads_are_read_from_local_files(tmp_path, kind, layers):
+    torch.manual_seed(0)
+    vit = VisionTransformer(Config(size=28, patch=14, width=384, depth=12, heads=6, layer_scale=1.0))
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    head = LinearDepth(384, layers, 1e-3, 10.0) if kind == "ld" else DPT(384, 1e-3, 10.0)
+    torch.nn.init.normal_(head.conv_depth.weight if kind == "ld" else head.project.conv.weight)
+    save_head(tmp_path / "head.pth", head)
+    files = {"backbone_weights": tmp_path / "vit.pth", "head_weights": tmp_path / "head.pth", "img_size": 28}
+    entry = getattr(hubconf, f"dinov2_vits14_{kind}")
+    images = torch.rand(1, 3, 28, 42)
+    blocks = [11] if layers == 1 else [2, 5, 8, 11]
+    with torch.no_grad():
+        depth = entry(layers=layers, **files)(images)
+        given = head.eval()(dense(vit.eval(), images, blocks, norm=False)).clamp(1e-3, 10.0)
+        torch.testing.assert_close(depth, to_size(given, 28, 42))
+        assert depth.std() > 0
+        far = entry(layers=layers, weights="KITTI", **files)(images)
+        assert far.max() > (0 if kind == "dd" else 20)
+        if kind == "ld":
+            torch.testing.assert_close(entry(layers=layers, hub_range_bug=True, **files)(images), far)
+
+
+def test_a_depth_head_without_a_file_or_for_another_data_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"A depth head is one that was trained: give head_weights=PATH"):
+        hubconf.dinov2_vits14_ld(pretrained=False)
+    with pytest.raises(ValueError, match=r"layers=2: linear ones look into 1 or 4"):
+        hubconf.dinov2_vits14_ld(pretrained=False, layers=2)
+    with pytest.raises(ValueError, match=r"weights='SUN': depth heads were released for NYU and KITTI"):
+        hubconf.dinov2_vits14_dd(pretrained=False, weights="SUN", head_weights=tmp_path / "x.pth")

@@ -1,7 +1,6 @@
 """NYU Depth V2 (Silberman et al. 2012) with the lists that monocular depth estimation uses: millimetres."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from dinokit.data.pairs import Pairs
@@ -26,6 +25,4 @@ def build(cfg: Config) -> Pairs:
     Raises:
         ValueError: if one is not there or names no pair, or its first pair is not where it should be.
     """
-    root = Path(cfg.path).expanduser()
-    lists = (cfg.train, cfg.test)
-    return listed(root, cfg.images, cfg.maps, lists, cfg.split, cfg.depth_scale, cfg.channels)
+    return listed(cfg)

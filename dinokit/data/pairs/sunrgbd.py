@@ -4,7 +4,6 @@ Its 16-bit PNG files are turned by three bits; read as they stand they hold 8000
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from dinokit.data.pairs import Pairs
@@ -29,6 +28,4 @@ def build(cfg: Config) -> Pairs:
     Raises:
         ValueError: if one is not there or names no pair, or its first pair is not where it should be.
     """
-    root = Path(cfg.path).expanduser()
-    lists = (cfg.train, cfg.test)
-    return listed(root, cfg.images, cfg.maps, lists, cfg.split, cfg.depth_scale, cfg.channels)
+    return listed(cfg)
