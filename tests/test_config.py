@@ -230,7 +230,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(recipe, mess
     ("text", "message"),
     [
         ("optim: [1", "line 1, column 8"),
-        ("- optim", "it should hold the sections name (must be given), backbone,"),
+        ("- optim", "it should hold keys such as name (must be given), backbone,"),
         ("", "optim.batch and optim.lr and optim.steps must be given, as in optim.batch=VALUE."),
     ],
 )
