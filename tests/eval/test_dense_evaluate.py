@@ -202,8 +202,10 @@ def test_a_killed_training_goes_on_to_the_same_head(blobs, tmp_path):
     assert 0 < step < 400
     rest = subprocess.run(command(tmp_path / "cut"), **quiet)
     assert _scores(rest.stdout) == _scores(whole.stdout)
-    file = "segmentation_linear_head.pth"
-    heads = [torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "cut")]
+    heads = []
+    for name in ("whole", "cut"):
+        (file,) = (tmp_path / name).glob("**/segmentation_linear_head.pth")
+        heads.append(torch.load(file, weights_only=True))
     for key, value in heads[0]["state_dict"].items():
         assert torch.equal(value, heads[1]["state_dict"][key])
 
