@@ -66,16 +66,18 @@ def joined(device: torch.device, minutes: float) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=ours.rank, world_size=ours.world, timeout=wait)
     over = threading.Event()
-    threading.Thread(target=_end_with_the_others, args=(store.clone(), over), daemon=True).start()
+    watch = threading.Thread(target=_end_with_the_others, args=(store.clone(), over), daemon=True)
+    watch.start()
     try:
         with _unhung():
             yield
-        _part(over)
+        _part(over, watch)
     except Stopped:
-        _part(over)
+        _part(over, watch)
         raise
     except BaseException as error:
         first = _first_to_fail(store, error)
+        _leave(over, watch)
         if not first and not isinstance(error, KeyboardInterrupt):
             raise SystemExit(1) from None
         if not isinstance(error, SENTENCES) and not type(error).__module__.startswith("dinokit"):
@@ -143,10 +145,23 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     }
 
 
-def _part(over: threading.Event) -> None:
+def _part(over: threading.Event, watch: threading.Thread) -> None:
     gather_objects(None)  # nobody leaves, and takes the store along, while another still works
     over.set()
+    watch.join()
     dist.destroy_process_group()
+
+
+def _leave(over: threading.Event, watch: threading.Thread) -> None:
+    """After a failure: end within GRACE, whatever else hangs, and by a thread that is not in the store.
+
+    A thread that is in the store's C++ code when the interpreter ends makes the process abort.
+    """
+    last = threading.Timer(GRACE, os._exit, [1])
+    last.daemon = True
+    last.start()
+    over.set()
+    watch.join(PATIENCE)
 
 
 @contextmanager

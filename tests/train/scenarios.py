@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dinokit.distributed import gather_objects, rank, world_size
 from dinokit.train import loop
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.loop import Evaluator
-from dinokit.train.processes import joined
+from dinokit.train.processes import Stopped, joined
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -98,6 +99,20 @@ def hang_in_one(recipe, overrides):
 
     loop.Run.advance = advance
     train(recipe, overrides)
+
+
+def leave(how):
+    """Join, and part in the way that is named; what still runs then is said."""
+    try:
+        with joined(CPU, 2.0):
+            if how == "failed" and rank() == 1:
+                raise ValueError("this was wrong")
+            gather_objects(None)
+            if how == "stopped":
+                raise Stopped
+    finally:
+        left = [t for t in threading.enumerate() if t is not threading.main_thread()]
+        sys.stderr.write(f"left: {[type(t).__name__ for t in left]}\n")
 
 
 def see_other_data(recipe, overrides, folders):

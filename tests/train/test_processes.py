@@ -110,6 +110,19 @@ def test_a_failure_is_told_once_by_the_one_that_failed_and_ends_all(recipe_file,
     assert time.monotonic() - begun < 90  # not the half hour of run.timeout_minutes
 
 
+@pytest.mark.parametrize(("how", "status"), [("done", 0), ("stopped", 130)])
+def test_no_thread_is_left_in_the_store_when_the_interpreter_ends(together, how, status):
+    """There it would end the process with SIGABRT, whatever had been done."""
+    said = together(2, "leave", how, status=(status,))
+    assert said == 2 * "left: []\n"
+
+
+def test_after_a_failure_only_a_clock_is_left(together):
+    said = together(2, "leave", "failed", status=(1, 2))
+    assert said.count("left: ['Timer']\n") == 2
+    assert said.count("this was wrong") == 1
+
+
 @pytest.mark.slow
 def test_a_hang_is_broken_and_shows_where(recipe_file, overrides, together):
     said = together(
