@@ -27,9 +27,11 @@ def check(recipe: Recipe) -> None:
         raise ValueError("crops: one global crop and no local one leave nothing to compare; add crops.")
     if optim.head_warmup + optim.warmup >= optim.steps:
         both = f"optim.head_warmup={optim.head_warmup} and " if optim.head_warmup else ""
+        tenth = optim.steps // 10
         raise ValueError(
             f"{both}optim.warmup={optim.warmup} {'leave' if both else 'leaves'} nothing of "
-            f"optim.steps={optim.steps}."
+            f"optim.steps={optim.steps}. A shorter run needs a shorter start: optim.warmup={tenth}"
+            f"{f' optim.head_warmup={tenth}' if both else ''}, say; or take more steps."
         )
     if optim.batch % run.accumulate:
         raise ValueError(

@@ -168,7 +168,7 @@ MISTAKES = {
     "optim.steps=???": "optim.steps must be given, as in optim.steps=VALUE.",
     "optim.steps=0": "optim.steps=0: it must be 1 or more.",
     "run.keep=0": "run.keep=0: it must be 1 or more.",
-    "optim.warmup=625000": "optim.warmup=625000 leaves nothing of optim.steps=625000.",
+    "optim.warmup=625000": "optim.warmup=625000 leaves nothing of optim.steps=625000. A shorter run",
     "run.accumulate=7": "optim.batch=64 cannot be cut into run.accumulate=7 equal parts.",
     "crops.globals.blur=[0,0,1]": "crops.globals.blur gives 3 probabilities for crops.globals.count=2 crops",
     "crops.locals.solarize=[0,0]": "crops.locals.solarize gives 2 probabilities for crops.locals.count=4",
