@@ -56,8 +56,24 @@ def check(recipe: Recipe) -> None:
                 )
     if len(crops.mean) != len(crops.std):
         raise ValueError(f"crops.mean has {len(crops.mean)} channels, crops.std has {len(crops.std)}.")
+    _check_steps(recipe)
     if crops.blur_kernel % 2 == 0:
         raise ValueError(f"crops.blur_kernel={crops.blur_kernel} must be odd.")
+
+
+def _check_steps(recipe: Recipe) -> None:
+    teacher, run = recipe.teacher, recipe.run
+    if 0 < teacher.temp_warmup < teacher.temp_every:
+        raise ValueError(
+            f"teacher.temp_warmup={teacher.temp_warmup} is less than one stair of "
+            f"teacher.temp_every={teacher.temp_every} steps: set teacher.temp_every to "
+            f"{teacher.temp_warmup} or less, or teacher.temp_warmup=0 for no warm-up."
+        )
+    if run.keep_every % run.checkpoint_every:
+        raise ValueError(
+            f"run.keep_every={run.keep_every} is no multiple of run.checkpoint_every={run.checkpoint_every}, "
+            f"so there is no checkpoint at most of these steps to keep."
+        )
 
 
 def _ranges(section: Any, where: str) -> Iterator[tuple[str, Any, tuple[float, float]]]:
@@ -83,6 +99,12 @@ def _check_losses(recipe: Recipe) -> None:
         )
     if not recipe.teacher.frozen and masked and recipe.masks is None:
         raise ValueError(f"losses.{masked[0]} learns from masked patches, but there is no section `masks`.")
+    crops = recipe.crops.globals.count * recipe.optim.batch
+    if masked and recipe.masks is not None and crops * recipe.masks.images < 1 <= crops:
+        raise ValueError(
+            f"masks.images={recipe.masks.images:g} of {crops} global crops in a step is none, so "
+            f"losses.{masked[0]} would learn nothing. Raise masks.images or optim.batch."
+        )
     for key, value in {"masks": recipe.masks, "heads.patch": recipe.heads.patch}.items():
         if value is not None and not masked:
             raise ValueError(

@@ -40,12 +40,14 @@ class RunLog:
 
     def __init__(self, out: Path, steps: int, start: int) -> None:
         self.main = rank() == 0
+        self.judged: set[str] = set()  # evaluators that were there after step `start` already
         self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)
         self.live = self.main and sys.stdout.isatty()
         self.steps, self.begun, self.start = steps, time.monotonic(), start
         if self.main:
             self.metrics_path = out / "metrics.jsonl"
-            _keep_records(self.metrics_path, start)
+            records = _keep_records(self.metrics_path, start)
+            self.judged = {key.split("/")[0] for record in records for key in record if "/" in key}
             self.text = (out / "run.log").open("a", encoding="utf-8")
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -123,8 +125,8 @@ def before_and_after(out: Path) -> list[str]:
     """A table, line by line: what each evaluator said of a run first, and last; empty without evaluators."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
-    with (out / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
+    if (out / "metrics.jsonl").exists():
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             scores = {k: v for k, v in record.items() if "/" in k and v is not None and "/images_" not in k}
             first = {**scores, **first}
@@ -146,14 +148,14 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_records(path: Path, start: int) -> None:
-    if path.exists():
-        lines = (
-            []
-            if not start
-            else [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
-        )
-        write_text(path, "".join(line + "\n" for line in lines))
+def _keep_records(path: Path, start: int) -> list[dict[str, Any]]:
+    """Drop the records of later steps, or all if there is no step to go on from. Returns those of `start`."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines() if start else []
+    lines = [line for line in lines if _step_of(line) <= start]
+    write_text(path, "".join(line + "\n" for line in lines))
+    return [json.loads(line) for line in lines if _step_of(line) == start]
 
 
 def _step_of(line: str) -> float:

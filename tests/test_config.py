@@ -169,6 +169,8 @@ MISTAKES = {
     "optim.steps=0": "optim.steps=0: it must be 1 or more.",
     "run.keep=0": "run.keep=0: it must be 1 or more.",
     "optim.warmup=625000": "optim.warmup=625000 leaves nothing of optim.steps=625000. A shorter run",
+    "run.keep_every=7": "run.keep_every=7 is no multiple of run.checkpoint_every=",
+    "masks.images=0.001": "masks.images=0.001 of 128 global crops in a step is none",
     "run.accumulate=7": "optim.batch=64 cannot be cut into run.accumulate=7 equal parts.",
     "crops.globals.blur=[0,0,1]": "crops.globals.blur gives 3 probabilities for crops.globals.count=2 crops",
     "crops.locals.solarize=[0,0]": "crops.locals.solarize gives 2 probabilities for crops.locals.count=4",
@@ -185,6 +187,11 @@ MISTAKES = {
 def test_a_value_that_cannot_be_is_named_with_its_full_key(base, override):
     with pytest.raises(ValueError, match=f"^{re.escape(MISTAKES[override])}"):
         load_recipe(base, [override])
+
+
+def test_a_warm_up_shorter_than_one_stair_is_refused(base):
+    with pytest.raises(ValueError, match=r"temp_warmup=9 is less than one stair of teacher.temp_every=10"):
+        load_recipe(base, ["teacher.temp_warmup=9", "teacher.temp_every=10"])
 
 
 UNKNOWN = {

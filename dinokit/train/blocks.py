@@ -29,11 +29,14 @@ def prepare(model: Model, run: Run, device: torch.device) -> None:
     Raises:
         ValueError: if the attention kernel cannot be used here.
     """
-    use_kernel(model, run.attention, device, DTYPES[run.precision] or torch.float32)
-    for block in model.student.backbone.blocks:
+    student, teacher = model.student.backbone, model.teacher.backbone
+    # A frozen teacher is no part of the model.
+    both = nn.ModuleList(x for x in (model, teacher) if isinstance(x, nn.Module))
+    use_kernel(both, run.attention, device, DTYPES[run.precision] or torch.float32)
+    for block in student.blocks:
         _checkpoint(block, run)
     if run.compile == "blocks":
-        for block in (*model.student.backbone.blocks, *model.average.backbone.blocks):
+        for block in (*student.blocks, *teacher.blocks):
             block.compile(dynamic=False)
 
 

@@ -120,6 +120,8 @@ class Distillation(nn.Module):
             student_feature=seen.cls.unflatten(0, (-1, images)),
             student_patch=teacher[1],
         )
+        if "balanced" in vars(views):  # the same teacher: what it asks is not reckoned twice
+            vars(own)["balanced"] = views.balanced
         values = {GUIDE + name: loss(own) for name, loss in zip(self.names, self.guide_losses, strict=True)}
         return {name: value for name, value in values.items() if value.requires_grad}
 

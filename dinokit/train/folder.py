@@ -29,7 +29,7 @@ FREE = (
     "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
     "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.parallel",
     "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits",
-    "run.keep_memory",
+    "run.keep_memory", "data.memory_gib",
 )  # fmt: skip
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 
@@ -110,7 +110,9 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[2]
+    if not (here / ".git").exists():
+        return None  # installed: a repository around the environment is not ours
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True

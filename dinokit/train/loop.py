@@ -1,43 +1,32 @@
-"""The training loop, top to bottom: batch, step (dinokit/train/step.py); log, evaluate, save."""
+"""The training loop, top to bottom: batch, step (dinokit/train/step.py); what is due after it (run.py)."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dinokit.backbones import Backbone
 from dinokit.config import Recipe
-from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
 from dinokit.device import keep_freed_memory, pick_device
-from dinokit.distributed import all_reduce_sum, gather_objects, rank, world_size
+from dinokit.distributed import rank, world_size
 from dinokit.log import RunLog, before_and_after
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, Found
-from dinokit.train.finite import check_finite
-from dinokit.train.folder import open_run, save_teacher, with_precision
-from dinokit.train.memory import memory_share, peak_memory
+from dinokit.train.folder import open_run, with_precision
 from dinokit.train.parallel import whole_backbone
 from dinokit.train.parts import parts_of_step
-from dinokit.train.processes import Stopped, agree, beat, joined
+from dinokit.train.processes import Stopped, agree, images_of, joined
+from dinokit.train.run import Evaluator, Run
 from dinokit.train.signals import stop_signals
 from dinokit.train.start import begin, keep_start
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
 
-
-@dataclass
-class Evaluator:
-    """A judge of the teacher, called every so many steps and at both ends of a run."""
-
-    name: str
-    every: int
-    judge: Callable[[Backbone], Mapping[str, float]]
+__all__ = ["Evaluator", "Run", "block_masks", "train"]
 
 
 def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) -> Path:
@@ -70,13 +59,13 @@ def _train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], devi
     unreadable = Unreadable(recipe.run.max_unreadable, len(source))
     if found is None:
         keep_start(out, recipe, whole_backbone(recipe, step.model.student.backbone))
-    start = _resume(found, step, unreadable)
+    images = images_of(source)
+    start = _resume(found, step, unreadable, images)
     saved = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
     with RunLog(out, recipe.optim.steps, start) as log, saved, stop_signals() as stopping:
-        run = Run(recipe, out, step, log, evaluators, unreadable, saved)
+        run = Run(recipe, out, step, log, evaluators, unreadable, saved, images)
         run.introduce(len(source), start)
-        if not start:
-            run.evaluate(0, always=True)
+        run.evaluate(start, always=start in (0, recipe.optim.steps))  # one that was cut short is done again
         batches = loader(
             source, recipe.crops, masks, seed=recipe.run.seed, start_step=start, steps=recipe.optim.steps,
             batch=recipe.optim.batch, rank=rank(), world=world_size(), parts=parts,
@@ -96,151 +85,22 @@ def _train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], devi
     return out
 
 
-class Run:
-    """What happens around the steps: log, evaluation, checkpoints."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        out: Path,
-        step: Step,
-        log: RunLog,
-        evaluators: Sequence[Evaluator],
-        unreadable: Unreadable,
-        checkpoints: Checkpoints,
-    ) -> None:
-        self.recipe, self.out, self.step, self.log = recipe, out, step, log
-        self.evaluators, self.unreadable, self.checkpoints = evaluators, unreadable, checkpoints
-        self.pending: list[dict[str, Tensor]] = []
-        self.unread: list[str] = []
-        self.waited, self.since = 0.0, time.monotonic()
-
-    def introduce(self, images: int, start: int) -> None:
-        """Say what begins."""
-        run, world, parts = self.recipe.run, world_size(), self.step.parts
-        among = f", {world} processes" if world > 1 else ""
-        what = f"{images} images, {self.step.device.type} {run.precision}{among}, run.out={self.out}"
-        self.log.say(f"{self.recipe.name}: {what}")
-        if parts != run.accumulate:
-            self.log.say(
-                f"each step in {parts} parts, not run.accumulate={run.accumulate}: so {world} processes keep "
-                f"the batch of {self.recipe.optim.batch} images"
-            )
-        if start:
-            self.log.say(f"goes on after step {start}")
-
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, with the time spent waiting for them counted."""
-        waiting = iter(batches)
-        while True:
-            beat(self.recipe.run.timeout_minutes)
-            begun = time.monotonic()
-            try:
-                batch = next(waiting)
-            except StopIteration:
-                return
-            self.waited += time.monotonic() - begun
-            yield batch
-
-    def advance(self, batch: Batch) -> None:
-        """One step, and what is due after it."""
-        self.checkpoints.check()
-        self.unread += batch.unreadable
-        self.pending.append(self.step(batch))
-        done, run = batch.step + 1, self.recipe.run
-        last = done == self.recipe.optim.steps
-        if done % run.log_every == 0 or last:
-            self.report(done)
-        self.evaluate(done, always=last)
-        if done % run.checkpoint_every == 0 or last:
-            self.save(done)
-
-    def report(self, done: int) -> None:
-        """Fetch the values of the last steps, in one wait for the device; log their means.
-
-        Raises:
-            TrainingError: if one is not finite.
-        """
-        if not self.pending:
-            return
-        names = list(self.pending[0])
-        table = torch.stack([torch.stack([row[n].float() for n in names]) for row in self.pending])
-        table = (
-            all_reduce_sum(table) / world_size()
-        ).cpu()  # each is a mean over images, or alike everywhere
-        self._count_unreadable(done)
-        first, count = done - len(self.pending), len(self.pending)
-        check_finite(table, names, first, self.step.scaler, self.checkpoints)
-        seconds = max(time.monotonic() - self.since, 1e-9)
-        s = self.step.schedules
-        self.log.step(
-            done,
-            {
-                **dict(zip(names, table.mean(dim=0).tolist(), strict=True)),
-                "lr": s.lr(done - 1),
-                "weight_decay": s.weight_decay(done - 1),
-                "momentum": s.momentum(done - 1),
-                "teacher_temp": s.teacher_temp(done - 1),
-                "images_per_second": count * self.recipe.optim.batch / seconds,
-                "data_wait": self.waited / seconds,
-                "memory_gib": peak_memory(self.step.device),
-            },
-        )
-        self.pending.clear()
-        self.waited, self.since = 0.0, time.monotonic()
-
-    def evaluate(self, done: int, always: bool = False) -> None:
-        """Let every evaluator that is due, or every one, judge the teacher."""
-        due = [e for e in self.evaluators if always or done % e.every == 0]
-        if not due:
-            return
-        self.report(done)
-        backbone = whole_backbone(self.recipe, self.step.model.average.backbone)
-        beat(0)  # an evaluation may take hours
-        for evaluator in due:
-            begun = time.monotonic()
-            with self.log.paused():
-                scores = evaluator.judge(backbone)
-            self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
-            text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
-            self.log.say(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")
-        self.since = time.monotonic()
-
-    def save(self, done: int) -> None:
-        """A checkpoint to go on from, and the teacher for use."""
-        self.report(done)  # nothing that is not finite is ever saved
-        backbone = whole_backbone(self.recipe, self.step.model.average.backbone)
-        if rank() == 0:
-            # The checkpoint comes last: a run that is killed in between does the last steps, and this, again.
-            try:
-                save_teacher(self.recipe, backbone, done)
-            except OSError as error:
-                raise OSError(self.checkpoints.trouble(done, error)) from None
-        tensors, scaler = self.step.state()
-        values = {
-            "scaler": scaler,
-            "unreadable": self.unreadable.state(),
-            "images_at_once": self.recipe.optim.batch // world_size() // self.step.parts,
-            "memory_share": memory_share(self.step.device),
-        }
-        self.checkpoints.save(done, tensors, values)
-
-    def _count_unreadable(self, done: int) -> None:
-        names = [name for names in gather_objects(self.unread) for name in names]
-        self.unread.clear()
-        for line in self.unreadable.add(names, seen=done * self.recipe.optim.batch):
-            self.log.say(line)
-
-
 def block_masks(recipe: Recipe, backbone: Backbone) -> BlockMasks | None:
     """The mask generator for a recipe's global crops, or none."""
     side = recipe.crops.globals.size // backbone.patch
     return BlockMasks(recipe.masks, (side, side)) if recipe.masks is not None else None
 
 
-def _resume(found: Found | None, step: Step, unreadable: Unreadable) -> int:
+def _resume(found: Found | None, step: Step, unreadable: Unreadable, images: dict[str, Any]) -> int:
     if found is None:
         return 0
+    for what, value in found.values.get("images", images).items():
+        if value != images[what]:
+            raise ValueError(
+                f"The {what} was {value} at {found.path}, and now is {images[what]}: a run goes on with the "
+                f"images that it began with, each once a pass. Bring them back, or begin a new run with "
+                f"run.out=ANOTHER backbone.weights={found.path.parents[1] / 'teacher.safetensors'}."
+            )
     checkpoint.verify(found)
     tensors = step.targets(checkpoint.shapes(found))
     checkpoint.load(found, tensors)

@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 import dinokit
 from dinokit.config import Recipe
 from dinokit.data.sources import Source
+from dinokit.device import pick_device
 from dinokit.distributed import Launch, gather_objects, launch, of_first, rank, world_size
 
 FAILED = "failed"  # the store's key for who failed first
@@ -133,13 +134,21 @@ def agree(recipe: Recipe, source: Source, out: Path) -> None:
 
 def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     """What must be the same in every process, in words that can be compared and shown."""
-    n = len(source)
-    names = [source.name(i * n // NAMES) for i in range(min(NAMES, n))]
     return {
         "host": socket.gethostname(),
         "version of dinokit": dinokit.__version__,
         "version of torch": torch.__version__,
         "recipe": _digest({**asdict(recipe), "data": None}),
+        "kind of device": pick_device(recipe.run.device).type,
+        **images_of(source),
+    }
+
+
+def images_of(source: Source) -> dict[str, Any]:
+    """What must stay the same of the images when a run goes on, as well."""
+    n = len(source)
+    names = [source.name(i * n // NAMES) for i in range(min(NAMES, n))]
+    return {
         "number of images": n,
         "order of images": f"{_digest(names)} (the first is {names[0] if names else 'none'})",
     }
@@ -181,14 +190,12 @@ def _take_gpu(device: torch.device, ours: Launch) -> None:
             f"takes its own."
         )
     have = torch.cuda.device_count()
-    number = (
-        0 if have == 1 and ours.by == "SLURM" else ours.local_rank
-    )  # srun may show each task its own alone
-    if number >= have:
+    own = have == 1 and ours.by == "SLURM"  # srun may show each task its own alone
+    if ours.local_world > have and not own:
         raise ValueError(
             f"{ours.local_world} processes on {socket.gethostname()}, but {have} GPUs: start as many as GPUs."
         )
-    torch.cuda.set_device(number)
+    torch.cuda.set_device(0 if own else ours.local_rank)
 
 
 def _first_to_fail(store: Any, error: BaseException) -> bool:

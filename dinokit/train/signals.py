@@ -1,12 +1,13 @@
 """How a run is told to stop: Ctrl-C, kill or a scheduler's warning; all processes stop after one step."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from dinokit.distributed import all_reduce_max
+from dinokit.distributed import all_reduce_max, rank
 
 # From kill, and from SLURM before it ends a job; Windows has but the first.
 STOPS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
@@ -32,6 +33,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def ask(number: int, _: object) -> None:
         if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and number not in asked and rank() == 0:
+            os.write(2, b"\nstops after this step; Ctrl-C again ends at once, and loses what was not saved\n")
         asked.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *STOPS)}

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dinokit import shelves
 from dinokit.train import loop
+from dinokit.train.checkpoint import latest
 from dinokit.train.finite import TrainingError
 from dinokit.train.loop import Evaluator, block_masks
 from dinokit.train.step import Step
@@ -124,7 +126,7 @@ def test_the_teachers_to_keep_stay_beside_the_last_one(tiny, weights):
     kept = load_file(out / "teachers/step_0000004.safetensors")
     assert kept.keys() == weights(out).keys()
     assert not all(torch.equal(kept[key], value) for key, value in weights(out).items())
-    out = train(tiny("b", "run.keep_every=3"))  # the last step is one of them
+    out = train(tiny("b", "run.keep_every=3", "run.checkpoint_every=3"))  # the last step is one of them
     kept = load_file(out / "teachers/step_0000006.safetensors")
     assert all(torch.equal(kept[key], value) for key, value in weights(out).items())
 
@@ -193,6 +195,36 @@ def test_an_evaluator_is_called_at_both_ends_and_when_due_and_sees_the_teacher(t
     out = train(tiny("a"), [Evaluator("deep", 4, judge)])
     assert [r["step"] for r in records(out) if "deep/answer" in r] == [0, 4, 6]
     assert seen == [False] * 3
+
+
+def test_an_evaluation_that_was_cut_short_is_done_again_and_costs_no_step(tiny, records):
+    calls = []
+
+    def judge(backbone):
+        calls.append(1)
+        if len(calls) == 3:  # after step 4
+            raise KeyboardInterrupt
+        return {"norm": float(len(calls))}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny("a"), [Evaluator("probe", 2, judge)])
+    assert latest(Path(tiny("a").run.out) / "checkpoints").step == 4
+    out = train(tiny("a"), [Evaluator("probe", 2, judge)])
+    judged = {each["step"]: each["probe/norm"] for each in records(out) if "probe/norm" in each}
+    assert judged == {0: 1, 2: 2, 4: 4, 6: 5}
+    train(tiny("a"), [Evaluator("probe", 2, judge)])
+    assert len(calls) == 5
+
+
+def test_a_run_does_not_go_on_with_other_images(tiny, photos, cut_short):
+    cut_short(tiny("a"))
+    Image.new("RGB", (48, 48)).save(photos / "new.png")
+    with pytest.raises(ValueError, match=r"number of images was 10 at .*, and now is 11.*run.out="):
+        train(tiny("a"))
+    (photos / "new.png").unlink()
+    (photos / "0.png").rename(photos / "00.png")
+    with pytest.raises(ValueError, match=r"order of images was .*0.png"):
+        train(tiny("a"))
 
 
 def test_evaluation_changes_nothing_of_the_run(tiny, weights):
