@@ -21,9 +21,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device(next(kind for kind, there in have.items() if there))
     if not have.get(name.split(":", maxsplit=1)[0], False):
         there = ", ".join(kind for kind, is_there in have.items() if is_there)
-        raise ValueError(
-            f"run.device={name} is not here; there is: {there}. run.device=auto takes the first."
-        )
+        raise ValueError(f"There is no device {name} here; there is: {there}. auto takes the first.")
     return torch.device(name)
 
 

@@ -116,8 +116,8 @@ def all_reduce_max(x: Tensor) -> Tensor:
 
 
 def cache_folder() -> Path:
-    """Where features are kept between commands: DINOKIT_CACHE, or a folder of the user's."""
-    return Path(os.environ.get("DINOKIT_CACHE") or Path.home() / ".cache" / "dinokit" / "features")
+    """Where features are kept between commands: `features` in DINOKIT_CACHE, or in a folder of the user's."""
+    return Path(os.environ.get("DINOKIT_CACHE") or Path.home() / ".cache" / "dinokit") / "features"
 
 
 def all_gather_rows(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def library() -> Any:
     Raises:
         ValueError: if it is not installed, or broken by two of its packages.
     """
-    extra = "'dinokit[cpu]', or 'dinokit[gpu]' on Linux with CUDA"
+    extra = "-e '.[cpu]' in the clone, or -e '.[gpu]' on Linux with CUDA"
     try:
         faiss = import_module("faiss")
     except ModuleNotFoundError:

@@ -163,9 +163,7 @@ def _many_bands(data: bytes, channels: int) -> np.ndarray:
     try:
         tifffile = import_module("tifffile")
     except ModuleNotFoundError:
-        raise ValueError(
-            "TIFF files of many bands or deep colour need: pip install 'dinokit[tiff]'"
-        ) from None
+        raise ValueError("TIFF files of many bands or deep colour need: pip install -e '.[tiff]'") from None
     with tifffile.TiffFile(BytesIO(data)) as file:
         series = file.series[0]
         axes = series.axes

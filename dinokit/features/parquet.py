@@ -63,6 +63,6 @@ def _arrow(name: str) -> Any:
         return import_module(name)
     except ModuleNotFoundError:
         raise ValueError(
-            "format=parquet needs pyarrow, which is not installed: pip install 'dinokit[cpu]', or "
-            "'dinokit[gpu]' on a machine with CUDA; or take format=npy."
+            "format=parquet needs pyarrow, which is not installed: pip install -e '.[cpu]', or "
+            "'.[gpu]' on a machine with CUDA; or take format=npy."
         ) from None

@@ -64,6 +64,10 @@ def _asked(command: Command) -> tuple[str, Recipe, int, bool]:
         key, _, value = setting.partition("=")
         if key in own:
             own[key] = value
+        elif key == "optim.batch":
+            raise ValueError(
+                f"{setting}: bench takes the number of images as batch={setting.partition('=')[2]}."
+            )
         else:
             settings.append(setting)
     if len(words) > 2:

@@ -95,9 +95,7 @@ def test_a_quantisation_that_does_not_fit_the_width_is_refused(rows, tmp_path):
         build(Vectors([rows]), tmp_path, replace(IVF, pq=5), 0)
 
 
-@pytest.mark.parametrize(
-    ("module", "said"), [(None, "not installed: pip install 'dinokit"), (sys, "but empty")]
-)
+@pytest.mark.parametrize(("module", "said"), [(None, "not installed: pip install -e"), (sys, "but empty")])
 def test_without_faiss_it_says_what_to_install(monkeypatch, rows, module, said):
     monkeypatch.setitem(sys.modules, "faiss", module)
     with pytest.raises(ValueError, match=said) as told:

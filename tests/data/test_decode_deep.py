@@ -113,7 +113,7 @@ def test_a_tiff_that_pillow_would_cut_down_says_what_to_install(monkeypatch: pyt
         (tiff(noise(5)), 5),
         (tiff(noise(6, np.uint8), 2), 6),
     ):
-        with pytest.raises(ValueError, match=r"^x.tif.*dinokit\[tiff\]"):
+        with pytest.raises(ValueError, match=r"^x.tif.*\.\[tiff\]"):
             decode(data, "x.tif", channels)
 
 

@@ -78,8 +78,8 @@ def _arrow(name: str) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError:
         raise ValueError(
-            "Parquet files are read by pyarrow, which is not installed: pip install 'dinokit[cpu]', or "
-            "'dinokit[gpu]' on a machine with CUDA."
+            "Parquet files are read by pyarrow, which is not installed: pip install -e '.[cpu]', or "
+            "'.[gpu]' on a machine with CUDA."
         ) from None
 
 

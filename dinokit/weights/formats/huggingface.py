@@ -127,7 +127,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
     try:
         import transformers
     except ModuleNotFoundError:
-        raise RuntimeError("to=hf needs transformers: pip install 'dinokit[huggingface]'") from None
+        raise RuntimeError("to=hf needs transformers: pip install -e '.[huggingface]'") from None
     notes = []
     if vit.registers and not hasattr(vit, "mask_token"):
         notes.append("Dinov2WithRegistersModel has a mask token, and the vit none: it is written as zeros.")

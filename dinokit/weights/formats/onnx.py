@@ -40,7 +40,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         import onnxruntime
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"to=onnx needs {error.name}: pip install 'dinokit[onnx]'") from None
+        raise RuntimeError(f"to=onnx needs {error.name}: pip install -e '.[onnx]'") from None
     side = size or vit.patch * (vit.side + 1)
     free = {0: torch.export.Dim("batch")}
     if size is None:
