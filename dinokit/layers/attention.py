@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinokit.layers.linear import LayerScale, project
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -144,6 +146,6 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, rows: Tensor, segments: Segments) -> Tensor:
-        """(T, D) -> (T, D)."""
-        return self.proj(attend(self.qkv(rows), self.heads, segments, self.kernel))
+    def forward(self, rows: Tensor, segments: Segments, scale: LayerScale | None = None) -> Tensor:
+        """(T, D) -> (T, D), scaled if asked."""
+        return project(attend(self.qkv(rows), self.heads, segments, self.kernel), self.proj, scale)
