@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.layers.attention import Attention, Segments
+from dinokit.layers.linear import LayerScale, project
 
 NORM_EPS = 1e-6  # both generations use it, not PyTorch's 1e-5
 
@@ -23,9 +24,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
-        return self.fc2(F.gelu(self.fc1(rows)))
+    def forward(self, rows: Tensor, scale: LayerScale | None = None) -> Tensor:
+        """(T, D) -> (T, D), scaled if asked."""
+        return project(self.fc1(rows), self.fc2, scale, gelu=True)
 
 
 class SwiGLU(nn.Module):
@@ -37,22 +38,10 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
+    def forward(self, rows: Tensor, scale: LayerScale | None = None) -> Tensor:
+        """(T, D) -> (T, D), scaled if asked."""
         x1, x2 = self.w12(rows).chunk(2, dim=-1)
-        return self.w3(F.silu(x1) * x2)
-
-
-class LayerScale(nn.Module):
-    """A gain a channel, near zero at the start (Touvron et al., arXiv 2103.17239)."""
-
-    def __init__(self, width: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), init))
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
-        return rows * self.gamma
+        return project(F.silu(x1) * x2, self.w3, scale)
 
 
 def residual(
@@ -98,13 +87,13 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.ls1 = LayerScale(width, layer_scale) if layer_scale else None
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width) if ffn == "mlp" else SwiGLU(width)
-        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(width, layer_scale) if layer_scale else None
 
     def forward(self, rows: Tensor, segments: Segments) -> Tensor:
         """(T, D) -> (T, D)."""
         rate = self.drop_path if self.training else 0.0
-        rows = residual(rows, segments, rate, lambda x, s: self.ls1(self.attn(self.norm1(x), s)))
-        return residual(rows, segments, rate, lambda x, _: self.ls2(self.mlp(self.norm2(x))))
+        rows = residual(rows, segments, rate, lambda x, s: self.attn(self.norm1(x), s, self.ls1))
+        return residual(rows, segments, rate, lambda x, _: self.mlp(self.norm2(x), self.ls2))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dinokit.backbones.vit import VisionTransformer
 from dinokit.files import atomic
+from dinokit.layers.linear import LayerScale, project
 from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
 
 LARGEST = 2**31 - 2**20  # bytes in one file of protobuf, with room for the graph; more weights lie beside it
@@ -46,10 +47,11 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
     if size is None:
         free |= {2: vit.patch * torch.export.Dim("rows"), 3: vit.patch * torch.export.Dim("columns")}
     images = torch.zeros(2, vit.channels, side, side + (vit.patch if size is None else 0))
-    program = torch.onnx.export(
-        Graph(vit).eval(), (images,), dynamo=True, verbose=False, dynamic_shapes={"images": free},
-        input_names=["images"], output_names=["cls", "patches"],
-    )  # fmt: skip
+    with torch.no_grad():  # with gradients, layers keep what an inference does not need
+        program = torch.onnx.export(
+            Graph(vit).eval(), (images,), dynamo=True, verbose=False, dynamic_shapes={"images": free},
+            input_names=["images"], output_names=["cls", "patches"],
+        )  # fmt: skip
     assert program is not None
     program.model.metadata_props.update(metadata_of(vit))
     beside = sum(p.numel() * 4 for p in vit.parameters()) > LARGEST
@@ -90,14 +92,15 @@ class Graph(nn.Module):
         x = torch.cat([*parts, maps.flatten(2).transpose(1, 2) + position], dim=1)
         block: Any
         for block in vit.blocks:
-            x = x + block.ls1(self._attend(block.attn, block.norm1(x)))
-            x = x + block.ls2(block.mlp(block.norm2(x)))
+            x = x + self._attend(block.attn, block.norm1(x), block.ls1)
+            x = x + block.mlp(block.norm2(x), block.ls2)
         x = vit.norm(x)
         return x[:, 0], x[:, 1 + vit.registers :]
 
-    def _attend(self, attn: Any, x: Tensor) -> Tensor:
+    def _attend(self, attn: Any, x: Tensor, scale: LayerScale | None) -> Tensor:
         q, k, v = attn.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return project(out, attn.proj, scale)
 
 
 class Positions(nn.Module):
