@@ -165,7 +165,7 @@ def _trained(
         if not (truth > 0).any():
             raise ValueError(f"The {len(truth)} images of step {step} have no reading: look at depth_scale.")
         given, truth = to_size(head(maps), *truth.shape[1:]), truth[:, None]
-        value = scale_invariant(given, truth, step)
+        value = scale_invariant(given, truth, step / cfg.steps)
         if cfg.gradient_weight:
             value = value + cfg.gradient_weight * gradient(given, truth, cfg.gradient_form)
         return value
