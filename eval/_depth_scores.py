@@ -29,9 +29,9 @@ def scale_invariant(given: Tensor, truth: Tensor, done: float) -> Tensor:
     Args:
         given: depths (B, 1, H, W).
         truth: depths, 0 where there is no reading.
-        done: share of the training. The variance, the unbiased one, is left out in the first 100 of the 38,400
-            steps that are published, and in as large a part of a shorter training: one of a hundred steps
-            would never hear of it.
+        done: share of the training. The variance, the unbiased one, is left out in the first 100 of the
+            published 38,400 steps, and in as large a part of a shorter training: one of a hundred steps would
+            never hear of it.
     """
     valid = truth > 0
     g = (given[valid] + EPS).log() - (truth[valid] + EPS).log()

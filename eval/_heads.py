@@ -1,10 +1,10 @@
-"""Many linear classifiers trained at once on the same features, in as few and large matrix products as can be.
+"""Many linear classifiers trained at once on the same features, in few and large matrix products.
 
 Every row of features holds the class tokens of the last blocks, in the order of depth, and then the mean of
 the last block's patches (features/reading.py). So the input of a head on the last n blocks, with or without
-that mean, is a run of neighbouring columns, of which no copy is made. The weights of all heads are one matrix,
-in such an order that the heads that see a block, or the mean, are neighbours: one product for each block
-serves them all. Heads share nothing else: each learns what it would learn alone.
+that mean, is a run of neighbouring columns, of which no copy is made. The weights of all heads are one
+matrix, in such an order that the heads that see a block, or the mean, are neighbours: one product for each
+block serves them all. Heads share nothing else: each learns what it would learn alone.
 
     b  rows of a step     W  columns of a row     w  columns of an input
     I  inputs             R  rates on each        C  classes
@@ -167,7 +167,7 @@ def _place(inputs: tuple[int, bool]) -> tuple[bool, int]:
 
 
 def _parts(inputs: Sequence[tuple[int, bool]], most: int) -> Iterator[tuple[int, int, list[int]]]:
-    """Blocks from and up to which the same inputs see a row, and the numbers of these; last, the mean patch."""
+    """Blocks from which, up to which, the same inputs see a row, and their numbers; last, the mean patch."""
     counts = sorted({blocks for blocks, _ in inputs}, reverse=True)
     for blocks, fewer in zip(counts, [*counts[1:], 0], strict=True):
         yield most - blocks, most - fewer, [i for i, each in enumerate(inputs) if each[0] >= blocks]

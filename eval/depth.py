@@ -26,7 +26,8 @@ from dinokit.eval._cache import fill_cache
 from dinokit.eval._depth_scores import gradient, scale_invariant
 from dinokit.eval._depth_test import DepthTest, framed, judge_depth, mean_judge
 from dinokit.eval._fit import Plan, Shown, cosine, fit
-from dinokit.eval._look import Look, open_pairs, refuse_overlap
+from dinokit.eval._labelled import refuse_overlap
+from dinokit.eval._look import Look, open_pairs
 from dinokit.eval._resume import Resume, identity
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width, spread_blocks
 from dinokit.heads.depth import LinearDepth
