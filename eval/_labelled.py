@@ -150,7 +150,7 @@ def features_of(
 def tell_unreadable(key: str, names: Sequence[str], count: int) -> None:
     """Name those of `count` images that cannot be read."""
     if names:
-        tell(f"{len(names)} of the {count} {key} images cannot be read and are left out: {few(names)}.")
+        tell(f"{len(names)} of the {count} {key} images cannot be read, left out: {few(names)}.")
 
 
 def _from_wider(

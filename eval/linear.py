@@ -128,7 +128,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     best = max(worth, key=lambda head: worth[head])
     if worth[best][0] < 0:
         raise ValueError("Every head of the grid diverged: take smaller lr=[...].")
-    if best.lr == max(cfg.lr) > min(cfg.lr):
+    if best.lr == max(cfg.lr) > min(cfg.lr) and worth[best][0] < 1:
         tell(f"The best head has the largest rate, lr={best.lr:g}: larger ones or more steps may do better.")
     if cfg.out and rank() == 0:
         _save(Path(cfg.out).expanduser(), heads, worth)

@@ -95,7 +95,7 @@ def test_unreadable_images_are_left_out_named_and_counted(colours, mean, tmp_pat
         assert scores["images_test"] == 11
         assert scores["images_unreadable"] == 2
         said = capsys.readouterr().err
-        assert "1 of the 12 test images cannot be read and are left out" in said
+        assert "1 of the 12 test images cannot be read, left out: " in said
         assert " train images cannot be read" in said
         assert said.count("red0.png") == 2
 
