@@ -136,11 +136,25 @@ def before_and_after(out: Path) -> list[str]:
     return [f"{'':<{width}}  {'at first':>9}  {'at last':>9}", *rows] if rows else []
 
 
-def watch(items: Iterable[T], total: int, text: str) -> Iterator[T]:
-    """The items, with a progress bar on standard error while somebody watches a terminal."""
+def watch(items: Iterable[T], total: int, text: str, done: int = 0) -> Iterator[T]:
+    """The items, with a progress bar on standard error while somebody watches a terminal.
+
+    Args:
+        items: those that are left.
+        total: how many there are with those that are done.
+        text: beside the bar.
+        done: how many were done before.
+    """
     console = Console(stderr=True)
     hidden = rank() > 0 or not console.is_terminal
-    yield from track(items, text, total, console=console, disable=hidden, transient=True)
+    yield from track(items, text, total, done, console=console, disable=hidden, transient=True)
+
+
+def tell(text: str) -> None:
+    """A line for people, on standard error; process 0 says it."""
+    if rank() == 0:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"dinokit: {text}", markup=False)
 
 
 def _json(value: Any) -> Any:

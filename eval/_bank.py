@@ -13,8 +13,9 @@ from torch import Tensor
 from dinokit.data.pair_crops import resize_image, resize_map, short_side
 from dinokit.data.pair_loader import whole_pairs
 from dinokit.data.pairs import IGNORE, Pairs
-from dinokit.eval._look import Look, progress
+from dinokit.eval._look import Look
 from dinokit.features.dense import padding
+from dinokit.log import watch
 
 BLOCK = 1024  # queries at a time: with 100,000 patches in the bank, a block of cosines is 400 MiB
 
@@ -37,8 +38,8 @@ def fill_bank(look: Look, pairs: Pairs, resize: int, most: int, workers: int, se
     generator = torch.Generator().manual_seed(seed)
     share = max(1, most // len(pairs))
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for pair in progress(
-        whole_pairs(pairs, range(len(pairs)), workers), "patches of training images", len(pairs)
+    for pair in watch(
+        whole_pairs(pairs, range(len(pairs)), workers), len(pairs), "patches of training images"
     ):
         size = short_side(pair.image, resize)
         x = patch_rows(look, resize_image(pair.image.float() / 255, *size))
@@ -121,7 +122,7 @@ def regression_judge(
         last = bank.image >= bank.image.max() + 1 - max(1, round(held_out * (int(bank.image.max()) + 1)))
         last = last.to(x.device)
         truth, tried, weights = bank.shares[last].argmax(1), [], None
-        for c in progress(cs, "logistic regression", len(cs)):
+        for c in watch(cs, len(cs), "logistic regression"):
             weights = _regress(x[~last], bank.shares[~last], c, weights)
             tried.append(_mean_iou((_with_one(x[last]) @ weights).argmax(1), truth, bank.shares.shape[1]))
         best = cs[max(range(len(cs)), key=lambda i: tried[i])]

@@ -12,9 +12,10 @@ from dinokit.data.pair_loader import whole_pairs
 from dinokit.data.pairs import Pairs
 from dinokit.distributed import rank, world_size
 from dinokit.eval._fit import Shown
-from dinokit.eval._look import Look, progress
+from dinokit.eval._look import Look
 from dinokit.eval._windows import windows
 from dinokit.features import Map
+from dinokit.log import watch
 
 AT_ONCE = 16  # windows for the backbone
 
@@ -67,8 +68,8 @@ def fill_cache(
     images: list[Tensor] = []
     colour = tuple(look.backbone.input.mean)
     size = 0.0
-    for pair in progress(
-        whole_pairs(pairs, range(len(pairs)), workers), "features of training images", len(pairs)
+    for pair in watch(
+        whole_pairs(pairs, range(len(pairs)), workers), len(pairs), "features of training images"
     ):
         image, target = prepare(pair.image, pair.target)
         for top, left, bottom, right in windows(*target.shape, crop, stride):

@@ -14,8 +14,8 @@ from dinokit.data.pair_loader import whole_pairs
 from dinokit.data.pairs import Pairs
 from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.eval._depth_scores import errors
-from dinokit.eval._look import progress
 from dinokit.heads.segmentation import to_size
+from dinokit.log import watch
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def mean_judge(cfg: DepthTest, train: Pairs, device: torch.device) -> Callable[[
         ValueError: if there is no reading.
     """
     total = count = 0.0
-    for pair in progress(whole_pairs(train, range(len(train)), cfg.workers), "training maps", len(train)):
+    for pair in watch(whole_pairs(train, range(len(train)), cfg.workers), len(train), "training maps"):
         seen = pair.target[(pair.target > cfg.least) & (pair.target < cfg.most)]
         total, count = total + seen.double().sum().item(), count + len(seen)
     if not count:
@@ -69,7 +69,7 @@ def judge_depth(
     sums: dict[str, float] = {}
     seen = bare = 0
     share = range(rank(), len(test), world_size())
-    for pair in progress(whole_pairs(test, share, cfg.workers), "test images", len(share)):
+    for pair in watch(whole_pairs(test, share, cfg.workers), len(share), "test images"):
         image, truth = framed(pair.image, pair.target, cfg.border, 0)
         image = image.float() / 255
         if any(cfg.size) or cfg.resize:

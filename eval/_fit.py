@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.distributed import all_reduce_sum, world_size
-from dinokit.eval._look import progress
 from dinokit.eval._resume import Resume
 from dinokit.features import Map
+from dinokit.log import watch
 
 Shown = tuple[list[Map], Tensor]  # what a step is shown: maps of features, and the truth (b, H, W)
 
@@ -68,7 +68,7 @@ def fit(
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
     start = done = 0 if state is None else int(state["step"])
-    steps = progress(shown(start), "train head", plan.steps, start) if start < plan.steps else iter(())
+    steps = watch(shown(start), plan.steps, "train head", start) if start < plan.steps else iter(())
     try:
         for maps, truth in steps:
             for group in optimizer.param_groups:

@@ -1,16 +1,19 @@
-"""Many linear classifiers trained at once on the same features: one matrix product for all with one input.
+"""Many linear classifiers trained at once on the same features, in few and large matrix products.
 
 Every row of features holds the class tokens of the last blocks, in the order of depth, and then the mean of
 the last block's patches (features/reading.py). So the input of a head on the last n blocks, with or without
-that mean, is a run of neighbouring columns, of which no copy is made, and the weights of all heads with the
-same input lie side by side in one matrix. Heads share nothing else: each learns what it would learn alone.
+that mean, is a run of neighbouring columns, of which no copy is made. The weights of all heads are one
+matrix, in such an order that the heads that see a block, or the mean, are neighbours: one product for each
+block serves them all. Heads share nothing else: each learns what it would learn alone.
 
-    b  rows of a step     W  columns of a row     w  columns of an input     H  heads on it     C  classes
+    b  rows of a step     W  columns of a row     w  columns of an input
+    I  inputs             R  rates on each        C  classes
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,62 +33,8 @@ class Head:
     lr: float  # for a batch of 256
 
 
-class Group:
-    """The heads on one input.
-
-    Args:
-        heads: which differ in their rate alone.
-        columns: of the features.
-        classes: C.
-        many: whether an image may have many classes: then each is a binary question of its own.
-        rates: learning rate of each head at the start.
-        seed: of the first weights.
-        device: where to train.
-    """
-
-    def __init__(
-        self, heads: list[Head], columns: slice, classes: int, many: bool, rates: list[float], seed: int,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.heads, self.columns, self.classes, self.many = heads, columns, classes, many
-        width = columns.stop - columns.start
-        first = [_first_weights(head, width, classes, seed) for head in heads]
-        # Class by class and not head by head: a softmax over a dimension that is not the last is the faster.
-        self.weight = torch.stack(first, dim=2).flatten(1).to(device)  # (w, C * H)
-        self.bias = torch.zeros(classes * len(heads), device=device)
-        self.momentum = torch.zeros(
-            width + 1, classes * len(heads), device=device
-        )  # of weight; last, of bias
-        self.rates = torch.tensor(rates, device=device).repeat(classes)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Rows (b, W) -> (b, C, H)."""
-        return torch.addmm(self.bias, x[:, self.columns], self.weight).unflatten(1, (self.classes, -1))
-
-    def step(self, x: Tensor, target: Tensor, images: int, momentum: float, factor: float) -> None:
-        """One step of SGD on the mean over `images` of each head's own loss; of all processes together."""
-        logits = self.logits(x)  # (b, C, H); what follows is the loss's derivative by them
-        slope = logits.sigmoid_() if self.many else logits.softmax(dim=1)
-        slope = slope.sub_(target[:, :, None]).flatten(1)
-        rates = self.rates * -factor
-        for parameter, moving, left in (
-            (self.weight, self.momentum[:-1], x[:, self.columns].T),
-            (self.bias[None], self.momentum[-1:], x.new_ones(1, len(x))),
-        ):
-            # Each process adds its rows' part to its share of the old value, and the parts are summed.
-            torch.addmm(moving, left, slope, beta=momentum / world_size(), alpha=1 / images, out=moving)
-            parameter.addcmul_(all_reduce_sum(moving), rates)
-
-    def one(self, place: int) -> tuple[Tensor, Tensor]:
-        """Weight (C, w) and bias (C,) of a head, as nn.Linear has them."""
-        weight, bias = (
-            each.unflatten(-1, (self.classes, -1))[..., place] for each in (self.weight, self.bias)
-        )
-        return weight.T.contiguous(), bias.contiguous()
-
-
 class Heads:
-    """A grid of heads.
+    """A grid of heads: each input with each rate.
 
     Args:
         grid: the heads.
@@ -96,23 +45,43 @@ class Heads:
         batch: images a step, by which a head's rate is scaled.
         seed: of the first weights; a head's do not depend on which others there are.
         device: where to train.
+
+    Raises:
+        ValueError: if an input has not the rates of the others.
     """
 
     def __init__(
         self, grid: Sequence[Head], width: int, most: int, classes: int, many: bool, batch: int, seed: int,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self.classes, self.many = classes, many
-        inputs = dict.fromkeys((head.blocks, head.pool) for head in grid)
-        self.groups = []
-        for blocks, pool in inputs:
-            heads = [head for head in grid if (head.blocks, head.pool) == (blocks, pool)]
-            columns = slice((most - blocks) * width, (most + pool) * width)
-            rates = [head.lr * batch / 256 for head in heads]
-            self.groups.append(Group(heads, columns, classes, many, rates, seed, device))
+        inputs = sorted({(head.blocks, head.pool) for head in grid}, key=_place)
+        rates = sorted({head.lr for head in grid})
+        self.heads = [[Head(*each, lr) for lr in rates] for each in inputs]
+        if len(grid) != len(inputs) * len(rates) or set(grid) != set(chain(*self.heads)):
+            raise ValueError("Every input of the grid must have the same learning rates.")
+        self.width, self.most, self.classes, self.many = width, most, classes, many
+        own = classes * len(rates)  # columns of an input
+        self.parts = [
+            (slice(top * width, stop * width), slice(min(users) * own, (max(users) + 1) * own))
+            for top, stop, users in _parts(inputs, most)
+        ]
+        shape = ((most + 1) * width, len(inputs) * own)
+        self.weight = torch.zeros(shape, device=device)  # 0 where an input does not see a row
+        self.bias = torch.zeros(shape[1], device=device)
+        self.momentum = torch.zeros(shape[0] + 1, shape[1], device=device)  # of weight; last, of bias
+        self.rates = (torch.tensor(rates) * batch / 256).repeat(classes * len(inputs)).to(device)
+        for head in grid:
+            self._of(head).copy_(_first_weights(head, len(self._of(head)), classes, seed))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Rows (b, W) -> (b, I, C, R)."""
+        done = self.bias.repeat(len(x), 1)
+        for rows, columns in self.parts:
+            done[:, columns].addmm_(x[:, rows], self.weight[rows, columns])
+        return done.unflatten(1, (len(self.heads), self.classes, -1))
 
     def step(self, x: Tensor, y: Tensor, images: int, momentum: float, factor: float) -> None:
-        """One step of every head.
+        """One step of SGD, of every head, on the mean of its own loss.
 
         Args:
             x: (b, W) float32, this process's rows.
@@ -122,20 +91,27 @@ class Heads:
             factor: on the learning rates: where on the schedule this step is.
         """
         target = y.float() if self.many else F.one_hot(y, self.classes).float()
-        for group in self.groups:
-            group.step(x, target, images, momentum, factor)
+        logits = self.logits(x)  # what follows is the loss's derivative by them
+        slope = logits.sigmoid_() if self.many else logits.softmax(dim=2)
+        slope = slope.sub_(target[:, None, :, None]).flatten(1)
+        # Each process adds its rows' part to its share of the old value, and the parts are summed.
+        share = {"beta": momentum / world_size(), "alpha": 1 / images}
+        for rows, columns in self.parts:
+            self.momentum[rows, columns].addmm_(x[:, rows].T, slope[:, columns], **share)
+        self.momentum[-1:].addmm_(x.new_ones(1, len(x)), slope, **share)
+        all_reduce_sum(self.momentum)
+        rates = self.rates * -factor
+        self.weight.addcmul_(self.momentum[:-1], rates)
+        self.bias.addcmul_(self.momentum[-1], rates)
 
     def each(self) -> Iterator[tuple[Head, Tensor, Tensor]]:
-        """Head, weight (C, w), bias (C,)."""
-        for group in self.groups:
-            for place, head in enumerate(group.heads):
-                yield head, *group.one(place)
+        """Head, weight (C, w), bias (C,), as nn.Linear has them."""
+        for head in chain(*self.heads):
+            yield head, self._of(head).T.contiguous(), self.bias[self._columns(head)].clone()
 
     def logits_of(self, head: Head, x: Tensor) -> Tensor:
         """What one head says of rows (b, W): (b, C)."""
-        group = next(group for group in self.groups if head in group.heads)
-        weight, bias = group.one(group.heads.index(head))
-        return x[:, group.columns] @ weight.T + bias
+        return x[:, self._rows(head)] @ self._of(head) + self.bias[self._columns(head)]
 
     def right(self, x: Tensor, y: Tensor, rows: int) -> dict[Head, tuple[float, float]]:
         """How good each head is on rows (n, W) with classes (n,), a number of rows at a time.
@@ -144,29 +120,60 @@ class Heads:
             The share of rows whose class it puts first, and minus its mean cross-entropy, which tells apart
             heads that get as many right; (-1, -inf) of a head that is not finite.
         """
-        done: dict[Head, tuple[float, float]] = {}
-        for group in self.groups:
-            first = torch.zeros(len(group.heads), device=x.device)
-            likely = torch.zeros_like(first)
-            for part, own in zip(x.split(rows), y.split(rows), strict=True):
-                logits = group.logits(part)  # (b, C, H)
-                first += (logits.argmax(dim=1) == own[:, None]).sum(dim=0)
-                own = own[:, None, None].expand(-1, 1, len(group.heads))
-                likely += logits.log_softmax(dim=1).gather(1, own).sum(dim=(0, 1))
-            both = torch.stack([first, likely], dim=1).cpu().double().div(len(y)).tolist()
-            for head, (share, log) in zip(group.heads, both, strict=True):
-                done[head] = (share, log) if math.isfinite(log) else (-1.0, -math.inf)
-        return done
+        first = torch.zeros(len(self.heads), len(self.heads[0]), device=x.device)  # (I, R)
+        likely = torch.zeros_like(first)
+        for part, own in zip(x.split(rows), y.split(rows), strict=True):
+            logits = self.logits(part)
+            first += (logits.argmax(dim=2) == own[:, None, None]).sum(dim=0)
+            own = own[:, None, None, None].expand(-1, *first.shape[:1], 1, first.shape[1])
+            likely += logits.log_softmax(dim=2).gather(2, own).sum(dim=(0, 2))
+        both = torch.stack([first, likely], dim=2).flatten(0, 1).cpu().double().div(len(y)).tolist()
+        return {
+            head: (share, log) if math.isfinite(log) else (-1.0, -math.inf)
+            for head, (share, log) in zip(chain(*self.heads), both, strict=True)
+        }
 
     def state(self) -> dict[str, Any]:
         """What load() takes."""
-        return {"groups": [[group.weight, group.bias, group.momentum] for group in self.groups]}
+        return {"weight": self.weight, "bias": self.bias, "momentum": self.momentum}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same grid."""
-        for group, kept in zip(self.groups, state["groups"], strict=True):
-            for own, tensor in zip((group.weight, group.bias, group.momentum), kept, strict=True):
-                own.copy_(tensor)
+        for name, own in self.state().items():
+            own.copy_(state[name])
+
+    def _rows(self, head: Head) -> slice:
+        return slice((self.most - head.blocks) * self.width, (self.most + head.pool) * self.width)
+
+    def _columns(self, head: Head) -> slice:
+        """Class by class, and not head by head: a softmax over a dimension that is not the last is faster."""
+        number = next(i for i, heads in enumerate(self.heads) if head in heads)
+        own = self.classes * len(self.heads[0])
+        place = self.heads[number].index(head)
+        return slice(number * own + place, (number + 1) * own, len(self.heads[0]))
+
+    def _of(self, head: Head) -> Tensor:
+        """Its weight (w, C), where it lies."""
+        return self.weight[self._rows(head), self._columns(head)]
+
+
+def _place(inputs: tuple[int, bool]) -> tuple[bool, int]:
+    """Where an input stands: without pool the fewest blocks first, and with it the most.
+
+    So those that see a block stand side by side, and so do those that see the mean patch.
+    """
+    blocks, pool = inputs
+    return pool, -blocks if pool else blocks
+
+
+def _parts(inputs: Sequence[tuple[int, bool]], most: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Blocks from which, up to which, the same inputs see a row, and their numbers; last, the mean patch."""
+    counts = sorted({blocks for blocks, _ in inputs}, reverse=True)
+    for blocks, fewer in zip(counts, [*counts[1:], 0], strict=True):
+        yield most - blocks, most - fewer, [i for i, each in enumerate(inputs) if each[0] >= blocks]
+    pooled = [i for i, each in enumerate(inputs) if each[1]]
+    if pooled:
+        yield most, most + 1, pooled
 
 
 def _first_weights(head: Head, width: int, classes: int, seed: int) -> Tensor:

@@ -11,6 +11,7 @@ from dinokit.data.views import Cut
 from dinokit.device import DTYPES, pick_precision
 from dinokit.features import Features, Reading, cached, device_of, extract, kept, spread, weights_hash
 from dinokit.features.identity import images_stamp
+from dinokit.log import tell
 
 WIDE = Reading(4, "mean")  # what the linear grid keeps
 
@@ -140,9 +141,16 @@ def features_of(
         done = done or cached(cfg.cache, (*depends_on, reading), device, make)
     else:
         done = make()
+    tell_unreadable(key, done.unreadable, len(source))
     if labelled:
         _check_labels(done, key, len(source.classes))
     return done
+
+
+def tell_unreadable(key: str, names: Sequence[str], count: int) -> None:
+    """Name those of `count` images that cannot be read."""
+    if names:
+        tell(f"{len(names)} of the {count} {key} images cannot be read, left out: {few(names)}.")
 
 
 def _from_wider(

@@ -1,25 +1,19 @@
-"""What the dense evaluators share: opening pairs, a frozen backbone to look through, progress."""
+"""What the dense evaluators share: opening pairs, and a frozen backbone to look through."""
 
 import random
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from dinokit import shelves
 from dinokit.backbones import Backbone
 from dinokit.data.pairs import Pairs
 from dinokit.data.sources import Picture
-from dinokit.distributed import rank
 from dinokit.features import Map, dense, device_of
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,28 +56,6 @@ def open_pairs(
     if not len(pairs):
         raise ValueError(f"{split}.name={section['name']} has no image.")
     return _Few(pairs, most) if 0 < most < len(pairs) else pairs
-
-
-def refuse_overlap(train: Mapping[str, Any] | None, test: Mapping[str, Any] | None) -> None:
-    """Hold test images out of the training.
-
-    Raises:
-        ValueError: if both are the same part of the same data.
-    """
-    sections = [dict(section or {}) for section in (train, test)]
-    splits = [section.pop("split", "all") for section in sections]
-    if sections[0] and sections[0] == sections[1] and (splits[0] == splits[1] or "all" in splits):
-        raise ValueError(
-            f"`train` and `test` share images: they are the same data with train.split={splits[0]} and "
-            f"test.split={splits[1]}. Set train.split=train test.split=test, or give another test.path."
-        )
-
-
-def progress(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterator[T]:
-    """The items, with a bar on a terminal; the standard output is left to the scores."""
-    console = Console(stderr=True)
-    live = rank() == 0 and sys.stderr.isatty()
-    return iter(track(items, what, total=total, completed=done, console=console, disable=not live))
 
 
 class _Few:

@@ -71,7 +71,7 @@ def cached_batches(
 def online_batches(
     backbone: Backbone, source: Source, places: Tensor, cut: RandomPart, reading: Reading,
     target: Callable[[Tensor, Tensor], Tensor], order: Order, start: int, steps: int,
-    batch: int, workers: int, precision: torch.dtype | None,
+    batch: int, workers: int, precision: torch.dtype | None, lost: Tensor,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """The same, each image cut and seen anew every time.
 
@@ -88,9 +88,10 @@ def online_batches(
         batch: images that the backbone sees at a time.
         workers: loader processes.
         precision: of the backbone.
+        lost: (len(source),) where 1 is written for an image that cannot be read.
 
     Raises:
-        ValueError: if features are not finite.
+        ValueError: if no image of a step can be read, or features are not finite.
     """
     device = device_of(backbone)
     wanted = (
@@ -101,6 +102,11 @@ def online_batches(
         source, cut, cut.size, _Batches(wanted, steps - start), workers, backbone.channels
     ):
         kept = readable(source, part)
+        lost[part.indices[~kept]] = 1
+        if len(kept) and not kept.any():
+            raise ValueError(
+                f"None of the {len(kept)} images of a step can be read, such as {part.unreadable[0]}."
+            )
         rows = [torch.empty(0, reading.width(backbone), device=device)]
         with frozen(backbone), torch.inference_mode():
             for crops in part.crops[kept].split(batch):

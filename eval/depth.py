@@ -26,7 +26,8 @@ from dinokit.eval._cache import fill_cache
 from dinokit.eval._depth_scores import gradient, scale_invariant
 from dinokit.eval._depth_test import DepthTest, framed, judge_depth, mean_judge
 from dinokit.eval._fit import Plan, Shown, cosine, fit
-from dinokit.eval._look import Look, open_pairs, refuse_overlap
+from dinokit.eval._labelled import refuse_overlap
+from dinokit.eval._look import Look, open_pairs
 from dinokit.eval._resume import Resume, identity
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width, spread_blocks
 from dinokit.heads.depth import LinearDepth
@@ -165,7 +166,7 @@ def _trained(
         if not (truth > 0).any():
             raise ValueError(f"The {len(truth)} images of step {step} have no reading: look at depth_scale.")
         given, truth = to_size(head(maps), *truth.shape[1:]), truth[:, None]
-        value = scale_invariant(given, truth, step)
+        value = scale_invariant(given, truth, step / cfg.steps)
         if cfg.gradient_weight:
             value = value + cfg.gradient_weight * gradient(given, truth, cfg.gradient_form)
         return value

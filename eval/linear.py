@@ -22,8 +22,9 @@ from torch import Tensor
 from dinokit.backbones import Backbone
 from dinokit.data.views import RandomPart
 from dinokit.device import DTYPES, pick_precision
-from dinokit.distributed import rank
+from dinokit.distributed import all_reduce_max, rank
 from dinokit.eval._heads import Head, Heads
+from dinokit.eval._labelled import tell_unreadable
 from dinokit.eval._resume import Resume, identity
 from dinokit.eval._scores import mean_average_precision
 from dinokit.eval._stream import Order, cached_batches, online_batches
@@ -32,7 +33,7 @@ from dinokit.eval._truth import kept_places
 from dinokit.features import Part, Reading, device_of
 from dinokit.features.identity import images_stamp
 from dinokit.files import atomic
-from dinokit.log import watch
+from dinokit.log import tell, watch
 from dinokit.shelves import refuse_below
 
 ROWS = 4096  # features judged at a time
@@ -127,6 +128,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     best = max(worth, key=lambda head: worth[head])
     if worth[best][0] < 0:
         raise ValueError("Every head of the grid diverged: take smaller lr=[...].")
+    if best.lr == max(cfg.lr) > min(cfg.lr) and worth[best][0] < 1:
+        tell(f"The best head has the largest rate, lr={best.lr:g}: larger ones or more steps may do better.")
     if cfg.out and rank() == 0:
         _save(Path(cfg.out).expanduser(), heads, worth)
     scores = task.scores(lambda x: heads.logits_of(best, x), test, y)
@@ -149,34 +152,42 @@ def _train(cfg: Config, task: Task, heads: Heads) -> tuple[tuple[Tensor, Tensor]
     depends_on = identity(asdict(cfg), task.backbone), images_stamp(task.train)
     resume = Resume(cfg.out, "linear", depends_on, device)
     state = resume.load()
+    lost = torch.zeros(len(task.train), dtype=torch.uint8)  # images that cannot be read
     if state is not None:
         heads.load(state)
+        lost.copy_(state["lost"])
     start = 0 if state is None else int(state["step"])
     prepare = _cached if cfg.mode == "cached" else _online
-    batches, kept, images = prepare(cfg, task, fit, held, start)
+    batches, kept = prepare(cfg, task, fit, held, start, lost)
     for step, (x, y) in enumerate(
-        watch(batches, cfg.steps - start, f"{len(list(heads.each()))} heads"), start
+        watch(batches, cfg.steps, f"{len(list(heads.each()))} heads", start), start
     ):
         factor = (1 + math.cos(math.pi * step / cfg.steps)) / 2
         heads.step(x, y, cfg.step_batch, cfg.momentum, factor)
         if (step + 1) % cfg.save_every == 0:
-            resume.save({"step": step + 1, **heads.state()})
+            resume.save({"step": step + 1, "lost": lost, **heads.state()})
     resume.finish()
-    return kept, images
+    lost = all_reduce_max(lost.to(device)).cpu()
+    if cfg.mode == "online":
+        names = [task.train.name(i) for i in fit[lost[fit] > 0].tolist()]
+        tell_unreadable("train", names, len(fit))
+    return kept, len(task.train) - int(lost.sum())
 
 
 Worth = dict[Head, tuple[float, float]]  # what a head is chosen by, and among equals
 Batches = Iterator[tuple[Tensor, Tensor]]
-Prepared = tuple[Batches, tuple[Tensor, Tensor] | None, int]  # batches, what is held out, how many images
+Prepared = tuple[Batches, tuple[Tensor, Tensor] | None]  # batches, what is held out
 
 
-def _cached(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int) -> Prepared:
-    """Batches of features that are made once."""
+def _cached(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int, lost: Tensor) -> Prepared:
+    """Batches of features that are made once. Writes 1 into `lost` for an image that cannot be read."""
     centre = task.features("train", task.train)
     y = task.target(task.train, centre)
     is_held = torch.zeros(len(task.train), dtype=torch.bool)
     is_held[held] = True
-    is_held = is_held[kept_places(task.train, centre)]
+    there = kept_places(task.train, centre)
+    is_held = is_held[there]
+    lost.fill_(1)[there] = 0
     rows = (~is_held).nonzero().flatten()
     kept = (centre.x[is_held], y[is_held]) if len(held) else None
     views = [centre.x]
@@ -184,24 +195,26 @@ def _cached(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int) -> P
         cut = RandomPart(cfg.size or task.backbone.input.size, cfg.seed)
         views = [task.features("train", task.train, cut, draw).x for draw in range(cfg.views)]
     order = Order(len(rows), cfg.step_batch, cfg.seed)
-    return cached_batches(views, y, rows, order, start, cfg.steps), kept, len(y)
+    return cached_batches(views, y, rows, order, start, cfg.steps), kept
 
 
-def _online(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int) -> Prepared:
-    """Batches of images that are cut and seen anew; how many of these cannot be read, nobody counts."""
+def _online(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int, lost: Tensor) -> Prepared:
+    """Batches of images that are cut and seen anew. As `_cached`, but images are lost as they are met."""
     kept = None
     if len(held):
         part = Part(task.train, held.tolist())
         done = task.features("train", part)
         kept = done.x, task.target(part, done)
+        lost[held] = 1
+        lost[held[kept_places(part, done)]] = 0
     device = device_of(task.backbone)
     cut = RandomPart(cfg.size or task.backbone.input.size, cfg.seed)
     batches = online_batches(
         task.backbone, task.train, fit, cut, task.reading,
         task.target_of(task.train), Order(len(fit), cfg.step_batch, cfg.seed), start, cfg.steps,
-        cfg.batch, cfg.workers, DTYPES[pick_precision(cfg.precision, device)],
+        cfg.batch, cfg.workers, DTYPES[pick_precision(cfg.precision, device)], lost,
     )  # fmt: skip
-    return batches, kept, len(task.train)
+    return batches, kept
 
 
 def _worth(heads: Heads, x: Tensor, y: Tensor) -> Worth:

@@ -27,12 +27,14 @@ from dinokit.eval._bank import fill_bank, grid_to_image, neighbour_judge, patch_
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._confusion import Confusion
 from dinokit.eval._fit import Plan, Shown, fit, poly
-from dinokit.eval._look import Look, open_pairs, progress, refuse_overlap
+from dinokit.eval._labelled import refuse_overlap
+from dinokit.eval._look import Look, open_pairs
 from dinokit.eval._resume import Resume, identity
 from dinokit.eval._windows import slide
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width
 from dinokit.heads.released import load_segmenter, save_head
 from dinokit.heads.segmentation import LinearSegmenter, to_size
+from dinokit.log import watch
 
 
 @dataclass
@@ -223,7 +225,7 @@ def _through_patches(
 
 def _majority(train: Pairs, workers: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     counts = torch.zeros(len(train.classes), dtype=torch.int64)
-    for pair in progress(whole_pairs(train, range(len(train)), workers), "training masks", len(train)):
+    for pair in watch(whole_pairs(train, range(len(train)), workers), len(train), "training masks"):
         counts += pair.target[pair.target != IGNORE].long().bincount(minlength=len(counts))
     most = F.one_hot(counts.argmax(), len(counts)).float().to(device)[:, None, None]
     return lambda image: most.expand(-1, *image.shape[1:])
@@ -236,7 +238,7 @@ def _test(
     confusion = Confusion(len(test.classes), device)
     flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
     share = range(rank(), len(test), world_size())
-    for pair in progress(whole_pairs(test, share, cfg.workers), "test images", len(share)):
+    for pair in watch(whole_pairs(test, share, cfg.workers), len(share), "test images"):
         image = pair.image.float() / 255
         total = torch.zeros((), device=device)
         for scale in cfg.scales:

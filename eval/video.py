@@ -23,10 +23,11 @@ from dinokit.data.pair_crops import to_pair
 from dinokit.device import DTYPES, pick_precision
 from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.eval._davis import Sequence, contour, region, sequences
-from dinokit.eval._look import Look, progress
+from dinokit.eval._look import Look
 from dinokit.eval._resume import identity
 from dinokit.features import device_of, frozen, last_blocks, patch_width
 from dinokit.files import write_text
+from dinokit.log import watch
 
 BLOCK = 512  # patches that ask at a time
 MULTIPLE = 64  # pixels: what the longer side is cut down to a multiple of, where the patch divides it
@@ -70,7 +71,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     sums = torch.zeros(3, dtype=torch.float64)
     share = videos[rank() :: world_size()]
     with frozen(backbone), torch.no_grad():
-        for video in progress(share, "videos", len(share)):
+        for video in watch(share, len(share), "videos"):
             scores = _kept(cfg, look, video)
             sums += torch.tensor([[j, f, 1.0] for j, f in scores], dtype=torch.float64).sum(dim=0)
     j, f, objects = all_reduce_sum(sums).tolist()

@@ -90,12 +90,33 @@ def test_what_a_head_gets_right_is_counted_from_its_own_logits():
         assert likely == pytest.approx(-F.cross_entropy(logits, y).item(), rel=1e-5)
 
 
-def test_a_head_that_is_not_finite_is_worth_less_than_nothing():
-    heads = made()
-    heads.groups[1].weight[0, 3] = torch.nan  # of class 0 and head 3: columns go class by class
+def test_heads_that_diverged_are_worth_less_than_nothing_and_spoil_no_other():
+    grid = [Head(blocks, pool, lr) for blocks, pool in ((1, False), (4, True)) for lr in (1e-3, 1e38)]
+    heads = made(grid)
+    train(heads, 5)
     x, y = next(batches(1))
     worth = heads.right(x, y, rows=100)
-    assert [head for head, (share, _) in worth.items() if share < 0] == [heads.groups[1].heads[3]]
+    assert {head: share < 0 for head, (share, _) in worth.items()} == {head: head.lr > 1 for head in grid}
+
+
+def test_inputs_of_other_blocks_lie_side_by_side_too():
+    grid = [Head(blocks, pool, lr) for blocks in (1, 2, 3) for pool in (False, True) for lr in (0.01, 0.1)]
+    heads, steps = made(grid), 10
+    first = {head: (weight, bias) for head, weight, bias in heads.each()}
+    train(heads, steps)
+    for head, weight, bias in heads.each():
+        alone = trained_alone(head, *first[head], steps, many=False)
+        torch.testing.assert_close(weight, alone.weight.detach(), atol=2e-6, rtol=2e-5)
+        torch.testing.assert_close(bias, alone.bias.detach(), atol=2e-6, rtol=2e-5)
+        x, _ = next(batches(1))
+        with torch.no_grad():
+            wanted = alone(seen_by(head, x))
+        torch.testing.assert_close(heads.logits_of(head, x), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_grid_with_holes_is_refused():
+    with pytest.raises(ValueError, match="the same learning rates"):
+        made([Head(1, False, 0.1), Head(4, False, 0.2)])
 
 
 def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():

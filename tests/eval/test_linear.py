@@ -86,14 +86,18 @@ def test_cached_views_take_turns_pass_by_pass():
     assert sorted(labels.tolist()) == rows.tolist()
 
 
-def test_unreadable_images_are_left_out_and_counted(colours, mean, tmp_path):
+def test_unreadable_images_are_left_out_named_and_counted(colours, mean, tmp_path, capsys):
     (tmp_path / "a" / "red" / "red0.png").write_bytes(b"")
     (tmp_path / "b" / "red" / "red0.png").write_bytes(b"")
     for mode in ("cached", "online"):
         scores = evaluate(config(**colours, mode=mode), mean)
         assert scores["top1"] == 1.0
         assert scores["images_test"] == 11
-    assert evaluate(config(**colours), mean)["images_unreadable"] == 2
+        assert scores["images_unreadable"] == 2
+        said = capsys.readouterr().err
+        assert "1 of the 12 test images cannot be read, left out: " in said
+        assert " train images cannot be read" in said
+        assert said.count("red0.png") == 2
 
 
 def test_images_of_several_classes_are_judged_by_mean_average_precision(colours, mean, tmp_path):

@@ -142,8 +142,8 @@ def test_the_scale_invariant_loss_is_its_formula():
             if b > 0
         ]
     )
-    late = scale_invariant(torch.from_numpy(guess), torch.from_numpy(truth), 100)
-    early = scale_invariant(torch.from_numpy(guess), torch.from_numpy(truth), 99)
+    late = scale_invariant(torch.from_numpy(guess), torch.from_numpy(truth), 100 / 38_400)
+    early = scale_invariant(torch.from_numpy(guess), torch.from_numpy(truth), 99 / 38_400)
     assert late.item() == pytest.approx(math.sqrt(g.var(ddof=1) + 0.15 * g.mean() ** 2))
     assert early.item() == pytest.approx(math.sqrt(0.15) * abs(g.mean()))
 
