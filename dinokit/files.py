@@ -28,6 +28,31 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def aside(path: str | Path) -> Iterator[Path]:
+    """Give an empty hidden folder beside `path`; when the block ends well, what is in it moves to there.
+
+    For what is more than one file, or is to be looked at before it counts: inside the folder it has the names
+    that it will have. Each file is moved whole, in the order of names, and other files in a folder that is
+    there stay. If the block raises, or the process dies in it, whatever stood there still stands there.
+    """
+    place = Path(path).resolve()
+    folder = place.with_name(f".{place.name}.aside.part")
+    remove(folder)  # of a process that died
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for part in sorted(p for p in folder.rglob("*") if p.is_file()):
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            target = place.parent / part.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            part.replace(target)
+            sync_folder(target.parent)
+    finally:
+        remove(folder)
+
+
 def sync_folder(path: str | Path) -> None:
     """Make what was moved into or out of a folder last: without it the move can be lost in a power cut."""
     folder = os.open(path, os.O_RDONLY)

@@ -1,5 +1,6 @@
 """One shard of features as a Parquet file, for those who read with pyarrow, pandas or datasets."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -56,6 +57,15 @@ class ParquetShard:
                 self.writer.close()
         finally:
             self.stack.__exit__(kind, error, trace)
+
+
+def unreadable_names(out: Path) -> Iterator[str]:
+    """The names of the images in all shards of a folder that could not be read, in order."""
+    parquet = _arrow("pyarrow.parquet")
+    for path in sorted(out.glob("*.parquet")):
+        table = parquet.read_table(path, columns=["name", "valid"])
+        valid = table["valid"].to_numpy()
+        yield from table["name"].take(np.flatnonzero(~valid)).to_pylist()
 
 
 def _arrow(name: str) -> Any:

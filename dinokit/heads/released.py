@@ -98,9 +98,7 @@ def load_depther(
         LookupError: if there is no such file.
         ValueError: if it is no such head, does not fit the backbone, or there is no such training set.
     """
-    if trained_on.upper() not in MOST:
-        raise ValueError(f"weights='{trained_on}': depth heads were released for {' and '.join(MOST)}.")
-    most = most or MOST[trained_on.upper()]
+    most = most or _most(trained_on)
     tensors = _read(path)
     head: LinearDepth | DPT
     if "conv_depth.weight" in tensors:
@@ -111,15 +109,14 @@ def load_depther(
         _need(path, tensors, ("project.conv.weight", "conv_depth.head.0.weight"))
         head, count = DPT(backbone.width, LEAST, most, len(tensors["project.conv.bias"])), 4
     _load(head, tensors, path, f"a depth head on a backbone {backbone.width} wide")
-    blocks = last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count)
-    return Depther(backbone, head, blocks)
+    return _together(backbone, head, count)
 
 
 def depther(
     backbone: Backbone,
     model: str,
     kind: Literal["ld", "dd"],
-    fetch: Callable[[str], str | Path],
+    fetch: Callable[[str], str | Path] | None,
     layers: int = 4,
     weights: str = "NYU",
     hub_range_bug: bool = False,
@@ -130,7 +127,8 @@ def depther(
         backbone: the released one, without registers.
         model: its name, such as "dinov2_vits14".
         kind: of the head.
-        fetch: from the path of a file below the released models' address to where it is on this machine.
+        fetch: from the path of a file below the released models' address to where it is on this machine; None
+            draws a head at random.
         layers: 1 or 4, of a linear head.
         weights: "NYU" or "KITTI".
         hub_range_bug: as `load_depther`.
@@ -143,9 +141,26 @@ def depther(
             f"No depth head was released for {model} with layers={layers}: linear ones look into 1 or 4 "
             f"blocks, and models with registers have none."
         )
+    if fetch is None:
+        most = _most(weights)
+        if kind == "dd":
+            return _together(backbone, DPT(backbone.width, LEAST, most), 4)
+        far = MOST["KITTI"] if hub_range_bug else most
+        return _together(backbone, LinearDepth(backbone.width, layers, LEAST, far), layers)
     name = "dpt" if kind == "dd" else "linear4" if layers == 4 else "linear"
     path = fetch(f"{model}/{model}_{weights.lower()}_{name}_head.pth")
     return load_depther(path, backbone, weights, hub_range_bug)
+
+
+def _most(trained_on: str) -> float:
+    if trained_on.upper() not in MOST:
+        raise ValueError(f"weights='{trained_on}': depth heads were released for {' and '.join(MOST)}.")
+    return MOST[trained_on.upper()]
+
+
+def _together(backbone: Backbone, head: LinearDepth | DPT, count: int) -> Depther:
+    blocks = last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count)
+    return Depther(backbone, head, blocks)
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:

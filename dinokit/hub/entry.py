@@ -52,7 +52,7 @@ def classifier(name: str) -> Callable[..., nn.Module]:
         if layers not in (1, 4):
             raise ValueError(f"layers={layers}: there are linear classifiers over 1 block and over 4.")
         done = LinearClassifier(_backbone(model, pretrained, weights, changes), layers)
-        file = head_weights or (fetch(model.linear_url(layers)) if pretrained else None)
+        file = head_weights or (fetch(model.linear_url(layers), "head_weights") if pretrained else None)
         if file is not None:
             done.linear_head.load_state_dict(open_checkpoint(file).tensors, strict=True)
         return done
@@ -80,14 +80,13 @@ def depther(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
     ) -> nn.Module:
         from dinokit.heads import released  # noqa: PLC0415 - needs numpy, which a backbone alone does not
 
-        vit = _vit(model, pretrained, backbone_weights, changes)
+        vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
 
         def file(path: str) -> str | Path:
-            if head_weights is None and not pretrained:
-                raise ValueError("A depth head is one that was trained: give head_weights=PATH.")
-            return head_weights or fetch(f"{DINOV2}/{path}")
+            return head_weights or fetch(f"{DINOV2}/{path}", "head_weights")
 
-        return released.depther(vit, name, kind, file, layers, weights, hub_range_bug)
+        given = file if pretrained or head_weights else None
+        return released.depther(vit, name, kind, given, layers, weights, hub_range_bug)
 
     which = "linear depth head, over layers=1 or 4 blocks" if kind == "ld" else "DPT depth head"
     text = f"{name} and its {which}: images in [0, 1] (b, 3, h, w) -> metres (b, 1, h, w)."
@@ -96,7 +95,8 @@ def depther(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
 
     weights="NYU" (to 10 m) or "KITTI" (to 80 m) says which head.
     hub_range_bug=True gives a linear NYU head the range to 80 m, as a version of the official code did.
-    backbone_weights=PATH and head_weights=PATH read local files; what is not given is fetched once.
+    backbone_weights=PATH and head_weights=PATH read local files; what is not given is fetched once, or with
+    pretrained=False drawn at random.
     Besides: {", ".join(OFFICIAL)}.
     """
     return entry
@@ -114,11 +114,11 @@ def dinokit_backbone(weights: str | Path, heads: int | None = None) -> nn.Module
     return DINOv2(vit.requires_grad_(True)).eval()
 
 
-def fetch(url: str) -> Path:
+def fetch(url: str, key: str = "weights") -> Path:
     """The local copy of a released file, in torch.hub's cache; fetched if it is not there yet.
 
     Raises:
-        OSError: if it cannot be had; it says how to give a file by hand.
+        OSError: if it cannot be had; it says how to give a file by hand, under which key.
     """
     path = cached(url)
     if not path.is_file():
@@ -127,7 +127,7 @@ def fetch(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
             raise OSError(
-                f"{url} cannot be fetched: {error}. Put it at {path} by hand, or give weights=PATH."
+                f"{url} cannot be fetched: {error}. Put it at {path} by hand, or give {key}=PATH."
             ) from None
     return path
 
@@ -143,7 +143,11 @@ def _backbone(model: Released, pretrained: bool, weights: str | Path | None, cha
 
 
 def _vit(
-    model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]
+    model: Released,
+    pretrained: bool,
+    weights: str | Path | None,
+    changes: dict[str, Any],
+    key: str = "weights",
 ) -> VisionTransformer:
     unknown = sorted(set(changes) - set(OFFICIAL))
     if unknown:
@@ -155,7 +159,7 @@ def _vit(
     if weights is not None and str(weights) not in TRAINED_ON:
         fill(vit, weights, tolerate=["mask_token"], heads=SIZES[model.size]["heads"])
     elif pretrained:
-        fill(vit, fetch(model.url), heads=SIZES[model.size]["heads"])
+        fill(vit, fetch(model.url, key), heads=SIZES[model.size]["heads"])
     return vit
 
 

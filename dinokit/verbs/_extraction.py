@@ -1,5 +1,6 @@
 """What `dinokit extract` does once its settings are read: here, in more processes, or in a launcher's."""
 
+import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from dinokit.device import DTYPES, pick_device, pick_precision
 from dinokit.distributed import launch
 from dinokit.features import Extraction, Wanted, open_store
 from dinokit.features.layout import shard_range
+from dinokit.features.parquet import unreadable_names
 from dinokit.features.store import missing
 from dinokit.files import write_text
 from dinokit.weights import load_backbone
@@ -53,19 +55,18 @@ def compute(config: "Config", told: Told) -> None:
 
 def end(config: "Config") -> dict[str, Any]:
     """What there is now; names the unreadable images in OUT/unreadable.txt."""
+    out = Path(config.out)
+    about = json.loads((out / "store.json").read_text(encoding="utf-8"))
+    if launch().world > 1 and missing(out, about):  # others are still at work
+        return {"complete": False}
     if config.format == "parquet":
-        return {"files": len(list(Path(config.out).glob("*.parquet")))}
-    try:
-        store = open_store(config.out)
-    except ValueError:
-        if launch().world > 1:  # others are still at work
-            return {"complete": False}
-        raise
-    valid = store.valid
-    names = [name for name, good in zip(store.iter_names(), valid, strict=True) if not good]
-    write_text(Path(config.out) / "unreadable.txt", "".join(f"{name}\n" for name in names))
-    shapes = {token: store.about["tokens"][token]["shape"] for token in store.tokens}
-    return {"images": len(store), "unreadable": len(names), **shapes}
+        names = list(unreadable_names(out))
+    else:
+        store = open_store(out)
+        names = [name for name, good in zip(store.iter_names(), store.valid, strict=True) if not good]
+    write_text(out / "unreadable.txt", "".join(f"{name}\n" for name in names))
+    shapes = {token: said["shape"] for token, said in about["tokens"].items()}
+    return {"images": about["images"], "unreadable": len(names), **shapes}
 
 
 def _make(config: "Config", device: torch.device, clean: bool) -> Extraction:

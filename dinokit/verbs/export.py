@@ -6,6 +6,7 @@ to=dinov2   out=X.pth: the layout of the official files, of DINO's for a vit wit
 to=onnx     out=X.onnx: a graph from images to cls and patches; size=N fixes the images' size
 
 What was written is opened again by that library, and the largest difference of its features is printed.
+Only then it takes the place of what stood at out; if anything fails, that stays.
 weights is a file, or a folder of a run, of Hugging Face or of timm. heads=N says how many attention heads
 there are, for a file that does not.
 
@@ -37,9 +38,11 @@ def run(command: Command) -> None:
         raise ValueError(f"There is no format to={to}.{suggest(to, TARGETS)} There is: {', '.join(TARGETS)}.")
     if size is not None and to != "onnx":
         raise ValueError(f"size={size} is for to=onnx; what to={to} writes takes images of any size.")
-    if (out.is_dir() and to in ("dinov2", "onnx")) or (out.is_file() and to == "hf"):
+    file = to in ("dinov2", "onnx") or (to == "timm" and out.suffix == ".safetensors")
+    if out.is_dir() if file else out.is_file():
+        have, new = ("folder", "file") if file else ("file", "folder")
         raise ValueError(
-            f"out={out} is a {'folder' if out.is_dir() else 'file'}: to={to} writes the other kind."
+            f"out={out} is a {have} that is there, and to={to} writes a {new}: give another out."
         )
     heads = _whole("heads", values.get("heads"))
     from dinokit.weights import load_backbone

@@ -53,7 +53,10 @@ def _list(names: Sequence[str]) -> None:
         model = RELEASED[name]
         here = "yes" if cached(model.url).is_file() else "no"
         print(f"{name:<19}{model.parameters:>14,}  {model.patch:>5}  {model.licence:<12}{here:<6}{model.url}")
-    print("DINOv2's have a linear classifier of ImageNet-1k besides: NAME_lc, with layers=1 or layers=4.")
+    print("DINOv2's have a linear classifier of ImageNet-1k besides: NAME_lc, with layers=1 or layers=4; and")
+    print(
+        "those without registers depth heads: NAME_ld (linear), NAME_dd (DPT), of indoor or outdoor images."
+    )
     print(
         f"In Python: torch.hub.load(DINOKIT, '{names[0]}', source='local'), DINOKIT being a clone of dinokit."
     )
@@ -62,7 +65,7 @@ def _list(names: Sequence[str]) -> None:
 def _identify(source: str, heads: Any) -> None:
     if heads is not None and not (isinstance(heads, int) and heads > 0):
         raise ValueError(f"heads={heads} is no number of attention heads.")
-    from dinokit.weights.reader import build, coverage, read
+    from dinokit.weights.reader import build, coverage, read, refusal
 
     file, found = read(source, heads=heads, values=False)
     backbone = build(file.path, found)
@@ -80,9 +83,7 @@ def _identify(source: str, heads: Any) -> None:
     for note in found.notes:
         print(f"{'note':<13}{note}")
     if not done.complete:
-        raise ValueError(
-            f"{file.path} is not whole: load_backbone(..., partial=True) loads it as far as it goes."
-        )
+        raise ValueError(refusal(file.path, found, done))
 
 
 def _list_of(values: Sequence[float]) -> str:

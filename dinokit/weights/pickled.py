@@ -2,6 +2,7 @@
 
 import pickletools
 import re
+import warnings
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -32,7 +33,8 @@ def read_pickled(path: Path, values: bool) -> Any:
     """
     zipped = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what fails says so by itself
             return torch.load(
                 path, map_location="cpu" if values else "meta", mmap=values and zipped, weights_only=True
             )

@@ -39,7 +39,9 @@ def load_backbone(source: str | Path, *, heads: int | None = None, partial: bool
     file, found = read(source, heads=heads)
     backbone = build(file.path, found)
     done = coverage(backbone, found)
-    _check(file.path, found, done, partial)
+    problem = refusal(file.path, found, done, partial)
+    if problem:
+        raise ValueError(problem)
     if done.missing:
         backbone = build(file.path, found, meta=False)
     assert isinstance(backbone, nn.Module)
@@ -109,13 +111,14 @@ def shapes(tensors: dict[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check(path: Path, found: Found, done: Coverage, partial: bool) -> None:
+def refusal(path: Path, found: Found, done: Coverage, partial: bool = False) -> str:
+    """Why load_backbone does not take the file, in words; empty if it does."""
     problems = done.problems(["*"] if partial else [])
     if not problems:
-        return
+        return ""
     holds = "names" if found.version else "seems to hold"
     what = "" if found.version else family(found.tensors)
-    raise ValueError(
+    return (
         f"The tensors in {path} do not fit the backbone that it {holds}: {first(problems)}."
         f"{f' It looks like {what}.' if what else ''}"
         f"{'' if done.misshapen else ' With partial=True it is loaded as far as it goes.'}"

@@ -21,8 +21,7 @@ TOLERANCE = (
 class Written:
     """A backbone in another format, opened again by the library that the format is for."""
 
-    path: Path
-    command: str  # how a person opens it
+    command: Callable[[Path], str]  # how a person opens it, once it lies at that path
     forward: Callable[
         [Tensor], tuple[Tensor, Tensor]
     ]  # (b, C, h, w) -> class tokens (b, D), patches (b, N, D)

@@ -66,6 +66,14 @@ def test_killed_and_started_again_it_leaves_the_same_bytes(whole, vit_file, tmp_
     assert contents(out) == want
 
 
+def test_parquet_names_the_unreadable_images_too(whole, vit_file, tmp_path, capsys):
+    folder, want = whole
+    assert main(words(vit_file, folder, tmp_path / "rows", "format=parquet")) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["images"], last["unreadable"]) == (160, 2)
+    assert (tmp_path / "rows" / "unreadable.txt").read_bytes() == want["unreadable.txt"]
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_at_once_and_what_is_done_stays(whole, vit_file, tmp_path):
     folder, want = whole

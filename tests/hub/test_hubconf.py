@@ -237,10 +237,21 @@ def test_depth_heads_are_read_from_local_files(tmp_path, kind, layers):
             torch.testing.assert_close(entry(layers=layers, hub_range_bug=True, **files)(images), far)
 
 
-def test_a_depth_head_without_a_file_or_for_another_data_set_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"A depth head is one that was trained: give head_weights=PATH"):
-        hubconf.dinov2_vits14_ld(pretrained=False)
+@pytest.mark.parametrize(("kind", "layers"), [("ld", 1), ("ld", 4), ("dd", 4)])
+def test_a_depth_model_is_drawn_at_random_if_no_file_is_wanted(kind, layers):
+    entry = getattr(hubconf, f"dinov2_vits14_{kind}")
+    model = entry(pretrained=False, layers=layers, weights="KITTI", img_size=28)
+    with torch.no_grad():
+        depth = model(torch.rand(1, 3, 28, 28))
+    assert depth.shape == (1, 1, 28, 28)
+    assert depth.min() >= 1e-3
+    assert depth.max() <= 80.0
+
+
+def test_a_depth_head_that_there_is_not_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"layers=2: linear ones look into 1 or 4"):
         hubconf.dinov2_vits14_ld(pretrained=False, layers=2)
     with pytest.raises(ValueError, match=r"weights='SUN': depth heads were released for NYU and KITTI"):
         hubconf.dinov2_vits14_dd(pretrained=False, weights="SUN", head_weights=tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"weights='SUN': depth heads were released for NYU and KITTI"):
+        hubconf.dinov2_vits14_ld(pretrained=False, weights="SUN")

@@ -67,6 +67,24 @@ def test_export_prints_the_difference_and_how_to_open(capsys, drawn, tmp_path):
     assert load_backbone(tmp_path / "out").width == 128
 
 
+def test_identify_says_what_a_vit_of_another_family_is(capsys, drawn, tmp_path):
+    tensors = {**drawn(layer_scale=0.0, mask_token=False).state_dict(), "head.weight": torch.zeros(9, 128)}
+    torch.save(tensors, tmp_path / "x.pth")
+    status, _, err = typed(capsys, f"models identify {tmp_path / 'x.pth'}")
+    assert status == 2
+    assert "It looks like a ViT trained with labels" in err
+
+
+@pytest.mark.parametrize("to", ["dinov2", "timm"])
+def test_a_folder_in_the_place_of_the_file_to_write_is_refused(capsys, tmp_path, to):
+    status, _, err = typed(capsys, f"export weights=x to={to} out={tmp_path}/a.safetensors")
+    assert "There is no file x" in err
+    (tmp_path / "a.safetensors").mkdir()
+    status, _, err = typed(capsys, f"export weights=x to={to} out={tmp_path}/a.safetensors")
+    assert status == 2
+    assert "is a folder that is there" in err
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

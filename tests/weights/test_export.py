@@ -104,14 +104,32 @@ def test_a_format_that_resamples_positions_otherwise_says_by_how_much(drawn, tmp
     assert not any("resampled" in line for line in same)
 
 
-@pytest.mark.parametrize("to", ["dinov2", "hf"])
-def test_what_does_not_say_the_same_does_not_stay_where_it_was_asked_for(drawn, tmp_path, to):
+def bytes_in(place):
+    return {path: path.read_bytes() for path in sorted([place, *place.rglob("*")]) if path.is_file()}
+
+
+@pytest.mark.parametrize("to", ["dinov2", "hf", "timm", "onnx"])
+def test_what_does_not_say_the_same_does_not_replace_what_did(drawn, tmp_path, to):
     vit = drawn()
+    write(vit, to, tmp_path / "out")
+    good = bytes_in(tmp_path / "out")
     vit.blocks[0].norm1.weight.data[0] = float("nan")
     for _ in range(2):  # the second finds the first one's there
         with pytest.raises(ValueError, match=r"difference at .*: nan .*It lies in .*out\.wrong"):
             write(vit, to, tmp_path / "out")
-        assert [path.name for path in tmp_path.iterdir()] == ["out.wrong"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.wrong"]
+        assert bytes_in(tmp_path / "out") == good
+
+
+def test_a_graph_with_its_weights_beside_it_opens_where_it_was_asked_for(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinokit.weights.formats.onnx.LARGEST", 1000)
+    vit = drawn()
+    write(vit, "onnx", tmp_path / "x.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.onnx.data"]
+    x = torch.randn(1, 3, 56, 56)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    cls, _ = session.run(None, {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(cls), said_by(vit, x)[0], rtol=0, atol=1e-4)
 
 
 def test_only_a_vit_is_written(tmp_path):

@@ -260,7 +260,8 @@ def test_a_model_of_another_kind_is_called_what_it_is(tmp_path, what):
     [
         ("vit_tiny_patch16_224", "head.weight: not asked for.*It looks like a ViT trained with labels"),
         ("vit_small_patch16_dinov3", "a ViT that stores no positions, such as DINOv3"),
-        ("vit_base_patch16_clip_224", "norm_pre"),
+        ("vit_base_patch16_clip_224", "norm_pre.*It looks like a CLIP-like model"),
+        ("beit_base_patch16_224", "a Swin or BEiT, whose positions are relative"),
         ("vit_base_patch16_siglip_224", "holds no backbone that dinokit knows"),
         ("resnet18", "a convolutional network"),
         ("swin_tiny_patch4_window7_224", "a Swin or BEiT"),

@@ -11,5 +11,5 @@ One that can be written defines
 
     write(vit: VisionTransformer, out: Path, size: int | None) -> Written
 
-It writes, and opens again what it wrote with the library that the format is for.
+It writes to `out`, where nothing is, and opens again what it wrote with the library that the format is for.
 """

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from dinokit.backbones.vit import VisionTransformer
-from dinokit.files import atomic
-from dinokit.weights.checkpoint import Checkpoint
+from dinokit.weights.checkpoint import Checkpoint, open_checkpoint
 from dinokit.weights.formats._names import backbone_tensors, is_vit
-from dinokit.weights.found import HEAD, Found, found_vit
+from dinokit.weights.found import HEAD, Found, anatomy, found_vit
 from dinokit.weights.written import Written, heads_of, two_sizes
 
 
@@ -31,8 +30,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         out: the new file.
         size: not used; only a graph has one.
     """
-    with atomic(out) as part:
-        torch.save({name: tensor.cpu().clone() for name, tensor in vit.state_dict().items()}, part)
+    torch.save({name: tensor.cpu().clone() for name, tensor in vit.state_dict().items()}, out)
     heads, official = heads_of(vit), (0.0, True) if vit.registers else (0.1, False)
     notes = []
     if vit.width != HEAD * heads:
@@ -45,13 +43,17 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
             f"The file cannot say that positions are resampled with offset={vit.offset}, "
             f"antialias={vit.antialias}: its readers use {official[0]}, {official[1]}."
         )
-    from dinokit.weights.reader import load_backbone  # which reads this format, too
-
-    again = load_backbone(out, heads=heads)
+    tensors = open_checkpoint(out).tensors
+    again = VisionTransformer(anatomy(tensors, heads)[0]).eval()  # as its readers take it to be
+    again.load_state_dict(tensors, strict=True)
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = again([images], [None])[0]
         return tokens.cls, tokens.patches
 
-    command = f"dinokit.weights.load_backbone('{out}'), or torch.hub.load(..., weights='{out}')"
-    return Written(out, command, forward, two_sizes(vit), notes=notes)
+    return Written(
+        lambda path: f"dinokit.weights.load_backbone('{path}'), or torch.hub.load(..., weights='{path}')",
+        forward,
+        two_sizes(vit),
+        notes=notes,
+    )

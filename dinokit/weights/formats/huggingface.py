@@ -75,8 +75,6 @@ def read(file: Checkpoint, heads: int | None) -> Found | None:
     eps = file.config.get("layer_norm_eps", 1e-6)
     if eps != 1e-6:
         found.notes.append(f"Its config.json says layer_norm_eps={eps}; the vit has 1e-6, as DINO trained.")
-    if file.config.get("hidden_act", "gelu") != "gelu":
-        found.notes.append(f"Its config.json says hidden_act={file.config['hidden_act']}; GELU is used here.")
     return found
 
 
@@ -141,7 +139,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
     model, report = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
-        raise ValueError(f"transformers {transformers.__version__} does not take all of {out}: {wrong}.")
+        raise ValueError(f"transformers {transformers.__version__} does not take all of the vit: {wrong}.")
     transformers.AutoImageProcessor.from_pretrained(out)
     model.eval()
 
@@ -150,7 +148,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         return rows[:, 0], rows[:, 1 + vit.registers :]
 
     return Written(
-        out, f"transformers.AutoModel.from_pretrained('{out}')", forward, two_sizes(vit), notes=notes
+        lambda path: f"transformers.AutoModel.from_pretrained('{path}')", forward, two_sizes(vit), notes=notes
     )
 
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.backbones.vit import VisionTransformer
-from dinokit.files import atomic
 from dinokit.layers.linear import LayerScale, project
 from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
 
@@ -54,13 +53,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         )  # fmt: skip
     assert program is not None
     program.model.metadata_props.update(metadata_of(vit))
-    beside = sum(p.numel() * 4 for p in vit.parameters()) > LARGEST
-    if beside:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        program.save(out, external_data=True)  # the graph names its neighbour, so it cannot be moved in
-    else:
-        with atomic(out) as part:
-            program.save(part, external_data=False)
+    program.save(out, external_data=sum(p.numel() * 4 for p in vit.parameters()) > LARGEST)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +62,13 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
 
     mean, std = json.dumps(vit.input.mean), json.dumps(vit.input.std)
     notes = [f"It takes images (batch, {vit.channels}, h, w) in [0, 1] minus {mean}, divided by {std}."]
-    command = f"onnxruntime.InferenceSession('{out}').run(['cls', 'patches'], {{'images': images}})"
-    return Written(out, command, forward, [size] if size else two_sizes(vit), every_size=True, notes=notes)
+    return Written(
+        lambda path: f"onnxruntime.InferenceSession('{path}').run(['cls', 'patches'], {{'images': images}})",
+        forward,
+        [size] if size else two_sizes(vit),
+        every_size=True,
+        notes=notes,
+    )
 
 
 class Graph(nn.Module):

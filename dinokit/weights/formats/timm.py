@@ -77,11 +77,11 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         model = timm.create_model(name, **args)
         model.load_state_dict(read_tensors(out), strict=True)
         call = f"timm.create_model('{name}', {', '.join(f'{key}={value}' for key, value in args.items())})"
-        command = f"{call}.load_state_dict(safetensors.torch.load_file('{out}'))"
+        opens = f"{call}.load_state_dict(safetensors.torch.load_file('PATH'))"
     else:
         write_text(out / "config.json", json.dumps(_config(vit, name, args), indent=2))
         model = timm.create_model(f"local-dir:{out}", pretrained=True)
-        command = f"timm.create_model('local-dir:{out}', pretrained=True)"
+        opens = "timm.create_model('local-dir:PATH', pretrained=True)"
     model.eval()
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         return rows[:, 0], rows[:, 1 + vit.registers :]
 
     notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
-    return Written(out, command, forward, two_sizes(vit), notes=notes)
+    return Written(lambda path: opens.replace("PATH", str(path)), forward, two_sizes(vit), notes=notes)
 
 
 def theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
