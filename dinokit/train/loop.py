@@ -14,14 +14,13 @@ from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
-from dinokit.device import keep_freed_memory, pick_device
+from dinokit.device import keep_freed_memory, memory_share, peak_memory, pick_device
 from dinokit.distributed import all_reduce_sum, gather_objects, rank, world_size
 from dinokit.log import RunLog, before_and_after
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, Found
 from dinokit.train.finite import check_finite
 from dinokit.train.folder import open_run, save_teacher, with_precision
-from dinokit.train.memory import memory_share, peak_memory
 from dinokit.train.parallel import whole_backbone
 from dinokit.train.parts import parts_of_step
 from dinokit.train.processes import Stopped, agree, beat, joined
