@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -51,3 +52,25 @@ def keep_freed_memory(device: torch.device) -> None:
         trim_threshold, mmap_max = -1, -4  # from malloc.h
         library.mallopt(mmap_max, 0)
         library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has held at most: on a GPU of CUDA, or in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:  # of Linux: the other count has what the process was before it ran this program
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 2**20
+    import resource  # Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def memory_share(device: torch.device) -> float:
+    """peak_memory() over what the GPU has; 0 where there is none."""
+    if device.type != "cuda":
+        return 0.0
+    return peak_memory(device) * 2**30 / torch.cuda.get_device_properties(device).total_memory

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def read(folders: Iterable[str | Path], needed: bool = True) -> tuple[list[dict[
     if not lines and needed:
         where = ", ".join(map(str, folders))
         raise LookupError(f"There is no {NAME} in {where} or below. dinokit eval makes it.")
-    return sorted(lines, key=lambda line: str(line["about"].get("time", ""))), broken
+    return sorted(lines, key=_moment), broken
 
 
 def _line(text: str) -> dict[str, Any] | None:
@@ -112,6 +113,15 @@ def _line(text: str) -> dict[str, Any] | None:
         return None
     whole = isinstance(line, dict) and {"eval", "weights", "about"} <= set(line)
     return line if whole and isinstance(line["about"], dict) else None
+
+
+def _moment(line: Mapping[str, Any]) -> datetime:
+    """When it was found; without a word of that, before all others."""
+    try:
+        moment = datetime.fromisoformat(str(line["about"].get("time", "")))
+    except ValueError:
+        return datetime.min.replace(tzinfo=UTC)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 @dataclass
@@ -139,11 +149,12 @@ def _table(title: str, lines: Sequence[Mapping[str, Any]]) -> Table:
     kept = list(newest.values())
     columns = list(dict.fromkeys(key for line in kept for key in line if _is_score(key, line[key])))
     settings = [dict(_settings(line)) for line in kept]
-    differ = [key for key in settings[0] if len({row.get(key) for row in settings}) > 1] if settings else []
+    keys = dict.fromkeys(key for row in settings for key in row)
+    differ = [key for key in keys if len({row.get(key) for row in settings}) > 1]
     rows = [
         (
             _weights_of(line, kept),
-            " ".join(f"{key}={row.get(key)}" for key in differ),
+            " ".join(f"{key}={row[key]}" for key in differ if key in row),
             [line.get(column) for column in columns],
         )
         for line, row in zip(kept, settings, strict=True)
@@ -171,7 +182,12 @@ def _is_score(key: str, value: Any) -> bool:
 
 
 def _settings(line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple((key, str(value)) for key, value in sorted(line["about"].get("settings", {}).items()))
+    """What tells rows of a table apart: the settings, and the sources key by key."""
+    about = line["about"]
+    done = dict(about.get("settings", {}))
+    for role, section in about.get("data", {}).items():
+        done |= {f"{role}.{key}": value for key, value in section.items()}
+    return tuple((key, str(value)) for key, value in sorted(done.items()))
 
 
 def _data_of(line: Mapping[str, Any]) -> str:

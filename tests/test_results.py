@@ -70,6 +70,41 @@ def test_other_data_make_another_table_and_other_settings_another_row():
     assert tables["knn on photos"].rows == [("runs/a", "k=[5]", [0.3]), ("runs/a", "k=[20]", [0.1])]
 
 
+def test_other_training_images_make_another_row():
+    def trained_on(path, **more):
+        return {"train": {"name": "folder", "path": path, **more}}
+
+    lines = [
+        line(top1=0.9, settings=trained_on("A")),
+        line(top1=0.5, settings=trained_on("B")),
+        line(top1=0.3, settings=trained_on("B", split="train")),
+        line(top1=0.4, settings=trained_on("B", split="train")),
+    ]
+    (table,) = results.tables(lines)
+    assert table.rows == [
+        ("runs/a", "train.path=A", [0.9]),
+        ("runs/a", "train.path=B", [0.5]),
+        ("runs/a", "train.path=B train.split=train", [0.4]),
+    ]
+
+
+def test_the_last_line_is_the_last_by_the_clock_of_no_zone(tmp_path):
+    times = {
+        "2026-11-24T09:00:00+0900": 0.2,
+        "2026-11-24T01:00:00+0000": 0.3,
+        "2026-11-23T23:30:00+0000": 0.1,
+    }
+    old = line(top1=0.0)
+    del old["about"]["time"]
+    for when, top1 in times.items():
+        found = line(top1=top1)
+        results.append(tmp_path, {**found, "about": {**found["about"], "time": when}})
+    results.append(tmp_path, old)
+    lines, _ = results.read([tmp_path])
+    assert [each["top1"] for each in lines] == [0.0, 0.1, 0.2, 0.3]
+    assert results.tables(lines)[0].rows == [("runs/a", "", [0.3])]
+
+
 def test_two_checkpoints_in_one_place_are_two_rows():
     (table,) = results.tables([line(top1=0.1, digest="aabbccdd"), line(top1=0.2, digest="eeff0011")])
     assert [row[0] for row in table.rows] == ["runs/a [eeff00]", "runs/a [aabbcc]"]

@@ -1,9 +1,7 @@
-"""What the machine itself can do, and what a process takes of it."""
+"""What the machine itself can do."""
 
-import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -31,6 +29,8 @@ def wait(device: torch.device) -> None:
     """Until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -38,14 +38,3 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     side = SIDE.get(device.type, 2048)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return float(2 * side**3 / min(once(lambda: a @ b, device) for _ in range(3)))
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB that this process held at most: on the device, or in memory if that is the CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device) / 2**30)
-    status = Path("/proc/self/status")
-    if status.exists():  # the other count has what the process was before it ran this program
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -18,12 +18,12 @@ import torch
 
 from dinokit import shelves
 from dinokit.bench.clock import Clock
-from dinokit.bench.machine import matmul_rate, once, peak_memory
+from dinokit.bench.machine import matmul_rate, once
 from dinokit.config import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.sources import Picture
-from dinokit.device import DTYPES, keep_freed_memory, pick_device, pick_precision
+from dinokit.device import DTYPES, keep_freed_memory, peak_memory, pick_device, pick_precision
 from dinokit.train.loop import block_masks
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher

@@ -12,12 +12,12 @@ from torch import Tensor
 from dinokit.backbones import Backbone
 from dinokit.config import Recipe
 from dinokit.data.batch import Batch
+from dinokit.device import memory_share, peak_memory
 from dinokit.distributed import all_reduce_sum, gather_objects, of_first, rank, world_size
 from dinokit.log import RunLog
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.finite import check_finite
 from dinokit.train.folder import save_teacher
-from dinokit.train.memory import memory_share, peak_memory
 from dinokit.train.parallel import whole_backbone
 from dinokit.train.processes import beat
 from dinokit.train.step import Step

@@ -141,7 +141,10 @@ def _label_codes(column: "pa.ChunkedArray", classes: list[str] | None, path: Pat
     types = _arrow("pyarrow.types")
     if not types.is_integer(column.type):
         return _word_codes(column)
-    values = column.fill_null(-1).to_numpy()
+    try:
+        values = column.cast("int64").fill_null(-1).to_numpy()  # -1 is in no unsigned type
+    except ValueError as error:
+        raise ValueError(f"{path} has labels that no int64 holds: {error}") from None
     if classes is None:
         numbers, codes = np.unique(values, return_inverse=True)
         return codes, [str(number) for number in numbers]

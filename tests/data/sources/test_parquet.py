@@ -63,6 +63,25 @@ def test_labels_without_names_are_sorted_and_may_be_text(
     assert numbers(source) == [(0, 1), (1, 0), (2, -1), (3, 1)]
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint64", "int8"])
+@pytest.mark.parametrize("names", [["zebra", "ant", "emu"], None])
+def test_labels_may_be_whole_numbers_of_any_type(
+    tmp_path: Path, paint: Paint, numbers: Numbers, kind: str, names: list[str] | None
+) -> None:
+    labels = pa.array([2, 0, None, 1], kind)
+    columns = {"image": [paint(n) for n in range(4)], "label": labels}
+    path = write(tmp_path / "x.parquet", columns, hugging_face(names) if names else None)
+    assert numbers(opened(path)) == [(0, 2), (1, 0), (2, -1), (3, 1)]
+
+
+def test_a_label_beyond_all_reason_is_refused_with_the_file(tmp_path: Path, paint: Paint) -> None:
+    path = write(tmp_path / "x.parquet", {"image": [paint(0)], "label": pa.array([2**64 - 1], "uint64")})
+    with pytest.raises(
+        ValueError, match=r"x\.parquet has labels that no int64 holds: .*18446744073709551615"
+    ):
+        opened(path)
+
+
 def test_without_a_label_column_there_are_no_labels(tmp_path: Path, paint: Paint, numbers: Numbers) -> None:
     source = opened(write(tmp_path / "x.parquet", {"image": [paint(3)]}, {"dinokit": {"classes": ["sky"]}}))
     assert list(source.classes) == []

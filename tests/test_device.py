@@ -1,0 +1,39 @@
+"""How much memory a process has held, against blocks of a known size."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dinokit.device import peak_memory
+
+CPU = torch.device("cpu")
+
+
+def test_a_process_knows_its_peak():
+    before = peak_memory(CPU)
+    block = torch.ones(2**26)  # 256 MiB
+    assert peak_memory(CPU) >= before
+    assert peak_memory(CPU) > 0.25
+    del block
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the count of others has it")
+def test_what_the_parent_held_is_not_counted():
+    block = torch.ones(3 * 2**27)  # 1.5 GiB, more than PyTorch itself
+    code = "import torch; from dinokit.device import peak_memory; print(peak_memory(torch.device('cpu')))"
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 0.05 < float(told.stdout) < 1
+    del block
+
+
+@pytest.mark.parametrize(("system", "unit"), [("darwin", 1), ("freebsd14", 1024)])
+def test_macos_counts_in_bytes_and_others_in_kib(system, unit, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # no /proc
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
+    assert peak_memory(CPU) == 3
