@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -63,10 +64,10 @@ def peak_memory(device: torch.device) -> float:
     for line in lines:  # of Linux: the other count has what the process was before it ran this program
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**20
-    import resource  # Windows has none
+    resource = import_module("resource")  # Windows has none
 
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30)
 
 
 def memory_share(device: torch.device) -> float:
