@@ -36,6 +36,8 @@ from dinokit.heads.released import load_segmenter, save_head
 from dinokit.heads.segmentation import LinearSegmenter, to_size
 from dinokit.log import watch
 
+Judge = Callable[[Tensor], Tensor]  # an image (C, H, W) -> what is said of each pixel (classes, H, W)
+
 
 @dataclass
 class Config:
@@ -109,7 +111,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     more: dict[str, float] = {}
     resume = Resume(cfg.out, "segmentation", identity(asdict(cfg), backbone), device_of(backbone))
     with frozen(backbone):
-        judge: Callable[[Tensor], Tensor]
+        judge: Judge
         if cfg.method in ("linear", "ms"):
             judge = _through_head(cfg, backbone, train, resume)
         elif cfg.method == "majority":
@@ -127,9 +129,7 @@ def _look(cfg: Config, backbone: Backbone) -> Look:
     return Look(backbone, last_blocks(backbone, 4 if cfg.method == "ms" else 1), True, dtype)
 
 
-def _through_head(
-    cfg: Config, backbone: Backbone, train: Pairs, resume: Resume
-) -> Callable[[Tensor], Tensor]:
+def _through_head(cfg: Config, backbone: Backbone, train: Pairs, resume: Resume) -> Judge:
     """Logits of an image at its own size, by a head that is trained here or read from a file."""
     look = _look(cfg, backbone)
     if cfg.head:
@@ -206,9 +206,7 @@ def _side_by_side(maps: list[Map]) -> Tensor:
     return torch.cat([m.patches for m in maps], dim=1)
 
 
-def _through_patches(
-    cfg: Config, backbone: Backbone, train: Pairs
-) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
+def _through_patches(cfg: Config, backbone: Backbone, train: Pairs) -> tuple[Judge, dict[str, float]]:
     """Shares of the classes at the pixels of an image, by judging its patches one by one."""
     look = _look(cfg, backbone)
     bank = fill_bank(look, train, cfg.resize, cfg.bank, cfg.workers, cfg.seed)
@@ -223,7 +221,7 @@ def _through_patches(
     )
 
 
-def _majority(train: Pairs, workers: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _majority(train: Pairs, workers: int, device: torch.device) -> Judge:
     counts = torch.zeros(len(train.classes), dtype=torch.int64)
     for pair in watch(whole_pairs(train, range(len(train)), workers), len(train), "training masks"):
         counts += pair.target[pair.target != IGNORE].long().bincount(minlength=len(counts))
@@ -232,9 +230,7 @@ def _majority(train: Pairs, workers: int, device: torch.device) -> Callable[[Ten
 
 
 @torch.no_grad()
-def _test(
-    cfg: Config, judge: Callable[[Tensor], Tensor], test: Pairs, device: torch.device
-) -> dict[str, float]:
+def _test(cfg: Config, judge: Judge, test: Pairs, device: torch.device) -> dict[str, float]:
     confusion = Confusion(len(test.classes), device)
     flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
     share = range(rank(), len(test), world_size())
