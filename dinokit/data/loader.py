@@ -21,7 +21,7 @@ from dinokit.data.crops import MultiCrop
 from dinokit.data.masks import BlockMasks
 from dinokit.data.order import generator, hash_key, image_at, permute
 from dinokit.data.sources import Source
-from dinokit.data.views import Cut, Middle
+from dinokit.data.views import Cut
 from dinokit.data.workers import UNREADABLE, Steps, data_loader
 
 CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
@@ -74,20 +74,6 @@ def loader(
     return data_loader(
         Places(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers, pin
     )
-
-
-def eval_loader(
-    source: Source, resize: int, size: int, batch: int, workers: int = -1, channels: int = 3
-) -> Iterable[EvalBatch]:
-    """All images in order, centre-cropped; an unreadable one is `channels` planes of zeros.
-
-    Raises:
-        ValueError: if `resize` is smaller than `size`.
-    """
-    if resize < size:
-        raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
-    order = [[(j, 0) for j in range(i, min(i + batch, len(source)))] for i in range(0, len(source), batch)]
-    return view_loader(source, Middle(resize, size), size, order, workers, channels)
 
 
 def view_loader(
