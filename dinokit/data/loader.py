@@ -108,19 +108,18 @@ class Places(Dataset[Sample]):
             unreadable=unreadable,
         )
 
-    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
-        unreadable: list[str] = []
-        reason: Exception | None = None
+    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
+        unreadable: dict[str, str] = {}
         for index in self._candidates(step, place):
             try:
                 image, _ = self.source[index]
                 return self.cut(image, generator(self.seed, step, place, CROPS)), unreadable
             except UNREADABLE as error:
-                unreadable.append(self.source.name(index))
-                reason = error
+                name = self.source.name(index)
+                unreadable[name] = str(error).removeprefix(f"{name} cannot be read: ") or type(error).__name__
         raise RuntimeError(
             f"{len(unreadable)} images in a row cannot be read, the last being "
-            f"{', '.join(unreadable[-3:])}: {reason}"
+            f"{', '.join(list(unreadable)[-3:])}: {list(unreadable.values())[-1]}"
         )
 
     def _candidates(self, step: int, place: int) -> Iterator[int]:

@@ -173,6 +173,19 @@ def test_an_unreadable_image_is_named_and_another_takes_its_place(
     assert_same(batches, run(Plain(bad=bad)))
 
 
+def test_why_an_image_cannot_be_read_stands_beside_its_name_which_is_told_once() -> None:
+    class Bands(Plain):
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            if index in self.bad:
+                raise ValueError(f"{self.name(index)} cannot be read: it has 4 channels. Set channels=4.")
+            return super().__getitem__(index)
+
+    told = {
+        name: why for batch in run(Bands(bad={2, 3}), workers=1) for name, why in batch.unreadable.items()
+    }
+    assert told == {f"images/{i}.jpg": "it has 4 channels. Set channels=4." for i in (2, 3)}
+
+
 def test_damaged_files_are_passed_over(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(6):
