@@ -53,7 +53,8 @@ def loader(
         world: the number of processes.
         parts: that a process takes its share in, by Batch.split(). The images of a part, over all processes,
             are then the same for any number of these.
-        workers: loader processes; -1 is one a core but one, 16 at most; 0 loads in this process.
+        workers: loader processes; -1 is one a core but one, 16 at most, and fewer if what they hold would
+            fill the memory; 0 loads in this process.
         pin: whether to put batches into page-locked memory, for a GPU.
 
     Raises:
@@ -71,9 +72,11 @@ def loader(
         raise ValueError("the data source holds no images.")
     part, own = batch // parts, batch // parts // world
     places = [start + rank * own + i for start in range(0, batch, part) for i in range(own)]
+    pixels = sum(group.count * group.size**2 for group in (crops.globals, crops.locals)) * len(crops.mean)
     return data_loader(
-        Places(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers, pin
-    )
+        Places(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers, pin,
+        batch_bytes=pixels * len(places),  # of 8 bits
+    )  # fmt: skip
 
 
 def view_loader(
