@@ -70,7 +70,7 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
         if recipe.teacher.frozen:
             raise ValueError(
                 f"bench step measures a student whose teacher is its moving average, and {recipe.name} has "
-                f"teacher.frozen={recipe.teacher.frozen}. Give teacher.frozen='\"\"' to measure it without."
+                f"teacher.frozen={recipe.teacher.frozen}. Give a recipe without it."
             )
     context = get_context("spawn")
     pipes, children = [], []

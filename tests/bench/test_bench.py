@@ -57,7 +57,9 @@ def test_a_step_is_measured_on_images_that_other_processes_load():
 
 
 def test_a_frozen_teacher_is_refused_before_anything_starts():
-    recipe = load_recipe("small_photos", [*SMALL, "data={name: scenes}", "teacher.frozen=runs/old"])
+    recipe = load_recipe(
+        "small_photos", [*SMALL, "data={name: scenes}", "masks=null", "teacher.frozen=runs/old"]
+    )
     with pytest.raises(ValueError, match=r"average, and small_photos has teacher\.frozen=runs/old\. Give"):
         bench_steps([recipe], 1, real=False)
     assert multiprocessing.active_children() == []
