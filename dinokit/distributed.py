@@ -91,6 +91,14 @@ def cores() -> int:
     return max(have // ours.local_world, 1)
 
 
+def memory() -> int:
+    """Bytes of main memory for this process: the machine's or container's, shared out as cores() are."""
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    said = limit.read_text().strip() if limit.exists() else ""
+    return (min(have, int(said)) if said.isdecimal() else have) // launch().local_world
+
+
 def world_size() -> int:
     """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -32,6 +32,7 @@ from dinokit.train.student_teacher import StudentTeacher
 PLAIN: dict[str, Any] = {
     "logits": "whole", "compile": "none", "checkpointing": "none", "attention": "sdpa", "keep_memory": False,
 }  # fmt: skip
+WARM_UP = 2  # steps
 
 
 @dataclass
@@ -62,14 +63,22 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
         real: whether to load images of the recipe's data; else the same noise is seen in every step.
 
     Raises:
-        ValueError, LookupError, OSError, RuntimeError: as a training run does.
+        ValueError: for a recipe with teacher.frozen, whose step has other phases.
+        Exception: as a training run does.
     """
+    for recipe in recipes:
+        if recipe.teacher.frozen:
+            raise ValueError(
+                f"bench step measures a student whose teacher is its moving average, and {recipe.name} has "
+                f"teacher.frozen={recipe.teacher.frozen}. Give a recipe without it."
+            )
     context = get_context("spawn")
     pipes, children = [], []
     try:
         for recipe in recipes:
             ours, theirs = context.Pipe()
-            child = context.Process(target=_serve, args=(theirs, recipe, rounds, real), daemon=True)
+            # No daemon, for these may have no loader processes. It ends when our end of the pipe is gone.
+            child = context.Process(target=_serve, args=(theirs, recipe, rounds, real))
             child.start()
             theirs.close()
             pipes.append(ours)
@@ -111,7 +120,7 @@ def _serve(pipe: Connection, recipe: Recipe, rounds: int, real: bool) -> None:
         pipe.send(asdict(form.report()))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # nobody asks any more
-    except (ValueError, LookupError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the one who asked tells it
         pipe.send(error)
 
 
@@ -126,13 +135,14 @@ class Form:
             keep_freed_memory(self.device)
         torch.manual_seed(recipe.run.seed)
         self.step = Step(self.recipe, self.device)
-        self.batches = _batches(self.recipe, self.step, rounds + 3, real)
+        steps = WARM_UP + rounds + 2  # FLOPs are counted on one more, and phases timed on another
+        self.batches = _batches(self.recipe, self.step, steps, real)
         self.seconds: list[float] = []
         self.rates: list[tuple[float, float]] = []
 
     def warm_up(self) -> None:
         """Two steps: the first makes the optimiser's state, the second is like all others."""
-        for _ in range(2):
+        for _ in range(WARM_UP):
             self.step(next(self.batches))
 
     def round(self) -> None:

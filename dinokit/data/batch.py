@@ -24,7 +24,7 @@ class Sample:
     global_colour: Tensor  # (G, P) float32
     local_colour: Tensor  # (L, P)
     masks: Tensor | None  # (G, N) bool
-    unreadable: list[str] = field(default_factory=list)  # images passed over on the way to this one
+    unreadable: dict[str, str] = field(default_factory=dict)  # images passed over before this one, and why
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Batch:
     masks: Tensor | None  # (G*B, N) bool; none without masked losses
     masked: Tensor  # (M,) int64: places in the flattened masks that are masked
     mask_weight: Tensor  # (M,) float32: one over the number of masked patches in the same crop
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its pixels and masks on `device`, without waiting if its memory is pinned."""
@@ -78,7 +78,7 @@ class Batch:
             global_crops=take(self.global_crops), local_crops=take(self.local_crops),
             global_colour=take(self.global_colour), local_colour=take(self.local_colour),
             masks=masks, masked=masked, mask_weight=weight,
-            unreadable=self.unreadable if start == 0 else [],  # named once
+            unreadable=self.unreadable if start == 0 else {},  # named once
         )  # fmt: skip
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -107,7 +107,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         masks=stacked,
         masked=masked,
         mask_weight=weight,
-        unreadable=[name for sample in samples for name in sample.unreadable],
+        unreadable={name: why for sample in samples for name, why in sample.unreadable.items()},
     )
 
 

@@ -21,7 +21,7 @@ from dinokit.data.crops import MultiCrop
 from dinokit.data.masks import BlockMasks
 from dinokit.data.order import generator, hash_key, image_at, permute
 from dinokit.data.sources import Source
-from dinokit.data.views import Cut, Middle
+from dinokit.data.views import Cut
 from dinokit.data.workers import UNREADABLE, Steps, data_loader
 
 CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
@@ -53,7 +53,8 @@ def loader(
         world: the number of processes.
         parts: that a process takes its share in, by Batch.split(). The images of a part, over all processes,
             are then the same for any number of these.
-        workers: loader processes; -1 is one a core but one, 16 at most; 0 loads in this process.
+        workers: loader processes; -1 is one a core but one, 16 at most, and fewer if what they hold would
+            fill the memory; 0 loads in this process.
         pin: whether to put batches into page-locked memory, for a GPU.
 
     Raises:
@@ -71,23 +72,11 @@ def loader(
         raise ValueError("the data source holds no images.")
     part, own = batch // parts, batch // parts // world
     places = [start + rank * own + i for start in range(0, batch, part) for i in range(own)]
+    pixels = sum(group.count * group.size**2 for group in (crops.globals, crops.locals)) * len(crops.mean)
     return data_loader(
-        Places(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers, pin
-    )
-
-
-def eval_loader(
-    source: Source, resize: int, size: int, batch: int, workers: int = -1, channels: int = 3
-) -> Iterable[EvalBatch]:
-    """All images in order, centre-cropped; an unreadable one is `channels` planes of zeros.
-
-    Raises:
-        ValueError: if `resize` is smaller than `size`.
-    """
-    if resize < size:
-        raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
-    order = [[(j, 0) for j in range(i, min(i + batch, len(source)))] for i in range(0, len(source), batch)]
-    return view_loader(source, Middle(resize, size), size, order, workers, channels)
+        Places(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers, pin,
+        batch_bytes=pixels * len(places),  # of 8 bits
+    )  # fmt: skip
 
 
 def view_loader(
@@ -122,19 +111,18 @@ class Places(Dataset[Sample]):
             unreadable=unreadable,
         )
 
-    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
-        unreadable: list[str] = []
-        reason: Exception | None = None
+    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
+        unreadable: dict[str, str] = {}
         for index in self._candidates(step, place):
             try:
                 image, _ = self.source[index]
                 return self.cut(image, generator(self.seed, step, place, CROPS)), unreadable
             except UNREADABLE as error:
-                unreadable.append(self.source.name(index))
-                reason = error
+                name = self.source.name(index)
+                unreadable[name] = str(error).removeprefix(f"{name} cannot be read: ") or type(error).__name__
         raise RuntimeError(
             f"{len(unreadable)} images in a row cannot be read, the last being "
-            f"{', '.join(unreadable[-3:])}: {reason}"
+            f"{', '.join(list(unreadable)[-3:])}: {list(unreadable.values())[-1]}"
         )
 
     def _candidates(self, step: int, place: int) -> Iterator[int]:

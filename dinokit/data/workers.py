@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dinokit.distributed import cores
+from dinokit.distributed import cores, memory
 
 MOST_WORKERS = 16
+IN_FLIGHT = 0.25  # share of this process's memory that batches which wait may take
 UNREADABLE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
 
 
@@ -36,14 +38,22 @@ def data_loader(
     collate_fn: Callable[[Any], Any],
     workers: int,
     pin: bool,
+    batch_bytes: int = 0,
 ) -> DataLoader[Any]:
-    """A DataLoader whose workers leave signals to this process, and which draws nothing from torch's dice."""
-    workers = _spare_cores() if workers < 0 else workers
+    """A DataLoader whose workers leave signals to this process, and which draws nothing from torch's dice.
+
+    With `batch_bytes` of a batch, what they hold ready stays below IN_FLIGHT of the memory, if need be by
+    fewer workers than cores, though one holds one batch at the least. As many as were asked for there are.
+    """
+    most = int(memory() * IN_FLIGHT) // batch_bytes if batch_bytes else sys.maxsize  # batches
+    workers = max(min(_spare_cores(), most), min(_spare_cores(), 1)) if workers < 0 else workers
+    ready = 2 if 2 * workers <= most else 1  # batches a worker
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate_fn,
         num_workers=workers,
+        prefetch_factor=ready if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin,
         worker_init_fn=_leave_signals_to_the_parent,

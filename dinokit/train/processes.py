@@ -106,7 +106,7 @@ def agree(recipe: Recipe, source: Source, out: Path) -> None:
     """
     if world_size() == 1:
         return
-    prints = gather_objects(fingerprint(recipe, source))
+    prints = gather_objects(seen_here(recipe, source))
     for number, print_ in enumerate(prints):
         for what, value in print_.items():
             if what != "host" and value != prints[0][what]:
@@ -132,7 +132,7 @@ def agree(recipe: Recipe, source: Source, out: Path) -> None:
         )
 
 
-def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
+def seen_here(recipe: Recipe, source: Source) -> dict[str, Any]:
     """What must be the same in every process, in words that can be compared and shown."""
     return {
         "host": socket.gethostname(),

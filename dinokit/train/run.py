@@ -51,7 +51,7 @@ class Run:
         self.evaluators, self.unreadable, self.checkpoints = evaluators, unreadable, checkpoints
         self.images = images
         self.pending: list[dict[str, Tensor]] = []
-        self.unread: list[str] = []
+        self.unread: dict[str, str] = {}
         self.saved_at: int | None = None
         self.waited, self.since = 0.0, time.monotonic()
 
@@ -85,7 +85,7 @@ class Run:
     def advance(self, batch: Batch) -> None:
         """One step, and what is due after it."""
         self.checkpoints.check()
-        self.unread += batch.unreadable
+        self.unread |= batch.unreadable
         self.pending.append(self.step(batch))
         done, run = batch.step + 1, self.recipe.run
         last = done == self.recipe.optim.steps
@@ -171,7 +171,7 @@ class Run:
         self.checkpoints.save(done, tensors, values)
 
     def _count_unreadable(self, done: int) -> None:
-        names = [name for names in gather_objects(self.unread) for name in names]
+        found = {name: why for part in gather_objects(self.unread) for name, why in part.items()}
         self.unread.clear()
-        for line in self.unreadable.add(names, seen=done * self.recipe.optim.batch):
+        for line in self.unreadable.add(found, seen=done * self.recipe.optim.batch):
             self.log.say(line)

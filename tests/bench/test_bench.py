@@ -1,6 +1,8 @@
 """dinokit bench, typed: every kind, on a small network."""
 
 import json
+import multiprocessing
+from dataclasses import replace
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +43,33 @@ def test_a_step_is_measured_beside_its_plain_form(capsys):
         assert 0 < report["peak_gib"] < 4
         assert 0 < report["share_of_matmul"] < 1
     assert found["as given"]["model_flops"] == found["plain"]["model_flops"]
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_on_images_that_other_processes_load():
+    recipe = load_recipe(
+        "small_photos", [*SMALL, "data={name: scenes}", "optim.batch=2", "run.workers=1", "run.device=cpu"]
+    )
+    (report,) = bench_steps([recipe], 2, real=True)
+    assert len(report.seconds) == 2
+    assert report.milliseconds["load"] > 0
+    assert multiprocessing.active_children() == []
+
+
+def test_a_frozen_teacher_is_refused_before_anything_starts():
+    recipe = load_recipe(
+        "small_photos", [*SMALL, "data={name: scenes}", "masks=null", "teacher.frozen=runs/old"]
+    )
+    with pytest.raises(ValueError, match=r"average, and small_photos has teacher\.frozen=runs/old\. Give"):
+        bench_steps([recipe], 1, real=False)
+    assert multiprocessing.active_children() == []
+
+
+def test_whatever_goes_wrong_in_the_process_is_told():
+    recipe = load_recipe("small_photos", [*SMALL, "data={name: scenes}", "run.device=cpu"])
+    broken = replace(recipe, run=replace(recipe.run, seed=None))
+    with pytest.raises(TypeError, match="NoneType"):
+        bench_steps([broken], 1, real=False)
 
 
 def test_the_data_path_is_measured_part_by_part(capsys):

@@ -29,7 +29,7 @@ def samples(masks: bool = True, local_crops: int = L) -> list[Sample]:
             global_colour=torch.arange(G * 2.0).view(G, 2) + 10 * i,
             local_colour=torch.arange(local_crops * 2.0).view(local_crops, 2) + 100 * i,
             masks=torch.rand(G, N, generator=g) < 0.4 if masks else None,
-            unreadable=[f"bad{i}.jpg"] if i == 4 else [],
+            unreadable={f"bad{i}.jpg": "cut short"} if i == 4 else {},
         )
         for i in range(B)
     ]
@@ -37,7 +37,7 @@ def samples(masks: bool = True, local_crops: int = L) -> list[Sample]:
 
 def test_rows_are_crop_major() -> None:
     batch = collate(samples())
-    assert (batch.step, batch.images, batch.unreadable) == (7, B, ["bad4.jpg"])
+    assert (batch.step, batch.images, batch.unreadable) == (7, B, {"bad4.jpg": "cut short"})
     assert batch.global_crops.shape == (G * B, 3, 4, 4)
     assert batch.local_crops.shape == (L * B, 3, 2, 2)
     for i, sample in enumerate(samples()):
@@ -85,7 +85,7 @@ def test_parts_are_the_batches_of_their_own_samples(parts: int) -> None:
         alone = collate(samples()[i * size : (i + 1) * size])
         check_masked(part)
         assert part.images == alone.images == size
-        assert part.unreadable == (["bad4.jpg"] if i == 0 else [])
+        assert part.unreadable == ({"bad4.jpg": "cut short"} if i == 0 else {})
         for key in (
             "global_crops",
             "local_crops",

@@ -14,10 +14,11 @@ from PIL import Image
 
 from dinokit.config import CropGroup, Crops, Masks
 from dinokit.data.batch import Batch
-from dinokit.data.loader import eval_loader, loader
+from dinokit.data.loader import EvalBatch, loader, view_loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.order import image_at
 from dinokit.data.photometric import Photometric
+from dinokit.data.views import Middle
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
@@ -172,6 +173,19 @@ def test_an_unreadable_image_is_named_and_another_takes_its_place(
     assert_same(batches, run(Plain(bad=bad)))
 
 
+def test_why_an_image_cannot_be_read_stands_beside_its_name_which_is_told_once() -> None:
+    class Bands(Plain):
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            if index in self.bad:
+                raise ValueError(f"{self.name(index)} cannot be read: it has 4 channels. Set channels=4.")
+            return super().__getitem__(index)
+
+    told = {
+        name: why for batch in run(Bands(bad={2, 3}), workers=1) for name, why in batch.unreadable.items()
+    }
+    assert told == {f"images/{i}.jpg": "it has 4 channels. Set channels=4." for i in (2, 3)}
+
+
 def test_damaged_files_are_passed_over(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -222,10 +236,15 @@ def test_what_workers_receive_can_be_pickled() -> None:
         pickle.dumps(part)
 
 
+def middles(source: Plain, batch: int, workers: int) -> Iterable[EvalBatch]:
+    order = [[(i, 0) for i in range(j, min(j + batch, len(source)))] for j in range(0, len(source), batch)]
+    return view_loader(source, Middle(40, 32), 32, order, workers, channels=3)
+
+
 def test_images_for_evaluation_come_in_order_with_their_labels() -> None:
     source = Plain(11, bad=[7])
     for workers in (0, 2):
-        batches = list(eval_loader(source, resize=40, size=32, batch=4, workers=workers))
+        batches = list(middles(source, batch=4, workers=workers))
         assert [len(b.crops) for b in batches] == [4, 4, 3]
         assert torch.cat([b.indices for b in batches]).tolist() == list(range(11))
         assert torch.cat([b.labels for b in batches]).tolist() == [-1 if i == 7 else i % 2 for i in range(11)]
@@ -237,11 +256,6 @@ def test_images_for_evaluation_come_in_order_with_their_labels() -> None:
 
 
 def test_a_second_reading_for_evaluation_equals_the_first() -> None:
-    data = eval_loader(Plain(5), resize=40, size=32, batch=2, workers=1)
+    data = middles(Plain(5), batch=2, workers=1)
     first, second = list(data), list(data)
     assert all(torch.equal(a.crops, b.crops) for a, b in zip(first, second, strict=True))
-
-
-def test_evaluation_refuses_a_crop_larger_than_the_image() -> None:
-    with pytest.raises(ValueError, match=r"resize=32 .* size=48"):
-        eval_loader(Plain(5), resize=32, size=48, batch=2, workers=0)

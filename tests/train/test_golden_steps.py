@@ -61,7 +61,7 @@ def batch_of(recorded, i: int, crops: Crops) -> Batch:
         masked=masks.flatten().nonzero().flatten() if masks is not None else torch.zeros(0, dtype=torch.long),
         mask_weight=weight,
         step=i,
-        unreadable=[],
+        unreadable={},
         images=len(globals_) // 2,
     )
 

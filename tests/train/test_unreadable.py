@@ -7,31 +7,33 @@ from dinokit.train.unreadable import TooManyUnreadableError, Unreadable
 
 def test_each_is_named_once():
     counter = Unreadable(share=0.01, images=10_000)
-    assert counter.add(["a", "a", "b"], seen=100) == [
-        "cannot be read, left out: a",
-        "cannot be read, left out: b",
+    assert counter.add({"a": "cut short", "b": "no image"}, seen=100) == [
+        "cannot be read, left out: a: cut short",
+        "cannot be read, left out: b: no image",
     ]
-    assert counter.add(["a"], seen=200) == []
+    assert counter.add({"a": "cut short"}, seen=200) == []
 
 
 def test_more_than_the_share_end_the_run_with_the_way_out():
     counter = Unreadable(share=0.01, images=300)
-    counter.add(["1", "2", "3"], seen=10)
+    counter.add({"1": "cut short.", "2": "four bands: set channels=4.", "3": "cut short."}, seen=10)
     with pytest.raises(
-        TooManyUnreadableError, match=r"4 of 300 .* run\.max_unreadable=0\.01: 1, 2, 3, 4\. .*=0\.027"
+        TooManyUnreadableError,
+        match=r"4 of 300 .* run\.max_unreadable=0\.01: 1, 2, 3, 4\. "
+        r"Why: cut short; four bands: set channels=4\. Mend .*=0\.027",
     ):
-        counter.add(["4"], seen=20)
+        counter.add({"4": "cut short."}, seen=20)
 
 
 def test_a_source_of_a_hundred_million_is_given_up_early():
     counter = Unreadable(share=0.01, images=10**8)
     with pytest.raises(TooManyUnreadableError, match="11 of 1000"):
-        counter.add([str(i) for i in range(11)], seen=64)
+        counter.add({str(i): "gone" for i in range(11)}, seen=64)
 
 
 def test_the_count_survives_a_checkpoint():
     counter = Unreadable(share=0.5, images=10)
-    counter.add(["a"], seen=5)
+    counter.add({"a": "cut short"}, seen=5)
     again = Unreadable(share=0.5, images=10)
     again.load(counter.state())
-    assert again.add(["a"], seen=6) == []
+    assert again.add({"a": "cut short"}, seen=6) == []
