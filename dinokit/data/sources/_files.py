@@ -12,6 +12,7 @@ from dinokit.data.names import Names
 from dinokit.data.sources import Picture
 from dinokit.data.sources._split import Rows
 from dinokit.data.sources._stamp import stamp_of
+from dinokit.data.sources._table import Column
 
 
 @dataclass
@@ -19,7 +20,7 @@ class ImageFiles:
     """A source of image files, by their names from a folder on."""
 
     root: Path
-    names: Names | Lines  # of the files, from root on, or absolute
+    names: Names | Lines | Column  # of the files, from root on, or absolute
     rows: Rows  # which of them belong to the split
     labels: np.ndarray | None  # (len(names),); None without labels
     classes: Sequence[str]

@@ -19,7 +19,15 @@ class Words:
 
     def add(self, word: str) -> None:
         """The word of the next image."""
-        self._codes.append(self._numbers.setdefault(word, len(self._numbers)))
+        self._codes.append(self._number(word))
+
+    def extend(self, codes: np.ndarray, words: Sequence[str]) -> None:
+        """The words of the next images: image i has words[codes[i]]."""
+        numbers = np.array([self._number(word) for word in words], np.intc)
+        self._codes.frombytes(numbers[codes].tobytes())
+
+    def _number(self, word: str) -> int:
+        return self._numbers.setdefault(word, len(self._numbers))
 
     @property
     def words(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""One Parquet file: its columns and its row groups. The only file that knows pyarrow."""
+"""One Parquet file: its columns and its row groups. The only file that knows Parquet."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ column `path` (or `file`, `image`, `filename`) and, if wanted, `label` and `spli
 absolute begin at the list's folder.
 """
 
-import csv
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,8 +17,8 @@ from dinokit.data.sources._files import ImageFiles
 from dinokit.data.sources._labels import Words, class_ids
 from dinokit.data.sources._paths import existing, wrong_kind
 from dinokit.data.sources._split import choose
+from dinokit.data.sources._table import Column, read_table
 
-_PATH = ("path", "file", "image", "filename")
 _LOOK = 100  # files that are looked for when the list is opened; the rest when they are read
 
 
@@ -42,9 +40,11 @@ def build(cfg: Config) -> Source:
     path = existing(cfg.path)
     if path.is_dir() or path.suffix.lower() not in (".txt", ".csv"):
         raise wrong_kind(path, "a list of image files, .txt or .csv,")
-    labels, splits = Words(), Words()
-    text = path.suffix.lower() == ".txt"
-    names = Lines.of(path) if text else Names.of(_table(path, labels, splits))
+    names: Lines | Column | Names
+    if path.suffix.lower() == ".txt":
+        names, labels, splits = Lines.of(path), Words(), Words()
+    else:
+        names, labels, splits = read_table(path)
     _look(path, names)
     classes, ids = class_ids(labels.codes, labels.words)
     said = (splits.codes, splits.words) if splits.words else None
@@ -52,32 +52,7 @@ def build(cfg: Config) -> Source:
     return ImageFiles(path.parent, names, rows, ids if labels.words else None, classes, cfg.channels)
 
 
-def _table(path: Path, labels: Words, splits: Words) -> Iterator[str]:
-    """The paths of a .csv; its labels and splits are noted as they go by."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file)
-        header = [name.strip().lower() for name in next(rows, [])]
-        if not set(_PATH) & set(header):
-            raise ValueError(
-                f"{path} has no column {' or '.join(_PATH)}; there is: {', '.join(header) or 'nothing'}."
-            )
-        place = next(header.index(name) for name in _PATH if name in header)
-        noted = [
-            (header.index(key), words)
-            for key, words in (("label", labels), ("split", splits))
-            if key in header
-        ]
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != len(header) or not row[place].strip():
-                raise ValueError(f"{path}, line {rows.line_num}: {row} is not a row of {', '.join(header)}.")
-            for column, words in noted:
-                words.add(row[column].strip())
-            yield row[place].strip()
-
-
-def _look(path: Path, names: Names | Lines) -> None:
+def _look(path: Path, names: Lines | Column | Names) -> None:
     if not len(names):
         raise ValueError(f"{path} names no image file.")
     first = [path.parent / name for name in islice(names, _LOOK)]
