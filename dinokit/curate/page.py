@@ -4,6 +4,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from io import BytesIO
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ _STYLE = """
 body {font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222}
 h1 {font-size: 1.5em} h2 {font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ccc}
 table {border-collapse: collapse} td, th {padding: .2em .9em .2em 0; text-align: left; vertical-align: top}
-td.n {text-align: right; font-variant-numeric: tabular-nums}
-.row {display: flex; gap: 6px; align-items: flex-start; margin: 8px 0}
+.n {text-align: right; font-variant-numeric: tabular-nums}
+.row {display: flex; flex-wrap: wrap; gap: 6px; align-items: flex-start; margin: 8px 0}
 .row > b {width: 110px; flex: none; font-weight: normal; color: #666}
-.row figure {margin: 0; width: 112px; font-size: 11px; color: #666; overflow-wrap: anywhere}
+.row figure {margin: 0; width: 112px; font-size: 11px; color: #666}
+.row span {display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
 .row img, .none {width: 112px; height: 112px; object-fit: contain; background: #eee; display: block}
+.row .none {height: 8px}
+.row .asks img {outline: 2px solid #4a7ab5; outline-offset: -2px} .row .asks span {color: #4a7ab5}
 svg {width: 100%; height: 90px; background: #f6f6f6}
 """
 Tile = tuple[ImageSet, int, str]  # a set, an image of it, what to write below
@@ -30,7 +34,8 @@ Tile = tuple[ImageSet, int, str]  # a set, an image of it, what to write below
 
 def page(title: str, sections: Sequence[str]) -> str:
     """A whole page."""
-    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"
+    fits = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    head = f"{fits}<title>{escape(title)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang='en'>{head}<h1>{escape(title)}</h1>{''.join(sections)}</html>\n"
 
 
@@ -41,14 +46,20 @@ def section(title: str, content: str) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Numbers stand to the right, with thousands apart."""
-    first = "".join(f"<th>{escape(word)}" for word in head)
+    numbers = [any(_is_number(cells[place]) for cells in rows) for place in range(len(head))]
+    first = "".join(
+        f"<th{' class=n' * number}>{escape(word)}" for word, number in zip(head, numbers, strict=True)
+    )
     rest = "".join(f"<tr>{''.join(map(_cell, cells))}" for cells in rows)
     return f"<table><tr>{first}{rest}</table>"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def _cell(value: Any) -> str:
-    number = isinstance(value, int | float)
-    return f"<td class=n>{value:,}" if number else f"<td>{escape(str(value))}"
+    return f"<td class=n>{value:,}" if _is_number(value) else f"<td>{escape(str(value))}"
 
 
 def bars(sizes: np.ndarray) -> str:
@@ -70,12 +81,13 @@ def figure(content: str, caption: str) -> str:
     return f"<p>{escape(caption)}</p>{content}"
 
 
-def row(title: str, tiles: Sequence[Tile]) -> str:
-    """Pictures side by side; where one cannot be read, its name alone."""
-    return f"<div class=row><b>{escape(title)}</b>{''.join(_tile(*tile) for tile in tiles)}</div>"
+def row(title: str, tiles: Sequence[Tile], asks: bool = False) -> str:
+    """Pictures side by side; where one cannot be read, its name alone. The first is framed if it `asks`."""
+    shown = "".join(_tile(*tile, asks and not place) for place, tile in enumerate(tiles))
+    return f"<div class=row><b>{escape(title)}</b>{shown}</div>"
 
 
-def _tile(one: ImageSet, number: int, caption: str) -> str:
+def _tile(one: ImageSet, number: int, caption: str, asks: bool) -> str:
     name = one.name(number)
     try:
         with BytesIO() as file:
@@ -83,8 +95,8 @@ def _tile(one: ImageSet, number: int, caption: str) -> str:
             shown = f"<img alt='' src='data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}'>"
     except (OSError, ValueError):
         shown = "<div class=none></div>"
-    short = name if len(name) < 26 else f"...{name[-24:]}"
-    return f"<figure title='{escape(name, quote=True)}'>{shown}{escape(caption)}<br>{escape(short)}</figure>"
+    words = "".join(f"<span>{escape(text)}</span>" for text in (caption, PurePath(name).name))
+    return f"<figure{' class=asks' * asks} title='{escape(name, quote=True)}'>{shown}{words}</figure>"
 
 
 def small(picture: Picture, side: int) -> Image.Image:

@@ -1,6 +1,5 @@
 """report.html: what came and went at every stage and why, with pictures; one file that needs no other."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from dinokit.curate.copies import Fate
 from dinokit.curate.page import bars, figure, page, row, section, table
 from dinokit.curate.sets import ImageSet
 from dinokit.curate.settings import Config
+from dinokit.curate.stages import in_words
 from dinokit.files import write_text
 
 WIDE = 8  # pictures of a row
@@ -62,28 +62,28 @@ def write_report(path: Path, shown: Shown) -> dict[str, Any]:
 
 def _funnel(fate: np.ndarray, picks: np.ndarray, shown: Shown) -> str:
     n = len(fate)
-    rows: list[tuple[str, int, int | str, str]] = [("images in the pool", n, n, "")]
+    rows: list[tuple[str, int, int | str]] = [("images in the pool", n, n)]
     left = n
     for kind, why in WHY.items():
         gone = int((fate == kind).sum())
         left -= gone
-        rows.append((why, -gone, left, ""))
+        rows.append((why, -gone, left))
     gone = left - len(picks)
     asked = "asked for by no seed and drawn by no balance" if gone else "not taken"
-    rows.append((asked, -gone, len(picks), ""))
+    rows.append((asked, -gone, len(picks)))
     brought = np.bincount(picks["origin"], minlength=len(shown.origins))
     for name, count in zip(shown.origins, brought.tolist(), strict=True):
         if count:
             how = {BALANCE: "drawn evenly over clusters of clusters", ALL: "all that was left"}
-            rows.append((how.get(name, f"brought by seeds.{name}"), count, "", "of these"))
-    return table(("what", "images", "left", ""), rows)
+            rows.append((f"of these {how.get(name, f'brought by seeds.{name}')}", count, ""))
+    return table(("what", "images", "left"), rows)
 
 
 def _stages(figures: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, found in figures.items():
         told = {key: value for key, value in found.items() if key != "seconds"}
-        rows.append((name, found.get("seconds", ""), json.dumps(told)[1:-1].replace('"', "")))
+        rows.append((name, found.get("seconds", ""), in_words(told)))
     return table(("stage", "seconds", "figures"), rows)
 
 
@@ -107,19 +107,22 @@ def _spread(fate: np.ndarray, cluster: np.ndarray, picks: np.ndarray) -> str:
 
 
 def _groups(fate: np.ndarray, label: np.ndarray, shown: Shown) -> str:
-    """The largest groups, and others at even steps down to the smallest."""
+    """The largest groups, and as many at even steps down to the smallest."""
     members, ends = groups(label)
     if len(ends) < 2:
         return "<p>There are none.</p>"
     order = np.argsort(-np.diff(ends), kind="stable")
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, shown.cfg.gallery).astype(int))]
+    first = min(shown.cfg.gallery // 2, len(order) - 1)
+    steps = np.linspace(first, len(order) - 1, shown.cfg.gallery - shown.cfg.gallery // 2).astype(int)
+    chosen = order[np.unique([*range(first), *steps])]
     pool, done = shown.sets["pool"], []
     for number in chosen:
         own = members[ends[number] : ends[number + 1]]
         own = own[np.lexsort((own, fate[own]))]
         tiles = [(pool, int(image), Fate(fate[image]).name.lower()) for image in own[:WIDE]]
         done.append(row(f"{len(own)} images", tiles))
-    return f"<p>{len(order):,} groups; {len(chosen)} from the largest to the smallest.</p>" + "".join(done)
+    said = f"{len(order):,} groups; the {first} largest, then others at even steps down to the smallest."
+    return f"<p>{said}</p>" + "".join(done)
 
 
 def _overlaps(seen: np.ndarray, shown: Shown) -> str:
@@ -160,7 +163,7 @@ def _of_seeds(picks: np.ndarray, shown: Shown) -> Iterator[str]:
                 (pool, int(pick["image"]), f"{pick['rank']}: {pick['similarity']:.3f}")
                 for pick in found[: WIDE - 1]
             ]
-            yield row(f"brought {len(found)}", tiles)
+            yield row(f"brought {len(found)}", tiles, asks=True)
 
 
 def _clusters(picks: np.ndarray, shown: Shown) -> str:

@@ -11,7 +11,7 @@ those that follow from it, and what they do not touch is found done:
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -98,7 +98,7 @@ class Stages:
             write_text(marker, json.dumps(said, indent=1, default=str) + "\n")
             self._clean(name, folder)
         figures = json.loads(marker.read_text(encoding="utf-8"))["figures"]
-        self.told(f"{name}: {_line(figures)}")
+        self.told(f"{name}: {in_words(figures)}")
         return Done(folder, key, figures)
 
     def _clean(self, name: str, keep: Path) -> None:
@@ -124,9 +124,12 @@ def digest(array: np.ndarray) -> str:
     return sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
 
 
-def _line(figures: dict[str, Any]) -> str:
-    plain = {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
-    return ", ".join(
-        f"{key.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')} {value}"
-        for key, value in plain.items()
-    )
+def in_words(figures: Mapping[str, Any]) -> str:
+    """Figures on a line: spaces in their names, thousands apart, those of a mapping in brackets."""
+    return ", ".join(f"{str(key).replace('_', ' ')} {_value(value)}" for key, value in figures.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({in_words(value)})"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -23,6 +23,8 @@ from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.settings import SHARED, STAGES, Config
 from dinokit.verbs import Command
 
+RESUMES = True
+
 
 def run(command: Command) -> None:
     path = shelves.find_recipe(command.one_word("recipe", shelves.recipe_names("curate")), kind="curate")

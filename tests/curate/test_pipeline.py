@@ -57,6 +57,9 @@ def test_seeds_bring_images_and_the_manifest_says_why(heap, weights, curate):
     assert {row["from"] for row in rows} == {"seeds.mine"}
     assert all(Path(row["query"]).parent == heap / "seeds" for row in brought)
     assert all(1 <= int(row["rank"]) <= 8 and -1 <= float(row["similarity"]) <= 1 for row in brought)
+    page = (out / "report.html").read_text()
+    assert "<td>of these brought by seeds.mine<td class=n>20" in page
+    assert page.count("<figure class=asks") == page.count("<span>seed of mine") == 10
     capped = (
         f"seeds.mine.path={heap / 'seeds'}",
         "seeds.mine.rule=cluster",

@@ -1,0 +1,49 @@
+"""The worked example of docs/curation.md, typed."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+from dinokit.__main__ import main
+
+PAGE = Path(__file__).parents[2] / "docs" / "curation.md"
+TINY = [
+    "backbone.size=32", "backbone.width=24", "backbone.depth=1", "backbone.heads=2", "backbone.patch=8",
+    "heads.cls.prototypes=32", "heads.cls.hidden=32", "heads.cls.bottleneck=16", "crops.globals.size=32",
+    "crops.locals.size=16", "crops.locals.count=1", "optim.steps=1", "optim.batch=4", "optim.warmup=0",
+    "evals={}", "run.workers=0", "run.out=again",
+]  # fmt: skip
+
+
+def commands(headline):
+    """Those of the first block below a headline, without remarks."""
+    block = re.search(rf"^## {headline}\n.*?^```\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    assert block is not None
+    return [shlex.split(line, comments=True) for line in block[1].replace("\\\n", " ").splitlines()]
+
+
+def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(heap, weights, monkeypatch, capsys):
+    monkeypatch.chdir(heap)
+    for name, meant in {"HEAP": "heap", "FLOWERS": "seeds", "MY_TEST_SET": "test"}.items():
+        (heap / name).symlink_to(heap / meant)
+    (heap / "photo.jpg").symlink_to(heap / "test" / "32.jpg")
+    (heap / "runs").mkdir()
+    (heap / "runs" / "photos").symlink_to(weights)
+    more = {
+        "curate": ["embed.workers=0", "dedup.similarity=1", "dedup.against=1"],
+        "train": TINY,
+        "search": [],
+    }
+    typed = commands("A worked example")
+    assert [words[1] for words in typed] == list(more)
+    for program, verb, *words in typed:
+        assert program == "dinokit"
+        assert main([verb, *words, *more[verb]]) == 0, capsys.readouterr().err
+    assert (heap / "curated" / "report.html").exists()
+    with (heap / "curated" / "manifest.csv").open(newline="") as file:
+        found = [Path(row["path"]).name[:2] for row in csv.DictReader(file)]
+    assert len(found) == len(set(found)) > 20
+    assert max(found) < "32"  # the others are in the test set
+    assert (heap / "again").is_dir()
+    assert (heap / "nearest.png").exists()
