@@ -244,8 +244,8 @@ def test_a_depth_model_is_drawn_at_random_if_no_file_is_wanted(kind, layers):
     with torch.no_grad():
         depth = model(torch.rand(1, 3, 28, 28))
     assert depth.shape == (1, 1, 28, 28)
-    assert depth.min() >= 0.999e-3  # of float32
-    assert depth.max() <= 80.0
+    assert depth.min() > 0.9e-3  # the change of size rounds
+    assert depth.max() < 80.1
 
 
 def test_a_depth_head_that_there_is_not_is_refused(tmp_path):
