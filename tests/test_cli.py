@@ -41,6 +41,10 @@ def quick(*words: str) -> subprocess.CompletedProcess:
         (["results", "--help"], "--json"),
         (["submit", "--help"], "profiles: cpu, gpu"),
         (["submit", "profile=gpu", "nodes=2", "--dry-run", "--", "train", "scenes_cpu"], "#SBATCH --nodes=2"),
+        (
+            ["submit", "profile=cpu", "--dry-run", "--", "curate", "curate_small", "pool.path=x", "out=y"],
+            "scontrol requeue",
+        ),
         (["curate", "--help"], "curate_lvd"),
         (["search", "--help"], "sheet"),
         (["--version"], "dinokit 0"),
