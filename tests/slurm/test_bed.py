@@ -209,7 +209,8 @@ def test_a_run_of_two_nodes_goes_on_with_one_and_ends_as_if_one_had_done_it_all(
     assert here.state("moved") == ["CANCELLED"]
     here.write()
     here.train("moved", "nodes=1")
-    whole = load_recipe(here.folder / "recipe.yaml", [f"run.out={here.folder / 'runs/whole'}", *WHOLE])
+    settings = [f"run.out={here.folder / 'runs/whole'}", "data.name=scenes", *WHOLE]
+    whole = load_recipe(here.folder / "recipe.yaml", settings)
     train(whole, scenes.build(scenes.Config(size=32, count=200, split="train")))
     here.wait("moved", lambda: here.over("moved"))
     assert here.state("moved") == ["COMPLETED"], here.log("moved")
@@ -259,6 +260,7 @@ def test_an_array_judges_every_kept_teacher(here):
 def test_an_array_shares_out_the_images_of_one_folder_of_features(here):
     data = ["data.name=scenes", "data.size=32", "data.count=60", "data.split=train", "shard=10", "device=cpu"]
     words = ["extract", "weights=runs/unbroken", *data, "workers=0", "out=features"]
+    here.wait("unbroken", lambda: here.over("unbroken"))
     here.submit("features", "array=0-1", "--", *words, "part={}/2")
     here.wait("features", lambda: here.over("features"))
     assert here.state("features") == ["COMPLETED", "COMPLETED"]
@@ -273,6 +275,7 @@ def test_an_array_shares_out_the_images_of_one_folder_of_features(here):
 def test_a_stage_of_a_curation_is_shared_out_and_the_next_job_finds_it_done(here):
     pool = ["pool.name=scenes", "pool.size=32", "pool.count=40", "weights=runs/unbroken", "out=curated"]
     hashes = ["curate", "curate_small", *pool, "stage=hash"]
+    here.wait("unbroken", lambda: here.over("unbroken"))
     here.submit("parts", "array=0-1", "--", *hashes, "part={}/2")
     here.wait("parts", lambda: here.over("parts"))
     shards = {path: path.stat().st_mtime_ns for path in here.folder.glob("curated/stages/hash.*/pool/*.npy")}
