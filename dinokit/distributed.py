@@ -57,7 +57,7 @@ def launch() -> Launch:
         )  # fmt: skip
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone
         world = int(env["SLURM_STEP_NUM_TASKS"])
-        job = 7 * int(env.get("SLURM_JOB_ID", 0)) + int(env.get("SLURM_STEP_ID", 0))
+        job = 7 * int(job_number() or 0) + int(env.get("SLURM_STEP_ID", 0))
         return Launch(
             int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)),
             _tasks_here(env.get("SLURM_STEP_TASKS_PER_NODE", str(world)), int(env.get("SLURM_NODEID", 0))),
@@ -65,6 +65,11 @@ def launch() -> Launch:
             int(env.get("MASTER_PORT") or FIRST_PORT + job % PORTS), "SLURM",
         )  # fmt: skip
     return Launch()
+
+
+def job_number() -> str:
+    """SLURM's number of the job that this process belongs to; empty outside of one."""
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 def first_host(nodes: str) -> str:

@@ -60,10 +60,11 @@ def script(asked: Asked, profile: Config, folder: Path) -> str:
 
 
 def check_cluster(profile: Config) -> None:
-    """Look whether there is a cluster here, with the profile's partition.
+    """Look whether there is a cluster here, with the profile's partition and so many nodes in it.
 
     Raises:
         LookupError: if there is no such partition; it lists those that there are.
+        ValueError: if it never has so many nodes: the job would wait for ever.
         RuntimeError: if there is no SLURM here, or none that answers.
     """
     if shutil.which("sbatch") is None:
@@ -71,12 +72,18 @@ def check_cluster(profile: Config) -> None:
             "There is no SLURM here: the program sbatch was not found. Log in to a machine of the cluster "
             "from which jobs are submitted (at some sites after `module load slurm`). --dry-run needs none."
         )
-    have = list(dict.fromkeys(_ask("sinfo", "--noheader", "--format=%R").split()))
-    for name in filter(None, profile.partition.split(",")):
+    rows = [line.split("|") for line in _ask("sinfo", "--noheader", "--format=%P|%D").splitlines()]
+    own = [name.removesuffix("*") for name, _ in rows if name.endswith("*")]  # marked: the default
+    have = {name.removesuffix("*"): int(nodes) for name, nodes in rows}
+    asked = list(filter(None, profile.partition.split(","))) or own
+    for name in asked:
         if name not in have:
             raise LookupError(
-                f"There is no partition '{name}'.{suggest(name, have)} sinfo has: {', '.join(have)}."
+                f"There is no partition '{name}'.{suggest(name, list(have))} sinfo has: {', '.join(have)}."
             )
+    most = max((have[name] for name in asked), default=profile.nodes)
+    if profile.nodes > most:
+        raise ValueError(f"nodes={profile.nodes}, but partition {', '.join(asked)} has {most}.")
 
 
 def send(asked: Asked, profile: Config, folder: Path) -> list[str]:
@@ -216,5 +223,5 @@ def _ask(*words: str) -> str:
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"SLURM does not answer: {' '.join(words)} took more than a minute.") from None
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {' '.join(done.stderr.split())}")
+        raise RuntimeError(f"SLURM's {' '.join(words)} fails: {' '.join(done.stderr.split())}")
     return done.stdout

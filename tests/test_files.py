@@ -2,6 +2,7 @@
 
 import pytest
 
+from dinokit import files
 from dinokit.files import aside, atomic, write_text
 
 
@@ -46,3 +47,13 @@ def test_a_folder_takes_its_place_beside_what_others_put_there(tmp_path):
         write_text(folder / "out.data", "beside it")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.data"]
     assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == {"a": "new", "notes": "mine"}
+
+
+def test_processes_of_one_number_on_two_machines_write_apart(tmp_path, monkeypatch):
+    """As jobs in containers do, into one shared folder."""
+    monkeypatch.setattr(files.socket, "gethostname", lambda: "n1")
+    with atomic(tmp_path / "file") as one:
+        one.write_text("one")
+        monkeypatch.setattr(files.socket, "gethostname", lambda: "n2")
+        write_text(tmp_path / "file", "two")
+        assert one.read_text() == "one"

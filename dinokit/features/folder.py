@@ -25,9 +25,12 @@ def begin(out: Path, about: dict[str, Any], names: Iterable[str], clean: bool) -
         ValueError: if the folder holds something else, or features of other settings or other images.
     """
     saved = out / "store.json"
+    # Looked at first: another process, which begins now as well, writes store.json before all else but names.
+    known = {"names.txt", saved.name}
+    strange = out.exists() and any(not p.match(PARTS) and p.name not in known for p in out.iterdir())
     if saved.exists():
         _compare(out, json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(about)))
-    elif out.exists() and any(not path.match(PARTS) and path.name != "names.txt" for path in out.iterdir()):
+    elif strange:
         raise ValueError(f"out={out} is not empty and holds no features. Choose another folder.")
     with atomic(out / "names.txt") as part:
         with part.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:

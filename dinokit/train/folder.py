@@ -22,6 +22,7 @@ from dinokit.config import Recipe, load_recipe, to_yaml
 from dinokit.device import pick_precision
 from dinokit.distributed import gather_objects, of_first, rank, world_size
 from dinokit.files import PARTS, atomic, remove, write_text
+from dinokit.train.hold import LOCK
 from dinokit.weights import save_backbone
 
 # Settings that may change when a run goes on, because they do not change what it learns.
@@ -51,7 +52,7 @@ def open_run(recipe: Recipe) -> Path:
                 f"run.out={out} holds a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
                 f"or give the old values to go on with that run."
             )
-    elif out.exists() and any(not path.match(PARTS) for path in out.iterdir()):
+    elif out.exists() and any(not path.match(PARTS) and path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"run.out={out} is not empty and holds no run. Choose another run.out.")
     gather_objects(None)  # all have looked before anything is written
     if rank() == 0:

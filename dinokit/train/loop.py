@@ -17,6 +17,7 @@ from dinokit.log import RunLog, before_and_after
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, Found
 from dinokit.train.folder import open_run, with_precision
+from dinokit.train.hold import alone_in
 from dinokit.train.parallel import whole_backbone
 from dinokit.train.parts import parts_of_step
 from dinokit.train.processes import Stopped, agree, images_of, joined
@@ -41,7 +42,7 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
     device = pick_device(recipe.run.device)
     if recipe.run.keep_memory:
         keep_freed_memory(device)
-    with joined(device, recipe.run.timeout_minutes):
+    with joined(device, recipe.run.timeout_minutes), alone_in(Path(recipe.run.out)):
         return _train(recipe, source, evaluators, device)
 
 

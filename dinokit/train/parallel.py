@@ -25,15 +25,17 @@ from dinokit.backbones import Backbone
 from dinokit.config import Recipe
 from dinokit.device import DTYPES
 from dinokit.distributed import full, launch, world_size
+from dinokit.train.activations import activations
+from dinokit.train.parts import FULL
 from dinokit.train.start import Model
 from dinokit.train.student_teacher import Network, build_backbone
 
 STATE_BYTES = 5 * 4  # a parameter: student, gradient, two moments, teacher, in float32
-ROOMY = 0.4  # of a device's memory: what all that may take before `auto` cuts it
+GIB = 2**30
 
 
-def spread(model: Model, recipe: Recipe, device: torch.device) -> nn.Module:
-    """The model to call in a step: it, or it in DDP. FSDP changes the modules in place.
+def spread(model: Model, recipe: Recipe, device: torch.device, images: int) -> nn.Module:
+    """The model to call in a step, of `images` at a time: it, or it in DDP. FSDP changes it in place.
 
     Call it before the optimiser is made. What is recomputed in the backward pass, and what is compiled, is
     set on the blocks before this.
@@ -41,7 +43,7 @@ def spread(model: Model, recipe: Recipe, device: torch.device) -> nn.Module:
     Raises:
         ValueError: if run.parallel cannot be done.
     """
-    kind = choose(recipe, model, device)
+    kind = choose(recipe, model, device, images)
     if kind == "fsdp":
         shard(model, _mesh(device.type), _policy(recipe, device))
     if kind != "ddp":
@@ -56,10 +58,8 @@ def spread(model: Model, recipe: Recipe, device: torch.device) -> nn.Module:
     )
 
 
-def choose(recipe: Recipe, model: nn.Module, device: torch.device) -> Literal["none", "ddp", "fsdp"]:
-    """What run.parallel comes to. With one process there is nothing to spread, whatever it says.
-
-    `auto` is DDP while weights, gradients, moments and teacher take less than 40 % of the device's memory.
+def choose(recipe: Recipe, model: Model, device: torch.device, images: int) -> Literal["none", "ddp", "fsdp"]:
+    """What run.parallel comes to, for `images` at a time. With one process there is nothing to spread.
 
     Raises:
         ValueError: for `none` with several processes, which would train apart.
@@ -76,8 +76,21 @@ def choose(recipe: Recipe, model: nn.Module, device: torch.device) -> Literal["n
         return wanted
     if device.type != "cuda":
         return "ddp"
-    size = sum(p.numel() for p in model.parameters()) // 2 * STATE_BYTES  # half of them are the teacher's
-    return "ddp" if size < ROOMY * torch.cuda.get_device_properties(device).total_memory else "fsdp"
+    parameters = sum(p.numel() for p in model.student.parameters())
+    kept = activations(recipe, model.student, images)[1]
+    memory = torch.cuda.get_device_properties(device).total_memory / GIB
+    return "ddp" if fits_whole(parameters, kept, memory) else "fsdp"
+
+
+def fits_whole(parameters: int, kept: float, memory: float) -> bool:
+    """Whether a GPU of `memory` GiB has room for a run that is not cut: `auto` is DDP then.
+
+    Args:
+        parameters: of the student.
+        kept: GiB that the backward pass needs.
+        memory: GiB.
+    """
+    return parameters * STATE_BYTES / GIB + kept < FULL * memory
 
 
 def shard(model: Model, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:

@@ -31,6 +31,9 @@ from dinokit.device import pick_device
 from dinokit.distributed import Launch, gather_objects, launch, of_first, rank, world_size
 
 FAILED = "failed"  # the store's key for who failed first
+LATER = (
+    60.0  # seconds by which the wait for others outlasts beat()'s clock, which shows where a process hangs
+)
 GRACE = 5.0  # seconds that a process has to end by itself when another failed
 PATIENCE = 2.0  # seconds in which the cause of a lost connection may be told
 LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of the errors that follow from another process's end
@@ -62,10 +65,11 @@ def joined(device: torch.device, minutes: float) -> Iterator[None]:
         return
     _take_gpu(device, ours)
     wait = timedelta(minutes=minutes)
+    longer = wait + timedelta(seconds=LATER)
     address = "env://" if ours.by == "torchrun" else f"tcp://{ours.address}:{ours.port}"
     store, _, _ = next(rendezvous(address, ours.rank, ours.world, timeout=wait))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=ours.rank, world_size=ours.world, timeout=wait)
+    dist.init_process_group(backend, store=store, rank=ours.rank, world_size=ours.world, timeout=longer)
     over = threading.Event()
     watch = threading.Thread(target=_end_with_the_others, args=(store.clone(), over), daemon=True)
     watch.start()

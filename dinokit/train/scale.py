@@ -12,12 +12,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dinokit.config import Recipe
-from dinokit.train.parallel import ROOMY, STATE_BYTES
-from dinokit.train.parts import parts_of_step
+from dinokit.train.parallel import GIB, STATE_BYTES, fits_whole
+from dinokit.train.parts import FULL, parts_of_step
 from dinokit.train.student_teacher import Network
 
-GIB = 2**30
-TOO_MUCH = " DOES NOT FIT: raise run.accumulate, take more nodes, or run.parallel=fsdp"
+TOO_MUCH = (
+    " DOES NOT FIT: raise run.accumulate, take run.checkpointing=full, more nodes, or run.parallel=fsdp"
+)
 ITERATIONS = 4  # all-reduces of a Sinkhorn-Knopp: a maximum and three sums
 
 
@@ -46,14 +47,16 @@ class Cluster:
         return self.nodes * self.gpus
 
 
-def kind_and_cut(recipe: Recipe, parameters: int, c: Cluster) -> tuple[Literal["none", "ddp", "fsdp"], int]:
-    """What run.parallel comes to, and s: as dinokit.train.parallel does it."""
+def kind_and_cut(
+    recipe: Recipe, parameters: int, kept: float, c: Cluster
+) -> tuple[Literal["none", "ddp", "fsdp"], int]:
+    """What run.parallel comes to if the backward pass needs `kept` GiB, and s: as parallel.py does it."""
     wanted = recipe.run.parallel
     if c.world == 1:
         return "none", 1
     if wanted == "none":
         raise ValueError(f"run.parallel=none trains in one process, but nodes={c.nodes} gpus={c.gpus}.")
-    fits = parameters * STATE_BYTES < ROOMY * c.gpu_gib * GIB
+    fits = fits_whole(parameters, kept, c.gpu_gib)
     kind = wanted if wanted != "auto" else "ddp" if fits else "fsdp"
     if kind == "ddp":
         return kind, 1
@@ -80,14 +83,14 @@ def at_once(student: Network, half: bool) -> int:
     return 2 * max(size, default=0) * (2 if half else 4) + head * 8
 
 
-def sent(recipe: Recipe, student: Network, c: Cluster, parts: int) -> tuple[float, float]:
+def sent(recipe: Recipe, student: Network, c: Cluster, parts: int, kept: float = 0.0) -> tuple[float, float]:
     """Bytes in a step that a GPU sends inside its node, and that a node sends to others.
 
     Collectives are counted as rings: of x bytes over m, an all-gather or reduce-scatter sends (m - 1) / m * x
     from each, an all-reduce twice that.
     """
     total = sum(p.numel() for p in student.parameters())
-    kind, s = kind_and_cut(recipe, total, c)
+    kind, s = kind_and_cut(recipe, total, kept, c)
     half = recipe.run.precision in ("auto", "bf16", "fp16")
     prototypes = recipe.heads.cls.prototypes + (recipe.heads.patch or recipe.heads.cls).prototypes
     balance = 2 * parts * ITERATIONS * prototypes * 4
@@ -101,36 +104,36 @@ def sent(recipe: Recipe, student: Network, c: Cluster, parts: int) -> tuple[floa
     return among * moved, across * c.gpus * moved  # every node has GPUs of one process each: all goes across
 
 
-def describe(recipe: Recipe, student: nn.Module, c: Cluster, activations: float) -> dict[str, str]:
+def describe(recipe: Recipe, student: nn.Module, c: Cluster, kept: float) -> dict[str, str]:
     """Lines for people, by name.
 
     Args:
         recipe: to run.
         student: its network, on whatever device.
         c: where.
-        activations: GiB that a GPU's backward pass keeps of one part.
+        kept: GiB that a GPU's backward pass needs for one part.
 
     Raises:
         ValueError: if the recipe cannot run so.
     """
     assert isinstance(student, Network)
     total = sum(p.numel() for p in student.parameters())
-    kind, s = kind_and_cut(recipe, total, c)
+    kind, s = kind_and_cut(recipe, total, kept, c)
     parts = parts_of_step(recipe, c.world)
     half = recipe.run.precision in ("auto", "bf16", "fp16")
     state = held(student.parameters(), s) * STATE_BYTES / GIB
     extra = at_once(student, half) / GIB if kind == "fsdp" else 0.0
-    need = state + extra + activations
+    need = state + extra + kept
     own = recipe.optim.batch // c.world
-    inside, across = sent(recipe, student, c, parts)
+    inside, across = sent(recipe, student, c, parts, kept)
     seconds = inside / (c.gpu_gbyte * 1e9) + across / (c.node_gbit * 1e9 / 8)
     cut = {"fsdp": f"every tensor cut over {s} GPUs", "ddp": "all on every GPU", "none": "one process"}[kind]
     lines = {
         "spread": f"{c.nodes} nodes of {c.gpus} GPUs, {kind}: {cut}; {own} images a GPU in a step, in "
         f"{parts} part{'s' if parts > 1 else ''}",
         "memory of a GPU": f"{state:.2f} GiB for weights, gradients, AdamW and teacher, {extra:.2f} GiB "
-        f"gathered at a time, about {activations:.1f} GiB for the backward pass: {need:.1f} of "
-        f"{c.gpu_gib:g} GiB{'' if need < 0.9 * c.gpu_gib else TOO_MUCH}",
+        f"gathered at a time, about {kept:.1f} GiB for the backward pass: {need:.1f} of "
+        f"{c.gpu_gib:g} GiB{'' if need < FULL * c.gpu_gib else TOO_MUCH}",
         "sent in a step": f"{inside / 1e9:.2f} GB by a GPU inside its node, {across / 1e9:.2f} GB by a node "
         f"to others: {seconds * 1000:.0f} ms at {c.gpu_gbyte:g} GB/s and {c.node_gbit:g} Gbit/s",
     }

@@ -10,7 +10,7 @@ from dinokit.config import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.photometric import Photometric
 from dinokit.device import DTYPES
-from dinokit.distributed import rank
+from dinokit.distributed import rank, world_size
 from dinokit.train import state
 from dinokit.train.blocks import prepare
 from dinokit.train.distill import GUIDE
@@ -37,7 +37,9 @@ class Step:
         self.parts = parts or recipe.run.accumulate
         self.model = (model or build_model(recipe)).to(device).train()
         prepare(self.model, recipe.run, device)
-        self.replica = spread(self.model, recipe, device)  # what is called in a step: the model, or it in DDP
+        at_once = recipe.optim.batch // world_size() // self.parts
+        # What is called in a step: the model, or it in DDP.
+        self.replica = spread(self.model, recipe, device, at_once)
         self.colour = Photometric(recipe.crops)
         self.optimizer = build_optimizer(self.model.student, recipe.optim)
         self.schedules = Schedules(recipe)

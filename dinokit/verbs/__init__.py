@@ -93,3 +93,17 @@ def parse(verb: str, words: Sequence[str], options: Sequence[str]) -> Command:
         else:
             (command.settings if "=" in word else command.words).append(word)
     return command
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """The number of a part, from 0, and how many there are: 3/16 is (3, 16), and nothing is (0, 1).
+
+    Raises:
+        ValueError: if the text is neither.
+    """
+    if not text:
+        return 0, 1
+    number, slash, of = text.partition("/")
+    if not slash or not number.isdecimal() or not of.isdecimal() or int(number) >= int(of):
+        raise ValueError(f"part={text}: it is I/N, with I from 0 to N - 1, as part=0/16.")
+    return int(number), int(of)

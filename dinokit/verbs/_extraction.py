@@ -19,6 +19,7 @@ from dinokit.features.layout import shard_range
 from dinokit.features.parquet import unreadable_names
 from dinokit.features.store import missing
 from dinokit.files import write_text
+from dinokit.verbs import part_of
 from dinokit.weights import load_backbone
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def begin(config: "Config") -> tuple[int, int]:
         raise ValueError(
             f"processes={config.processes}, but a launcher started {world} processes already: leave out one."
         )
-    extraction = _make(config, torch.device("cpu"), clean=world == 1)
+    extraction = _make(config, torch.device("cpu"), clean=world == 1 and not config.part)
     images, size = len(extraction.source), extraction.about["shard"]
     lost = sum(len(shard_range(n, size, images)) for n in missing(extraction.out, extraction.about))
     return images, images - lost
@@ -57,7 +58,7 @@ def end(config: "Config") -> dict[str, Any]:
     """What there is now; names the unreadable images in OUT/unreadable.txt."""
     out = Path(config.out)
     about = json.loads((out / "store.json").read_text(encoding="utf-8"))
-    if launch().world > 1 and missing(out, about):  # others are still at work
+    if (launch().world > 1 or config.part) and missing(out, about):  # others are still at work
         return {"complete": False}
     if config.format == "parquet":
         names = list(unreadable_names(out))
@@ -89,7 +90,8 @@ def _work(config: "Config", rank: int, world: int, local_rank: int, told: Told) 
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     precision = DTYPES[pick_precision(config.precision, device)]
     extraction = _make(config, device, clean=False)
-    extraction.run(config.batch, config.workers, precision, told, rank, world)
+    number, of = part_of(config.part)
+    extraction.run(config.batch, config.workers, precision, told, number + of * rank, of * world)
 
 
 def _share_out(config: "Config", told: Told) -> None:

@@ -21,7 +21,9 @@ from dinokit import shelves
 from dinokit.config import merged, parse_overrides, read_mapping, section_values
 from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.settings import SHARED, STAGES, Config
-from dinokit.verbs import Command
+from dinokit.verbs import Command, part_of
+
+RESUMES = True
 
 RESUMES = True
 
@@ -30,7 +32,7 @@ def run(command: Command) -> None:
     path = shelves.find_recipe(command.one_word("recipe", shelves.recipe_names("curate")), kind="curate")
     changes = parse_overrides(command.settings)
     until = _stage(str(changes.pop("stage", STAGES[-1])))
-    number, of = _part(changes.pop("part", None))
+    number, of = part_of(str(changes.pop("part", "")))
     if of > 1 and until not in SHARED:
         raise ValueError(f"part={number}/{of} needs stage= with one of: {', '.join(SHARED)}.")
     cfg, sections, rules = read(merged(read_mapping(path), changes))
@@ -113,13 +115,3 @@ def _stage(name: str) -> str:
         have = ", ".join(STAGES)
         raise ValueError(f"stage={name}: there is no such stage.{shelves.suggest(name, [*STAGES])} {have}.")
     return name
-
-
-def _part(text: Any) -> tuple[int, int]:
-    """The number of this part, and how many there are."""
-    if text is None:
-        return 0, 1
-    number, slash, of = str(text).partition("/")
-    if not slash or not number.isdecimal() or not of.isdecimal() or int(number) >= int(of):
-        raise ValueError(f"part={text}: it is I/N, with I from 0 to N - 1, as part=0/16.")
-    return int(number), int(of)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from dinokit.config import parse_overrides, section_values
 from dinokit.shelves import read_config, suggest
-from dinokit.verbs import Command
+from dinokit.verbs import Command, part_of
 
 SHARES = RESUMES = True
 TOKENS = ["cls", "mean", "patch", "registers"]
@@ -43,6 +43,7 @@ class Config:
     device: str = "auto"
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     processes: int = 1  # that share the work, each with a device of its own where there are several
+    part: str = ""  # I/N, as 0/16: only every N-th shard; other jobs do the others, into the same folder
 
     def __post_init__(self) -> None:
         for key, least in {"size": 0, "resize": 0, "shard": 0, "batch": 1, "processes": 1}.items():
@@ -60,6 +61,7 @@ def run(command: Command) -> None:
     if isinstance(values.get("data"), dict):
         values["data"] = {"name": "folder", **values["data"]}
     config = Config(**section_values("verbs", "extract", values, ""))
+    part_of(config.part)  # before anything heavy is imported
     for token in config.tokens:
         if token not in TOKENS:
             raise ValueError(f"tokens: no '{token}'.{suggest(token, TOKENS)} There is: {', '.join(TOKENS)}.")

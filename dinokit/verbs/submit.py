@@ -168,8 +168,9 @@ def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
     except ValueError as error:
         batch = recipe.optim.batch
         able = [n for n in range(1, 2 * nodes + 1) if batch % (n * tasks) == 0]
-        near = f" With {tasks} processes a node, nodes may be {', '.join(map(str, able))}." if able else ""
-        raise ValueError(f"nodes={nodes} and {tasks} processes a node: {error}{near}") from None
+        each = f"{tasks} process{'es' if tasks > 1 else ''} a node"
+        near = f" With {each}, nodes may be {', '.join(map(str, able))}." if able else ""
+        raise ValueError(f"nodes={nodes} and {each}: {error}{near}") from None
 
 
 def _jobs(after: str) -> str:

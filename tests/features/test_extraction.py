@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinokit.__main__ import main
+from dinokit.features.folder import begin
 
 COMMAND = "from dinokit.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
 ALIKE = ["tokens=cls,patch", "fit=resize", "size=32", "shard=8", "batch=3", "workers=0", "precision=fp32"]
@@ -97,6 +98,32 @@ def test_shared_out_over_processes_it_leaves_the_same_bytes(whole, vit_file, tmp
     assert "0077.png cannot be read" in capsys.readouterr().out
 
 
+def test_parts_done_apart_leave_the_same_bytes(whole, vit_file, tmp_path, capsys):
+    folder, want = whole
+    out = tmp_path / "parts"
+    assert main(words(vit_file, folder, out, "part=1/2")) == 0
+    assert {int(path.stem) % 2 for path in (out / "cls").iterdir()} == {1}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["complete"] is False
+    assert main(words(vit_file, folder, out, "part=0/2")) == 0
+    assert contents(out) == want
+
+
+def test_a_part_that_begins_while_another_does_takes_its_folder_up(tmp_path, monkeypatch):
+    """Between two looks at the folder the other one writes store.json."""
+    out, about, names = tmp_path / "out", {"shard": 2}, ["a", "b"]
+    out.mkdir()
+    real = Path.iterdir
+
+    def iterdir(path):
+        monkeypatch.setattr(Path, "iterdir", real)
+        begin(out, about, names, clean=False)
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    begin(out, about, names, clean=False)
+    assert {path.name for path in out.iterdir()} == {"store.json", "names.txt"}
+
+
 @pytest.mark.slow
 def test_a_launchers_processes_take_every_other_shard(whole, vit_file, tmp_path):
     folder, want = whole
@@ -136,6 +163,7 @@ def test_a_full_disk_is_told_in_words_and_keeps_what_is_done(vit_file, photos, t
         ("sise=3", "there is no key 'sise'. Did you mean 'size'?"),
         ("data.pth=x", "data.pth: there is no key 'pth' in 'data'. Did you mean 'path'"),
         ("batch=0", "batch=0, but it must be 1 or more"),
+        ("part=2/2", "part=2/2: it is I/N, with I from 0 to N - 1"),
     ],
 )
 def test_a_mistake_is_answered_without_torch(change, answer):

@@ -13,11 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dinokit.config import load_recipe
+from dinokit.data.sources import scenes
+from dinokit.features import Wanted, extract_to, open_store
 from dinokit.slurm.snapshot import copy_code
+from dinokit.train.loop import train
+from dinokit.weights import load_backbone
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(230)]
 
@@ -61,7 +67,10 @@ RUNS = {
     "told": (0.3, 0.5, lambda job: ask("scancel", "--signal=USR2", job)),
     "terminated": (0.3, 0.5, lambda job: ask("scancel", "--signal=TERM", job)),
     "killed": (0.3, 0.5, lambda job: os.kill(process_of(job, "1"), signal.SIGKILL)),
+    "moved": (0.3, 0.5, lambda job: ask("scancel", job)),
 }
+# For a run that ends on fewer processes than it began on: else each draws for itself which branches to drop.
+WHOLE = ("backbone.drop_path=0.0",)
 OVER = "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"
 
 
@@ -112,9 +121,8 @@ class Here:
     def train(self, name, *settings):
         seconds, hours, _ = RUNS[name]
         more = ["nodes=2", f"hours={hours}", "notice=15", *settings]
-        self.submit(
-            name, *more, "--", "train", "recipe.yaml", f"run.out=runs/{name}", f"data.seconds={seconds}"
-        )
+        what = [f"run.out=runs/{name}", f"data.seconds={seconds}", *(WHOLE if name == "moved" else ())]
+        self.submit(name, *more, "--", "train", "recipe.yaml", *what)
 
     def step(self, name):
         path = self.folder / "runs" / name / "metrics.jsonl"
@@ -196,6 +204,22 @@ def test_a_killed_process_ends_the_job_and_the_same_command_again_ends_the_run(h
     assert_same_weights(here, "killed")
 
 
+def test_a_run_of_two_nodes_goes_on_with_one_and_ends_as_if_one_had_done_it_all(here):
+    here.wait("moved", lambda: here.over("moved"))
+    assert here.state("moved") == ["CANCELLED"]
+    here.write()
+    here.train("moved", "nodes=1")
+    settings = [f"run.out={here.folder / 'runs/whole'}", "data.name=scenes", *WHOLE]
+    whole = load_recipe(here.folder / "recipe.yaml", settings)
+    train(whole, scenes.build(scenes.Config(size=32, count=200, split="train")))
+    here.wait("moved", lambda: here.over("moved"))
+    assert here.state("moved") == ["COMPLETED"], here.log("moved")
+    assert re.search(r"2 processes.*stopped after step (\d+).*goes on after step \1", here.log("moved"), re.S)
+    one, two = (load_file(here.folder / "runs" / n / "teacher.safetensors") for n in ("whole", "moved"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=3e-5)
+
+
 def test_a_dependent_job_waits_for_the_end_through_every_restart(here):
     here.wait("dependent", lambda: here.over("dependent") and here.over("in vain"))
     assert here.state("dependent") == ["COMPLETED"]
@@ -233,6 +257,36 @@ def test_an_array_judges_every_kept_teacher(here):
     assert judged == [f"runs/unbroken/teachers/step_00000{n}.safetensors" for n in (14, 28)]
 
 
+def test_an_array_shares_out_the_images_of_one_folder_of_features(here):
+    data = ["data.name=scenes", "data.size=32", "data.count=60", "data.split=train", "shard=10", "device=cpu"]
+    words = ["extract", "weights=runs/unbroken", *data, "workers=0", "out=features"]
+    here.wait("unbroken", lambda: here.over("unbroken"))
+    here.submit("features", "array=0-1", "--", *words, "part={}/2")
+    here.wait("features", lambda: here.over("features"))
+    assert here.state("features") == ["COMPLETED", "COMPLETED"]
+    source = scenes.build(scenes.Config(size=32, count=60, split="train"))
+    backbone = load_backbone(here.folder / "runs/unbroken")
+    alone = extract_to(here.folder / "alone", backbone, source, Wanted(shard=10))
+    store = open_store(here.folder / "features")
+    assert list(store.iter_names()) == list(alone.iter_names())
+    assert np.array_equal(store["cls"][:], alone["cls"][:])
+
+
+def test_a_stage_of_a_curation_is_shared_out_and_the_next_job_finds_it_done(here):
+    pool = ["pool.name=scenes", "pool.size=32", "pool.count=40", "weights=runs/unbroken", "out=curated"]
+    hashes = ["curate", "curate_small", *pool, "stage=hash"]
+    here.wait("unbroken", lambda: here.over("unbroken"))
+    here.submit("parts", "array=0-1", "--", *hashes, "part={}/2")
+    here.wait("parts", lambda: here.over("parts"))
+    shards = {path: path.stat().st_mtime_ns for path in here.folder.glob("curated/stages/hash.*/pool/*.npy")}
+    here.submit("joined", f"after={here.jobs['parts']}", "--", *hashes)
+    here.wait("joined", lambda: here.over("joined"))
+    assert here.state("parts") + here.state("joined") == ["COMPLETED"] * 3
+    assert '"stage": "hash"' in here.dinokit("submit", "logs", here.jobs["joined"])
+    assert shards
+    assert shards == {path: path.stat().st_mtime_ns for path in shards}
+
+
 def test_what_is_in_the_queue_is_not_submitted_again(here):
     train = ["submit", "profile=cpu", "sbatch.hold=true", "--", "train", "scenes_cpu", "run.out=runs/twice"]
     number = re.match(r"job (\d+)", here.dinokit(*train))[1]
@@ -246,6 +300,11 @@ def test_what_is_in_the_queue_is_not_submitted_again(here):
 def test_an_unknown_partition_is_answered_with_those_that_there_are(here):
     said = here.dinokit("submit", "profile=cpu", "partition=man", "--", "train", "scenes_cpu", status=2)
     assert "There is no partition 'man'. Did you mean 'main'? sinfo has: main." in said
+
+
+def test_more_nodes_than_there_are_is_said_and_does_not_wait_for_ever(here):
+    said = here.dinokit("submit", "profile=cpu", "nodes=4", "--", "train", "scenes_cpu", status=2)
+    assert "nodes=4, but partition main has 2." in said
 
 
 def test_what_slurm_refuses_is_said_in_its_words_and_leaves_nothing_behind(here):

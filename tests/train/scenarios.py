@@ -20,7 +20,7 @@ from dinokit.distributed import gather_objects, rank, world_size
 from dinokit.train import loop
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.loop import Evaluator
-from dinokit.train.processes import Stopped, joined
+from dinokit.train.processes import Stopped, beat, joined
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -86,12 +86,15 @@ def fail_in_one(recipe, overrides):
 
 
 def hang_in_one(recipe, overrides):
-    """Process 1 stops moving in its third step."""
+    """Process 1 stops moving in its third step; process 0 waits for it, without a clock of its own."""
     real = loop.Run.advance
 
     def advance(self, batch):
-        if batch.step == 2 and rank() == 1:
-            sleep_for_ever()
+        if batch.step == 2:
+            beat(0)
+            if rank() == 1:
+                beat(self.recipe.run.timeout_minutes)
+                sleep_for_ever()
         real(self, batch)
 
     def sleep_for_ever():

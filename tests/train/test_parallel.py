@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from dinokit import shelves
 from dinokit.train import loop
@@ -73,6 +72,21 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_otherwise_cut(
     nearly_same("whole", "moved")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_goes_on_with_ever_fewer_processes_keeps_its_path(
+    tiny, recipe_file, overrides, together, nearly_same, accumulate
+):
+    """Sinkhorn-Knopp and KoLeo over all processes, at eight images a step: 4 cut, then 2 by DDP, then 1."""
+    each = ("run.log_every=1", "optim.batch=8", f"run.accumulate={accumulate}")
+    train(tiny("whole", *SHARED, *each))
+    for world, kind in ((4, "fsdp"), (2, "ddp")):
+        more = overrides("fewer", f"run.parallel={kind}", *each)
+        together(world, "stop_after", str(recipe_file), more, 2, status=(130,))
+    train(tiny("fewer", *SHARED, *each))
+    nearly_same("whole", "fewer")
+
+
 def test_an_evaluator_may_call_the_backbone_unequally_often(
     recipe_file, overrides, together, records, tmp_path
 ):
@@ -94,8 +108,8 @@ def test_losses_that_leave_parameters_unread_are_no_trouble_for_ddp(recipe_file,
 def test_alone_there_is_nothing_to_spread(tiny):
     for kind in ("auto", "none", "ddp", "fsdp"):
         recipe = tiny("a", f"run.parallel={kind}")
-        assert choose(recipe, nn.Linear(2, 2), torch.device("cpu")) == "none"
-    step = Step(recipe, torch.device("cpu"))
+        step = Step(recipe, torch.device("cpu"))
+        assert choose(recipe, step.model, torch.device("cpu"), 4) == "none"
     assert step.replica is step.model
     assert whole_backbone(recipe, step.model.teacher.backbone) is step.model.teacher.backbone
     with synced(step.replica, last=False):

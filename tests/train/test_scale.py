@@ -1,6 +1,7 @@
 """Plans for many GPUs against 96 fake processes that really cut the model, and against closed forms."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinokit.config import load_recipe
 from dinokit.distributed import local
-from dinokit.train.parallel import STATE_BYTES, shard
+from dinokit.train.activations import activations
+from dinokit.train.parallel import STATE_BYTES, choose, shard
 from dinokit.train.plan import plan
 from dinokit.train.scale import Cluster, gathered, held, kind_and_cut, sent
 from dinokit.train.student_teacher import StudentTeacher
@@ -19,12 +21,12 @@ from dinokit.train.student_teacher import StudentTeacher
 NODES, GPUS = 12, 8
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def giant():
     return load_recipe("dinov2_vitg14", ["data.path=nowhere", "run.parallel=fsdp"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def student(giant):
     with torch.device("meta"):
         return StudentTeacher(giant).student
@@ -96,12 +98,40 @@ def test_bytes_sent_are_those_of_rings(giant, student):
     assert gathered(student, half=True) == 4 * total - 2 * blocks
 
 
-def test_auto_cuts_what_would_fill_a_gpu(giant):
+def test_auto_cuts_what_would_not_fit_a_gpu_with_its_backward_pass(giant):
     giant.run.parallel = "auto"
-    assert kind_and_cut(giant, 10**9, Cluster(1, 8)) == ("ddp", 1)
-    assert kind_and_cut(giant, 10**9, Cluster(1, 8, gpu_gib=40)) == ("fsdp", 8)
-    assert kind_and_cut(giant, 10**9, Cluster(8, 1, gpu_gib=40)) == ("fsdp", 8)
-    assert kind_and_cut(giant, 10**9, Cluster()) == ("none", 1)
+    state = 10**9 * STATE_BYTES / 2**30  # 18.6 GiB
+    assert kind_and_cut(giant, 10**9, 0.89 * 80 - state, Cluster(1, 8)) == ("ddp", 1)
+    assert kind_and_cut(giant, 10**9, 0.91 * 80 - state, Cluster(1, 8)) == ("fsdp", 8)
+    assert kind_and_cut(giant, 10**9, 1.0, Cluster(8, 1, gpu_gib=20)) == ("fsdp", 8)
+    assert kind_and_cut(giant, 10**9, 100.0, Cluster()) == ("none", 1)
+
+
+def test_a_run_and_its_plan_spread_the_giant_alike(giant, fake_world, monkeypatch):
+    """Its weights would fit 80 GB, but not with 32 images; they do if the blocks are computed again."""
+    fake_world(0)
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    giant.run.parallel = "auto"
+    with torch.device("meta"):
+        model = StudentTeacher(giant)
+    for checkpointing, kind in (("none", "fsdp"), ("full", "ddp")):
+        giant.run.checkpointing = checkpointing
+        assert choose(giant, model, torch.device("cuda"), 32) == kind
+        assert f"of 8 GPUs, {kind}:" in plan(giant, Cluster(NODES, GPUS))["spread"]
+
+
+def test_the_backward_pass_is_counted_as_published(student, giant):
+    """Korthikanti et al. 2022: 34 bytes a token, block and unit of width; and logits, by hand."""
+    giant.run.checkpointing = "none"
+    tokens, kept = activations(giant, student, 32)
+    assert tokens == 32 * (2 * 257 + 8 * 50)
+    cls = 32 * (2 * 2 + 8) * 131_072 * 12
+    patch = 32 * 2 * 256 * 0.5 * 0.3 * 2 * 131_072 * 12  # half the images, 10 to 50 % of their patches
+    assert kept * 2**30 == pytest.approx(tokens * 1536 * 40 * 34 + cls + patch, rel=1e-3)
+    giant.run.checkpointing = "full"
+    kept = activations(giant, student, 32)[1]
+    assert kept * 2**30 == pytest.approx(tokens * 1536 * (40 * 4 + 34) + cls + patch, rel=1e-3)
 
 
 def test_a_cluster_of_nothing_is_refused():
