@@ -43,6 +43,8 @@ def alone_in(out: Path) -> Iterator[None]:
     finally:
         if file is not None:
             (out / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # a run that was refused leaves no folder; one that began has files in it
+                out.rmdir()
             file.close()
 
 
