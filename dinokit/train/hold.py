@@ -32,6 +32,7 @@ def alone_in(out: Path) -> Iterator[None]:
     Raises:
         ValueError: in all processes, if another run is at work there.
     """
+    made = not out.exists()
     file, who = _take(out / LOCK) if rank() == 0 else (None, "")
     try:
         if who := of_first(who):
@@ -44,7 +45,8 @@ def alone_in(out: Path) -> Iterator[None]:
         if file is not None:
             (out / LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # a run that was refused leaves no folder; one that began has files in it
-                out.rmdir()
+                if made:
+                    out.rmdir()
             file.close()
 
 

@@ -70,7 +70,11 @@ def test_a_killed_run_leaves_the_folder_free_even_while_its_workers_live(tmp_pat
 def test_nothing_is_left_when_a_run_ends(tmp_path):
     with pytest.raises(KeyboardInterrupt), alone_in(tmp_path / "run"):
         raise KeyboardInterrupt
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyboardInterrupt), alone_in(tmp_path / "mine"):
+        raise KeyboardInterrupt
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_a_job_that_starts_again_waits_for_what_its_dead_node_held(tmp_path, other, monkeypatch):
