@@ -15,6 +15,13 @@ from dinokit.__main__ import main
 from dinokit.features.folder import begin
 
 COMMAND = "from dinokit.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
+# Twenty images a second at most, so that a signal comes while there is something left to do.
+SLOWLY = """
+import time
+from PIL import Image
+quick = Image.open
+Image.open = lambda *given, **more: (time.sleep(0.05), quick(*given, **more))[1]
+"""
 ALIKE = ["tokens=cls,patch", "fit=resize", "size=32", "shard=8", "batch=3", "workers=0", "precision=fp32"]
 
 
@@ -27,9 +34,9 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen:
+def start(*arguments: str, before: str = "", **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments],
+        [sys.executable, "-c", before + COMMAND, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
@@ -57,7 +64,7 @@ def whole(vit_file, photos, tmp_path, capsys):
 def test_killed_and_started_again_it_leaves_the_same_bytes(whole, vit_file, tmp_path):
     folder, want = whole
     out = tmp_path / "broken"
-    process = start(*words(vit_file, folder, out))
+    process = start(*words(vit_file, folder, out), before=SLOWLY)
     wait_for(process, out / "images" / "00003.npy")
     process.kill()
     process.communicate()
@@ -79,7 +86,7 @@ def test_parquet_names_the_unreadable_images_too(whole, vit_file, tmp_path, caps
 def test_ctrl_c_ends_at_once_and_what_is_done_stays(whole, vit_file, tmp_path):
     folder, want = whole
     out = tmp_path / "broken"
-    process = start(*words(vit_file, folder, out))
+    process = start(*words(vit_file, folder, out), before=SLOWLY)
     wait_for(process, out / "images" / "00001.npy")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
