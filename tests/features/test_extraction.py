@@ -14,7 +14,13 @@ import pytest
 from dinokit.__main__ import main
 from dinokit.features.folder import begin
 
-COMMAND = "from dinokit.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
+# A shell's background jobs are born ignoring Ctrl-C.
+COMMAND = """
+import signal, sys
+from dinokit.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
 # Twenty images a second at most, so that a signal comes while there is something left to do.
 SLOWLY = """
 import time
