@@ -56,9 +56,9 @@ def check(recipe: Recipe) -> None:
                 )
     if len(crops.mean) != len(crops.std):
         raise ValueError(f"crops.mean has {len(crops.mean)} channels, crops.std has {len(crops.std)}.")
-    _check_steps(recipe)
     if crops.blur_kernel % 2 == 0:
         raise ValueError(f"crops.blur_kernel={crops.blur_kernel} must be odd.")
+    _check_steps(recipe)
 
 
 def _check_steps(recipe: Recipe) -> None:

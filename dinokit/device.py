@@ -65,7 +65,6 @@ def peak_memory(device: torch.device) -> float:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**20
     resource = import_module("resource")  # Windows has none
-
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30)
 

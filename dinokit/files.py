@@ -34,9 +34,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def aside(path: str | Path) -> Iterator[Path]:
     """Give an empty hidden folder beside `path`; when the block ends well, what is in it moves to there.
 
-    For what is more than one file, or is to be looked at before it counts: inside the folder it has the names
-    that it will have. Each file is moved whole, in the order of names, and other files in a folder that is
-    there stay. If the block raises, or the process dies in it, whatever stood there still stands there.
+    For one process at a time. For what is more than one file, or is to be looked at before it counts: inside
+    the folder it has the names that it will have. Each file is moved whole, in the order of names, and other
+    files in a folder that is there stay. If the block raises, or the process dies in it, whatever stood there
+    still stands there.
     """
     place = Path(path).resolve()
     folder = place.with_name(f".{place.name}.aside.part")

@@ -159,9 +159,9 @@ def _table(title: str, lines: Sequence[Mapping[str, Any]]) -> Table:
         )
         for line, row in zip(kept, settings, strict=True)
     ]
-    best = [_best(column, [line[column] for line in kept if column in line]) for column in columns]
-    rows.sort(key=lambda row: [_rank(column, value) for column, value in zip(columns, row[2], strict=True)])
-    return Table(title, columns, rows, best)
+    highest = [best(column, [line[column] for line in kept if column in line]) for column in columns]
+    rows.sort(key=lambda row: [rank(column, value) for column, value in zip(columns, row[2], strict=True)])
+    return Table(title, columns, rows, highest)
 
 
 def lower_is_better(score: str) -> bool:
@@ -169,11 +169,13 @@ def lower_is_better(score: str) -> bool:
     return score.split(maxsplit=1)[0].removesuffix("_optimistic").startswith(LOWER)
 
 
-def _best(column: str, values: Sequence[float]) -> float | None:
+def best(column: str, values: Sequence[float]) -> float | None:
+    """The best value of a score; None of none."""
     return (min if lower_is_better(column) else max)(values, default=None)
 
 
-def _rank(column: str, value: float | None) -> float:
+def rank(column: str, value: float | None) -> float:
+    """What sorts values of a score: the best first, those that are not there last."""
     return math.inf if value is None else value if lower_is_better(column) else -value
 
 

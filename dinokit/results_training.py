@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.config import read_mapping
-from dinokit.results import Table, lower_is_better
+from dinokit.results import Table, best, rank
 
 METRICS = "metrics.jsonl"
 
@@ -48,9 +48,7 @@ def _by_evaluator(file: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
 
 def _rows(run: str, records: list[tuple[int, dict[str, float]]]) -> list[tuple[str, str, dict[str, float]]]:
     first = next(iter(records[-1][1]))
-    sign = -1 if lower_is_better(first) else 1
-    best = max((r for r in records if first in r[1]), key=lambda record: sign * record[1][first])
-    shown = dict([best, records[-1]])
+    shown = dict([min(records, key=lambda record: rank(first, record[1].get(first))), records[-1]])
     return [(run, f"step={step}", scores) for step, scores in shown.items()]
 
 
@@ -66,7 +64,6 @@ def _data(run: Path, name: str) -> str:
 def _table(title: str, rows: list[tuple[str, str, dict[str, float]]]) -> Table:
     columns = list(dict.fromkeys(score for _, _, scores in rows for score in scores))
     of = {c: [scores[c] for _, _, scores in rows if c in scores] for c in columns}
-    best: list[float | None] = [(min if lower_is_better(c) else max)(of[c]) for c in columns]
-    sign = 1 if lower_is_better(columns[0]) else -1
-    rows = sorted(rows, key=lambda row: sign * row[2].get(columns[0], float("-inf") * sign))
-    return Table(title, columns, [(run, step, [s.get(c) for c in columns]) for run, step, s in rows], best)
+    rows = sorted(rows, key=lambda row: rank(columns[0], row[2].get(columns[0])))
+    shown = [(run, step, [scores.get(c) for c in columns]) for run, step, scores in rows]
+    return Table(title, columns, shown, [best(c, of[c]) for c in columns])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -73,16 +74,24 @@ def find_recipe(recipe: str | Path, kind: str = "") -> Path:
     Raises:
         LookupError: if there is none; it lists those in configs/.
     """
-    text, have = str(recipe), recipe_names(kind)
+    return find_yaml("recipe", str(recipe), recipe_names(kind), files("dinokit.configs"))
+
+
+def find_yaml(what: str, text: str, have: list[str], folder: Traversable) -> Path:
+    """The file of a `what`: one of the names in `have`, which lie in `folder`, or a path.
+
+    Raises:
+        LookupError: if there is none; it lists `have`.
+    """
     if text in have:
-        return Path(str(files("dinokit.configs") / f"{text}.yaml"))
+        return Path(str(folder / f"{text}.yaml"))
     if Path(text).is_file():
         return Path(text)
     if text.endswith((".yaml", ".yml")) or "/" in text:
-        raise LookupError(f"There is no recipe file '{text}' (looked from {Path.cwd()}).")
+        raise LookupError(f"There is no {what} file '{text}' (looked from {Path.cwd()}).")
     raise LookupError(
-        f"There is no recipe '{text}'.{suggest(text, have)} Recipes are: "
-        f"{', '.join(have)}; or give the path of a YAML file."
+        f"There is no {what} '{text}'.{suggest(text, have)} {what.capitalize()}s are: "
+        f"{', '.join(have)}; or give the path of a YAML file, such as a copy of one in {folder}."
     )
 
 

@@ -141,7 +141,8 @@ def features_of(
         done = done or cached(cfg.cache, (*depends_on, reading), device, make)
     else:
         done = make()
-    tell_unreadable(key, done.unreadable, len(source))
+    if cut is None:  # other cuts of the same images would say the same
+        tell_unreadable(key, done.unreadable, len(source))
     if labelled:
         _check_labels(done, key, len(source.classes))
     return done

@@ -110,7 +110,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     whole = border if cfg.protocol == "kitti" else "none"  # NYU is tested with its rim
     how = DepthTest(cfg.min_depth, cfg.max_depth, whole, judged, cfg.resize, size, cfg.flip, cfg.workers)
     more: dict[str, float] = {}
-    resume = Resume(cfg.out, "depth", identity(asdict(cfg), backbone), device_of(backbone))
+    same = identity(asdict(cfg), backbone) if cfg.out else ""
+    resume = Resume(cfg.out, "depth", same, device_of(backbone))
     with frozen(backbone):
         if cfg.head:
             trained_on = "KITTI" if cfg.protocol == "kitti" else "NYU"

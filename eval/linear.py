@@ -165,7 +165,8 @@ def _train(cfg: Config, task: Task, heads: Heads) -> tuple[tuple[Tensor, Tensor]
         factor = (1 + math.cos(math.pi * step / cfg.steps)) / 2
         heads.step(x, y, cfg.step_batch, cfg.momentum, factor)
         if (step + 1) % cfg.save_every == 0:
-            resume.save({"step": step + 1, "lost": lost, **heads.state()})
+            met = all_reduce_max(lost.to(device)).cpu()  # by any process: the first one writes
+            resume.save({"step": step + 1, "lost": met, **heads.state()})
     resume.finish()
     lost = all_reduce_max(lost.to(device)).cpu()
     if cfg.mode == "online":

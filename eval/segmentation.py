@@ -109,7 +109,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
             f"({', '.join(test.classes[:5])} ...) are not the same, or not in the same order."
         )
     more: dict[str, float] = {}
-    resume = Resume(cfg.out, "segmentation", identity(asdict(cfg), backbone), device_of(backbone))
+    same = identity(asdict(cfg), backbone) if cfg.out else ""
+    resume = Resume(cfg.out, "segmentation", same, device_of(backbone))
     with frozen(backbone):
         judge: Judge
         if cfg.method in ("linear", "ms"):

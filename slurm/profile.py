@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from dinokit.config import read_mapping, section_values
-from dinokit.shelves import suggest
+from dinokit.shelves import find_yaml
 
 YEAR = 8766.0  # hours
 
@@ -67,8 +68,7 @@ class Config:
 
 def profile_names() -> list[str]:
     """The profiles in slurm/profiles/, sorted."""
-    found = (files("dinokit.slurm") / "profiles").iterdir()
-    return sorted(p.name.removesuffix(".yaml") for p in found if p.name.endswith(".yaml"))
+    return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
 
 
 def find_profile(profile: str) -> Path:
@@ -77,17 +77,7 @@ def find_profile(profile: str) -> Path:
     Raises:
         LookupError: if there is none; it lists those that there are.
     """
-    have = profile_names()
-    if profile in have:
-        return Path(str(files("dinokit.slurm") / "profiles" / f"{profile}.yaml"))
-    if Path(profile).is_file():
-        return Path(profile)
-    if profile.endswith((".yaml", ".yml")) or "/" in profile:
-        raise LookupError(f"There is no profile file '{profile}' (looked from {Path.cwd()}).")
-    raise LookupError(
-        f"There is no profile '{profile}'.{suggest(profile, have)} Profiles are: {', '.join(have)}; or give "
-        f"the path of a YAML file, such as a copy of {find_profile(have[0])}."
-    )
+    return find_yaml("profile", profile, profile_names(), _folder())
 
 
 def load_profile(profile: str, changes: Mapping[str, Any]) -> Config:
@@ -113,3 +103,7 @@ def _readable(values: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     setup = values.get("setup")
     return {**values, "setup": [setup]} if isinstance(setup, str) else values
+
+
+def _folder() -> Traversable:
+    return files("dinokit.slurm") / "profiles"

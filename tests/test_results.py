@@ -147,6 +147,14 @@ def test_what_was_found_while_training_is_shown_at_its_best_and_at_the_end(tmp_p
     assert table["columns"] == ["top1@20"]
     assert table["rows"] == [[str(run), "step=5", [0.5]], [str(run), "step=15", [0.4]]]
     assert table["best"] == [0.5]
+    other = tmp_path / "a_run_of_other_k"
+    other.mkdir()
+    (other / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
+    (other / "metrics.jsonl").write_text(json.dumps({"step": 5, "knn/top1@10": 0.1}) + "\n")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 5, "knn/top1@20": 0.2}) + "\n")
+    assert main(["results", str(tmp_path), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [row[2] for row in table["rows"]] == [[0.1, None], [None, 0.2]]  # who lacks the first comes last
 
 
 RECIPE = """

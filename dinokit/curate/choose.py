@@ -118,6 +118,11 @@ def choose(
     elif not rules:
         columns.append(_rows(_plain(np.arange(len(left.images)), inside), names.index(ALL), taken))
     table = np.concatenate(columns)
+    if not len(table):
+        raise ValueError(
+            f"Nothing is picked: no cluster has more than seeds.NAME.min_hits seeds of {', '.join(rules)}. "
+            f"Lower min_hits, take fewer clusters (clusters.count={len(known.centres)}), or rule=sample."
+        )
     table = table[np.argsort(table["image"])]
     table["image"] = left.images[table["image"]]
     save(folder / "picks.npy", only=table)

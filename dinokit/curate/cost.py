@@ -9,7 +9,7 @@ Disk and memory follow from the formats; seconds from the operations and from wh
 import math
 from dataclasses import dataclass, field
 
-from dinokit.curate.choose import PICK
+from dinokit.curate.choose import MOST_CLUSTERS, PICK
 from dinokit.curate.dedup import EDGE, QUERIES
 from dinokit.curate.hashing import RECORD
 from dinokit.curate.index import ITERATIONS, lists_of
@@ -43,7 +43,8 @@ class Work:
     width: int = 384
     left: float = 0.6  # share of the pool that is left after copies and evaluation images
     seeds: int = 0  # with rule=sample
-    neighbours: int = 65
+    neighbours: int = 65  # of dedup, with the image itself
+    candidates: int = 16  # of a seed: k times reserve
     edges: float = 1.0  # pairs of copies an image
     hashed: bool = True  # False: embeddings alone were given
     index: Index = field(default_factory=Index)
@@ -81,9 +82,11 @@ def cost(work: Work, machine: Machine | None = None) -> dict[str, Cost]:
         "clusters": _clusters(work, left, on),
         "survivors": _index(work, left, on, learn=False) if work.seeds else Cost(0, 0, 0),
         "search": Cost(
-            _search(work, work.seeds, left, on) / on.machines, chunk, work.seeds * work.neighbours * 12
+            _search(work, work.seeds, left, on) / on.machines, chunk, work.seeds * work.candidates * 12
         ),
-        "retrieve": Cost(left * 1e-6, left * PICK.itemsize, left * PICK.itemsize),
+        "retrieve": Cost(
+            left * 1e-6, left * PICK.itemsize + 2 * work.seeds * work.candidates * 12, left * PICK.itemsize
+        ),
     }
     return {name: Cost(c.seconds, c.memory + INTERPRETER, c.disk) for name, c in each.items()}
 
@@ -125,7 +128,7 @@ def _exact(queries: int, rows: int, d: int, on: Machine) -> float:
 
 def _clusters(work: Work, left: int, on: Machine) -> Cost:
     cfg = work.clusters
-    k = min(cfg.count or min(math.isqrt(left), 100_000), left)
+    k = min(cfg.count or min(math.isqrt(left), MOST_CLUSTERS), left)
     points = min(left, k * cfg.kmeans.points) if cfg.kmeans.points else left
     visits = points * cfg.kmeans.iterations + work.images
     seconds = _exact(visits, k, work.width, on) + visits * work.width / on.summed

@@ -14,8 +14,8 @@ import numpy as np
 from dinokit.curate.balance import take
 from dinokit.curate.kmeans import cluster, nearest
 from dinokit.curate.settings import Balance
+from dinokit.curate.stages import save
 from dinokit.curate.vectors import Vectors
-from dinokit.files import atomic
 
 
 def grow(
@@ -37,7 +37,8 @@ def grow(
         saved = folder / f"level{number}.npz"
         if not saved.exists():
             told(f"level {number + 1}: {k} clusters of {len(points)}")
-            _save(saved, *level(points, k, number, cfg, np.random.default_rng([seed, 7, number])))
+            centres, which, distance = level(points, k, number, cfg, np.random.default_rng([seed, 7, number]))
+            save(saved, centres=centres, cluster=which, distance=distance)
         with np.load(saved) as arrays:
             levels.append(arrays["cluster"])
             first = arrays["distance"] if first is None else first
@@ -50,7 +51,6 @@ def level(
     points: Vectors, k: int, number: int, cfg: Balance, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One level: centres (k, D), and of each point its cluster and the squared distance to its centre."""
-    k = min(k, len(points)) if number else k
     centres = cluster(points, k, cfg.kmeans, rng)
     which, distance = nearest(points, centres)
     for _ in range(cfg.resample[number]):
@@ -60,8 +60,3 @@ def level(
         centres = cluster(points.at(central), k, cfg.kmeans, rng)
         which, distance = nearest(points, centres)
     return centres, which, distance
-
-
-def _save(path: Path, centres: np.ndarray, which: np.ndarray, distance: np.ndarray) -> None:
-    with atomic(path) as part, part.open("wb") as file:
-        np.savez(file, centres=centres, cluster=which, distance=distance)

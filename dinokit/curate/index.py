@@ -94,8 +94,6 @@ def build(
         ValueError: without faiss, or for a `pq` that does not divide the width.
     """
     faiss = library()
-    if cfg.threads:
-        faiss.omp_set_num_threads(cfg.threads)
     n, about = len(vectors), folder / "index.json"
     searcher = Searcher(vectors, folder, cfg)
     if n > cfg.exact_below and not about.exists():
@@ -123,6 +121,8 @@ class Searcher:
         self.vectors, self.folder, self.cfg = vectors, folder, cfg
         self.exact = len(vectors) <= cfg.exact_below
         self.shards = -(-len(vectors) // cfg.shard)
+        if cfg.threads:
+            library().omp_set_num_threads(cfg.threads)
 
     def shard(self, number: int) -> Path:
         """The file of a shard."""

@@ -39,14 +39,16 @@ class Lookup:
         if stages.is_dir():
             index, said = _finished(stages, "index")
             embedded, _ = _finished(stages, "embed")
-            folder = embedded / "pool" / "store"
+            # Where copies have weights of their own, the index is of their rows.
+            role = next(r for r in (embedded / "pool.copies", embedded / "pool") if r.is_dir())
+            folder = role / "store"
             if not folder.is_dir():
                 raise ValueError(
                     f"The embeddings of the curation {path} were given to it: give the store of features "
                     f"that they are from as index=STORE."
                 )
             cfg = Index(**{key: value for key, value in said.items() if key in vars(Index())})
-            self._images = np.load(embedded / "pool" / "rows.npy")
+            self._images = np.load(role / "rows.npy")
         self.store = open_store(folder)
         self.token = self.store.tokens[0]
         if len(self.store[self.token].shape) != 2:

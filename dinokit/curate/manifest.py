@@ -10,6 +10,7 @@ from PIL import Image
 
 from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.sets import ImageSet
+from dinokit.curate.stages import key_of
 from dinokit.files import atomic
 
 HEADER = ("path", "from", "rule", "query", "rank", "similarity", "cluster")
@@ -59,7 +60,7 @@ class _Names:
     """Paths of a set's images, made into files where they are none."""
 
     def __init__(self, out: Path, one: ImageSet) -> None:
-        self.one, self.folder = one, out / "images" / one.label
+        self.one, self.folder = one, out / "images" / f"{one.label}.{key_of(one.stamp())}"
         section = one.section or {}
         self.files = one.source is None or section.get("name") in FILES
 

@@ -77,7 +77,7 @@ class Stages:
         Raises:
             ValueError: if a part is asked for of a stage whose forerunner is not done.
         """
-        key = sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        key = key_of(inputs)
         folder = self.out / "stages" / f"{name}.{key}"
         marker = folder / "done.json"
         if not marker.exists() or (makes is not None and not makes.exists()):
@@ -117,6 +117,11 @@ def save(path: Path, **arrays: np.ndarray) -> None:
             np.save(file, arrays["only"])
         else:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes them for allow_pickle
+
+
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """Eight digits that are others whenever an input is."""
+    return sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def digest(array: np.ndarray) -> str:

@@ -46,7 +46,7 @@ def data_loader(
     fewer workers than cores, though one holds one batch at the least. As many as were asked for there are.
     """
     most = int(memory() * IN_FLIGHT) // batch_bytes if batch_bytes else sys.maxsize  # batches
-    workers = max(min(_spare_cores(), most), min(_spare_cores(), 1)) if workers < 0 else workers
+    workers = min(_spare_cores(), max(most, 1)) if workers < 0 else workers
     ready = 2 if 2 * workers <= most else 1  # batches a worker
     return DataLoader(
         dataset,

@@ -1,9 +1,10 @@
 """What features depend on, as short texts: which weights, which images."""
 
+from collections.abc import Mapping
 from hashlib import blake2b, sha256
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinokit.backbones import Backbone, Input
 from dinokit.data.sources import Source
@@ -13,21 +14,25 @@ PLAIN = bool, int, float, str, tuple, Input, torch.dtype, type(None)
 
 
 def fingerprint(module: Backbone | nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, by name: the same for the same weights in any kind of file.
+    """SHA-256 of all that a file of weights holds, by name: the same whatever kind of file they are in.
 
     64 hexadecimal digits, which recipes, stores of features and checkpoints hold. It reads every tensor, one
     at a time, to the CPU: about a second a gigabyte.
     """
     assert isinstance(module, nn.Module)
+    return _digest(module.state_dict())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def weights_hash(backbone: Backbone) -> str:
-    """Of the fingerprint and of the modules' own plain settings, such as the number of heads.
+    """Of all tensors, even those that no file holds, and of the modules' plain settings (heads, patch ...).
 
     Two backbones that share it say the same of an image; 16 hexadecimal digits.
     """
@@ -37,7 +42,9 @@ def weights_hash(backbone: Backbone) -> str:
         own = sorted((key, value) for key, value in vars(module).items() if isinstance(value, PLAIN))
         settings = [(key, value) for key, value in own if key != "training"]
         done.update(f"{name} {type(module).__qualname__} {settings}\n".encode())
-    done.update(fingerprint(backbone).encode())
+    state = backbone.state_dict()
+    apart = {name: value for name, value in backbone.named_buffers() if name not in state}
+    done.update(_digest({**state, **apart}).encode())
     return done.hexdigest()
 
 

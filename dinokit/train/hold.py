@@ -65,6 +65,7 @@ def _take(path: Path) -> tuple[IO[str] | None, str]:
             file.close()
             if error.errno in NO_LOCKS:
                 sys.stderr.write(f"{path.parent}: no file locks here, a second run would not be noticed\n")
+                path.unlink(missing_ok=True)
                 return None, ""
             if error.errno not in HELD:
                 raise

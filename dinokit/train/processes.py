@@ -31,9 +31,7 @@ from dinokit.device import pick_device
 from dinokit.distributed import Launch, gather_objects, launch, of_first, rank, world_size
 
 FAILED = "failed"  # the store's key for who failed first
-LATER = (
-    60.0  # seconds by which the wait for others outlasts beat()'s clock, which shows where a process hangs
-)
+LATER = 60.0  # seconds by which the wait for others outlasts beat()'s clock, which shows where one hangs
 GRACE = 5.0  # seconds that a process has to end by itself when another failed
 PATIENCE = 2.0  # seconds in which the cause of a lost connection may be told
 LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of the errors that follow from another process's end

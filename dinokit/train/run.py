@@ -165,7 +165,7 @@ class Run:
             "scaler": scaler,
             "unreadable": self.unreadable.state(),
             "images": dict(self.images),
-            "images_at_once": self.recipe.optim.batch // world_size() // self.step.parts,
+            "images_at_once": self.step.images_at_once,
             "memory_share": memory_share(self.step.device),
         }
         self.checkpoints.save(done, tensors, values)

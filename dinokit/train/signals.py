@@ -9,8 +9,7 @@ import torch
 
 from dinokit.distributed import all_reduce_max, rank
 
-# From kill, and from SLURM before it ends a job; Windows has but the first.
-STOPS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+STOPS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # from kill, and from SLURM before it ends a job
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def ask(number: int, _: object) -> None:
         if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and number not in asked and rank() == 0:
+        if number == signal.SIGINT and rank() == 0:
             os.write(2, b"\nstops after this step; Ctrl-C again ends at once, and loses what was not saved\n")
         asked.append(number)
 

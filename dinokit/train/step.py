@@ -37,9 +37,9 @@ class Step:
         self.parts = parts or recipe.run.accumulate
         self.model = (model or build_model(recipe)).to(device).train()
         prepare(self.model, recipe.run, device)
-        at_once = recipe.optim.batch // world_size() // self.parts
+        self.images_at_once = recipe.optim.batch // world_size() // self.parts
         # What is called in a step: the model, or it in DDP.
-        self.replica = spread(self.model, recipe, device, at_once)
+        self.replica = spread(self.model, recipe, device, self.images_at_once)
         self.colour = Photometric(recipe.crops)
         self.optimizer = build_optimizer(self.model.student, recipe.optim)
         self.schedules = Schedules(recipe)

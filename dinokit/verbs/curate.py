@@ -25,8 +25,6 @@ from dinokit.verbs import Command, part_of
 
 RESUMES = True
 
-RESUMES = True
-
 
 def run(command: Command) -> None:
     path = shelves.find_recipe(command.one_word("recipe", shelves.recipe_names("curate")), kind="curate")

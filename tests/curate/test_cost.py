@@ -1,5 +1,6 @@
 """What a curation is said to take, against what it left on disk and held in memory."""
 
+import json
 import re
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def test_disk_is_what_files_take(tmp_path, make, curate, n, width):
            f"out={tmp_path / 'out'}", "dedup.keep=first", "dedup.similarity=0.8", "clusters.count=20",
            *[f"index.{key}={value}" for key, value in index.items()])  # fmt: skip
     found = {path.name.partition(".")[0]: size(path) for path in (tmp_path / "out" / "stages").iterdir()}
-    edges = found["neighbours"] / 20 / n
+    done = next((tmp_path / "out" / "stages").glob("neighbours.*")) / "done.json"
+    edges = json.loads(done.read_text())["figures"]["edges"] / n
     fate = np.load(next((tmp_path / "out" / "stages").glob("overlap.*")) / "fate.npz")["fate"]
     said = cost(
         Work(
@@ -32,14 +34,13 @@ def test_disk_is_what_files_take(tmp_path, make, curate, n, width):
             width,
             left=(fate == 0).mean(),
             seeds=200,
-            neighbours=16,
             edges=edges,
             hashed=False,
             index=Index(**index),
         )
     )
     for name in ("hash", "embed", "index", "neighbours", "dedup", "survivors", "search"):
-        assert said[name].disk == pytest.approx(found[name], rel=0.15, abs=20_000), name
+        assert said[name].disk == pytest.approx(found[name], rel=0.15, abs=4_000), name
     assert total(said).disk >= 0.8 * size(tmp_path / "out" / "stages")
 
 

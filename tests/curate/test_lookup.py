@@ -8,6 +8,7 @@ from PIL import Image
 
 from dinokit import shelves
 from dinokit.__main__ import main
+from dinokit.curate.lookup import Lookup
 from dinokit.weights import save_backbone
 
 
@@ -38,6 +39,21 @@ def test_an_image_finds_itself_first_in_a_curation_and_in_features(heap, weights
         assert json.loads(lines[-1])["images"] == 2
         with Image.open(sheet) as image:
             assert image.size == (6 * 192, 2 * (192 + 16))
+
+
+def test_where_copies_have_weights_of_their_own_those_are_searched(heap, weights, curate, capsys, tmp_path):
+    section = {"name": "vit", "size": 32, "width": 16, "depth": 1, "heads": 2, "patch": 8}
+    torch.manual_seed(6)
+    save_backbone(tmp_path / "copies.safetensors", shelves.build("backbones", section), section)
+    two = f"weights={weights}", f"dedup.weights={tmp_path / 'copies.safetensors'}"
+    curate(*two, f"pool.path={heap / 'heap'}", f"out={tmp_path / 'out'}")
+    photo = heap / "heap" / "07.png"
+    status, said, err = answer(capsys, f"index={tmp_path / 'out'}", "k=3", photo)
+    assert status == 0, err
+    assert float(said.splitlines()[2].split(maxsplit=2)[1]) == pytest.approx(1, abs=2e-3)
+    opened = Lookup(tmp_path / "out")
+    assert opened.weights == str(tmp_path / "copies.safetensors")
+    assert opened.store["cls"].shape[1] == 16
 
 
 def test_what_cannot_be_searched_is_said(heap, weights, curate, capsys, tmp_path_factory):

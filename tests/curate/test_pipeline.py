@@ -92,6 +92,11 @@ def test_images_of_a_parquet_or_tar_pool_become_files(tmp_path, scenes, weights,
     )
     first = np.asarray(source[0][0])
     assert any(np.array_equal(first, np.asarray(photo.convert("RGB"))) for photo in scenes[:12])
+    before = {row["path"] for row in rows}
+    with tarfile.open(tmp_path / "pool.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("ignored.txt"))
+    curate(f"weights={weights}", *pool, *balanced, f"out={out}")
+    assert not before & {row["path"] for row in manifest(out)}  # of another pool, other files
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +201,15 @@ def test_parts_done_apart_make_the_same_whole(planted, tmp_path, curate, monkeyp
     [
         (("pool.embeddings={p}/pool.npy", "seeds.s.embeddings={p}/none.npy"), "there are no embeddings"),
         (("pool.embeddings={p}/pool.npy", "balance.images=99999"), "99999, but"),
+        (
+            (
+                "pool.embeddings={p}/pool.npy",
+                "seeds.s.embeddings={p}/seeds.npy",
+                "seeds.s.rule=cluster",
+                "seeds.s.min_hits=100",
+            ),
+            "no cluster has more than seeds.NAME.min_hits seeds of s. Lower min_hits",
+        ),
         (("pool.path={p}/nowhere", "weights=x"), "there is no such file or folder"),
     ],
 )

@@ -122,6 +122,11 @@ def test_other_weights_or_another_network_with_the_same_weights_are_told_apart()
     with torch.no_grad():
         b.blocks[3].mlp.fc2.bias[0] += 1e-7
     assert weights_hash(b) != weights_hash(a)
+    c = vit()
+    c.register_buffer("middle", torch.zeros(3), persistent=False)
+    before = weights_hash(c)
+    c.middle += 1
+    assert weights_hash(c) != before  # in no file of weights, and yet what it says depends on it
 
 
 def test_the_class_token_is_cut_out_of_what_the_linear_grid_kept(tmp_path, folder):

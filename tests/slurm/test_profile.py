@@ -39,7 +39,7 @@ def test_a_limit_is_whole_minutes_and_never_less_than_asked(hours, minutes):
         ("hors: 4", "ours.yaml: hors: there is no key 'hors'. Did you mean 'hours'? There is: partition, "),
         ("gpus: many", "ours.yaml: gpus: Value 'many'"),
         ("hours: 1-12", "hours=1-12: a number of hours, such as 24 or 0.5. SLURM's 1-12:30:00 is hours=36.5"),
-        ("hours: 4:00:00", "4:00:00"),
+        ("hours: 4:00:00", "write 4"),
         ("hours: 0", "hours=0: a number of hours"),
         ("nodes: 0", "nodes=0: it must be 1 or more"),
         ("{hours: 0.02, notice: 120}", "notice=120 seconds leave nothing of hours=0.02"),

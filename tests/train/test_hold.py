@@ -119,7 +119,7 @@ def test_without_locks_a_run_works_and_says_so(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(hold.fcntl, "lockf", lockf)
     with alone_in(tmp_path):
-        pass
+        assert not list(tmp_path.iterdir())
     assert "no file locks here" in capsys.readouterr().err
 
 

@@ -51,17 +51,22 @@ def read_table(path: Path) -> tuple[Column | Names, Words, Words]:
             f"{path} has no column {' or '.join(_PATH)}; there is: {', '.join(header) or 'nothing'}."
         )
     place = next(header.index(name) for name in _PATH if name in header)
-    labels, splits = Words(), Words()
-    noted = [(header.index(key), w) for key, w in (("label", labels), ("split", splits)) if key in header]
+    labels, splits, noted = _fresh(header)
     lines = Lines.of(path, comment=-1)
     if _at_once(path, header, place, noted) == len(lines) - 1:
         return Column(lines, place), labels, splits
-    labels, splits = Words(), Words()
-    noted = [(header.index(key), w) for key, w in (("label", labels), ("split", splits)) if key in header]
+    labels, splits, noted = _fresh(header)
     return Names.of(_row_by_row(path, header, place, noted)), labels, splits
 
 
 Noted = Sequence[tuple[int, Words]]  # columns, and where their words go
+
+
+def _fresh(header: Sequence[str]) -> tuple[Words, Words, Noted]:
+    """Labels and splits without a word, and their columns."""
+    labels, splits = Words(), Words()
+    both = ("label", labels), ("split", splits)
+    return labels, splits, [(header.index(key), words) for key, words in both if key in header]
 
 
 def _at_once(path: Path, header: Sequence[str], place: int, noted: Noted) -> int:
