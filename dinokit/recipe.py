@@ -142,11 +142,12 @@ class Run:
         1, 1
     )  # parts that a step's batch is cut into, one after another (docs/training.md)
     workers: int = at_least(-1, -1)  # processes that load images; -1: one a core but one, 16 at most; 0: none
-    # The next five change speed and memory alone: docs/performance.md.
+    # The next six change speed and memory alone: docs/performance.md.
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = "auto"
     compile: Literal["none", "blocks"] = "none"
     checkpointing: Literal["none", "selective", "full"] = "none"
     logits: Literal["chunks", "whole"] = "chunks"  # of the prototypes: a few at a time, or all
+    tokens: Literal["read", "all"] = "read"  # of the last block: those that a loss reads, or all
     keep_memory: bool = True  # on a CPU, what a step frees is kept for the next
     log_every: int = at_least(1, 10)
     checkpoint_every: int = at_least(1, 500)

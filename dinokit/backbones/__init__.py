@@ -41,7 +41,13 @@ class Backbone(Protocol):
 
     which gives for crops (b, C, h, w) the Tokens after each of these blocks, numbered from 0, in the order of
     depth, each after the final norm or, without `norm`, before it; it raises ValueError if there is no such
-    block.
+    block. One that can spare what nobody reads has
+
+        read(crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor)
+            -> tuple[list[Tensor], Tensor]
+
+    which gives the class tokens (b, D) of each group, and of the first group the patches (M, D) whose places
+    in its flattened (b * N) are `patches` (M,), all as a call gives them.
     """
 
     width: int  # D

@@ -132,6 +132,21 @@ class VisionTransformer(nn.Module):
             rows = block(rows, segments)
         return [self._tokens(x) for x in segments.split(self.norm(rows))]
 
+    def read(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """As Backbone."""
+        rows, segments = self._embed(crops, masks)
+        for block in self.blocks[:-1]:
+            rows = block(rows, segments)
+        tokens, first = segments.groups[0][1], 1 + self.registers
+        grid = tokens - first  # N
+        places = patches // grid * tokens + first + patches % grid
+        places = torch.cat([segments.starts(rows.device)[:-1].long(), places])
+        rows = self.norm(self.blocks[-1](rows, segments, places))
+        *cls, some = rows.split([*(images for images, _ in segments.groups), len(patches)])
+        return cls, some
+
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
         """What the official DINOv2 backbones return for x (b, C, h, w) and masks (b, N) bool or None."""
         rows, segments = self._embed([x], [masks])

@@ -30,7 +30,8 @@ from dinokit.train.student_teacher import StudentTeacher
 
 # The plainest form of a step: what a reader of the papers would write.
 PLAIN: dict[str, Any] = {
-    "logits": "whole", "compile": "none", "checkpointing": "none", "attention": "sdpa", "keep_memory": False,
+    "logits": "whole", "tokens": "all", "compile": "none", "checkpointing": "none", "attention": "sdpa",
+    "keep_memory": False,
 }  # fmt: skip
 WARM_UP = 2  # steps
 
@@ -42,7 +43,7 @@ class StepReport:
     images_per_second: float
     milliseconds: dict[str, float]  # of a step, by phase, in one step more with a clock in it
     peak_gib: float
-    model_flops: float  # of a step: what the plain form multiplies and adds
+    model_flops: float  # of a step: what must be multiplied and added
     share_of_matmul: float  # model FLOP/s over those of a matrix product in the run's precision
     matmul_fp32: float  # FLOP/s
     matmul_bf16: float
@@ -173,7 +174,7 @@ class Form:
         batch = clock.timed(lambda: next(self.batches), "load")()
         for owner, name, phase in [
             (step, "coloured", "transfer"), (step, "colour", "colour"), (step, "_backward", "backward"),
-            (model, "_see_all", "teacher"), (model.teacher, "scores", "teacher"),
+            (model, "_see", "teacher"), (model.teacher, "scores", "teacher"),
             (model, "forward", "student forward"), (model, "update_teacher", "EMA"),
             *((loss, "forward", "losses") for loss in model.losses),
         ]:  # fmt: skip
@@ -183,11 +184,16 @@ class Form:
 
 
 def model_flops(recipe: Recipe, batch: Batch) -> float:
-    """FLOPs of a step's plain form, forward and backward, counted on tensors without data."""
+    """FLOPs that a step needs, forward and backward, counted on tensors without data.
+
+    Those of its plain form, without the rows of the last block that no loss reads.
+    """
+    form = plain(recipe)
+    needed = replace(form, run=replace(form.run, tokens="read"))
     # Here, because they bring 0.07 GiB of modules, which no step uses and which would count as its peak.
     fakes, counters = map(import_module, ("torch._subclasses.fake_tensor", "torch.utils.flop_counter"))
     with torch.device("meta"):
-        model = StudentTeacher(plain(recipe)).train()
+        model = StudentTeacher(needed).train()
     with (
         fakes.FakeTensorMode(allow_non_fake_inputs=True) as fake,
         counters.FlopCounterMode(display=False) as counter,

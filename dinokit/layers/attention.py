@@ -133,34 +133,30 @@ def _is_short(split: Tensor) -> bool:
 
 
 class _Short(torch.autograd.Function):
-    """Attention as two plain products of (3, images, H, tokens, d).
-
-    The weight of each pair of tokens is computed again in the backward pass: a fiftieth of a block's work,
-    and a sixth of what it would keep.
-    """
+    """Attention as two plain products of (3, images, H, tokens, d)."""
 
     @staticmethod
     def forward(ctx: Any, split: Tensor) -> Tensor:
-        split = split.clone(memory_format=torch.contiguous_format)
-        split[0] *= split.shape[-1] ** -0.5
-        ctx.save_for_backward(split)
-        return _weights(split) @ split[2]
+        split = split.contiguous()
+        q, k, v = split.flatten(1, 2)  # (images * H, tokens, d) each
+        with torch.autocast(q.device.type, enabled=False):  # it would take the softmax to float32 and back
+            scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+            weights = scores.softmax(dim=-1)
+        ctx.save_for_backward(split, weights)
+        return torch.bmm(weights, v).view(split.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (split,) = ctx.saved_tensors
-        q, k, v = split
-        weights, done = _weights(split), torch.empty_like(split)
-        torch.matmul(weights.transpose(2, 3), grad, out=done[2])
-        of_scores = torch._softmax_backward_data(grad @ v.transpose(2, 3), weights, -1, weights.dtype)
-        torch.matmul(of_scores, k, out=done[0]).mul_(q.shape[-1] ** -0.5)
-        torch.matmul(of_scores.transpose(2, 3), q, out=done[1])
+        split, weights = ctx.saved_tensors
+        q, k, v = split.flatten(1, 2)
+        done, grad = torch.empty_like(split), grad.flatten(0, 1)
+        dq, dk, dv = done.flatten(1, 2)
+        torch.bmm(weights.mT, grad, out=dv)
+        of_scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype)
+        scale = q.shape[-1] ** -0.5
+        torch.baddbmm(dq, of_scores, k, beta=0, alpha=scale, out=dq)
+        torch.baddbmm(dk, of_scores.mT, q, beta=0, alpha=scale, out=dk)
         return done
-
-
-def _weights(split: Tensor) -> Tensor:
-    with torch.autocast(split.device.type, enabled=False):  # it would take the softmax to float32 and back
-        return (split[0] @ split[1].transpose(2, 3)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -173,6 +169,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, rows: Tensor, segments: Segments, scale: LayerScale | None = None) -> Tensor:
-        """(T, D) -> (T, D), scaled if asked."""
-        return project(attend(self.qkv(rows), self.heads, segments, self.kernel), self.proj, scale)
+    def forward(
+        self, rows: Tensor, segments: Segments, scale: LayerScale | None = None, read: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), scaled if asked; or, of `read` (t,), these rows of it alone: (t, D)."""
+        attended = attend(self.qkv(rows), self.heads, segments, self.kernel)
+        return project(attended if read is None else attended.index_select(0, read), self.proj, scale)

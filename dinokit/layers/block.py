@@ -65,8 +65,8 @@ def residual(
         return rows + branch(rows, segments)
     index, scale, kept, start = [], [], [], 0
     for images, tokens in segments.groups:
-        keep = max(int(images * (1 - rate)), 1)
-        chosen = torch.rand(images, device=rows.device).argsort()[:keep]
+        chosen = _draw(images, rate, rows.device)
+        keep = len(chosen)
         token = torch.arange(start, start + tokens, device=rows.device)
         index.append((chosen[:, None] * tokens + token).flatten())
         scale.append(torch.full((keep * tokens, 1), images / keep, device=rows.device))
@@ -75,6 +75,21 @@ def residual(
     places = torch.cat(index)  # (T',)
     out = branch(rows.index_select(0, places), Segments(tuple(kept))) * torch.cat(scale)
     return rows.index_add(0, places, out.to(rows.dtype))
+
+
+def gains(segments: Segments, rate: float, read: Tensor) -> Tensor:
+    """What residual() would multiply the branch of the rows `read` (t,) by: 0 or the scale, (t, 1)."""
+    parts = []
+    for images, tokens in segments.groups:
+        chosen = _draw(images, rate, read.device)
+        gain = torch.zeros(images, device=read.device).index_fill_(0, chosen, images / len(chosen))
+        parts.append(gain.repeat_interleave(tokens, output_size=images * tokens))
+    return torch.cat(parts).index_select(0, read)[:, None]
+
+
+def _draw(images: int, rate: float, device: torch.device) -> Tensor:
+    """The images whose branch is kept."""
+    return torch.rand(images, device=device).argsort()[: max(int(images * (1 - rate)), 1)]
 
 
 class Block(nn.Module):
@@ -92,8 +107,19 @@ class Block(nn.Module):
         self.mlp = Mlp(width) if ffn == "mlp" else SwiGLU(width)
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else None
 
-    def forward(self, rows: Tensor, segments: Segments) -> Tensor:
-        """(T, D) -> (T, D)."""
+    def forward(self, rows: Tensor, segments: Segments, read: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D); or, of `read` (t,), these rows of it alone: (t, D)."""
         rate = self.drop_path if self.training else 0.0
+        if read is not None:
+            return self._read(rows, segments, rate, read)
         rows = residual(rows, segments, rate, lambda x, s: self.attn(self.norm1(x), s, self.ls1))
         return residual(rows, segments, rate, lambda x, _: self.mlp(self.norm2(x), self.ls2))
+
+    def _read(self, rows: Tensor, segments: Segments, rate: float, read: Tensor) -> Tensor:
+        # All rows are keys and values. What follows needs few of them, so that stochastic depth multiplies by
+        # zero here: rows left out would have to be counted, for which a GPU would be waited for.
+        out = self.attn(self.norm1(rows), segments, self.ls1, read)
+        rows = rows.index_select(0, read)
+        rows = rows + (out * gains(segments, rate, read) if rate else out)
+        out = self.mlp(self.norm2(rows), self.ls2)
+        return rows + (out * gains(segments, rate, read) if rate else out)

@@ -1,8 +1,8 @@
 """The projection head: an MLP, the unit sphere, and K prototypes (DINO, arXiv 2104.14294, appendix C)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,37 @@ class Scores:
         """Logits (..., K) of all prototypes, or of a part of them."""
         return F.linear(self.rows, self.prototypes[part])
 
-    def parts(self) -> Iterator[slice]:
-        """The prototypes in slices, so that logits of one slice at a time are few."""
-        count, rows = len(self.prototypes), max(self.rows.shape[:-1].numel(), 1)
-        step = max((CPU_CHUNK if self.rows.device.type == "cpu" else GPU_CHUNK) // rows, 1)
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+def slices(*scores: Scores) -> list[slice]:
+    """The prototypes, which these have alike, in slices whose logits are few for whoever has most rows."""
+    rows = max(s.rows.shape[:-1].numel() for s in scores)
+    return _slices(len(scores[0].prototypes), rows, scores[0].rows.device)
+
+
+def _slices(count: int, width: int, device: torch.device) -> list[slice]:
+    step = max((CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // max(width, 1), 1)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+class _Unit(torch.autograd.Function):
+    """weight_norm into another dtype, a slice at a time: no copy of all prototypes in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+        done, length = torch.empty_like(v, dtype=dtype), torch.empty_like(g)
+        for part in _slices(len(v), v.shape[1], v.device):
+            done[part], length[part] = torch._weight_norm_interface(v[part], g[part], 0)
+        ctx.save_for_backward(v, g, length)
+        return done
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        v, g, length = ctx.saved_tensors
+        grad_v, grad_g = torch.empty_like(v), torch.empty_like(g)
+        back = torch.ops.aten._weight_norm_interface_backward
+        for part in _slices(len(v), v.shape[1], v.device):
+            grad_v[part], grad_g[part] = back(grad[part].to(v.dtype), v[part], g[part], length[part], 0)
+        return grad_v, grad_g, None
 
 
 class Prototypes(nn.Module):
@@ -49,9 +75,10 @@ class Prototypes(nn.Module):
         # PyTorch's own start of a linear layer, as in DINO: the MLP's trunc-normal one is not applied here.
         nn.init.uniform_(self.weight_v, -(width**-0.5), width**-0.5)
 
-    def forward(self) -> Tensor:
+    def forward(self, dtype: torch.dtype) -> Tensor:
         """(count, width)."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # the kernel of PyTorch's weight_norm
+        done: Tensor = _Unit.apply(self.weight_v, self.weight_g, dtype)
+        return done
 
 
 class PrototypeHead(nn.Module):
@@ -84,4 +111,4 @@ class PrototypeHead(nn.Module):
         """(..., D) -> the scores of (..., w), in the dtype that the MLP computes in."""
         x = self.mlp(x)
         unit = F.normalize(x.float(), dim=-1)  # in half precision the least length would be zero
-        return Scores(unit.to(x.dtype), self.last_layer().to(x.dtype))
+        return Scores(unit.to(x.dtype), self.last_layer(x.dtype))

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from dinokit.layers.head import Scores
+from dinokit.layers.head import Scores, slices
 from dinokit.losses._targets import Targets, Which, sinkhorn_knopp
 
 
@@ -41,8 +41,14 @@ class Views:
         """The teacher's scores by one of the heads."""
         return self.teacher_cls if which == "cls" else self.teacher_patch
 
+    def parts(self, which: Which) -> list[slice]:
+        """The prototypes of one of the heads in slices, for logits of the student and targets alike."""
+        student = self.student_cls if which == "cls" else self.student_patch
+        return slices(student, self.teacher(which))
+
     @cached_property
     def balanced(self) -> dict[Which, Targets]:
         """The targets of both heads by Sinkhorn-Knopp, for whichever losses ask."""
-        cls, patch = sinkhorn_knopp([self.teacher_cls, self.teacher_patch], self.teacher_temp)
+        teachers, parts = [self.teacher_cls, self.teacher_patch], [self.parts("cls"), self.parts("patch")]
+        cls, patch = sinkhorn_knopp(teachers, self.teacher_temp, parts=parts)
         return {"cls": cls, "patch": patch}

@@ -6,6 +6,7 @@ prototypes, which are a few percent of a step, and none of its largest tensors.
     S, T  student and teacher crops      b  images, or masked patches      K  prototypes      w  their width
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ def cross_entropy(student: Scores, targets: Targets, pairs: Tensor, weight: Tens
     """
     crops = (pairs.shape[1], len(weight))
     value: Tensor = _CrossEntropy.apply(
-        student.rows, student.prototypes, targets.mass.unflatten(0, crops), targets.row.unflatten(0, crops),
-        targets.column, pairs, weight, temp,
+        student.rows, student.prototypes, targets.row.unflatten(0, crops), targets.column, pairs, weight,
+        temp, *(part.unflatten(0, crops) for part in targets.mass),
     )  # fmt: skip
     return value
 
@@ -40,35 +41,43 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, prototypes: Tensor, mass: Tensor, row: Tensor, column: Tensor, pairs: Tensor,
-        weight: Tensor, temp: float,
+        ctx: Any, rows: Tensor, prototypes: Tensor, row: Tensor, column: Tensor, pairs: Tensor,
+        weight: Tensor, temp: float, *mass: Tensor,
     ) -> Tensor:  # fmt: skip
         norm = rows.new_full(rows.shape[:2], -torch.inf, dtype=torch.float32)  # (S, b)
         inner = row.new_zeros(len(weight), *pairs.shape)  # (b, S, T)
         scores = Scores(rows, prototypes)
-        for part in scores.parts():
+        for part, some in _slices(mass):
             z = scores.logits(part).float().div_(temp)  # (S, b, k)
-            q = mass[..., part] * column[part]  # (T, b, k)
+            q = some * column[part]  # (T, b, k)
             inner += torch.einsum("sbk,tbk->bst", z, q)
             norm = torch.logaddexp(norm, z.logsumexp(dim=-1))
-        ctx.save_for_backward(rows, prototypes, mass, row, column, pairs, weight, norm)
+        ctx.save_for_backward(rows, prototypes, row, column, pairs, weight, norm, *mass)
         ctx.temp = temp
         entropy = norm.T[:, :, None] - inner * row.T[:, None]  # (b, S, T)
         return torch.einsum("bst,st,b->", entropy, pairs, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, prototypes, mass, row, column, pairs, weight, norm = ctx.saved_tensors
+        rows, prototypes, row, column, pairs, weight, norm, *mass = ctx.saved_tensors
         share = (pairs.sum(dim=1)[:, None] * weight).log() - norm  # (S, b)
         row, scale = (row * weight)[..., None], grad / ctx.temp
         scores, flat = Scores(rows, prototypes), rows.flatten(0, 1)
         grad_rows = torch.zeros_like(flat, dtype=torch.float32)
         grad_prototypes = torch.empty_like(prototypes)
-        for part in scores.parts():
+        for part, some in _slices(mass):
             z = scores.logits(part).float().div_(ctx.temp)
-            q = (mass[..., part] * column[part]).mul_(row)
+            q = (some * column[part]).mul_(row)
             z.add_(share[..., None]).exp_().sub_(torch.tensordot(pairs, q, 1)).mul_(scale)
             g = z.flatten(0, 1).to(rows.dtype)  # (S * b, k), of the logits before the temperature
             grad_rows += g @ prototypes[part]
             torch.mm(g.T, flat, out=grad_prototypes[part])
-        return grad_rows.view_as(rows).to(rows.dtype), grad_prototypes, *[None] * 6
+        return grad_rows.view_as(rows).to(rows.dtype), grad_prototypes, *[None] * (5 + len(mass))
+
+
+def _slices(mass: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Each slice of the prototypes, with the targets' mass (T, b, k) there."""
+    stop = 0
+    for some in mass:
+        start, stop = stop, stop + some.shape[-1]
+        yield slice(start, stop), some

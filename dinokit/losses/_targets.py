@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.distributed import all_reduce_max, all_reduce_sum
-from dinokit.layers.head import CPU_CHUNK, Scores
+from dinokit.layers.head import Scores, slices
 
 if TYPE_CHECKING:
     from dinokit.losses import Views
@@ -23,17 +23,22 @@ Which = Literal["cls", "patch"]  # the class token's head, or that of the patche
 class Targets:
     """Probabilities: mass, times a factor a row, times a factor a column. They cost one exponential each."""
 
-    mass: Tensor  # (R, K) float32
+    mass: list[Tensor]  # (R, k) float32 a slice of prototypes: whole, its rows would lie at bad distances
     row: Tensor  # (R,)
     column: Tensor  # (K,)
 
     def probabilities(self) -> Tensor:
         """(R, K), each row sums to 1."""
-        return self.mass * self.row[:, None] * self.column
+        return torch.cat(self.mass, dim=1) * self.row[:, None] * self.column
 
 
 @torch.no_grad()
-def sinkhorn_knopp(scores: Sequence[Scores], temp: float, iterations: int = 3) -> list[Targets]:
+def sinkhorn_knopp(
+    scores: Sequence[Scores],
+    temp: float,
+    iterations: int = 3,
+    parts: Sequence[Sequence[slice]] | None = None,
+) -> list[Targets]:
     """Probabilities that use every prototype equally often, for one head or several.
 
     The iteration of SwAV (Caron et al., arXiv 2006.09882) as DINOv2 runs it: in turn, every prototype gets
@@ -48,17 +53,19 @@ def sinkhorn_knopp(scores: Sequence[Scores], temp: float, iterations: int = 3) -
         scores: of the teacher, (R, w) rows a head; R may be 0 on some processes.
         temp: of the teacher.
         iterations: of both normalisations.
+        parts: the prototypes of each head in slices; None: as few as go by the rows of `scores`.
     """
-    masses = [_logits(s, temp) for s in scores]
-    peaks = _jointly(all_reduce_max, [_peak(mass) for mass in masses])
+    cuts = [slices(s) for s in scores] if parts is None else parts
+    masses = [_logits(s, temp, cut) for s, cut in zip(scores, cuts, strict=True)]
+    peaks = _jointly(all_reduce_max, [torch.cat([_peak(part) for part in mass]) for mass in masses])
     rows = [_raise(mass, peak).exp() for mass, peak in zip(masses, peaks, strict=True)]
     columns = peaks
     for _ in range(iterations):
-        sums = [row @ mass for row, mass in zip(rows, masses, strict=True)]
+        sums = [torch.cat([row @ part for part in mass]) for row, mass in zip(rows, masses, strict=True)]
         # Up to a factor that the rows take out again, and that keeps many iterations from drifting away.
         columns = [total.amax() / total for total in _jointly(all_reduce_sum, sums)]
-        rows = [1 / (mass @ column) for column, mass in zip(columns, masses, strict=True)]
-    return [Targets(*parts) for parts in zip(masses, rows, columns, strict=True)]
+        rows = [1 / _weighed(mass, column) for mass, column in zip(masses, columns, strict=True)]
+    return [Targets(*each) for each in zip(masses, rows, columns, strict=True)]
 
 
 class Sinkhorn(nn.Module):
@@ -98,12 +105,15 @@ class Centering(nn.Module):
         if views.new_step:
             self.fold()
         scores = views.teacher(which)
-        mass = _logits(scores, 1.0)
-        self.pending = self.pending + mass.sum(dim=0)
-        self.rows += len(mass)
-        mass.sub_(self.center).div_(views.teacher_temp)
-        _raise(mass, mass.new_zeros(mass.shape[1]))
-        return Targets(mass, 1 / mass.sum(dim=1), mass.new_ones(mass.shape[1]))
+        mass = _logits(scores, 1.0, views.parts(which))
+        self.pending = self.pending + torch.cat([part.sum(dim=0) for part in mass])
+        self.rows += len(mass[0])
+        center = self.center.expand(self.pending.shape)
+        for part, middle in zip(mass, _cut(center, mass), strict=True):
+            part.sub_(middle).div_(views.teacher_temp)
+        _raise(mass, torch.zeros_like(center))
+        ones = torch.ones_like(center)
+        return Targets(mass, 1 / _weighed(mass, ones), ones)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -120,13 +130,20 @@ def build_targets(kind: Literal["sinkhorn", "centering"], momentum: float) -> nn
     return Sinkhorn() if kind == "sinkhorn" else Centering(momentum)
 
 
-def _logits(scores: Scores, temp: float) -> Tensor:
-    """Logits over a temperature, (R, K) float32."""
+def _logits(scores: Scores, temp: float, parts: Sequence[slice]) -> list[Tensor]:
+    """Logits over a temperature, (R, k) float32 a slice."""
     flat = Scores(scores.rows.flatten(0, -2), scores.prototypes)
-    done = flat.rows.new_empty(len(flat.rows), len(flat.prototypes), dtype=torch.float32)
-    for part in flat.parts():
-        torch.mul(flat.logits(part), 1 / temp, out=done[:, part])
-    return done
+    return [flat.logits(part).float().div_(temp) for part in parts]
+
+
+def _cut(column: Tensor, mass: Sequence[Tensor]) -> Sequence[Tensor]:
+    """(K,) in the slices of mass."""
+    return column.split([part.shape[1] for part in mass])
+
+
+def _weighed(mass: Sequence[Tensor], column: Tensor) -> Tensor:
+    """The sum of each row, every column times a factor: (R,)."""
+    return torch.stack([part @ c for part, c in zip(mass, _cut(column, mass), strict=True)]).sum(dim=0)
 
 
 def _peak(mass: Tensor) -> Tensor:
@@ -134,14 +151,13 @@ def _peak(mass: Tensor) -> Tensor:
     return mass.amax(dim=0) if len(mass) else mass.new_full((mass.shape[1],), -torch.inf)
 
 
-def _raise(mass: Tensor, peak: Tensor) -> Tensor:
-    """In place, logits (R, K) to exp(logits - peak - row); returns `row` (R,), the largest that is left."""
-    largest = mass.new_empty(len(mass), 1)
-    step = max(CPU_CHUNK // mass.shape[1], 1) if mass.device.type == "cpu" else max(len(mass), 1)
-    for part, row in zip(mass.split(step), largest.split(step), strict=True):
-        torch.amax(part.sub_(peak), dim=1, keepdim=True, out=row)
-        part.sub_(row).exp_()
-    return largest[:, 0]
+def _raise(mass: Sequence[Tensor], peak: Tensor) -> Tensor:
+    """In place, logits to exp(logits - peak - row); returns `row` (R,), the largest that is left."""
+    left = [part.sub_(p).amax(dim=1) for part, p in zip(mass, _cut(peak, mass), strict=True)]
+    row = torch.stack(left).amax(dim=0)
+    for part in mass:
+        part.sub_(row[:, None]).exp_()
+    return row
 
 
 def _jointly(reduce: Callable[[Tensor], Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor]:

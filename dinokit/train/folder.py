@@ -29,7 +29,7 @@ from dinokit.weights import save_backbone
 FREE = (
     "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
     "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.parallel",
-    "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits",
+    "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits", "run.tokens",
     "run.keep_memory", "data.memory_gib",
 )  # fmt: skip
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from dinokit.backbones import Backbone
@@ -104,6 +104,8 @@ def shard(model: Model, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         for part in network.children():
             # Tokens, positions, prototypes stay in float32: small, or of unit length, where bf16 is coarse.
             fully_shard(part, mesh=mesh, mp_policy=whole)
+        if hasattr(network.backbone, "read"):
+            register_fsdp_forward_method(network.get_submodule("backbone"), "read")
     fully_shard(model, mesh=mesh, mp_policy=whole)
 
 

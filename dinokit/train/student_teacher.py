@@ -5,12 +5,13 @@ K  prototypes      M  masked patches
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dinokit import shelves
-from dinokit.backbones import Backbone, Input, Tokens
+from dinokit.backbones import Backbone, Input
 from dinokit.config import Head, Recipe
 from dinokit.data.batch import Batch
 from dinokit.distributed import local
@@ -47,6 +48,13 @@ def both_scores(
     return Scores(rows[0], both.prototypes), Scores(rows[1], both.prototypes)
 
 
+class Read(NamedTuple):
+    """What the losses read of a backbone; everything after the final norm."""
+
+    cls: list[Tensor]  # (b, D) a group of crops
+    patches: Tensor  # (M, D) of the global crops
+
+
 class StudentTeacher(nn.Module):
     """A student, a teacher that is its moving average, and the losses between them."""
 
@@ -55,6 +63,7 @@ class StudentTeacher(nn.Module):
         self.student = Network(recipe)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.whole_logits = recipe.run.logits == "whole"
+        self.all_tokens = recipe.run.tokens == "all"
         self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = nn.ModuleList(
             shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
@@ -83,8 +92,8 @@ class StudentTeacher(nn.Module):
         if len(batch.local_crops):
             groups, masks = [*groups, batch.local_crops], [*masks, None]
         views = self._views(
-            teacher=self._see_all(batch.global_crops),
-            student=self.student.backbone(groups, masks),
+            teacher=self._see(batch.global_crops, batch.masked),
+            student=self._read(self.student.backbone, groups, masks, batch.masked),
             batch=batch,
             teacher_temp=teacher_temp,
             new_step=new_step,
@@ -99,22 +108,28 @@ class StudentTeacher(nn.Module):
         torch._foreach_lerp_(teacher, student, 1 - momentum)  # cut up alike, if at all
 
     @torch.no_grad()
-    def _see_all(self, crops: Tensor) -> Tokens:
-        return self.teacher.backbone([crops], [None])[0]
+    def _see(self, crops: Tensor, masked: Tensor) -> Read:
+        return self._read(self.teacher.backbone, [crops], [None], masked)
+
+    def _read(
+        self, backbone: Backbone, crops: list[Tensor], masks: list[Tensor | None], masked: Tensor
+    ) -> Read:
+        if hasattr(backbone, "read") and not self.all_tokens:
+            return Read(*backbone.read(crops, masks, masked))
+        tokens = backbone(crops, masks)
+        return Read([t.cls for t in tokens], tokens[0].patches.flatten(0, 1).index_select(0, masked))
 
     def _views(
-        self, teacher: Tokens, student: list[Tokens], batch: Batch, teacher_temp: float, new_step: bool
+        self, teacher: Read, student: Read, batch: Batch, teacher_temp: float, new_step: bool
     ) -> Views:
-        images, masked = batch.images, batch.masked
+        images = batch.images
         with torch.no_grad():
-            teacher_cls, teacher_patch = self.teacher.scores(teacher.cls, _rows(teacher.patches, masked))
-        student_cls, student_patch = self.student.scores(
-            torch.cat([s.cls for s in student]), _rows(student[0].patches, masked)
-        )
+            teacher_cls, teacher_patch = self.teacher.scores(teacher.cls[0], teacher.patches)
+        student_cls, student_patch = self.student.scores(torch.cat(student.cls), student.patches)
         return Views(
             student_cls=student_cls.by_crop(images),
             teacher_cls=teacher_cls.by_crop(images),
-            student_feature=student[0].cls.unflatten(0, (-1, images)),
+            student_feature=student.cls[0].unflatten(0, (-1, images)),
             student_patch=student_patch,
             teacher_patch=teacher_patch,
             mask_weight=batch.mask_weight,
@@ -156,8 +171,3 @@ def build_backbone(recipe: Recipe) -> Backbone:
 def build_head(width: int, cfg: Head) -> PrototypeHead:
     """The head that a recipe describes, for features of this width."""
     return PrototypeHead(width, cfg.prototypes, cfg.hidden, cfg.bottleneck, cfg.layers, cfg.norm_last_layer)
-
-
-def _rows(patches: Tensor, masked: Tensor) -> Tensor:
-    """Those of patches (b, N, D) whose places in the flattened masks are `masked` (M,). Returns (M, D)."""
-    return patches.flatten(0, 1).index_select(0, masked)

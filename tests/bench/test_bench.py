@@ -110,7 +110,8 @@ def test_a_step_that_cannot_be_run_is_an_error():
 
 def test_the_plain_form_has_nothing_that_is_there_for_speed():
     run = plain(load_recipe("small_photos", [*SMALL, "data={name: scenes}"])).run
-    assert (run.logits, run.compile, run.checkpointing, run.keep_memory) == ("whole", "none", "none", False)
+    assert (run.logits, run.tokens, run.compile, run.checkpointing) == ("whole", "all", "none", "none")
+    assert not run.keep_memory
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,17 @@ def test_gradients_flow_through_kept_and_dropped_images():
     assert sorted(x.grad.view(4, -1).mean(dim=1).tolist()) == pytest.approx([1, 1, 7, 7])
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.6])
+def test_rows_that_are_read_are_those_of_the_whole_block(rate, generator):
+    block = Block(width=8, heads=2, ffn="mlp", layer_scale=0.5, drop_path=rate).train()
+    segments = Segments(((7, 3), (10, 2)))
+    x, read = torch.randn(41, 8, generator=generator), torch.tensor([0, 4, 20, 21, 22, 40])
+    torch.manual_seed(3)
+    whole = block(x, segments)
+    torch.manual_seed(3)
+    torch.testing.assert_close(block(x, segments, read), whole[read])
+
+
 def test_evaluation_drops_nothing():
     block = Block(width=8, heads=2, ffn="mlp", layer_scale=1.0, drop_path=0.9).eval()
     x, segments = torch.randn(12, 8), Segments(((4, 3),))

@@ -19,6 +19,7 @@ from dinokit.train.step import Step
 SWITCHES = [
     {},
     {"logits": "whole", "attention": "sdpa"},
+    {"tokens": "all"},
     {"checkpointing": "selective"},
     {"checkpointing": "full"},
 ]
