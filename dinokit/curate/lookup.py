@@ -17,7 +17,6 @@ from dinokit.data.names import Names
 from dinokit.data.sources import Picture, Source
 from dinokit.data.sources._files import ImageFiles
 from dinokit.features import Wanted, extract_to, fingerprint, open_store
-from dinokit.features.layout import shard_path
 
 
 class Lookup:
@@ -53,10 +52,8 @@ class Lookup:
         self.token = self.store.tokens[0]
         if len(self.store[self.token].shape) != 2:
             raise ValueError(f"{folder} has several layers or patches; search needs one vector an image.")
-        shards = -(-len(self.store) // self.store.about["shard"])
         self._rows = np.flatnonzero(self.store.valid)
-        vectors = Vectors([shard_path(folder, self.token, n) for n in range(shards)], self._rows)
-        self._searcher = Searcher(vectors, index, cfg)
+        self._searcher = Searcher(Vectors(self.store.files(self.token), self._rows), index, cfg)
         self._names = Names.of(self.store.iter_names())
         self._source: Source | None = None
 

@@ -65,6 +65,7 @@ def by_cluster_hits(
     seeds: Vectors,
     hit: np.ndarray,
     cfg: Seeds,
+    gpu: bool,
     rng: np.random.Generator,
 ) -> Picks:
     """Images drawn from the clusters that seeds hit (rule=cluster).
@@ -76,6 +77,7 @@ def by_cluster_hits(
         hit: (q,) the cluster of each seed.
         cfg: a cluster with more than `min_hits` seeds gives up to `per_cluster` images, all clusters together
             `cap`, as evenly as they can; which ones is chance.
+        gpu: whether to use the GPUs that faiss sees.
         rng: draws them.
     """
     count = int(max(cluster.max(initial=-1), hit.max(initial=-1))) + 1
@@ -97,7 +99,7 @@ def by_cluster_hits(
         queries = own[own_ends[number] : own_ends[number + 1]]
         for start in range(0, len(here), CHUNK):
             some = here[start : start + CHUNK]
-            similarity, which = exact(vectors.take(image[some]), seeds.at(queries), 1)
+            similarity, which = exact(vectors.take(image[some]), seeds.at(queries), 1, gpu)
             picks.query[some], picks.similarity[some] = queries[which[:, 0]], similarity[:, 0]
         picks.rank[here[np.argsort(-picks.similarity[here], kind="stable")]] = np.arange(1, len(here) + 1)
     return picks

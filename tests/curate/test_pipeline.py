@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dinokit import shelves
+from dinokit.__main__ import main
 from dinokit.curate import dedup
 
 
@@ -196,11 +197,37 @@ def test_parts_done_apart_make_the_same_whole(planted, tmp_path, curate, monkeyp
     assert same[0] == same[1]
 
 
+def test_features_that_find_all_alike_are_suspected_and_a_shortage_is_explained(tmp_path, curate, capsys):
+    rng = np.random.default_rng(0)
+    alike = 1 + 0.01 * rng.standard_normal((300, 16))
+    apart = rng.standard_normal((30, 16))
+    np.save(tmp_path / "pool.npy", np.concatenate([alike, apart]).astype(np.float32))
+    np.save(tmp_path / "seeds.npy", apart[:20].astype(np.float32))
+    words = [f"pool.embeddings={tmp_path / 'pool.npy'}", f"seeds.s.embeddings={tmp_path / 'seeds.npy'}",
+             f"out={tmp_path / 'out'}", "dedup.keep=first"]  # fmt: skip
+    assert main(["curate", "curate_small", *words]) == 0
+    said = capsys.readouterr().out
+    assert "One group of copies holds 300 of 330 images (91%)" in said
+    assert "raise dedup.similarity (0.95)" in said
+    assert (
+        "The seeds ask for 80 images (k each), but 31 are left to take from: of 330 images 299 went (299: "
+        in said
+    )
+    assert "One group of copies" in (tmp_path / "out" / "report.html").read_text()
+    assert main(["curate", "curate_small", *words, "dedup.similarity=1", "seeds.s.k=3"]) == 0
+    said = capsys.readouterr().out
+    assert "One group of copies" not in said
+    assert "The seeds ask for" not in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("pool.embeddings={p}/pool.npy", "seeds.s.embeddings={p}/none.npy"), "there are no embeddings"),
-        (("pool.embeddings={p}/pool.npy", "balance.images=99999"), "99999, but"),
+        (
+            ("pool.embeddings={p}/pool.npy", "balance.images=99999"),
+            ": copy of another, by embedding)",
+        ),
         (
             (
                 "pool.embeddings={p}/pool.npy",

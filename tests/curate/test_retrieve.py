@@ -57,7 +57,7 @@ def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
     around = lambda which: centres[which] + 0.05 * rng.standard_normal((len(which), 8)).astype(np.float32)  # noqa: E731
     images, seeds = Vectors([around(cluster)]), Vectors([around(hit)])
     cfg = Seeds(rule="cluster", min_hits=3, per_cluster=15, cap=1000)
-    picks = by_cluster_hits(images, cluster, seeds, hit, cfg, np.random.default_rng(0))
+    picks = by_cluster_hits(images, cluster, seeds, hit, cfg, False, np.random.default_rng(0))
     assert np.bincount(picks.cluster).tolist() == [15, 0, 15]
     assert (cluster[picks.image] == picks.cluster).all()
     assert (hit[picks.query] == picks.cluster).all()
@@ -69,8 +69,14 @@ def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
         assert sorted(picks.rank[own]) == list(range(1, 16))
         assert (np.diff(picks.similarity[own][np.argsort(picks.rank[own])]) <= 0).all()
     capped = by_cluster_hits(
-        images, cluster, seeds, hit, Seeds(rule="cluster", cap=21, per_cluster=15), np.random.default_rng(0)
+        images,
+        cluster,
+        seeds,
+        hit,
+        Seeds(rule="cluster", cap=21, per_cluster=15),
+        False,
+        np.random.default_rng(0),
     )
     assert sorted(np.bincount(capped.cluster, minlength=3).tolist()) == [0, 10, 11]
-    nothing = by_cluster_hits(images, cluster, seeds, hit, Seeds(rule="cluster", min_hits=9), rng)
+    nothing = by_cluster_hits(images, cluster, seeds, hit, Seeds(rule="cluster", min_hits=9), False, rng)
     assert len(nothing.image) == 0
