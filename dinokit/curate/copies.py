@@ -75,11 +75,13 @@ def find_copies(
     seen = np.stack([seen[:, 0], which - 1, seen[:, 1] - starts[which]], axis=1)
     save(folder / "fate.npz", fate=fate, of=of, pixels=table["pixels"][:n], seen=seen)
     counts = {kind.name.lower(): int((fate == kind).sum()) for kind in list(Fate)[1:4]}
+    names = f"Unreadable images are named in {folder / pool.label}/*.unreadable.txt."
     return {
         "images": n,
         "computed": sum(len(one) for one in sets if one.source is not None),
         **counts,
         "showing_evaluation_images": len(np.unique(seen[:, 0])),
+        **({"note": names} if counts["unreadable"] else {}),
     }
 
 

@@ -45,6 +45,7 @@ def test_of_each_photo_one_stays_and_none_that_is_in_the_test_set(heap, weights,
     assert "http" not in page
     told = next((out / "stages").glob("hash.*")) / "pool" / "00000.unreadable.txt"
     assert "broken.jpg" in told.read_text()
+    assert f"named in {told.parent}" in (told.parents[1] / "done.json").read_text()
 
 
 def test_seeds_bring_images_and_the_manifest_says_why(heap, weights, curate):
