@@ -2,6 +2,7 @@
 
 import csv
 import io
+import signal
 import subprocess
 import sys
 import tarfile
@@ -140,24 +141,33 @@ def test_planted_copies_and_leaks_are_found_in_vectors(planted, tmp_path, curate
     assert np.isin(label[taken], seeds).mean() > 2 * np.isin(label, seeds).mean()
 
 
-def test_a_killed_curation_goes_on_and_ends_with_the_same_manifest(planted, tmp_path, curate):
+# A shell's background jobs are born ignoring Ctrl-C, and their children with them.
+DINOKIT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dinokit.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stopped_curation_goes_on_and_ends_with_the_same_manifest(planted, tmp_path, curate):
     curate(*words_of(planted, tmp_path / "whole"))
-    command = [
-        sys.executable,
-        "-m",
-        "dinokit",
-        "curate",
-        "curate_small",
-        *words_of(planted, tmp_path / "out"),
-    ]
-    for stage in ("neighbours", "retrieve"):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    words = ["curate", "curate_small", *words_of(planted, tmp_path / "out")]
+    command = [sys.executable, "-c", DINOKIT, *words]
+    for stage, number, said in (
+        ("index", signal.SIGINT, "interrupted: the same command goes on"),
+        ("neighbours", signal.SIGKILL, ""),
+        ("retrieve", signal.SIGKILL, ""),
+    ):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith(f"{stage} ..."):
-                    process.kill()
+                    process.send_signal(number)
                     break
-            assert process.wait() != 0
+            _, err = process.communicate()
+            assert said in err
+            assert process.returncode == (130 if number == signal.SIGINT else -number)
     curate(*words_of(planted, tmp_path / "out"))
     same = [(tmp_path / name / "manifest.csv").read_bytes() for name in ("whole", "out")]
     assert same[0] == same[1]
