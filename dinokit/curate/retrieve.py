@@ -12,6 +12,8 @@ from dinokit.curate.index import exact
 from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.vectors import CHUNK, Vectors
 
+ASKED = 1000  # seeds that the floor is learnt from
+
 
 @dataclass
 class Picks:
@@ -57,6 +59,21 @@ def award(similarity: np.ndarray, rows: np.ndarray, k: int, n: int) -> Picks:
     image, query, place = image[order], query[order], place[order]
     none = np.full(len(image), -1)
     return Picks(image, query, place + 1, similarity[query, place], none)
+
+
+def floor_of(seeds: Vectors, strict: float, gpu: bool, rng: np.random.Generator) -> float:
+    """How like its seed an image must be. Seeds are of what is sought: they show how alike that is.
+
+    Args:
+        seeds: one alone gives no floor.
+        strict: the floor is what this share of them has as its similarity to the nearest other one, at most.
+        gpu: whether to use the GPUs that faiss sees.
+        rng: draws the thousand that are asked.
+    """
+    asked = np.sort(rng.choice(len(seeds), min(len(seeds), ASKED), replace=False))
+    similarity, rows = exact(seeds.take(asked), seeds, 2, gpu)
+    other = np.where(rows[:, 0] == asked, similarity[:, 1], similarity[:, 0])  # a copy may come first
+    return float(np.quantile(other, strict)) if len(seeds) > 1 else -1.0
 
 
 def by_cluster_hits(

@@ -2,7 +2,7 @@
 
     python tests/curate/mixed.py FOLDER_OF_PARQUET_FILES OUT
 
-writes OUT/pool, 660 images called SET__NUMBER.jpg, and OUT/seeds0 to OUT/seeds4, 20 others of SOUGHT each.
+writes OUT/pool, 660 images called SET__NUMBER_CLASS.jpg, and OUT/seeds0 to OUT/seeds4, 20 other flowers each.
 """
 
 import sys
@@ -31,8 +31,9 @@ def make(data: Path, out: Path) -> None:
         for folder, places in into.items():
             (out / folder).mkdir(parents=True, exist_ok=True)
             for number, place in enumerate(places.tolist()):
-                picture = source[place][0].convert("RGB")
-                picture.save(out / folder / f"{name}__{number:03d}.jpg", quality=95)
+                picture, label = source[place]
+                kind = f"_{source.classes[label]}" if len(source.classes) else ""
+                picture.convert("RGB").save(out / folder / f"{name}__{number:03d}{kind}.jpg", quality=95)
 
 
 if __name__ == "__main__":

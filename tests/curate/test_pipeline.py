@@ -63,6 +63,10 @@ def test_seeds_bring_images_and_the_manifest_says_why(heap, weights, curate):
     page = (out / "report.html").read_text()
     assert "<td>of these brought by seeds.mine<td class=n>20" in page
     assert page.count("<figure class=asks") == page.count("<span>seed of mine") == 10
+    curate(*words, f"seeds.mine.path={heap / 'seeds'}", "seeds.mine.k=2", "seeds.mine.strict=0.5")
+    floor = min(float(row["similarity"]) for row in manifest(out))
+    assert 0 < len(manifest(out)) < 20
+    assert floor > min(float(row["similarity"]) for row in brought)
     capped = (
         f"seeds.mine.path={heap / 'seeds'}",
         "seeds.mine.rule=cluster",
@@ -246,7 +250,11 @@ def test_features_that_find_all_alike_are_suspected_and_a_shortage_is_explained(
                 "seeds.s.rule=cluster",
                 "seeds.s.min_hits=100",
             ),
-            "no cluster has more than seeds.NAME.min_hits seeds of s. Lower min_hits",
+            "No cluster has more than seeds.NAME.min_hits seeds of s. Lower min_hits",
+        ),
+        (
+            ("pool.embeddings={p}/pool.npy", "seeds.s.embeddings={p}/pool.npy", "seeds.s.strict=1.5"),
+            "a share of the seeds, from 0 to 1",
         ),
         (("pool.path={p}/nowhere", "weights=x"), "there is no such file or folder"),
     ],

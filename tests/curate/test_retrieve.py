@@ -1,10 +1,11 @@
 """Retrieval by seeds against loops, on cases small enough to see."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinokit.curate.retrieve import award, by_cluster_hits
+from dinokit.curate.retrieve import award, by_cluster_hits, floor_of
 from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.vectors import Vectors
 
@@ -42,6 +43,18 @@ def test_with_a_reserve_equal_seeds_bring_different_images_and_without_they_shar
     rows = np.array([[3, 1, 4, 2]] * 2)
     assert award(similarity, rows, 2, 6).image.tolist() == [1, 2, 3, 4]
     assert award(similarity[:, :2], rows[:, :2], 2, 6).image.tolist() == [1, 3]
+
+
+def test_the_floor_is_how_alike_the_seeds_themselves_are():
+    rng = np.random.default_rng(0)
+    seeds = rng.standard_normal((41, 5))
+    seeds[7] = seeds[3]  # a copy: its nearest other seed is that, and not itself
+    seeds /= np.linalg.norm(seeds, axis=1, keepdims=True)
+    nearest = sorted(max(float(a @ b) for j, b in enumerate(seeds) if j != i) for i, a in enumerate(seeds))
+    for strict, place in ((0, 0), (0.5, 20), (1, 40)):
+        floor = floor_of(Vectors([seeds]), strict, False, rng)
+        assert floor == pytest.approx(nearest[place], abs=1e-5)
+    assert floor_of(Vectors([seeds[:1]]), 0.5, False, rng) == -1
 
 
 def test_places_that_hold_no_image_are_passed_over():
