@@ -103,7 +103,9 @@ def judge(table: np.ndarray, n: int, bits: int, largest: bool) -> tuple[np.ndarr
     _, first, where = np.unique(table["digest"][valid], axis=0, return_index=True, return_inverse=True)
     same = valid[first[where]]  # the first with these pixels
     links = [np.stack([same, valid])]
-    only = valid[first]  # hashes of copies are equal: the first stands for all
+    # Hashes of copies are equal: the first stands for all. In order, so that of equal hashes an image of the
+    # pool does, not an evaluation image: what hangs on that one alone would not be one group.
+    only = np.sort(valid[first])
     links += [only[np.stack(pair)] for pair in near(table["hash"][only], bits)]
     of = np.arange(len(table))
     of[valid] = same
