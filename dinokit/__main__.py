@@ -53,7 +53,12 @@ def answer(argv: Sequence[str]) -> None:
             )
         )
         return
-    module.run(command)
+    try:
+        module.run(command)
+    except KeyboardInterrupt:
+        if getattr(module, "RESUMES", False):
+            raise KeyboardInterrupt("the same command goes on") from None
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dinokit: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("dinokit: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(": ".join(["dinokit", "interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
     return 0
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from dinokit.curate.balance import draw, entropy
+from dinokit.curate.copies import what_went
 from dinokit.curate.embedding import Embedded
 from dinokit.curate.hierarchy import grow
 from dinokit.curate.index import Searcher
 from dinokit.curate.kmeans import cluster, nearest
-from dinokit.curate.retrieve import Picks, award, by_cluster_hits
+from dinokit.curate.retrieve import Picks, award, by_cluster_hits, floor_of
 from dinokit.curate.seeds import Config as Seeds
-from dinokit.curate.settings import Clusters, Config
+from dinokit.curate.settings import Config
 from dinokit.curate.stages import Share, Told, save
 from dinokit.curate.vectors import Vectors
 
@@ -41,6 +42,7 @@ class Known:
     """Of the clean pool."""
 
     left: Embedded
+    fate: np.ndarray  # (n,) of each image of the whole pool
     cluster: np.ndarray  # (n,) of each image of the whole pool, -1 without an embedding
     centres: np.ndarray  # (c, D) of those clusters
     found: Path  # the folder of the stage `search`
@@ -51,17 +53,16 @@ def origins(rules: Mapping[str, Seeds]) -> list[str]:
     return [*rules, BALANCE, ALL]
 
 
-def clusters(
-    cfg: Clusters, seed: int, pool: Embedded, left: Embedded, n: int, folder: Path
-) -> dict[str, Any]:
+def clusters(cfg: Config, pool: Embedded, left: Embedded, n: int, folder: Path) -> dict[str, Any]:
     """Learn the clusters of what is left, and say the cluster of every image of the pool.
 
     Leaves clusters.npz: centres (c, D); cluster (n,), -1 without an embedding.
     """
-    count = min(cfg.count or min(math.isqrt(len(left.images)), MOST_CLUSTERS), len(left.images))
-    centres = cluster(left.vectors, count, cfg.kmeans, np.random.default_rng([seed, 3]))
+    own, gpu, rng = cfg.clusters, cfg.index.gpu, np.random.default_rng([cfg.seed, 3])
+    count = min(own.count or min(math.isqrt(len(left.images)), MOST_CLUSTERS), len(left.images))
+    centres = cluster(left.vectors, count, own.kmeans, gpu, rng)
     which = np.full(n, -1, np.int64)
-    which[pool.images] = nearest(pool.vectors, centres)[0]
+    which[pool.images] = nearest(pool.vectors, centres, gpu)[0]
     save(folder / "clusters.npz", centres=centres, cluster=which)
     sizes = np.bincount(which[left.images], minlength=count)
     return {"clusters": count, "largest": int(sizes.max()), "entropy": round(entropy(sizes), 4)}
@@ -95,39 +96,68 @@ def choose(
         told: takes lines for the screen.
     """
     left, names = known.left, origins(rules)
-    inside = known.cluster[left.images]
     taken = np.zeros(len(left.images), np.bool_)
     columns: list[np.ndarray] = []
     counts: dict[str, int] = {}
     for number, (name, rule) in enumerate(rules.items()):
-        own = seeds[name]
-        if rule.rule == "sample":
-            picks = award(*_candidates(known.found / name, len(own.images)), rule.k, len(left.images))
-            picks.cluster = inside[picks.image]
-        else:
-            hit, _ = nearest(own.vectors, known.centres)
-            rng = np.random.default_rng([cfg.seed, 5, number])
-            picks = by_cluster_hits(left.vectors, inside, own.vectors, hit, rule, rng)
-        picks.query = own.images[picks.query]
+        picks = _brought(cfg, number, known.found / name, rule, seeds[name], known)
         columns.append(_rows(picks, number, taken))
         counts[name] = columns[-1].shape[0]
+    inside = known.cluster[left.images]
     if cfg.balance.images:
-        image = _balanced(cfg, left, folder, told)
+        image = _balanced(cfg, known, folder, told)
         columns.append(_rows(_plain(image, inside), names.index(BALANCE), taken))
         counts[BALANCE] = columns[-1].shape[0]
     elif not rules:
         columns.append(_rows(_plain(np.arange(len(left.images)), inside), names.index(ALL), taken))
     table = np.concatenate(columns)
     if not len(table):
-        raise ValueError(
-            f"Nothing is picked: no cluster has more than seeds.NAME.min_hits seeds of {', '.join(rules)}. "
-            f"Lower min_hits, take fewer clusters (clusters.count={len(known.centres)}), or rule=sample."
-        )
+        raise ValueError(_nothing(rules, known))
     table = table[np.argsort(table["image"])]
     table["image"] = left.images[table["image"]]
     save(folder / "picks.npy", only=table)
     sizes = np.bincount(table["cluster"], minlength=len(known.centres))
-    return {"images": len(table), "entropy": round(entropy(sizes), 4), "brought": counts}
+    figures = {"images": len(table), "entropy": round(entropy(sizes), 4), "brought": counts}
+    asked = sum(rule.k * len(seeds[name].images) for name, rule in rules.items() if rule.rule == "sample")
+    if asked > len(left.images):
+        figures["note"] = (
+            f"The seeds ask for {asked:,} images (k each), but {len(left.images):,} are left to take from: "
+            f"{what_went(known.fate)}."
+        )
+    return figures
+
+
+def _brought(cfg: Config, number: int, found: Path, rule: Seeds, own: Embedded, known: Known) -> Picks:
+    """What a set of seeds brings, the number-th."""
+    left, gpu = known.left, cfg.index.gpu
+    inside = known.cluster[left.images]
+    rng = np.random.default_rng([cfg.seed, 5, number])
+    if rule.rule == "sample":
+        similarity, rows = _candidates(found, len(own.images))
+        if rule.strict:
+            rows = np.where(similarity < floor_of(own.vectors, rule.strict, gpu, rng), -1, rows)
+        picks = award(similarity, rows, rule.k, len(left.images))
+        picks.cluster = inside[picks.image]
+    else:
+        hit, _ = nearest(own.vectors, known.centres, gpu)
+        picks = by_cluster_hits(left.vectors, inside, own.vectors, hit, rule, gpu, rng)
+    picks.query = own.images[picks.query]
+    return picks
+
+
+def _nothing(rules: Mapping[str, Seeds], known: Known) -> str:
+    """Why nothing is picked, and what to do."""
+    strict = [name for name, rule in rules.items() if rule.rule == "sample"]
+    few = [name for name, rule in rules.items() if rule.rule == "cluster"]
+    said = ["Nothing is picked."]
+    if strict:
+        said.append(f"No image is as like one of {', '.join(strict)} as seeds.NAME.strict asks: lower that.")
+    if few:
+        said.append(
+            f"No cluster has more than seeds.NAME.min_hits seeds of {', '.join(few)}. Lower min_hits, take "
+            f"fewer clusters (clusters.count={len(known.centres)}), or rule=sample."
+        )
+    return " ".join(said)
 
 
 def _rows(picks: Picks, origin: int, taken: np.ndarray) -> np.ndarray:
@@ -148,12 +178,14 @@ def _plain(image: np.ndarray, cluster: np.ndarray) -> Picks:
     )
 
 
-def _balanced(cfg: Config, left: Embedded, folder: Path, told: Told) -> np.ndarray:
+def _balanced(cfg: Config, known: Known, folder: Path, told: Told) -> np.ndarray:
+    left = known.left
     if cfg.balance.images > len(left.images):
         raise ValueError(
-            f"balance.images={cfg.balance.images}, but {len(left.images)} images are left to draw from."
+            f"balance.images={cfg.balance.images}, but {len(left.images)} are left to draw from: "
+            f"{what_went(known.fate)}. Ask for fewer, or move the threshold that took them."
         )
-    levels, distance = grow(left.vectors, cfg.balance, cfg.seed, folder, told)
+    levels, distance = grow(left.vectors, cfg.balance, cfg.index.gpu, cfg.seed, folder, told)
     central = distance if cfg.balance.draw == "central" else None
     return draw(levels, central, cfg.balance.images, np.random.default_rng([cfg.seed, 6]))
 

@@ -32,6 +32,22 @@ class Fate(IntEnum):
     OVERLAP = 5  # it, or a copy of it, shows an evaluation image
 
 
+WHY = {
+    Fate.UNREADABLE: "cannot be read, or has no embedding",
+    Fate.EXACT: "same pixels as another image",
+    Fate.NEAR: "nearly the same as another, by hash",
+    Fate.DUPLICATE: "copy of another, by embedding",
+    Fate.OVERLAP: "shows an evaluation image, or is a copy of one that does",
+}
+
+
+def what_went(fate: np.ndarray) -> str:
+    """How many images of the pool went, and why, in words; fate (n,)."""
+    counts = {why: int((fate == kind).sum()) for kind, why in WHY.items()}
+    said = "; ".join(f"{count:,}: {why}" for why, count in counts.items() if count)
+    return f"of {len(fate):,} images {int((fate != Fate.KEPT).sum()):,} went ({said or 'none'})"
+
+
 def find_copies(
     cfg: Config, pool: ImageSet, against: list[ImageSet], folder: Path, share: Share
 ) -> dict[str, Any]:
@@ -45,7 +61,7 @@ def find_copies(
         n = len(pool)
         save(folder / "fate.npz", fate=np.zeros(n, np.uint8), of=np.arange(n), pixels=np.zeros(n, np.uint64),
              seen=np.zeros((0, 3), np.int64))  # fmt: skip
-        return {"images": n, "hashed": 0}
+        return {"images": n, "computed": 0}
     for one in sets:
         if one.source is not None:
             _hash_all(one, folder / one.label, cfg.hash.processes, share)
@@ -59,7 +75,14 @@ def find_copies(
     seen = np.stack([seen[:, 0], which - 1, seen[:, 1] - starts[which]], axis=1)
     save(folder / "fate.npz", fate=fate, of=of, pixels=table["pixels"][:n], seen=seen)
     counts = {kind.name.lower(): int((fate == kind).sum()) for kind in list(Fate)[1:4]}
-    return {"images": n, **counts, "showing_evaluation_images": len(np.unique(seen[:, 0]))}
+    names = f"Unreadable images are named in {folder / pool.label}/*.unreadable.txt."
+    return {
+        "images": n,
+        "computed": sum(len(one) for one in sets if one.source is not None),
+        **counts,
+        "showing_evaluation_images": len(np.unique(seen[:, 0])),
+        **({"note": names} if counts["unreadable"] else {}),
+    }
 
 
 def judge(table: np.ndarray, n: int, bits: int, largest: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,7 +103,9 @@ def judge(table: np.ndarray, n: int, bits: int, largest: bool) -> tuple[np.ndarr
     _, first, where = np.unique(table["digest"][valid], axis=0, return_index=True, return_inverse=True)
     same = valid[first[where]]  # the first with these pixels
     links = [np.stack([same, valid])]
-    only = valid[first]  # hashes of copies are equal: the first stands for all
+    # Hashes of copies are equal: the first stands for all. In order, so that of equal hashes an image of the
+    # pool does, not an evaluation image: what hangs on that one alone would not be one group.
+    only = np.sort(valid[first])
     links += [only[np.stack(pair)] for pair in near(table["hash"][only], bits)]
     of = np.arange(len(table))
     of[valid] = same

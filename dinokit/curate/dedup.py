@@ -3,7 +3,7 @@
 n  images of the pool     m  rows of it with an embedding     k  neighbours
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from dinokit.curate.components import Components
 from dinokit.curate.copies import Fate, representatives
 from dinokit.curate.embedding import Embedded
 from dinokit.curate.index import Searcher
+from dinokit.curate.recall import measure, recall_above
 from dinokit.curate.stages import Share, save
 from dinokit.curate.vectors import Vectors
 
 QUERIES = 65_536  # rows whose neighbours make a file
+MUCH = 0.1  # share of the images that makes a group of copies suspicious
 EDGE = np.dtype([("a", "<i8"), ("b", "<i8"), ("similarity", "<f4")])
 
 
@@ -103,8 +105,9 @@ def drop_groups(fate: np.ndarray, label: np.ndarray, seen: np.ndarray) -> np.nda
 
 def overlap(
     pool: Embedded,
-    others: Sequence[tuple[Searcher, np.ndarray]],
+    others: Mapping[str, tuple[Searcher, np.ndarray]],
     above: float,
+    seed: int,
     grouped: Path,
     seen: np.ndarray,
     folder: Path,
@@ -113,8 +116,9 @@ def overlap(
 
     Args:
         pool: all that was embedded, copies too.
-        others: of each evaluation set the index and the images of its rows.
+        others: of each evaluation set, by its label, the index and the images of its rows.
         above: a similarity.
+        seed: of the sample that approximate indexes are measured on.
         grouped: the folder of the stage `dedup`.
         seen: (s, 3) image of the pool, number of the set, image of it: those that hashes found.
         folder: gets fate.npz: fate (n,); shown (s, 4): image, set, its image, similarity (1 by hash).
@@ -122,7 +126,11 @@ def overlap(
     with np.load(grouped / "groups.npz") as said:
         fate, label = said["fate"], said["label"]
     columns = [np.column_stack([seen, np.ones(len(seen))])]
-    for number, (searcher, images) in enumerate(others):
+    measured = {}
+    for number, (label_of, (searcher, images)) in enumerate(others.items()):
+        if not searcher.exact:
+            said_of = measure(searcher, 1, seed, searcher.folder, pool.vectors)
+            measured[label_of] = {**said_of, **recall_above(searcher.folder, above)}
         image, other, similarity = strangers(pool.vectors, pool.images, searcher, above)
         columns.append(np.column_stack([image, np.full(len(image), number), images[other], similarity]))
     shown = np.concatenate(columns)
@@ -132,11 +140,12 @@ def overlap(
         "kept": int((fate == Fate.KEPT).sum()),
         "showing_evaluation_images": len(np.unique(shown[:, 0])),
         "out_with_their_groups": int((fate == Fate.OVERLAP).sum()),
+        **measured,
     }
 
 
 def dedup(
-    pool: Embedded, asked: np.ndarray, hashed: Path, edges: Path, largest: bool, folder: Path
+    pool: Embedded, asked: np.ndarray, hashed: Path, edges: Path, largest: bool, above: float, folder: Path
 ) -> dict[str, Any]:
     """Groups of copies, and the one of each that stays.
 
@@ -146,11 +155,13 @@ def dedup(
         hashed: the folder of the stage `hash`.
         edges: the folder of write_edges().
         largest: keep the one with most pixels, not the first.
+        above: the similarity that made the edges.
         folder: gets groups.npz: fate, keeper and label, (n,) each, as group() gives them.
     """
     with np.load(hashed / "fate.npz") as said:
         fate, of, pixels = said["fate"], said["of"], said["pixels"]
     fate[np.setdiff1d(asked, pool.images, assume_unique=True)] = Fate.UNREADABLE
+    apart = fate == Fate.KEPT
     found = read_edges(edges, len(pool.images))
     fate, keeper, label = group(pool.images, found, fate, of, pixels if largest else None)
     save(folder / "groups.npz", fate=fate, keeper=keeper, label=label)
@@ -160,4 +171,18 @@ def dedup(
         "duplicates": int((fate == Fate.DUPLICATE).sum()),
         "groups": int((sizes > 1).sum()),
         "largest_group": int(sizes.max()),
+        **_suspicion(np.bincount(label[apart]), above),
+    }
+
+
+def _suspicion(sizes: np.ndarray, above: float) -> dict[str, str]:
+    """A note, if embeddings made one group of much of the pool; sizes (c,) without copies by hash."""
+    most, n = int(sizes.max(initial=0)), int(sizes.sum())
+    if most < max(MUCH * n, 20):
+        return {}
+    return {
+        "note": f"One group of copies holds {most:,} of {n:,} images ({most / n:.0%}); all but one go. "
+        f"Either the pool is full of one picture, or these features find all alike, as those of a backbone "
+        f"do that was trained little or on other images. See 'Groups of copies' in report.html; if they are "
+        f"no copies, raise dedup.similarity ({above:g}), or give better weights, or dedup.weights for copies."
     }

@@ -12,7 +12,6 @@ from dinokit.curate.stages import Share, save
 from dinokit.curate.vectors import Vectors
 from dinokit.device import DTYPES, pick_device, pick_precision
 from dinokit.features import Extraction, Part, Wanted, fingerprint, open_store
-from dinokit.features.layout import shard_path
 from dinokit.weights import load_backbone
 
 
@@ -89,6 +88,5 @@ def embedded(one: ImageSet, places: np.ndarray, folder: Path, token: str) -> Emb
     if one.given is not None:
         return Embedded(one.given.at(images), images)
     store = open_store(folder / "store")
-    shards = range(-(-len(store) // store.about["shard"]))
     rows = np.flatnonzero(np.isin(places, images, assume_unique=True))
-    return Embedded(Vectors([shard_path(store.out, token, n) for n in shards], rows), images)
+    return Embedded(Vectors(store.files(token), rows), images)

@@ -19,7 +19,7 @@ from dinokit.curate.vectors import Vectors
 
 
 def grow(
-    vectors: Vectors, cfg: Balance, seed: int, folder: Path, told: Callable[[str], None]
+    vectors: Vectors, cfg: Balance, gpu: bool, seed: int, folder: Path, told: Callable[[str], None]
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The levels from the finest up, each left in `folder` and taken from there if it is there.
 
@@ -37,7 +37,8 @@ def grow(
         saved = folder / f"level{number}.npz"
         if not saved.exists():
             told(f"level {number + 1}: {k} clusters of {len(points)}")
-            centres, which, distance = level(points, k, number, cfg, np.random.default_rng([seed, 7, number]))
+            rng = np.random.default_rng([seed, 7, number])
+            centres, which, distance = level(points, k, number, cfg, gpu, rng)
             save(saved, centres=centres, cluster=which, distance=distance)
         with np.load(saved) as arrays:
             levels.append(arrays["cluster"])
@@ -48,15 +49,15 @@ def grow(
 
 
 def level(
-    points: Vectors, k: int, number: int, cfg: Balance, rng: np.random.Generator
+    points: Vectors, k: int, number: int, cfg: Balance, gpu: bool, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One level: centres (k, D), and of each point its cluster and the squared distance to its centre."""
-    centres = cluster(points, k, cfg.kmeans, rng)
-    which, distance = nearest(points, centres)
+    centres = cluster(points, k, cfg.kmeans, gpu, rng)
+    which, distance = nearest(points, centres, gpu)
     for _ in range(cfg.resample[number]):
         central = take(which, np.full(k, cfg.nearest[number]), distance, rng)
         if len(central) < k:
             break  # so few members that there is nothing left to even out
-        centres = cluster(points.at(central), k, cfg.kmeans, rng)
-        which, distance = nearest(points, centres)
+        centres = cluster(points.at(central), k, cfg.kmeans, gpu, rng)
+        which, distance = nearest(points, centres, gpu)
     return centres, which, distance

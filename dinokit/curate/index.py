@@ -48,7 +48,7 @@ def library() -> Any:
     return faiss
 
 
-def exact(queries: np.ndarray, vectors: Vectors, k: int, gpu: bool = True) -> Found:
+def exact(queries: np.ndarray, vectors: Vectors, k: int, gpu: bool) -> Found:
     """The k most similar rows of `vectors` to each of `queries` (q, D), by comparing all; ties: lower row."""
     found = _nothing(len(queries), k)
     for start, x in vectors.chunks():
@@ -57,7 +57,7 @@ def exact(queries: np.ndarray, vectors: Vectors, k: int, gpu: bool = True) -> Fo
     return found
 
 
-def assign(x: np.ndarray, centres: np.ndarray, gpu: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def assign(x: np.ndarray, centres: np.ndarray, gpu: bool) -> tuple[np.ndarray, np.ndarray]:
     """For each row of x (m, D) the nearest of centres (c, D): its number (m,), and the squared distance.
 
     Holds m * c numbers. Of equally near centres, the first.
@@ -141,37 +141,23 @@ class Searcher:
             found = _merged(found, (similarity, rows), k)
         return found
 
-    def recall(self, k: int, above: float, seed: int) -> dict[str, Any]:
-        """What the index finds of what there is, on a sample of its own rows.
-
-        Returns:
-            kind: in words; recall: of the k most similar; recall_above: of those among them with a similarity
-                over `above`, the row itself left out, 1 if there is none. An exact index is not measured.
-        """
+    @property
+    def kind(self) -> str:
+        """In words."""
         if self.exact:
-            return {"kind": "exact"}
-        n, rng = len(self.vectors), np.random.default_rng([seed, 1])
-        rows = np.sort(rng.choice(n, min(self.cfg.recall, n), replace=False))
-        queries, k = self.vectors.take(rows), min(k, n)
-        truth, there = exact(queries, self.vectors, k, self.cfg.gpu)
-        _, found = self.search(queries, k)
-        hit = np.stack([np.isin(t, f) for t, f in zip(there, found, strict=True)])
-        close = (truth > above) & (there != rows[:, None])
-        shares = hit.mean(), hit[close].mean() if close.any() else 1.0
-        return {
-            "kind": f"{lists_of(n, self.cfg)} lists, {self.cfg.probe} looked into, {self.shards} shard(s)",
-            "recall": round(float(shares[0]), 4),
-            "recall_above": round(float(shares[1]), 4),
-        }
+            return "exact"
+        lists = lists_of(len(self.vectors), self.cfg)
+        return f"{lists} lists, {self.cfg.probe} looked into, {self.shards} shard(s)"
 
     def _open(self, number: int) -> Any:
         faiss = library()
-        index = faiss.read_index(str(self.shard(number)), faiss.IO_FLAG_MMAP)
-        if self.cfg.gpu and _gpus():
-            index = faiss.index_cpu_to_all_gpus(faiss.read_index(str(self.shard(number))))
-        else:  # its own reading ahead costs 32 threads a query, and the pages are there after the first
-            faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
-        faiss.ParameterSpace().set_index_parameter(index, "nprobe", self.cfg.probe)
+        gpu = self.cfg.gpu and _gpus()
+        index = faiss.read_index(str(self.shard(number)), 0 if gpu else faiss.IO_FLAG_MMAP)
+        index.nprobe = self.cfg.probe
+        if gpu:
+            return faiss.index_cpu_to_all_gpus(index)
+        # Its own reading ahead costs 32 threads a query, and the pages are there after the first.
+        faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
         return index
 
     def _refined(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -200,7 +186,8 @@ def _trained(vectors: Vectors, cfg: Index, seed: int) -> Any:
     index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = ITERATIONS, seed + 1, cfg.train
     index.cp.min_points_per_centroid = 1  # faiss would print a warning below 39
     if cfg.gpu and _gpus():
-        index.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.width))
+        learner = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.width))
+        index.clustering_index = learner  # faiss borrows it: the name keeps it alive
     count = min(len(vectors), max(cfg.train * lists, 1024))
     rows = np.random.default_rng([seed, 0]).choice(len(vectors), count, replace=False)
     index.train(vectors.take(np.sort(rows)))

@@ -16,7 +16,7 @@ _BLOCK = 1 << 26  # distances held at a time: rows of a piece times centres
 _FIRST = 20  # rows a centre that k-means++ chooses among
 
 
-def cluster(vectors: Vectors, k: int, cfg: KMeans, rng: np.random.Generator) -> np.ndarray:
+def cluster(vectors: Vectors, k: int, cfg: KMeans, gpu: bool, rng: np.random.Generator) -> np.ndarray:
     """Centres (k, D) float32 that are near to the vectors, by squared distance.
 
     An empty cluster keeps its centre. With as many clusters as vectors, the vectors are the centres.
@@ -34,7 +34,7 @@ def cluster(vectors: Vectors, k: int, cfg: KMeans, rng: np.random.Generator) -> 
         sums = torch.zeros(centres.shape, dtype=torch.float64)
         counts = np.zeros(k, np.int64)
         for _, x in vectors.chunks(piece(k)):
-            which, _ = assign(x, centres)
+            which, _ = assign(x, centres, gpu)
             sums.index_add_(0, torch.from_numpy(which), torch.from_numpy(x).double())
             counts += np.bincount(which, minlength=k)
         moved = np.where(counts[:, None] > 0, sums.numpy() / np.maximum(counts, 1)[:, None], centres)
@@ -45,12 +45,12 @@ def cluster(vectors: Vectors, k: int, cfg: KMeans, rng: np.random.Generator) -> 
     return centres
 
 
-def nearest(vectors: Vectors, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest(vectors: Vectors, centres: np.ndarray, gpu: bool) -> tuple[np.ndarray, np.ndarray]:
     """For each vector its cluster (n,) int64, and the squared distance to its centre (n,) float32."""
     which, distance = np.empty(len(vectors), np.int64), np.empty(len(vectors), np.float32)
     for start, x in vectors.chunks(piece(len(centres))):
         here = slice(start, start + len(x))
-        which[here], distance[here] = assign(x, centres)
+        which[here], distance[here] = assign(x, centres, gpu)
     return which, distance
 
 

@@ -17,7 +17,6 @@ from dinokit.data.names import Names
 from dinokit.data.sources import Picture, Source
 from dinokit.data.sources._files import ImageFiles
 from dinokit.features import Wanted, extract_to, fingerprint, open_store
-from dinokit.features.layout import shard_path
 
 
 class Lookup:
@@ -49,14 +48,17 @@ class Lookup:
                 )
             cfg = Index(**{key: value for key, value in said.items() if key in vars(Index())})
             self._images = np.load(role / "rows.npy")
+        elif not (path / "store.json").is_file():
+            raise LookupError(
+                f"index={path} holds no features: give the folder that `dinokit extract` or `dinokit curate` "
+                f"wrote, its out=."
+            )
         self.store = open_store(folder)
         self.token = self.store.tokens[0]
         if len(self.store[self.token].shape) != 2:
             raise ValueError(f"{folder} has several layers or patches; search needs one vector an image.")
-        shards = -(-len(self.store) // self.store.about["shard"])
         self._rows = np.flatnonzero(self.store.valid)
-        vectors = Vectors([shard_path(folder, self.token, n) for n in range(shards)], self._rows)
-        self._searcher = Searcher(vectors, index, cfg)
+        self._searcher = Searcher(Vectors(self.store.files(self.token), self._rows), index, cfg)
         self._names = Names.of(self.store.iter_names())
         self._source: Source | None = None
 
@@ -69,6 +71,7 @@ class Lookup:
         """(q, D) unit rows of image files, made as those of the index were.
 
         Raises:
+            LookupError: if a file is not there.
             ValueError: if the weights are others, or a file cannot be read.
         """
         about = self.store.about
@@ -77,6 +80,9 @@ class Lookup:
                 f"These are not the weights that made the index, which were {self.weights}: their features "
                 f"cannot be compared."
             )
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing:
+            raise LookupError(f"There is no image {', '.join(missing)}.")
         source = ImageFiles(Path.cwd(), Names.of(files), range(len(files)), None, [], backbone.channels)
         for number in range(len(files)):
             source[number]  # one that cannot be read is an error here, said by the reader

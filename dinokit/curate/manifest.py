@@ -14,7 +14,6 @@ from dinokit.curate.stages import key_of
 from dinokit.files import atomic
 
 HEADER = ("path", "from", "rule", "query", "rank", "similarity", "cluster")
-FILES = ("folder", "manifest")  # sources whose images are files already
 
 
 def write_manifest(
@@ -61,8 +60,7 @@ class _Names:
 
     def __init__(self, out: Path, one: ImageSet) -> None:
         self.one, self.folder = one, out / "images" / f"{one.label}.{key_of(one.stamp())}"
-        section = one.section or {}
-        self.files = one.source is None or section.get("name") in FILES
+        self.files = one.source is None or hasattr(one.source, "file")
 
     def path(self, number: int) -> str:
         """Of the file."""

@@ -120,5 +120,7 @@ def contact_sheet(
         x, y = place % across * side, place // across * (side + text)
         tile = Image.new("RGB", (side, side), "#dddddd") if picture is None else small(picture, side - 4)
         sheet.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
+        while draw.textlength(caption) > side - 8:
+            caption = f"{caption.removesuffix('...')[:-1]}..."
         draw.text((x + 4, y + side), caption, fill="black")
     return sheet

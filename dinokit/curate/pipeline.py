@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from dinokit.curate import choose
-from dinokit.curate.copies import Fate, find_copies
+from dinokit.curate.copies import Fate, find_copies, what_went
 from dinokit.curate.dedup import dedup, overlap, read_edges, write_edges
 from dinokit.curate.embedding import Embedded, Embedder, embed, embedded
 from dinokit.curate.index import Searcher, build
 from dinokit.curate.manifest import write_manifest
+from dinokit.curate.recall import measure, recall_above
 from dinokit.curate.report import Shown, write_report
 from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.sets import ImageSet
@@ -71,11 +72,11 @@ class Curation:
         labels = ["pool", *(one.label for one in self.against)]
         keep, bits = self.cfg.dedup.keep, self.cfg.hash.bits
         inputs = {"sets": [self.stamps[label] for label in labels], "bits": bits, "keep": keep}
-        self._do(
-            "hash",
-            inputs,
-            lambda folder, share: find_copies(self.cfg, self.pool, self.against, folder, share),
-        )
+
+        def work(folder: Path, share: Share) -> dict[str, Any]:
+            return find_copies(self.cfg, self.pool, self.against, folder, share)
+
+        self._do("hash", inputs, work)
 
     def embed(self) -> None:
         """Embeddings of what is left of the pool, of the seeds, and of evaluation images."""
@@ -92,7 +93,9 @@ class Curation:
                     where = folder / f"{label}{role}"
                     lost[label] = embed(self.embedders.get(role), one, self.places[label], where, share)
             rows = {label: len(self.places[label]) - lost[label] for label in self.sets}
-            return {"pool": rows["pool"], "without_embedding": sum(lost.values()), "rows": rows}
+            bare = [label for label, one in self.sets.items() if one.given is None]
+            computed = sum(len(self.places[label]) * len(self._roles(label)) for label in bare)
+            return {"computed": computed, "without_embedding": sum(lost.values()), "rows": rows}
 
         self._do("embed", inputs, work)
 
@@ -100,9 +103,8 @@ class Curation:
         """The index of the pool, for finding copies."""
 
         def work(folder: Path, share: Share) -> dict[str, Any]:
-            cut = self.cfg.dedup
             searcher = self._build(self.embedded("pool", ".copies").vectors, folder)
-            return searcher.recall(cut.k + 1, cut.similarity, self.cfg.seed)
+            return measure(searcher, self.cfg.dedup.k + 1, self.cfg.seed, folder)
 
         self._do("index", {**self._after("embed"), **self.index_inputs, "k": self.cfg.dedup.k}, work)
 
@@ -114,7 +116,10 @@ class Curation:
             rows = self.embedded("pool", ".copies").vectors
             searcher = Searcher(rows, self._folder("index"), self.cfg.index)
             write_edges(searcher, cut.k, cut.similarity, folder, share)
-            return {} if share.of > 1 else {"edges": sum(len(part) for part in read_edges(folder, len(rows)))}
+            if share.of > 1:
+                return {}
+            edges = sum(len(part) for part in read_edges(folder, len(rows)))
+            return {"edges": edges, **recall_above(self._folder("index"), cut.similarity)}
 
         self._do("neighbours", {**self._after("index"), "k": cut.k, "similarity": cut.similarity}, work)
 
@@ -124,7 +129,8 @@ class Curation:
 
         def work(folder: Path, share: Share) -> dict[str, Any]:
             rows, asked = self.embedded("pool", ".copies"), self.places["pool"]
-            return dedup(rows, asked, self._folder("hash"), self._folder("neighbours"), largest, folder)
+            hashed, edges = self._folder("hash"), self._folder("neighbours")
+            return dedup(rows, asked, hashed, edges, largest, self.cfg.dedup.similarity, folder)
 
         self._do("dedup", {**self._after("hash", "neighbours"), "largest": largest}, work)
 
@@ -134,43 +140,38 @@ class Curation:
 
         def work(folder: Path, share: Share) -> dict[str, Any]:
             seen = np.load(self._folder("hash") / "fate.npz")["seen"]
-            theirs = [self.embedded(one.label, ".copies") for one in self.against]
-            others = [
-                (self._build(rows.vectors, folder / f"index{number}"), rows.images)
-                for number, rows in enumerate(theirs)
-            ]
+            others = {}
+            for number, one in enumerate(self.against):
+                rows = self.embedded(one.label, ".copies")
+                others[one.label] = self._build(rows.vectors, folder / f"index{number}"), rows.images
             pool = self.embedded("pool", ".copies")
-            return overlap(pool, others, above, self._folder("dedup"), seen, folder)
+            return overlap(pool, others, above, self.cfg.seed, self._folder("dedup"), seen, folder)
 
         self._do("overlap", {**self._after("dedup"), "above": above, "sets": len(self.against)}, work)
-        fate = np.load(self._folder("overlap") / "fate.npz")["fate"]
-        self.left = self.embedded("pool").only(fate == Fate.KEPT)
+        self.fate = np.load(self._folder("overlap") / "fate.npz")["fate"]
+        self.left = self.embedded("pool").only(self.fate == Fate.KEPT)
         if not len(self.left.images):
-            raise ValueError("Nothing of the pool is left: it is unreadable, or shows evaluation images.")
+            raise ValueError(f"Nothing of the pool is left: {what_went(self.fate)}.")
 
     def clusters(self) -> None:
         """Clusters of what is left."""
-        cfg, seed = self.cfg.clusters, self.cfg.seed
-        self._do(
-            "clusters",
-            {**self._after("overlap"), **asdict(cfg), "seed": seed},
-            lambda folder, share: choose.clusters(
-                cfg, seed, self.embedded("pool"), self.left, len(self.pool), folder
-            ),
-        )
+        inputs = {**asdict(self.cfg.clusters), "seed": self.cfg.seed}
+
+        def work(folder: Path, share: Share) -> dict[str, Any]:
+            return choose.clusters(self.cfg, self.embedded("pool"), self.left, len(self.pool), folder)
+
+        self._do("clusters", {**self._after("overlap"), **inputs}, work)
 
     def survivors(self) -> None:
         """The index of what is left, for retrieval; none if no seeds search it."""
-        wide = max(
-            [rule.k * rule.reserve for rule in self.rules.values() if rule.rule == "sample"], default=0
-        )
+        wide = max((r.k * r.reserve for r in self.rules.values() if r.rule == "sample"), default=0)
 
         def work(folder: Path, share: Share) -> dict[str, Any]:
             if not wide:
                 return {"images": len(self.left.images)}
             trained = self._folder("index") if ".copies" not in self._roles("pool") else None
             searcher = self._build(self.left.vectors, folder, trained)
-            return {"images": len(self.left.images), **searcher.recall(wide, -1, self.cfg.seed)}
+            return {"images": len(self.left.images), **measure(searcher, wide, self.cfg.seed, folder)}
 
         self._do("survivors", {**self._after("overlap"), **self.index_inputs, "wide": wide}, work)
 
@@ -194,7 +195,8 @@ class Curation:
         def work(folder: Path, share: Share) -> dict[str, Any]:
             seeds = {name: self.embedded(f"seeds.{name}") for name in self.rules}
             with np.load(self._folder("clusters") / "clusters.npz") as said:
-                known = choose.Known(self.left, said["cluster"], said["centres"], self._folder("search"))
+                clusters = said["cluster"], said["centres"]
+            known = choose.Known(self.left, self.fate, *clusters, self._folder("search"))
             return choose.choose(self.cfg, self.rules, seeds, known, folder, self.stages.told)
 
         self._do("retrieve", {**self._after("clusters", "search"), **inputs}, work)

@@ -10,7 +10,7 @@ import numpy as np
 from dinokit.curate.balance import entropy
 from dinokit.curate.choose import ALL, BALANCE
 from dinokit.curate.components import groups
-from dinokit.curate.copies import Fate
+from dinokit.curate.copies import WHY, Fate
 from dinokit.curate.page import bars, figure, page, row, section, table
 from dinokit.curate.sets import ImageSet
 from dinokit.curate.settings import Config
@@ -18,14 +18,6 @@ from dinokit.curate.stages import in_words
 from dinokit.files import write_text
 
 WIDE = 8  # pictures of a row
-
-WHY = {
-    Fate.UNREADABLE: "cannot be read, or has no embedding",
-    Fate.EXACT: "same pixels as another image",
-    Fate.NEAR: "nearly the same as another, by hash",
-    Fate.DUPLICATE: "copy of another, by embedding",
-    Fate.OVERLAP: "shows an evaluation image, or is a copy of one that does",
-}
 
 
 @dataclass

@@ -12,6 +12,8 @@ from dinokit.curate.index import exact
 from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.vectors import CHUNK, Vectors
 
+ASKED = 1000  # seeds that the floor is learnt from
+
 
 @dataclass
 class Picks:
@@ -59,12 +61,28 @@ def award(similarity: np.ndarray, rows: np.ndarray, k: int, n: int) -> Picks:
     return Picks(image, query, place + 1, similarity[query, place], none)
 
 
+def floor_of(seeds: Vectors, strict: float, gpu: bool, rng: np.random.Generator) -> float:
+    """How like its seed an image must be. Seeds are of what is sought: they show how alike that is.
+
+    Args:
+        seeds: one alone gives no floor.
+        strict: the floor is what this share of them has as its similarity to the nearest other one, at most.
+        gpu: whether to use the GPUs that faiss sees.
+        rng: draws the thousand that are asked.
+    """
+    asked = np.sort(rng.choice(len(seeds), min(len(seeds), ASKED), replace=False))
+    similarity, rows = exact(seeds.take(asked), seeds, 2, gpu)
+    other = np.where(rows[:, 0] == asked, similarity[:, 1], similarity[:, 0])  # a copy may come first
+    return float(np.quantile(other, strict)) if len(seeds) > 1 else -1.0
+
+
 def by_cluster_hits(
     vectors: Vectors,
     cluster: np.ndarray,
     seeds: Vectors,
     hit: np.ndarray,
     cfg: Seeds,
+    gpu: bool,
     rng: np.random.Generator,
 ) -> Picks:
     """Images drawn from the clusters that seeds hit (rule=cluster).
@@ -76,6 +94,7 @@ def by_cluster_hits(
         hit: (q,) the cluster of each seed.
         cfg: a cluster with more than `min_hits` seeds gives up to `per_cluster` images, all clusters together
             `cap`, as evenly as they can; which ones is chance.
+        gpu: whether to use the GPUs that faiss sees.
         rng: draws them.
     """
     count = int(max(cluster.max(initial=-1), hit.max(initial=-1))) + 1
@@ -97,7 +116,7 @@ def by_cluster_hits(
         queries = own[own_ends[number] : own_ends[number + 1]]
         for start in range(0, len(here), CHUNK):
             some = here[start : start + CHUNK]
-            similarity, which = exact(vectors.take(image[some]), seeds.at(queries), 1)
+            similarity, which = exact(vectors.take(image[some]), seeds.at(queries), 1, gpu)
             picks.query[some], picks.similarity[some] = queries[which[:, 0]], similarity[:, 0]
         picks.rank[here[np.argsort(-picks.similarity[here], kind="stable")]] = np.arange(1, len(here) + 1)
     return picks

@@ -10,7 +10,6 @@ from dinokit.data.names import Names
 from dinokit.data.sources import Picture, Source
 from dinokit.features import open_store
 from dinokit.features.identity import images_stamp
-from dinokit.features.layout import shard_path
 
 
 class ImageSet:
@@ -75,8 +74,7 @@ def _read(label: str, embeddings: str, token: str) -> tuple[Vectors | None, Name
         store = open_store(path)
         if token not in store.tokens:
             raise ValueError(f"{path} holds no '{token}' tokens, but: {', '.join(store.tokens)}.")
-        shards = -(-len(store) // store.about["shard"])
-        files = [shard_path(path, token, number) for number in range(shards)]
+        files = store.files(token)
         return Vectors(files), Names.of(store.iter_names()), files
     files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
     if not files or not files[0].is_file():

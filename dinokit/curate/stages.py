@@ -71,7 +71,8 @@ class Stages:
         Args:
             name: one of STAGES.
             inputs: all that the result depends on, as JSON can hold it.
-            work: fills the folder that it is given, with its share; returns figures for done.json.
+            work: fills the folder that it is given, with its share; returns figures for done.json, among
+                which may be a `note`: a sentence of its own.
             makes: a file outside of that folder, without which the stage is not done.
 
         Raises:
@@ -98,7 +99,9 @@ class Stages:
             write_text(marker, json.dumps(said, indent=1, default=str) + "\n")
             self._clean(name, folder)
         figures = json.loads(marker.read_text(encoding="utf-8"))["figures"]
-        self.told(f"{name}: {in_words(figures)}")
+        self.told(f"{name}: {in_words({key: value for key, value in figures.items() if key != 'note'})}")
+        if "note" in figures:
+            self.told(f"    {figures['note']}")
         return Done(folder, key, figures)
 
     def _clean(self, name: str, keep: Path) -> None:

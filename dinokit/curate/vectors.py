@@ -58,11 +58,12 @@ class Vectors:
         if self.rows is not None:
             return self.take(np.arange(start, stop))
         done = np.empty((stop - start, self.width), np.float32)
-        for number, part in enumerate(self.parts):
+        begin = int(np.searchsorted(self._starts, start, side="right")) - 1
+        end = int(np.searchsorted(self._starts, stop, side="left"))
+        for number in range(begin, end):
             first, last = int(self._starts[number]), int(self._starts[number + 1])
             low, high = max(first, start), min(last, stop)
-            if low < high:
-                done[low - start : high - start] = _open(part)[low - first : high - first]
+            done[low - start : high - start] = _open(self.parts[number])[low - first : high - first]
         return self._placed(done)
 
     def broken(self) -> np.ndarray:

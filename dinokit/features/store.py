@@ -104,6 +104,11 @@ class Store:
             raise LookupError(f"{self.out} has no '{token}' tokens; it has: {', '.join(self.tokens)}.")
         return self._columns[token]
 
+    def files(self, token: str) -> list[Path]:
+        """The files of a token's shards, in order."""
+        shards = -(-len(self) // self.about["shard"])
+        return [shard_path(self.out, token, number) for number in range(shards)]
+
     @property
     def valid(self) -> np.ndarray:
         """(images,) bool: which images could be read; the rows of the others are NaN."""

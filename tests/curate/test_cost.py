@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinokit.curate.cost import INTERPRETER, Machine, Work, cost, total
+from dinokit.curate.cost import INTERPRETER, Machine, Work, cost, measured, total
 from dinokit.curate.settings import Index
 
 
@@ -76,6 +76,30 @@ def test_time_grows_with_the_work_and_shrinks_with_machines():
         assert many[stage].seconds == pytest.approx(alone[stage].seconds / 10)
     assert many["index"].seconds == alone["index"].seconds
     assert all(part.memory >= INTERPRETER for part in alone.values())
+
+
+def test_a_curation_of_images_tells_what_the_machine_does_a_second(heap, weights, curate):
+    words = (f"weights={weights}", f"pool.path={heap / 'heap'}", f"out={heap / 'out'}", "dedup.similarity=1")
+    said = curate(*words, "stage=hash")
+    on = measured_or_refused(heap / "out")
+    assert "stage 'embed'" in on
+    figures = curate(*words, f"against.test.path={heap / 'test'}", "stage=embed")
+    stages = heap / "out" / "stages"
+    taken = {name: json.loads(next(stages.glob(f"{name}.*/done.json")).read_text())["figures"]
+             for name in ("hash", "embed")}  # fmt: skip
+    files = len(list((heap / "heap").iterdir())) + len(list((heap / "test").iterdir()))
+    on = measured(heap / "out", machines=3)
+    assert said["computed"] == files - 8
+    assert on.machines == 3
+    assert on.decoded == pytest.approx(files / max(taken["hash"]["seconds"], 0.01))
+    assert on.embedded == pytest.approx(figures["computed"] / max(taken["embed"]["seconds"], 0.01))
+    assert figures["computed"] == sum(figures["rows"].values())
+
+
+def measured_or_refused(out):
+    with pytest.raises(ValueError, match="holds no curation") as told:
+        measured(out)
+    return str(told.value)
 
 
 def test_the_page_on_scale_says_what_the_function_says():

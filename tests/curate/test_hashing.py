@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy.fft import dctn
 
-from dinokit.curate.hashing import KEPT, SIDE, near, perceptual, record, records
+from dinokit.curate.copies import Fate, judge
+from dinokit.curate.hashing import KEPT, RECORD, SIDE, near, perceptual, record, records
 from dinokit.data.sources.scenes import Config, build
 
 
@@ -124,3 +125,19 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(photos):
     assert table["valid"].tolist() == [True, False, True]
     assert table["pixels"].tolist() == [160 * 160, 0, 160 * 160]
     assert wrong == ["photo 1: cut short"]
+
+
+def test_copies_in_the_pool_are_one_group_even_if_a_test_image_has_their_hash_too():
+    for seed in range(20):  # digests come in any order
+        rng = np.random.default_rng(seed)
+        table = np.zeros(5, RECORD)
+        table["valid"], table["pixels"] = True, [1, 2, 3, 4, 5]
+        table["digest"] = rng.integers(0, 1 << 60, (5, 2))
+        table["hash"] = rng.integers(1, 1 << 60, (1, 4))
+        table["hash"][2] ^= np.uint64(3)  # bits that differ: 8 of 12
+        table["hash"][3] = rng.integers(1, 1 << 60, 4)
+        fate, of, seen = judge(table, 4, 12, largest=True)  # the last is a test image
+        assert of.tolist() == [2, 2, 2, 3]
+        assert fate.tolist() == [Fate.NEAR, Fate.NEAR, Fate.KEPT, Fate.KEPT]
+        assert set(seen[:, 1]) == {4}
+        assert 3 not in seen[:, 0]

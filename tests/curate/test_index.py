@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dinokit.curate.index import Searcher, assign, build, exact
+from dinokit.curate.recall import measure, recall_above
 from dinokit.curate.settings import Index
 from dinokit.curate.vectors import Vectors
 
@@ -27,16 +28,16 @@ def all_pairs(queries, x, k):
 
 
 def test_exact_search_is_that_of_all_pairs_whatever_the_pieces(rows):
-    similarity, found = exact(rows[:50], Vectors([rows[:1000], rows[1000:]]), 7)
+    similarity, found = exact(rows[:50], Vectors([rows[:1000], rows[1000:]]), 7, gpu=False)
     truth, order = all_pairs(rows[:50], rows, 7)
     assert np.allclose(similarity, truth, atol=1e-5)
     assert (found == order).mean() > 0.99  # equals may change places
-    similarity, found = exact(rows[:2], Vectors([rows[:3]]), 5)
+    similarity, found = exact(rows[:2], Vectors([rows[:3]]), 5, gpu=False)
     assert found[:, 3:].tolist() == [[-1, -1], [-1, -1]]
 
 
 def test_assignment_is_to_the_nearest_centre(rows):
-    which, distance = assign(rows, rows[:30])
+    which, distance = assign(rows, rows[:30], gpu=False)
     table = ((rows[:, None].astype(np.float64) - rows[None, :30]) ** 2).sum(axis=2)
     assert np.allclose(distance, table.min(axis=1), atol=1e-5)
     assert (which == table.argmin(axis=1)).mean() > 0.999
@@ -53,11 +54,43 @@ def test_an_inverted_file_in_shards_finds_nearly_all_and_says_how_much(rows, tmp
     _, order = all_pairs(rows, rows, 10)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, order, strict=True)])
     assert recall > 0.9
-    said = searcher.recall(10, 0.6, 0)
-    assert said["recall"] == pytest.approx(recall, abs=0.05)
-    assert said["recall_above"] >= said["recall"] - 0.05
+    assert measure(searcher, 10, 0, tmp_path)["recall"] == pytest.approx(recall, abs=0.05)
     full = Searcher(Vectors([rows]), tmp_path, replace(IVF, probe=10_000))
-    assert full.recall(10, 0.6, 0)["recall"] > 0.98  # float16
+    assert measure(full, 10, 0, tmp_path)["recall"] > 0.98  # float16
+
+
+def test_recall_is_counted_on_the_pairs_above_whatever_threshold(rows, tmp_path):
+    poor = replace(IVF, probe=1, recall=3000)  # asks with every row
+    searcher = build(Vectors([rows]), tmp_path, poor, 0)
+    assert recall_above(tmp_path, 0.9) == {}  # not measured yet
+    measure(searcher, 10, 0, tmp_path)
+    _, found = searcher.search(rows, 10)
+    cosine, order = all_pairs(rows, rows, 10)
+    shares = []
+    for threshold in (0.7, 0.9):
+        hits = [
+            near in found[row]
+            for row in range(len(rows))
+            for near, value in zip(order[row], cosine[row], strict=True)
+            if near != row and value > threshold
+        ]
+        said = recall_above(tmp_path, threshold)
+        assert said["pairs_in_the_sample"] == pytest.approx(len(hits), abs=2)
+        assert said["recall_of_pairs"] == pytest.approx(np.mean(hits), abs=1e-3)
+        shares.append(said["recall_of_pairs"])
+    assert shares[0] < shares[1] < 1
+    assert recall_above(tmp_path, 1.1) == {"pairs_in_the_sample": 0}
+
+
+def test_other_queries_than_its_own_rows_measure_an_index_too(rows, tmp_path):
+    searcher = build(Vectors([rows[:2000]]), tmp_path, replace(IVF, probe=1), 0)
+    others = Vectors([rows[2000:]])
+    said = measure(searcher, 1, 0, tmp_path, others)
+    _, found = searcher.search(rows[2000:], 1)
+    assert said["recall"] == pytest.approx(
+        (found == all_pairs(rows[2000:], rows[:2000], 1)[1]).mean(), abs=0.1
+    )
+    assert 0.5 < said["recall"] < 1
 
 
 def test_the_same_seed_builds_the_same_index_and_a_killed_build_goes_on(rows, tmp_path):
@@ -78,7 +111,7 @@ def test_lists_of_another_index_serve_rows_that_are_like_its_own(rows, tmp_path)
     build(Vectors([rows]), tmp_path / "all", IVF, 0)
     some = build(Vectors([rows], np.arange(0, 3000, 2)), tmp_path / "half", IVF, 0, tmp_path / "all")
     assert not (tmp_path / "half" / "trained.faiss").exists()
-    assert some.recall(10, 0.6, 0)["recall"] > 0.9
+    assert measure(some, 10, 0, tmp_path)["recall"] > 0.9
 
 
 @pytest.mark.slow
@@ -87,7 +120,7 @@ def test_product_quantisation_gives_true_similarities(rows, tmp_path):
     similarity, found = searcher.search(rows[:20], 10)
     assert np.allclose(similarity, np.einsum("qd,qkd->qk", rows[:20], rows[found]), atol=1e-5)
     assert (np.diff(similarity, axis=1) <= 0).all()
-    assert searcher.recall(10, 0.6, 0)["recall"] > 0.4
+    assert measure(searcher, 10, 0, tmp_path)["recall"] > 0.4
 
 
 def test_a_quantisation_that_does_not_fit_the_width_is_refused(rows, tmp_path):
@@ -99,6 +132,6 @@ def test_a_quantisation_that_does_not_fit_the_width_is_refused(rows, tmp_path):
 def test_without_faiss_it_says_what_to_install(monkeypatch, rows, module, said):
     monkeypatch.setitem(sys.modules, "faiss", module)
     with pytest.raises(ValueError, match=said) as told:
-        exact(rows[:1], Vectors([rows]), 1)
+        exact(rows[:1], Vectors([rows]), 1, gpu=False)
     assert "[cpu]" in str(told.value)
     assert "[gpu]" in str(told.value)

@@ -31,21 +31,21 @@ def test_steps_are_lloyds(blobs, steps, monkeypatch):
     monkeypatch.setattr(kmeans, "_first", lambda *_: start)
     monkeypatch.setattr(kmeans, "piece", lambda k: 128)
     cfg = KMeans(iterations=steps, points=0)
-    ours = kmeans.cluster(Vectors([blobs], unit=False), 9, cfg, np.random.default_rng(0))
+    ours = kmeans.cluster(Vectors([blobs], unit=False), 9, cfg, False, np.random.default_rng(0))
     assert np.allclose(ours, lloyd(blobs, start, steps), atol=1e-4)
 
 
 def test_an_empty_cluster_keeps_its_centre(blobs, monkeypatch):
     far = np.full((1, 5), 1e4, np.float32)
     monkeypatch.setattr(kmeans, "_first", lambda *_: np.concatenate([blobs[:4], far]))
-    ours = kmeans.cluster(Vectors([blobs], unit=False), 5, KMeans(points=0), np.random.default_rng(0))
+    ours = kmeans.cluster(Vectors([blobs], unit=False), 5, KMeans(points=0), False, np.random.default_rng(0))
     assert np.array_equal(ours[4], far[0])
 
 
 def test_clusters_are_as_tight_as_scikit_learns(blobs):
     vectors = Vectors([blobs], unit=False)
-    centres = kmeans.cluster(vectors, 12, KMeans(), np.random.default_rng(0))
-    _, distance = kmeans.nearest(vectors, centres)
+    centres = kmeans.cluster(vectors, 12, KMeans(), False, np.random.default_rng(0))
+    _, distance = kmeans.nearest(vectors, centres, False)
     best = SkKMeans(12, n_init=10, random_state=0).fit(blobs).inertia_
     assert distance.sum(dtype=np.float64) < 1.05 * best
 
@@ -66,7 +66,7 @@ def test_copies_only_leave_no_distance_to_draw_by():
 
 def test_more_clusters_than_images_are_refused(blobs):
     with pytest.raises(ValueError, match="901 clusters were asked for, but there are 900 images"):
-        kmeans.cluster(Vectors([blobs]), 901, KMeans(), np.random.default_rng(0))
+        kmeans.cluster(Vectors([blobs]), 901, KMeans(), False, np.random.default_rng(0))
 
 
 def test_flattened_levels_give_a_rare_kind_more_clusters_and_are_resumed(tmp_path):
@@ -79,13 +79,13 @@ def test_flattened_levels_give_a_rare_kind_more_clusters_and_are_resumed(tmp_pat
     for steps in (0, 5):
         cfg = Balance(levels=(300, 40), resample=(0, steps), nearest=(5, 2), kmeans=KMeans(points=0))
         folder = tmp_path / str(steps)
-        levels, distance = hierarchy.grow(vectors, cfg, 0, folder, lambda _: None)
+        levels, distance = hierarchy.grow(vectors, cfg, False, 0, folder, lambda _: None)
         assert [len(level) for level in levels] == [10_000, 300]
         assert len(distance) == 10_000
         with np.load(folder / "level1.npz") as saved:
             shares[steps] = (saved["centres"][:, 0] > 1.5).mean()
         (folder / "level1.npz").unlink()
-        again, _ = hierarchy.grow(vectors, cfg, 0, folder, lambda _: None)
+        again, _ = hierarchy.grow(vectors, cfg, False, 0, folder, lambda _: None)
         assert all(np.array_equal(a, b) for a, b in zip(levels, again, strict=True))
     assert shares[0] > 0.1  # by density alone
     assert shares[5] > shares[0]

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 from dinokit import shelves
 from dinokit.__main__ import main
 from dinokit.curate.lookup import Lookup
+from dinokit.curate.page import contact_sheet
 from dinokit.weights import save_backbone
 
 
@@ -41,6 +43,14 @@ def test_an_image_finds_itself_first_in_a_curation_and_in_features(heap, weights
             assert image.size == (6 * 192, 2 * (192 + 16))
 
 
+def test_a_long_name_below_a_picture_stays_within_its_column():
+    drawn = lambda caption: contact_sheet([(None, "x" * 200), (None, caption)], side=96)  # noqa: E731
+    sheets = [np.asarray(drawn(caption)) for caption in ("", "a" * 200)]
+    assert np.array_equal(sheets[0][:, :96], sheets[1][:, :96])
+    assert (sheets[0][96:, 96:] == 255).all()
+    assert (sheets[1][96:, 96:] < 255).any()
+
+
 def test_where_copies_have_weights_of_their_own_those_are_searched(heap, weights, curate, capsys, tmp_path):
     section = {"name": "vit", "size": 32, "width": 16, "depth": 1, "heads": 2, "patch": 8}
     torch.manual_seed(6)
@@ -61,8 +71,10 @@ def test_what_cannot_be_searched_is_said(heap, weights, curate, capsys, tmp_path
     broken, photo = heap / "heap" / "broken.jpg", heap / "heap" / "07.png"
     status, _, said = answer(capsys, f"index={heap / 'out'}", broken)
     assert (status, "broken.jpg cannot be read" in said) == (2, True)
+    status, _, said = answer(capsys, f"index={heap / 'out'}", photo, heap / "none.jpg")
+    assert (status, f"There is no image {heap / 'none.jpg'}." in said) == (2, True)
     status, _, said = answer(capsys, f"index={tmp_path_factory.mktemp('empty')}", photo)
-    assert (status, "holds no features" in said) == (2, True)
+    assert (status, "holds no features: give the folder that" in said) == (2, True)
     section = {"name": "vit", "size": 32, "width": 24, "depth": 1, "heads": 2, "patch": 8}
     torch.manual_seed(5)
     save_backbone(heap / "other.safetensors", shelves.build("backbones", section), section)

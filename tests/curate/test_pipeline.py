@@ -2,6 +2,7 @@
 
 import csv
 import io
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from dinokit import shelves
+from dinokit.__main__ import main
 from dinokit.curate import dedup
 
 
@@ -44,6 +46,7 @@ def test_of_each_photo_one_stays_and_none_that_is_in_the_test_set(heap, weights,
     assert "http" not in page
     told = next((out / "stages").glob("hash.*")) / "pool" / "00000.unreadable.txt"
     assert "broken.jpg" in told.read_text()
+    assert f"named in {told.parent}" in (told.parents[1] / "done.json").read_text()
 
 
 def test_seeds_bring_images_and_the_manifest_says_why(heap, weights, curate):
@@ -60,6 +63,10 @@ def test_seeds_bring_images_and_the_manifest_says_why(heap, weights, curate):
     page = (out / "report.html").read_text()
     assert "<td>of these brought by seeds.mine<td class=n>20" in page
     assert page.count("<figure class=asks") == page.count("<span>seed of mine") == 10
+    curate(*words, f"seeds.mine.path={heap / 'seeds'}", "seeds.mine.k=2", "seeds.mine.strict=0.5")
+    floor = min(float(row["similarity"]) for row in manifest(out))
+    assert 0 < len(manifest(out)) < 20
+    assert floor > min(float(row["similarity"]) for row in brought)
     capped = (
         f"seeds.mine.path={heap / 'seeds'}",
         "seeds.mine.rule=cluster",
@@ -138,24 +145,33 @@ def test_planted_copies_and_leaks_are_found_in_vectors(planted, tmp_path, curate
     assert np.isin(label[taken], seeds).mean() > 2 * np.isin(label, seeds).mean()
 
 
-def test_a_killed_curation_goes_on_and_ends_with_the_same_manifest(planted, tmp_path, curate):
+# A shell's background jobs are born ignoring Ctrl-C, and their children with them.
+DINOKIT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dinokit.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stopped_curation_goes_on_and_ends_with_the_same_manifest(planted, tmp_path, curate):
     curate(*words_of(planted, tmp_path / "whole"))
-    command = [
-        sys.executable,
-        "-m",
-        "dinokit",
-        "curate",
-        "curate_small",
-        *words_of(planted, tmp_path / "out"),
-    ]
-    for stage in ("neighbours", "retrieve"):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    words = ["curate", "curate_small", *words_of(planted, tmp_path / "out")]
+    command = [sys.executable, "-c", DINOKIT, *words]
+    for stage, number, said in (
+        ("index", signal.SIGINT, "interrupted: the same command goes on"),
+        ("neighbours", signal.SIGKILL, ""),
+        ("retrieve", signal.SIGKILL, ""),
+    ):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith(f"{stage} ..."):
-                    process.kill()
+                    process.send_signal(number)
                     break
-            assert process.wait() != 0
+            _, err = process.communicate()
+            assert said in err
+            assert process.returncode == (130 if number == signal.SIGINT else -number)
     curate(*words_of(planted, tmp_path / "out"))
     same = [(tmp_path / name / "manifest.csv").read_bytes() for name in ("whole", "out")]
     assert same[0] == same[1]
@@ -196,11 +212,37 @@ def test_parts_done_apart_make_the_same_whole(planted, tmp_path, curate, monkeyp
     assert same[0] == same[1]
 
 
+def test_features_that_find_all_alike_are_suspected_and_a_shortage_is_explained(tmp_path, curate, capsys):
+    rng = np.random.default_rng(0)
+    alike = 1 + 0.01 * rng.standard_normal((300, 16))
+    apart = rng.standard_normal((30, 16))
+    np.save(tmp_path / "pool.npy", np.concatenate([alike, apart]).astype(np.float32))
+    np.save(tmp_path / "seeds.npy", apart[:20].astype(np.float32))
+    words = [f"pool.embeddings={tmp_path / 'pool.npy'}", f"seeds.s.embeddings={tmp_path / 'seeds.npy'}",
+             f"out={tmp_path / 'out'}", "dedup.keep=first"]  # fmt: skip
+    assert main(["curate", "curate_small", *words]) == 0
+    said = capsys.readouterr().out
+    assert "One group of copies holds 300 of 330 images (91%)" in said
+    assert "raise dedup.similarity (0.95)" in said
+    assert (
+        "The seeds ask for 80 images (k each), but 31 are left to take from: of 330 images 299 went (299: "
+        in said
+    )
+    assert "One group of copies" in (tmp_path / "out" / "report.html").read_text()
+    assert main(["curate", "curate_small", *words, "dedup.similarity=1", "seeds.s.k=3"]) == 0
+    said = capsys.readouterr().out
+    assert "One group of copies" not in said
+    assert "The seeds ask for" not in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("pool.embeddings={p}/pool.npy", "seeds.s.embeddings={p}/none.npy"), "there are no embeddings"),
-        (("pool.embeddings={p}/pool.npy", "balance.images=99999"), "99999, but"),
+        (
+            ("pool.embeddings={p}/pool.npy", "balance.images=99999"),
+            ": copy of another, by embedding)",
+        ),
         (
             (
                 "pool.embeddings={p}/pool.npy",
@@ -208,7 +250,11 @@ def test_parts_done_apart_make_the_same_whole(planted, tmp_path, curate, monkeyp
                 "seeds.s.rule=cluster",
                 "seeds.s.min_hits=100",
             ),
-            "no cluster has more than seeds.NAME.min_hits seeds of s. Lower min_hits",
+            "No cluster has more than seeds.NAME.min_hits seeds of s. Lower min_hits",
+        ),
+        (
+            ("pool.embeddings={p}/pool.npy", "seeds.s.embeddings={p}/pool.npy", "seeds.s.strict=1.5"),
+            "a share of the seeds, from 0 to 1",
         ),
         (("pool.path={p}/nowhere", "weights=x"), "there is no such file or folder"),
     ],

@@ -1,10 +1,11 @@
 """Retrieval by seeds against loops, on cases small enough to see."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinokit.curate.retrieve import award, by_cluster_hits
+from dinokit.curate.retrieve import award, by_cluster_hits, floor_of
 from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.vectors import Vectors
 
@@ -44,6 +45,18 @@ def test_with_a_reserve_equal_seeds_bring_different_images_and_without_they_shar
     assert award(similarity[:, :2], rows[:, :2], 2, 6).image.tolist() == [1, 3]
 
 
+def test_the_floor_is_how_alike_the_seeds_themselves_are():
+    rng = np.random.default_rng(0)
+    seeds = rng.standard_normal((41, 5))
+    seeds[7] = seeds[3]  # a copy: its nearest other seed is that, and not itself
+    seeds /= np.linalg.norm(seeds, axis=1, keepdims=True)
+    nearest = sorted(max(float(a @ b) for j, b in enumerate(seeds) if j != i) for i, a in enumerate(seeds))
+    for strict, place in ((0, 0), (0.5, 20), (1, 40)):
+        floor = floor_of(Vectors([seeds]), strict, False, rng)
+        assert floor == pytest.approx(nearest[place], abs=1e-5)
+    assert floor_of(Vectors([seeds[:1]]), 0.5, False, rng) == -1
+
+
 def test_places_that_hold_no_image_are_passed_over():
     picks = award(np.array([[0.9, -np.inf]], np.float32), np.array([[0, -1]]), 2, 3)
     assert picks.image.tolist() == [0]
@@ -57,7 +70,7 @@ def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
     around = lambda which: centres[which] + 0.05 * rng.standard_normal((len(which), 8)).astype(np.float32)  # noqa: E731
     images, seeds = Vectors([around(cluster)]), Vectors([around(hit)])
     cfg = Seeds(rule="cluster", min_hits=3, per_cluster=15, cap=1000)
-    picks = by_cluster_hits(images, cluster, seeds, hit, cfg, np.random.default_rng(0))
+    picks = by_cluster_hits(images, cluster, seeds, hit, cfg, False, np.random.default_rng(0))
     assert np.bincount(picks.cluster).tolist() == [15, 0, 15]
     assert (cluster[picks.image] == picks.cluster).all()
     assert (hit[picks.query] == picks.cluster).all()
@@ -69,8 +82,14 @@ def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
         assert sorted(picks.rank[own]) == list(range(1, 16))
         assert (np.diff(picks.similarity[own][np.argsort(picks.rank[own])]) <= 0).all()
     capped = by_cluster_hits(
-        images, cluster, seeds, hit, Seeds(rule="cluster", cap=21, per_cluster=15), np.random.default_rng(0)
+        images,
+        cluster,
+        seeds,
+        hit,
+        Seeds(rule="cluster", cap=21, per_cluster=15),
+        False,
+        np.random.default_rng(0),
     )
     assert sorted(np.bincount(capped.cluster, minlength=3).tolist()) == [0, 10, 11]
-    nothing = by_cluster_hits(images, cluster, seeds, hit, Seeds(rule="cluster", min_hits=9), rng)
+    nothing = by_cluster_hits(images, cluster, seeds, hit, Seeds(rule="cluster", min_hits=9), False, rng)
     assert len(nothing.image) == 0

@@ -31,7 +31,7 @@ def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(heap, weig
     (heap / "runs").mkdir()
     (heap / "runs" / "photos").symlink_to(weights)
     more = {
-        "curate": ["embed.workers=0", "dedup.similarity=1", "dedup.against=1"],
+        "curate": ["embed.workers=0", "dedup.similarity=1", "dedup.against=1", "seeds.flowers.k=8"],
         "train": TINY,
         "search": [],
     }
@@ -43,7 +43,7 @@ def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(heap, weig
     assert (heap / "curated" / "report.html").exists()
     with (heap / "curated" / "manifest.csv").open(newline="") as file:
         found = [Path(row["path"]).name[:2] for row in csv.DictReader(file)]
-    assert len(found) == len(set(found)) > 20
+    assert len(found) == len(set(found)) > 10
     assert max(found) < "32"  # the others are in the test set
     assert (heap / "again").is_dir()
     assert (heap / "nearest.png").exists()

@@ -2,8 +2,8 @@
 
     python tests/curate/useless.py EUROSAT.parquet OUT [OTHER.parquet ...]
 
-writes OUT/pool (a tenth of 8,000 images are of EuroSAT's training half), OUT/seeds (20 others of it), and
-OUT/random.csv, a manifest of 800 images of the pool drawn by chance. All are of 64 x 64 pixels.
+writes OUT/pool (a tenth of 24,000 images are of EuroSAT's training half), OUT/seeds (50 others of it), and
+OUT/random.csv, a manifest of 2,400 images of the pool drawn by chance. All are of 64 x 64 pixels.
 """
 
 import sys
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from dinokit import shelves
 
-COUNT, SEEDS, SIDE = 8_000, 20, 64
+COUNT, OTHERS, SEEDS, SIDE = 24_000, 800, 50, 64
 
 
 def photos(path, rng, count, **more):
@@ -46,7 +46,7 @@ def make(eurosat: Path, out: Path, others: list[Path]) -> None:
     rng = np.random.default_rng(0)
     useful = COUNT // 10
     satellite = list(photos(eurosat, rng, useful + SEEDS, split="train"))
-    strange = [image for path in others for image in photos(path, rng, COUNT // 10)]
+    strange = [image for path in others for image in photos(path, rng, OTHERS)]
     rest = COUNT - useful - len(strange)
     pool = [*satellite[SEEDS:], *strange, *noise(rng, rest // 3), *flat(rng, rest // 3)]
     pool += list(copies(list(noise(rng, 20)), rng, COUNT - len(pool)))

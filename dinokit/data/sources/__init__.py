@@ -26,6 +26,9 @@ class Source(Protocol):
         stamp() -> str
 
     which is another text whenever an image, a label or their order may be another (sources/_stamp.py helps).
+    One whose images are files of their own has
+
+        file(index) -> Path
     """
 
     classes: Sequence[str]  # names by label; empty if the source has no labels

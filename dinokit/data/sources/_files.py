@@ -30,14 +30,17 @@ class ImageFiles:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Picture, int]:
-        row = self.rows[index]
-        path = self.root / self.names[row]
-        label = -1 if self.labels is None else int(self.labels[row])
+        path = self.file(index)
+        label = -1 if self.labels is None else int(self.labels[self.rows[index]])
         return decode(path.read_bytes(), str(path), self.channels), label
 
     def name(self, index: int) -> str:
         """The path of the file."""
-        return str(self.root / self.names[self.rows[index]])
+        return str(self.file(index))
+
+    def file(self, index: int) -> Path:
+        """The file of an image."""
+        return self.root / self.names[self.rows[index]]
 
     def stamp(self) -> str:
         """Of the files of the split, their labels and channels."""
