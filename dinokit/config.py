@@ -82,7 +82,9 @@ def _complete(values: dict[str, Any], look: Look | None) -> Recipe:
     return done
 
 
-def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def section_values(
+    shelf: str, name: str, values: Mapping[str, Any], where: str, besides: Sequence[str] = ()
+) -> dict[str, Any]:
     """`values` of a section, checked against the Config of shelf/name and completed by its defaults.
 
     A field of that Config with metadata {"shelf": ...} is itself a section, or none; with "many", a section
@@ -90,10 +92,11 @@ def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str)
     maps: without a name, one of folders.
 
     Raises:
-        ValueError, LookupError: as `load_recipe`; `where` is put before the key.
+        ValueError, LookupError: as `load_recipe`; `where` is put before the key, and `besides` named as well
+            where keys are listed.
     """
     cls = shelves.read_config(shelf, name)
-    done = typed(cls, values, where)
+    done = typed(cls, values, where, besides)
     for item in fields(cls):
         if "shelf" in item.metadata and done[item.name]:
             key, many = join(where, item.name), "many" in item.metadata

@@ -51,7 +51,7 @@ class Config:
     maps: dict[str, str] = field(
         default_factory=dict
     )  # of these sets: a file, where their classes have other names
-    mode: Literal["cached", "online"] = "cached"
+    mode: Literal["cached", "online"] = "cached"  # features once, or of a new random cut every time
     views: int = 0  # cached: random cuts of a training image; 0: its centre
     blocks: tuple[int, ...] = (1, 4)  # class tokens of so many last blocks
     pool: tuple[bool, ...] = (False, True)  # beside them, the mean of the last block's patches
@@ -69,10 +69,10 @@ class Config:
         2e-2,
         5e-2,
         1e-1,
-    )  # for 256
+    )  # of a head, for a batch of 256
     steps: int = 12_500  # of SGD; the rate falls to 0 along a cosine
     step_batch: int = 1024  # images a step, over all processes
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD
     select: Literal["train", "test"] = "train"  # where the best head is chosen: held out of train, or on test
     held_out: float = 0.1  # share of the training images
     seed: int = 0

@@ -44,7 +44,7 @@ class Config:
         default=None, metadata={"shelf": "data.sources", "split": "train", "optional": True}
     )
     truth: str = ""  # of Revisited Oxford or Paris; test.path then is the folder of its images
-    k: tuple[int, ...] = (1, 5, 10)
+    k: tuple[int, ...] = (1, 5, 10)  # recall@k, or mP@k of a ground-truth file
     features: Literal["cls", "copy"] = "cls"  # copy: beside it, the generalised mean of the patches
     scales: tuple[float, ...] = (1.0,)  # of `size`: features are averaged over them; [1, 0.7071, 0.5] in DINO
     power: float = 0.5  # of the eigenvalues that whitening divides by; 0.5 makes all deviations equal

@@ -37,7 +37,7 @@ MULTIPLE = 64  # pixels: what the longer side is cut down to a multiple of, wher
 class Config:
     path: str = "???"  # a folder laid out as DAVIS 2017
     list: str = "val"  # of videos, in ImageSets/2017
-    resolution: str = "480p"
+    resolution: str = "480p"  # name of the folders
     size: int = 480  # pixels of the shorter side
     frames: int = 7  # looked back to, besides the first
     radius: int = 12  # patches: how far away a likeness is looked for; 0: anywhere
