@@ -83,6 +83,7 @@ class Config:
     batch: int = 256  # images, for the backbone
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
+    max_unreadable: float = 0.01  # share of a set's images that may be unreadable: they are left out
     max_train: int = 0  # images, drawn evenly from the set; 0: all
     max_test: int = 0
     cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
@@ -171,7 +172,7 @@ def _train(cfg: Config, task: Task, heads: Heads) -> tuple[tuple[Tensor, Tensor]
     lost = all_reduce_max(lost.to(device)).cpu()
     if cfg.mode == "online":
         names = [task.train.name(i) for i in fit[lost[fit] > 0].tolist()]
-        tell_unreadable("train", names, len(fit))
+        tell_unreadable("train", names, len(fit), cfg.max_unreadable)
     return kept, len(task.train) - int(lost.sum())
 
 

@@ -90,7 +90,10 @@ def test_unreadable_images_are_left_out_named_and_counted(colours, mean, tmp_pat
     (tmp_path / "a" / "red" / "red0.png").write_bytes(b"")
     (tmp_path / "b" / "red" / "red0.png").write_bytes(b"")
     for mode in ("cached", "online"):
-        scores = evaluate(config(**colours, mode=mode), mean)
+        with pytest.raises(ValueError, match=r"1 of the 12 test .* max_unreadable=0\.01: '.*red0\.png'"):
+            evaluate(config(**colours, mode=mode), mean)
+        capsys.readouterr()
+        scores = evaluate(config(**colours, mode=mode, max_unreadable=0.1), mean)
         assert scores["top1"] == 1.0
         assert scores["images_test"] == 11
         assert scores["images_unreadable"] == 2
