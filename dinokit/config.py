@@ -22,7 +22,8 @@ __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
     "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "section_values", "to_yaml",
 ]  # fmt: skip
-BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.pairs": {"name": "folders"}}
+BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.pairs": {"name": "folders"},
+        "data.videos": {"name": "davis"}}  # fmt: skip
 
 
 Look = Callable[[str], Mapping[str, Any]]  # from the name of weights to the section `backbone` they are of
