@@ -10,7 +10,17 @@ from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
 from dinokit.data.views import Cut
 from dinokit.device import DTYPES, pick_precision
-from dinokit.features import Features, Reading, cached, device_of, extract, kept, spread, weights_hash
+from dinokit.features import (
+    Features,
+    Reading,
+    cached,
+    device_of,
+    extract,
+    halfway,
+    kept,
+    spread,
+    weights_hash,
+)
 from dinokit.features.identity import images_stamp
 from dinokit.log import tell
 
@@ -141,7 +151,9 @@ def features_of(
         view = (resize, size) if cut is None else (size, cut, draw)
         depends_on = weights_hash(backbone), backbone.input, stamp, view, precision, device.type
         done = _from_wider(cfg.cache, depends_on, backbone, reading)
-        done = done or cached(cfg.cache, (*depends_on, reading), device, make)
+        depends_on = (*depends_on, reading)
+        make = partial(make, halfway=halfway(cfg.cache, depends_on))
+        done = done or cached(cfg.cache, depends_on, device, make)
     else:
         done = make()
     if cut is None:  # other cuts of the same images would say the same

@@ -37,6 +37,7 @@ from dinokit.log import tell, watch
 from dinokit.shelves import refuse_below
 
 ROWS = 4096  # features judged at a time
+LARGER = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # rates to try where the largest is the best
 HUB = {(1, True): "linear_head.pth", (4, True): "linear4_head.pth"}  # the inputs of the released classifiers
 
 
@@ -130,7 +131,11 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     if worth[best][0] < 0:
         raise ValueError("Every head of the grid diverged: take smaller lr=[...].")
     if best.lr == max(cfg.lr) > min(cfg.lr) and worth[best][0] < 1:
-        tell(f"The best head has the largest rate, lr={best.lr:g}: larger ones or more steps may do better.")
+        larger = ",".join(f"{best.lr * times:g}" for times in LARGER)
+        tell(
+            f"The best head has the largest rate, lr={best.lr:g}. Short features, and few steps, want larger "
+            f"ones: try lr=[{larger}]."
+        )
     if cfg.out and rank() == 0:
         _save(Path(cfg.out).expanduser(), heads, worth)
     scores = task.scores(lambda x: heads.logits_of(best, x), test, y)

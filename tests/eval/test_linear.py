@@ -184,6 +184,14 @@ def test_broken_weights_are_told(colours, mean):
         evaluate(config(**colours), mean)
 
 
+def test_where_the_largest_rate_is_the_best_larger_ones_are_named(colours, mean, capsys):
+    evaluate(config(**colours, steps=2, lr=[1e-7, 1e-6]), mean)
+    said = capsys.readouterr().err
+    assert (
+        "lr=1e-06. Short features, and few steps, want larger ones: try lr=[5e-07,1e-06,2e-06,5e-06," in said
+    )
+
+
 KILLED = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
