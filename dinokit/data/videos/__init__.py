@@ -18,7 +18,10 @@ from dinokit.data.sources import Picture
 class Video(Protocol):
     """One video, frame by frame."""
 
-    name: str  # no other video of the set has it
+    @property
+    def name(self) -> str:
+        """No other video of the set has it."""
+        ...
 
     def __len__(self) -> int:
         """Frames, 3 or more."""
