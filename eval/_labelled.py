@@ -151,9 +151,8 @@ def features_of(
         view = (resize, size) if cut is None else (size, cut, draw)
         depends_on = weights_hash(backbone), backbone.input, stamp, view, precision, device.type
         done = _from_wider(cfg.cache, depends_on, backbone, reading)
-        depends_on = (*depends_on, reading)
-        make = partial(make, halfway=halfway(cfg.cache, depends_on))
-        done = done or cached(cfg.cache, depends_on, device, make)
+        entry = (*depends_on, reading)
+        done = done or cached(cfg.cache, entry, device, partial(make, halfway=halfway(cfg.cache, entry)))
     else:
         done = make()
     if cut is None:  # other cuts of the same images would say the same
