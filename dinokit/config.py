@@ -22,7 +22,8 @@ __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
     "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "section_values", "to_yaml",
 ]  # fmt: skip
-BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.pairs": {"name": "folders"}}
+BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.pairs": {"name": "folders"},
+        "data.videos": {"name": "davis"}}  # fmt: skip
 
 
 Look = Callable[[str], Mapping[str, Any]]  # from the name of weights to the section `backbone` they are of
@@ -82,7 +83,9 @@ def _complete(values: dict[str, Any], look: Look | None) -> Recipe:
     return done
 
 
-def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def section_values(
+    shelf: str, name: str, values: Mapping[str, Any], where: str, besides: Sequence[str] = ()
+) -> dict[str, Any]:
     """`values` of a section, checked against the Config of shelf/name and completed by its defaults.
 
     A field of that Config with metadata {"shelf": ...} is itself a section, or none; with "many", a section
@@ -90,10 +93,11 @@ def section_values(shelf: str, name: str, values: Mapping[str, Any], where: str)
     maps: without a name, one of folders.
 
     Raises:
-        ValueError, LookupError: as `load_recipe`; `where` is put before the key.
+        ValueError, LookupError: as `load_recipe`; `where` is put before the key, and `besides` named as well
+            where keys are listed.
     """
     cls = shelves.read_config(shelf, name)
-    done = typed(cls, values, where)
+    done = typed(cls, values, where, besides)
     for item in fields(cls):
         if "shelf" in item.metadata and done[item.name]:
             key, many = join(where, item.name), "many" in item.metadata

@@ -1,6 +1,6 @@
 """Values against a dataclass: unknown keys, wrong types, missing values, in words that name the key."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
@@ -11,13 +11,16 @@ from omegaconf.errors import OmegaConfBaseException
 from dinokit import shelves
 
 
-def typed(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def typed(
+    cls: type[Any], values: Mapping[str, Any], where: str, besides: Sequence[str] = ()
+) -> dict[str, Any]:
     """`values` as the fields of `cls`, defaults filled in.
 
     Raises:
-        ValueError: naming the key, `where` put before it.
+        ValueError: naming the key, `where` put before it; for an unknown one, those that there are, with
+            `besides`, which others take.
     """
-    _unknown_keys(cls, values, where)
+    _unknown_keys(cls, values, where, besides)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(values)))
         absent = sorted(str(key) for key in OmegaConf.missing_keys(merged))
@@ -43,16 +46,18 @@ def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> str:
     return where
 
 
-def _unknown_keys(cls: type[Any], values: object, where: str) -> None:
+def _unknown_keys(cls: type[Any], values: object, where: str, besides: Sequence[str] = ()) -> None:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}={values}: it is a section, which may hold: {listed(cls) or 'nothing'}.")
     known = {item.name: item for item in fields(cls)}
     for key, value in values.items():
         if key not in known:
             inside = f" in '{where}'" if where else ""
+            near = shelves.suggest(str(key), [*besides, *known])
+            have = ", ".join(filter(None, [*besides, listed(cls)]))
             raise ValueError(
-                f"{join(where, str(key))}: there is no key '{key}'{inside}."
-                f"{shelves.suggest(str(key), list(known))} There is: {listed(cls) or 'nothing to set'}."
+                f"{join(where, str(key))}: there is no key '{key}'{inside}.{near} "
+                f"There is: {have or 'nothing to set'}."
             )
         inner = _dataclass_of(known[key])
         if inner is not None and value is not None:

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from dinokit.backbones import Backbone
 
 
+LAID_OUT = {  # what a folder holds that is given by its path alone
+    "data.sources": "one sub-folder a class",
+    "data.pairs": "images/ and masks/ or depth/",
+    "data.videos": "JPEGImages/ and Annotations/",
+}
+
+
 def source_fields(name: str) -> dict[str, str]:
     """The fields of an evaluator's Config that must be sources, with the split that each stands for."""
     config = shelves.read_config("eval", name)
@@ -51,8 +58,7 @@ def with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | No
             shelf = shelf_of[key]
             known = data and "split" in data and ("." in data["name"] or data["name"] in shelves.names(shelf))
             if data is None or not known:
-                what = "one sub-folder a class" if shelf == "data.sources" else "images/ and masks/ or depth/"
-                raise ValueError(f"{key}.path (a folder with {what}) or {key}.name must be given.")
+                raise ValueError(f"{key}.path (a folder with {LAID_OUT[shelf]}) or {key}.name must be given.")
             has = {f.name for f in fields(shelves.read_config(shelf, data["name"]))} | {"name"}
             done[key] = {key: value for key, value in {**data, "split": split}.items() if key in has}
     return done

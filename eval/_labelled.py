@@ -1,5 +1,6 @@
 """What evaluators of whole images share: sources are opened, held against each other, and become features."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -9,7 +10,17 @@ from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
 from dinokit.data.views import Cut
 from dinokit.device import DTYPES, pick_precision
-from dinokit.features import Features, Reading, cached, device_of, extract, kept, spread, weights_hash
+from dinokit.features import (
+    Features,
+    Reading,
+    cached,
+    device_of,
+    extract,
+    halfway,
+    kept,
+    spread,
+    weights_hash,
+)
 from dinokit.features.identity import images_stamp
 from dinokit.log import tell
 
@@ -24,6 +35,7 @@ class Keys(Protocol):
     batch: int  # images, for the backbone
     workers: int
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    max_unreadable: float  # share of the images of a set
     cache: str | None  # folder; none: features are not kept
 
 
@@ -125,7 +137,8 @@ def features_of(
         labelled: whether every image must have a label.
 
     Raises:
-        ValueError: as `extract`, or if an image has no label, or one outside of the classes.
+        ValueError: as `extract`, if too many images cannot be read, or if one has no label, or one outside
+            of the classes.
     """
     resize, size = sizes(cfg, backbone)
     device = device_of(backbone)
@@ -138,18 +151,29 @@ def features_of(
         view = (resize, size) if cut is None else (size, cut, draw)
         depends_on = weights_hash(backbone), backbone.input, stamp, view, precision, device.type
         done = _from_wider(cfg.cache, depends_on, backbone, reading)
-        done = done or cached(cfg.cache, (*depends_on, reading), device, make)
+        entry = (*depends_on, reading)
+        done = done or cached(cfg.cache, entry, device, partial(make, halfway=halfway(cfg.cache, entry)))
     else:
         done = make()
     if cut is None:  # other cuts of the same images would say the same
-        tell_unreadable(key, done.unreadable, len(source))
+        tell_unreadable(key, done.unreadable, len(source), cfg.max_unreadable)
     if labelled:
         _check_labels(done, key, len(source.classes))
     return done
 
 
-def tell_unreadable(key: str, names: Sequence[str], count: int) -> None:
-    """Name those of `count` images that cannot be read."""
+def tell_unreadable(key: str, names: Sequence[str], count: int, most: float) -> None:
+    """Name those of `count` images that cannot be read.
+
+    Raises:
+        ValueError: if they are more than a share of `most`: a score of what is left would be of other data.
+    """
+    if len(names) > most * count:
+        raise ValueError(
+            f"{len(names)} of the {count} {key} images cannot be read, more than max_unreadable={most:g}: "
+            f"{few(names)}. Mend or remove them, or allow more, such as "
+            f"max_unreadable={math.ceil(100 * len(names) / count) / 100:g}."
+        )
     if names:
         tell(f"{len(names)} of the {count} {key} images cannot be read, left out: {few(names)}.")
 

@@ -14,7 +14,7 @@ from dinokit.features import weights_hash
 from dinokit.files import atomic
 
 # Settings that change nothing that is learnt.
-FREE = ("cache", "out", "save_every", "workers", "test", "max_test")
+FREE = ("cache", "out", "save_every", "workers", "test", "max_test", "max_unreadable")
 
 
 def identity(values: Mapping[str, Any], backbone: Backbone) -> str:

@@ -48,7 +48,7 @@ PROTOCOLS = {
 class Config:
     train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "train"})
     test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "test"})
-    method: Literal["linear", "dpt", "mean"] = "linear"
+    method: Literal["linear", "dpt", "mean"] = "linear"  # mean: the training set's, everywhere
     layers: int = 4  # linear: blocks looked into, 1 or 4
     norm: bool = False  # whether features are taken after the backbone's final norm
     protocol: Literal["none", "nyu", "kitti", "sunrgbd"] = "none"  # crops and range of a data set
@@ -65,7 +65,7 @@ class Config:
     clip: float = 35.0  # largest gradient norm; 0 is off
     bins: int = 256  # linear
     features: int = 256  # dpt: channels of the fusion
-    gradient_weight: float = 0.5
+    gradient_weight: float = 0.5  # of the gradient loss, beside the scale-invariant one
     gradient_form: Literal["spatial", "reference"] = (
         "spatial"  # reference: over the batch, as in DINOv2's code
     )

@@ -37,6 +37,7 @@ class Config:
     batch: int = 256  # images, for the backbone
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
+    max_unreadable: float = 0.01  # share of a set's images that may be unreadable: they are left out
     max_train: int = 0  # images, drawn evenly from the set; 0: all
     max_test: int = 0
     cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not

@@ -37,6 +37,7 @@ from dinokit.log import tell, watch
 from dinokit.shelves import refuse_below
 
 ROWS = 4096  # features judged at a time
+LARGER = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # rates to try where the largest is the best
 HUB = {(1, True): "linear_head.pth", (4, True): "linear4_head.pth"}  # the inputs of the released classifiers
 
 
@@ -51,7 +52,7 @@ class Config:
     maps: dict[str, str] = field(
         default_factory=dict
     )  # of these sets: a file, where their classes have other names
-    mode: Literal["cached", "online"] = "cached"
+    mode: Literal["cached", "online"] = "cached"  # features once, or of a new random cut every time
     views: int = 0  # cached: random cuts of a training image; 0: its centre
     blocks: tuple[int, ...] = (1, 4)  # class tokens of so many last blocks
     pool: tuple[bool, ...] = (False, True)  # beside them, the mean of the last block's patches
@@ -69,10 +70,10 @@ class Config:
         2e-2,
         5e-2,
         1e-1,
-    )  # for 256
+    )  # of a head, for a batch of 256
     steps: int = 12_500  # of SGD; the rate falls to 0 along a cosine
     step_batch: int = 1024  # images a step, over all processes
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD
     select: Literal["train", "test"] = "train"  # where the best head is chosen: held out of train, or on test
     held_out: float = 0.1  # share of the training images
     seed: int = 0
@@ -83,6 +84,7 @@ class Config:
     batch: int = 256  # images, for the backbone
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
+    max_unreadable: float = 0.01  # share of a set's images that may be unreadable: they are left out
     max_train: int = 0  # images, drawn evenly from the set; 0: all
     max_test: int = 0
     cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
@@ -129,7 +131,11 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     if worth[best][0] < 0:
         raise ValueError("Every head of the grid diverged: take smaller lr=[...].")
     if best.lr == max(cfg.lr) > min(cfg.lr) and worth[best][0] < 1:
-        tell(f"The best head has the largest rate, lr={best.lr:g}: larger ones or more steps may do better.")
+        larger = ",".join(f"{best.lr * times:g}" for times in LARGER)
+        tell(
+            f"The best head has the largest rate, lr={best.lr:g}. Short features, and few steps, want larger "
+            f"ones: try lr=[{larger}]."
+        )
     if cfg.out and rank() == 0:
         _save(Path(cfg.out).expanduser(), heads, worth)
     scores = task.scores(lambda x: heads.logits_of(best, x), test, y)
@@ -171,7 +177,7 @@ def _train(cfg: Config, task: Task, heads: Heads) -> tuple[tuple[Tensor, Tensor]
     lost = all_reduce_max(lost.to(device)).cpu()
     if cfg.mode == "online":
         names = [task.train.name(i) for i in fit[lost[fit] > 0].tolist()]
-        tell_unreadable("train", names, len(fit))
+        tell_unreadable("train", names, len(fit), cfg.max_unreadable)
     return kept, len(task.train) - int(lost.sum())
 
 

@@ -9,8 +9,9 @@ the one chosen is solved again on all of them. Features are class tokens at thei
     N  images     D  width     K  classes
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,11 @@ from torch import Tensor
 from dinokit.backbones import Backbone
 from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
+from dinokit.eval._resume import Resume, identity
 from dinokit.eval._scores import class_scores
 from dinokit.eval._task import split
 from dinokit.features import Features, Reading
+from dinokit.features.identity import images_stamp
 from dinokit.log import watch
 from dinokit.shelves import refuse_below
 
@@ -47,9 +50,11 @@ class Config:
     batch: int = 256  # images, for the backbone
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
+    max_unreadable: float = 0.01  # share of a set's images that may be unreadable: they are left out
     max_train: int = 0  # images, drawn evenly from the set; 0: all
     max_test: int = 0
     cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
+    out: str | None = None  # folder for what was found of each C, to go on from until all were tried
 
     def __post_init__(self) -> None:
         refuse_below(self, count=1, seed=0, iterations=1, tolerance=0, size=0, resize=0, batch=1)
@@ -80,18 +85,23 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     train = _as_double(features_of(cfg, "train", backbone, train_source, Reading()))
     test = _as_double(features_of(cfg, "test", backbone, test_source, Reading()))
     fit, judge = train, test
+    sources = [train_source, *([test_source] if cfg.select == "test" else [])]
     if cfg.select_on:
         other = open_source(cfg.select_on, "select_on", backbone)
         shared_classes(train_source, other)
         judge = _as_double(features_of(cfg, "select_on", backbone, other, Reading()))
+        sources.append(other)
         train = Features(torch.cat([train.x, judge.x]), torch.cat([train.y, judge.y]), train.unreadable)
     elif cfg.select == "train":
         kept, held = (part.to(train.y.device) for part in split(len(train.y), cfg.held_out, cfg.seed))
         fit, judge = (Features(train.x[part], train.y[part], []) for part in (kept, held))
     grid = torch.logspace(*cfg.powers, cfg.count, dtype=torch.float64).tolist()
-    worth = _worth(cfg, grid, fit, judge, classes)
+    depends_on = identity(asdict(cfg), backbone), [images_stamp(each) for each in sources], world_size()
+    resume = Resume(cfg.out, "logreg", depends_on, train.x.device)
+    worth = _worth(cfg, grid, fit, judge, classes, resume)
     best = max(range(len(grid)), key=lambda i: worth[i])  # of equals the strongest penalty
     weight, bias = solve(train.x, train.y, classes, grid[best], cfg.iterations, cfg.tolerance)
+    resume.finish()
     scores = class_scores(test.x @ weight.T + bias, test.y)
     if cfg.select == "test":
         scores = {f"{key}_optimistic": value for key, value in scores.items()}
@@ -101,15 +111,28 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     return scores | ({"images_unreadable": lost} if lost else {})
 
 
-def _worth(cfg: Config, grid: Sequence[float], fit: Features, judge: Features, classes: int) -> list[float]:
-    """Top-1 for each C. Each process solves a share of them."""
-    done = torch.zeros(len(grid), dtype=torch.float64, device=judge.x.device)
-    start: tuple[Tensor, Tensor] | None = None
-    mine = range(rank(), len(grid), world_size())
-    for i in watch(mine, len(mine), "C"):
-        start = solve(fit.x, fit.y, classes, grid[i], cfg.iterations, cfg.tolerance, start)
-        done[i] = class_scores(judge.x @ start[0].T + start[1], judge.y)["top1"]
-    return all_reduce_sum(done).tolist()
+def _worth(
+    cfg: Config, grid: Sequence[float], fit: Features, judge: Features, classes: int, resume: Resume
+) -> list[float]:
+    """Top-1 for each C. Each process solves a share of them, one a turn."""
+    worth = judge.x.new_zeros(len(grid))
+    last = fit.x.new_zeros(world_size(), classes, fit.x.shape[1] + 1)  # each process's weight and bias
+    turns, state = math.ceil(len(grid) / world_size()), resume.load()
+    if state is not None:
+        worth.copy_(state["worth"])
+        last.copy_(state["last"])
+    first = 0 if state is None else int(state["turn"])
+    for turn in watch(range(first, turns), turns, "C", first):
+        i, new = turn * world_size() + rank(), torch.zeros_like(worth)
+        ours = torch.zeros_like(last)
+        if i < len(grid):
+            start = last[rank(), :, :-1], last[rank(), :, -1]
+            found = solve(fit.x, fit.y, classes, grid[i], cfg.iterations, cfg.tolerance, start)
+            new[i] = class_scores(judge.x @ found[0].T + found[1], judge.y)["top1"]
+            ours[rank()] = torch.cat([found[0], found[1][:, None]], dim=1)
+        worth, last = worth + all_reduce_sum(new), all_reduce_sum(ours)
+        resume.save({"turn": turn + 1, "worth": worth, "last": last})
+    return worth.tolist()
 
 
 def solve(

@@ -44,7 +44,7 @@ class Config:
         default=None, metadata={"shelf": "data.sources", "split": "train", "optional": True}
     )
     truth: str = ""  # of Revisited Oxford or Paris; test.path then is the folder of its images
-    k: tuple[int, ...] = (1, 5, 10)
+    k: tuple[int, ...] = (1, 5, 10)  # recall@k, or mP@k of a ground-truth file
     features: Literal["cls", "copy"] = "cls"  # copy: beside it, the generalised mean of the patches
     scales: tuple[float, ...] = (1.0,)  # of `size`: features are averaged over them; [1, 0.7071, 0.5] in DINO
     power: float = 0.5  # of the eigenvalues that whitening divides by; 0.5 makes all deviations equal
@@ -53,6 +53,7 @@ class Config:
     batch: int = 256  # images, for the backbone
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
+    max_unreadable: float = 0.01  # share of a set's images that may be unreadable: they are left out
     max_test: int = 0  # images, drawn evenly from the set; 0: all
     cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
 

@@ -43,7 +43,7 @@ Judge = Callable[[Tensor], Tensor]  # an image (C, H, W) -> what is said of each
 class Config:
     train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "train"})
     test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "test"})
-    method: Literal["linear", "ms", "knn", "logreg", "majority"] = "linear"
+    method: Literal["linear", "ms", "knn", "logreg", "majority"] = "linear"  # majority: one class everywhere
     resize: int = 0  # pixels of the shorter side; 0: as published, 512, or 640 for ms
     crop: int = 0  # pixels: side of training crops and test windows; 0: as published, 512 or 640
     stride: int = 0  # pixels between two test windows; 0: as published, 341 or 320

@@ -9,21 +9,23 @@ DAVIS 2017: each patch takes the labels of its nearest patches in the first fram
 import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinokit import shelves
 from dinokit.backbones import Backbone
 from dinokit.data.pair_crops import to_pair
+from dinokit.data.videos import Video
 from dinokit.device import DTYPES, pick_precision
 from dinokit.distributed import all_reduce_sum, rank, world_size
-from dinokit.eval._davis import Sequence, contour, region, sequences
 from dinokit.eval._look import Look
+from dinokit.eval._outlines import contour, region
 from dinokit.eval._resume import identity
 from dinokit.features import device_of, frozen, last_blocks, patch_width
 from dinokit.files import write_text
@@ -35,9 +37,9 @@ MULTIPLE = 64  # pixels: what the longer side is cut down to a multiple of, wher
 
 @dataclass
 class Config:
-    path: str = "???"  # a folder laid out as DAVIS 2017
-    list: str = "val"  # of videos, in ImageSets/2017
-    resolution: str = "480p"
+    test: dict[str, Any] | None = field(
+        default=None, metadata={"shelf": "data.videos", "split": "test", "labels": False}
+    )
     size: int = 480  # pixels of the shorter side
     frames: int = 7  # looked back to, besides the first
     radius: int = 12  # patches: how far away a likeness is looked for; 0: anywhere
@@ -62,12 +64,14 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         'videos', 'objects'.
 
     Raises:
-        ValueError: if the folder is not laid out as DAVIS, or the backbone has no patches.
+        ValueError: if there are no such videos, or the backbone has no patches.
     """
     patch_width(backbone)
     dtype = DTYPES[pick_precision(cfg.precision, device_of(backbone))]
     look = Look(backbone, last_blocks(backbone, 1), True, dtype)
-    videos = sequences(Path(cfg.path).expanduser(), cfg.list, cfg.resolution)
+    if not cfg.test:
+        raise ValueError(f"test.name must be given; there is: {', '.join(shelves.names('data.videos'))}.")
+    videos: list[Video] = shelves.build("data.videos", cfg.test)
     sums = torch.zeros(3, dtype=torch.float64)
     share = videos[rank() :: world_size()]
     with frozen(backbone), torch.no_grad():
@@ -76,17 +80,17 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
             sums += torch.tensor([[j, f, 1.0] for j, f in scores], dtype=torch.float64).sum(dim=0)
     j, f, objects = all_reduce_sum(sums).tolist()
     if not objects:
-        raise ValueError(f"The first frames in path='{cfg.path}' show no object.")
+        raise ValueError("The first frames of the videos show no object.")
     j, f = j / objects, f / objects
     return {"J&F mean": (j + f) / 2, "J mean": j, "F mean": f, "videos": len(videos), "objects": objects}
 
 
-def _kept(cfg: Config, look: Look, video: Sequence) -> list[tuple[float, float]]:
+def _kept(cfg: Config, look: Look, video: Video) -> list[tuple[float, float]]:
     """J and F of each object of a video; read from `out` if it was judged before in the same way."""
     if not cfg.out:
         return _judged(cfg, look, video)
     path = Path(cfg.out) / f"{video.name}.json"
-    who = identity(asdict(cfg), look.backbone)
+    who = identity({**asdict(cfg), "videos": cfg.test}, look.backbone)
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["identity"] == who:
@@ -96,11 +100,11 @@ def _kept(cfg: Config, look: Look, video: Sequence) -> list[tuple[float, float]]
     return scores
 
 
-def _judged(cfg: Config, look: Look, video: Sequence) -> list[tuple[float, float]]:
+def _judged(cfg: Config, look: Look, video: Video) -> list[tuple[float, float]]:
     first = torch.from_numpy(video.mask(0))
     objects = int(first.max())
     scores = torch.zeros(objects, 2, dtype=torch.float64)
-    count = len(video.frames) - 2
+    count = len(video) - 2
     for index, given in enumerate(_handed_on(cfg, look, video, first, objects + 1), start=1):
         if index > count:
             break
@@ -111,7 +115,7 @@ def _judged(cfg: Config, look: Look, video: Sequence) -> list[tuple[float, float
     return [(j, f) for j, f in (scores / count).tolist()]
 
 
-def _handed_on(cfg: Config, look: Look, video: Sequence, first: Tensor, labels: int) -> Iterator[Tensor]:
+def _handed_on(cfg: Config, look: Look, video: Video, first: Tensor, labels: int) -> Iterator[Tensor]:
     """The labels (H, W) of each frame after the first, one after the other."""
     x, grid = _patches(cfg, look, video, 0)
     ids = F.interpolate(first[None, None].float(), grid, mode="nearest").long().flatten()
@@ -119,7 +123,7 @@ def _handed_on(cfg: Config, look: Look, video: Sequence, first: Tensor, labels: 
     near = _neighbourhood(grid, cfg.radius, x.device)
     start = (x, shares)
     past: deque[tuple[Tensor, Tensor]] = deque(maxlen=cfg.frames)
-    for index in range(1, len(video.frames)):
+    for index in range(1, len(video)):
         x, _ = _patches(cfg, look, video, index)
         back = [start, *past]
         shares = propagate(
@@ -154,7 +158,7 @@ def propagate(x: Tensor, past: Tensor, shares: Tensor, near: Tensor | None, k: i
     return torch.cat(done)
 
 
-def _patches(cfg: Config, look: Look, video: Sequence, index: int) -> tuple[Tensor, tuple[int, int]]:
+def _patches(cfg: Config, look: Look, video: Video, index: int) -> tuple[Tensor, tuple[int, int]]:
     """Features (N, D) on the unit sphere, and the grid."""
     image = to_pair(video.frame(index, look.backbone.channels), np.zeros((1, 1)))[0]
     patch = look.backbone.patch

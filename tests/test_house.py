@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "features": "backbones data distributed files log",
     "files": "",
     "hub": "backbones heads weights",
+    "key_help": "shelves",
     "judge": "backbones config device features shelves weights",
     "layers": "",
     "log": "distributed files",
@@ -42,8 +43,8 @@ MAY_IMPORT = {
     "shelves": "",
     "slurm": "config files shelves",
     "train": "backbones config data device distributed features files layers log losses shelves weights",
-    "verbs": "backbones bench config curate data device distributed features files hub judge log results "
-             "results_training shelves slurm train weights",
+    "verbs": "backbones bench config curate data device distributed features files hub judge key_help log "
+             "results results_training shelves slurm train weights",
     "weights": "backbones config files layers shelves",
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Frozen features: what a backbone says of images. Nothing here changes the backbone."""
 
 from dinokit.features.attention import attention
-from dinokit.features.cache import cached, kept
+from dinokit.features.cache import cached, halfway, kept
 from dinokit.features.dense import Map, dense, last_blocks, patch_width, spread_blocks
 from dinokit.features.extraction import Extraction, extract_to
 from dinokit.features.frozen import device_of, frozen, last_layers, normalised
@@ -13,6 +13,7 @@ from dinokit.features.wanted import Wanted
 
 __all__ = [
     "Extraction", "Features", "Map", "Part", "Reading", "Store", "Wanted", "attention", "cached", "dense",
-    "device_of", "extract", "extract_to", "fingerprint", "frozen", "kept", "last_blocks", "last_layers",
-    "normalised", "open_store", "patch_width", "readable", "spread", "spread_blocks", "weights_hash",
+    "device_of", "extract", "extract_to", "fingerprint", "frozen", "halfway", "kept", "last_blocks",
+    "last_layers", "normalised", "open_store", "patch_width", "readable", "spread", "spread_blocks",
+    "weights_hash",
 ]  # fmt: skip

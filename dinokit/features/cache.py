@@ -4,25 +4,22 @@ An entry is a safetensors file named by a hash of all that features depend on: t
 the modules, the images (names, lengths and times of change of their files, or as the source says; a source
 that says nothing is never cached), what is shown of an image, what is kept of the tokens, the precision and
 the kind of device. It is whole or not there; a damaged one is made anew. Above LIMIT the entries that were
-longest unused go. The folder may be deleted at any time.
+longest unused go. The folder may be deleted at any time. What was made of an entry when its process was
+killed is taken up again (features/halfway.py).
 """
 
 import json
 import os
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dinokit.distributed import all_reduce_max, rank
+from dinokit.features.halfway import Halfway, forget, read, write
 from dinokit.features.vectors import Features
-from dinokit.files import atomic
 
 LAYOUT = 1  # of an entry; one more whenever features come to mean something else
 LIMIT = 20 * 2**30  # bytes of all entries
@@ -51,6 +48,7 @@ def cached(
             path = _path(folder, depends_on)
             _write(path, done, depends_on)
             _make_room(path)
+        forget(path)
     return done
 
 
@@ -66,6 +64,11 @@ def kept(folder: str | Path, depends_on: object, device: torch.device) -> Featur
     return Features(done.x.to(device), done.y.to(device), done.unreadable)
 
 
+def halfway(folder: str | Path, depends_on: object) -> Halfway:
+    """Where `make` of `cached` may keep what it has, until it has all."""
+    return Halfway(_path(folder, depends_on))
+
+
 def _path(folder: str | Path, depends_on: object) -> Path:
     name = blake2b(repr((LAYOUT, depends_on)).encode(), digest_size=16).hexdigest()
     return Path(folder).expanduser() / f"{name}.safetensors"
@@ -73,40 +76,16 @@ def _path(folder: str | Path, depends_on: object) -> Path:
 
 def _read(path: Path) -> Features | None:
     """None if it is not there or damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            x, y = file.get_tensor("x"), file.get_tensor("y")
-        if int(about["check"]) != _check(x, y):
-            return None
-        return Features(x, y, list(json.loads(about["unreadable"])))
-    except (OSError, SafetensorError, KeyError, ValueError):
+    found = read(path)
+    if found is None or not {"x", "y"} <= set(found[0]) or "unreadable" not in found[1]:
         return None
+    return Features(found[0]["x"], found[0]["y"], list(json.loads(found[1]["unreadable"])))
 
 
 def _write(path: Path, features: Features, depends_on: object) -> None:
-    x, y = features.x.cpu().contiguous(), features.y.cpu().contiguous()
-    about = {
-        "check": str(_check(x, y)),
-        "unreadable": json.dumps(features.unreadable),
-        "depends_on": repr(depends_on),  # for people
-    }
-    try:
-        with atomic(path) as part:
-            save_file({"x": x, "y": y}, part, about)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"Features could not be kept in {path.parent}: {error}. Make room, set cache=ANOTHER_FOLDER, or "
-            f"keep none with cache=null."
-        ) from None
-
-
-def _check(*tensors: torch.Tensor) -> int:
-    done = 0
-    for tensor in tensors:
-        content: Any = tensor.flatten().view(torch.uint8).numpy()
-        done = zlib.crc32(content, done)
-    return done
+    tensors = {"x": features.x.cpu().contiguous(), "y": features.y.cpu().contiguous()}
+    about = {"unreadable": json.dumps(features.unreadable), "depends_on": repr(depends_on)}  # for people
+    write(path, tensors, about)
 
 
 def _make_room(newest: Path) -> None:

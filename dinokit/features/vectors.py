@@ -17,6 +17,7 @@ from dinokit.data.sources import Picture, Source
 from dinokit.data.views import Cut, Middle
 from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.features.frozen import device_of, frozen, normalised
+from dinokit.features.halfway import Halfway
 from dinokit.features.reading import Reading
 from dinokit.log import watch
 
@@ -73,6 +74,7 @@ def extract(
     reading: Reading = CLASS_TOKEN,
     cut: Cut | None = None,
     draw: int = 0,
+    halfway: Halfway | None = None,
 ) -> Features:
     """Features of the centre, or another view, of each image. Leaves the backbone as it was.
 
@@ -89,6 +91,7 @@ def extract(
         reading: what is kept of the tokens.
         cut: what is shown of an image in place of its centre, (C, size, size).
         draw: the number of the draw, for a `cut` that draws.
+        halfway: where rows are kept until all are there, and taken up.
 
     Raises:
         ValueError: if the size or the channels do not fit the backbone, no image can be read, or a feature is
@@ -103,10 +106,14 @@ def extract(
     y = torch.zeros(len(source), dtype=torch.int64, device=device)
     seen = torch.zeros(len(source), dtype=torch.int64, device=device)
     share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is the whole
-    order, cut = _InTurn(share, batch, draw), cut or Middle(resize, size)
-    views = watch(view_loader(source, cut, size, order, workers, backbone.channels), len(order), "features")
+    done = halfway.take_up(x, y, seen) if halfway else 0
+    order, cut = _InTurn(share[done:], batch, draw), cut or Middle(resize, size)
+    before = math.ceil(done / batch)
+    views = view_loader(source, cut, size, order, workers, backbone.channels)
+    views = watch(views, before + len(order), "features", before)
     with frozen(backbone), torch.inference_mode():
         for part in views:
+            done += len(part.indices)
             kept = readable(source, part)
             if not kept.any():
                 continue
@@ -115,6 +122,8 @@ def extract(
                 rows = reading(backbone, crops)
             places = part.indices[kept].to(device)
             x[places], y[places], seen[places] = rows, part.labels[kept].to(device), 1
+            if halfway:
+                halfway.add(places, done, x, y)
     x, y, whole = all_reduce_sum(x), all_reduce_sum(y), all_reduce_sum(seen) > 0
     lost = [source.name(int(i)) for i in (~whole).nonzero()]
     if len(lost) == len(source):

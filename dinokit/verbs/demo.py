@@ -1,6 +1,7 @@
 """dinokit demo [key=value ...]: pretrain on the built-in scenes, judge, print a table; takes minutes."""
 
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,11 @@ SHOWN = {
     "retrieval": "mAP",
     "segmentation": "mIoU",
     "depth": "rmse",
+    "video": "J&F mean",
 }
 # What stands against the features: another method without them, or the same one on pixels.
 INSTEAD = {"segmentation": {"method": "majority"}, "depth": {"method": "mean"}}
+PATCHES = "video"  # judged against the pixels of each patch: raw pixels know no places
 PIXELS = {"blocks": [1], "pool": [False]}
 
 
@@ -58,12 +61,15 @@ def run(command: Command) -> None:
     for label, backbone in judged.items():
         table.add_row(label, f"{100 * judge.run_evaluator('knn', values, backbone)['top1@20']:.1f} %")
     Console().print(table)
-    _judge_all(Path(out), trained, judged["raw pixels, 16 x 16"])
+    patches = {"name": "raw_patches", "size": recipe.crops.globals.size, "patch": trained.patch,
+               "cell": gcd(4, trained.patch)}  # fmt: skip
+    instead = judged["raw pixels, 16 x 16"], judge.load_judged(None, patches, recipe.run.device)
+    _judge_all(Path(out), trained, *instead)
     print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
     print("Now your own: dinokit train small_photos data.path=PHOTOS run.out=runs/photos")
 
 
-def _judge_all(out: Path, trained: "Backbone", pixels: "Backbone") -> None:
+def _judge_all(out: Path, trained: "Backbone", pixels: "Backbone", patches: "Backbone") -> None:
     """Every evaluator on the trained backbone and on a baseline; results go to the run, as of `eval all`."""
     from rich.console import Console
     from rich.table import Table
@@ -75,7 +81,8 @@ def _judge_all(out: Path, trained: "Backbone", pixels: "Backbone") -> None:
         ours = judged_by(each, trained, str(out), about, out, True)[score]
         change = INSTEAD.get(each.name, {key: v for key, v in PIXELS.items() if key in base.values})
         base = replace(base, values={**base.values, **change})
-        theirs = judged_by(base, pixels, "pixels", {}, None, True)[score]
+        against = patches if each.name == PATCHES else pixels
+        theirs = judged_by(base, against, "pixels", {}, None, True)[score]
         what = " ".join(str(value) for value in INSTEAD.get(each.name, {}).values()) or "raw pixels"
         table.add_row(each.name, score, f"{ours:.3f}", f"{theirs:.3f}", what)
     Console().print(table)

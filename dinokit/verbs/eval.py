@@ -18,18 +18,25 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit import judge, results, shelves
 from dinokit.config import parse_overrides, section_values
 from dinokit.judge import Planned
+from dinokit.key_help import key_line, key_lines
 from dinokit.verbs import Command
 
 if TYPE_CHECKING:
     from dinokit.backbones import Backbone
 
+OWN = {  # keys of the command itself
+    "weights": "a file or a run: what is judged",
+    "backbone": "in place of weights: backbone.name=NAME, without training, and what that takes",
+    "device": "cpu, cuda or auto",
+    "out": "folder of results.jsonl, and of what an evaluator keeps; the run's, if not given",
+}
 PATIENCE = 60.0  # minutes that a process waits for the others
 
 
@@ -65,7 +72,7 @@ def run(command: Command) -> None:
 def _plan(what: str, values: dict[str, Any]) -> tuple[list[Planned], str]:
     """What is to be done, and the recipe that says so."""
     if what != "all":
-        return [Planned(what, what, section_values("eval", what, values, ""))], ""
+        return [Planned(what, what, section_values("eval", what, values, "", tuple(OWN)))], ""
     recipe = values.pop("recipe", None)
     if recipe is None:
         there = ", ".join(shelves.recipe_names("eval"))
@@ -149,8 +156,5 @@ def describe(words: Sequence[str]) -> str:
         return f"recipes: {', '.join(shelves.recipe_names('eval'))}"
     if not words or words[0] not in have:
         return f"evaluators: {', '.join(have)}, or all; dinokit eval NAME --help lists the keys"
-    lines = [f"keys of {words[0]}:"]
-    for f in fields(shelves.read_config("eval", words[0])):
-        default = "" if f.default is MISSING else f" = {json.dumps(f.default, default=list)}"
-        lines.append(f"    {f.name}{default}")
-    return "\n".join(lines)
+    own = [key_line(key, meaning) for key, meaning in OWN.items()]
+    return "\n".join([f"keys of {words[0]}:", *own, *key_lines("eval", words[0], without=tuple(OWN))])

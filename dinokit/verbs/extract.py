@@ -13,11 +13,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dinokit.config import parse_overrides, section_values
-from dinokit.shelves import read_config, suggest
+from dinokit.key_help import key_lines
+from dinokit.shelves import suggest
 from dinokit.verbs import Command, part_of
 
 SHARES = RESUMES = True
@@ -76,11 +77,7 @@ def run(command: Command) -> None:
 
 
 def describe(words: Sequence[str]) -> str:
-    lines = ["keys:"]
-    for f in fields(read_config("verbs", "extract")):
-        default = "" if f.default == "???" else f" = {json.dumps(f.default)}"
-        lines.append(f"    {f.name}{default}")
-    return "\n".join(lines)
+    return "\n".join(["keys:", *key_lines("verbs", "extract")])
 
 
 class Screen:

@@ -59,6 +59,8 @@ def _evaluators(recipe: Recipe, source: "Source") -> list["Evaluator"]:
                 print(text, file=sys.stderr)
             continue
         values = judge.with_data(name, values, recipe.data)
+        if "max_unreadable" in values:  # what the run may lack, an evaluator may
+            values["max_unreadable"] = max(values["max_unreadable"], recipe.run.max_unreadable)
         if recipe.backbone.get("weights"):
             values = judge.with_start(name, values, f"{recipe.run.out}/start.safetensors")
         done.append(Evaluator(name, section["every"], partial(judge.run_evaluator, name, values)))

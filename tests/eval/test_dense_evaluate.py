@@ -291,7 +291,8 @@ def davis(tmp_path):
 
 
 def video_config(root, **values):
-    return video.Config(**section_values("eval", "video", {"path": str(root), "size": 48, **values}, "video"))
+    values = {"test": {"path": str(root), **values.pop("test", {})}, "size": 48, **values}
+    return video.Config(**section_values("eval", "video", values, "video"))
 
 
 def test_squares_that_move_are_followed(davis, tmp_path):
@@ -307,7 +308,7 @@ def test_squares_that_move_are_followed(davis, tmp_path):
 
 def test_a_video_without_a_mask_or_a_list_that_is_not_there_is_named(davis):
     with pytest.raises(ValueError, match=r"has no list 'vall'. Did you mean 'val'"):
-        video.evaluate(video_config(davis, list="vall"), Colours())
+        video.evaluate(video_config(davis, test={"list": "vall"}), Colours())
     (davis / "Annotations" / "480p" / "squares" / "00003.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 6 frames have no mask, .*00003.png"):
         video.evaluate(video_config(davis), Colours())

@@ -73,8 +73,15 @@ def test_an_image_of_the_wrong_colour_costs_its_share(colours, tmp_path):
 def test_an_unreadable_image_is_left_out_and_counted(colours, tmp_path):
     (tmp_path / "b" / "red" / "broken.png").write_bytes(b"\x89PNG")
     (tmp_path / "a" / "red" / "0.png").write_bytes(b"")
-    scores = evaluate(config(**colours, k=[5]), Corner())
+    scores = evaluate(config(**colours, k=[5], max_unreadable=0.1), Corner())
     assert scores == {"top1@5": 1.0, "images_train": 29, "images_test": 12, "images_unreadable": 2}
+
+
+def test_more_unreadable_images_than_allowed_are_an_error_that_says_how_many_to_allow(colours, tmp_path):
+    (tmp_path / "b" / "red" / "broken.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"1 of the 13 test .*broken\.png.*such as max_unreadable=0\.08\."):
+        evaluate(config(**colours, k=[5]), Corner())
+    assert evaluate(config(**colours, k=[5], max_unreadable=0.08), Corner())["images_unreadable"] == 1
 
 
 def test_the_backbone_is_left_as_it_was(colours):

@@ -90,7 +90,10 @@ def test_unreadable_images_are_left_out_named_and_counted(colours, mean, tmp_pat
     (tmp_path / "a" / "red" / "red0.png").write_bytes(b"")
     (tmp_path / "b" / "red" / "red0.png").write_bytes(b"")
     for mode in ("cached", "online"):
-        scores = evaluate(config(**colours, mode=mode), mean)
+        with pytest.raises(ValueError, match=r"1 of the 12 test .* max_unreadable=0\.01: '.*red0\.png'"):
+            evaluate(config(**colours, mode=mode), mean)
+        capsys.readouterr()
+        scores = evaluate(config(**colours, mode=mode, max_unreadable=0.1), mean)
         assert scores["top1"] == 1.0
         assert scores["images_test"] == 11
         assert scores["images_unreadable"] == 2
@@ -179,6 +182,14 @@ def test_broken_weights_are_told(colours, mean):
         mean.gain.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         evaluate(config(**colours), mean)
+
+
+def test_where_the_largest_rate_is_the_best_larger_ones_are_named(colours, mean, capsys):
+    evaluate(config(**colours, steps=2, lr=[1e-7, 1e-6]), mean)
+    said = capsys.readouterr().err
+    assert (
+        "lr=1e-06. Short features, and few steps, want larger ones: try lr=[5e-07,1e-06,2e-06,5e-06," in said
+    )
 
 
 KILLED = """

@@ -6,6 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from dinokit.config import section_values
+from dinokit.eval import logreg
 from dinokit.eval.logreg import Config, evaluate, solve
 
 
@@ -78,3 +79,30 @@ def test_images_to_choose_on_are_trained_on_in_the_end(colours, mean):
 def test_settings_that_lead_nowhere_are_named(values, words):
     with pytest.raises(ValueError, match=words):
         config(**values)
+
+
+def test_a_c_that_was_tried_is_not_tried_again(colours, mean, tmp_path, monkeypatch):
+    # A new one each time: that it counts its calls would make it another backbone.
+    values = {**colours, "powers": [-3, 1], "count": 6}
+    whole = evaluate(config(**values), type(mean)())
+    tried = []
+
+    def watched(stop):
+        def solve_until(x, y, classes, c, *rest):
+            if len(tried) == stop:
+                raise KeyboardInterrupt
+            tried.append(c)
+            return solve(x, y, classes, c, *rest)
+
+        return solve_until
+
+    out = str(tmp_path / "out")
+    monkeypatch.setattr(logreg, "solve", watched(4))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config(**values, out=out), type(mean)())
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    tried.clear()
+    monkeypatch.setattr(logreg, "solve", watched(None))
+    assert evaluate(config(**values, out=out), type(mean)()) == whole
+    assert len(tried) == 6 - 4 + 1  # and once the best one, on all images
+    assert not list((tmp_path / "out").iterdir())

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from dinokit import shelves
 from dinokit.backbones.raw_patches import Config, RawPatches
 from dinokit.eval._bank import Bank, grid_to_image, neighbour_judge, patch_counts, regression_judge
-from dinokit.eval._davis import contour, outline, region, thickened
+from dinokit.eval._outlines import contour, outline, region, thickened
 from dinokit.eval.video import _neighbourhood, propagate
 from dinokit.features import dense, last_blocks, spread_blocks
 

@@ -1,6 +1,8 @@
 """Features from disk: the same as made anew, and never those of other weights, images or settings."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,10 +72,64 @@ def test_what_was_made_is_read_and_is_the_same_to_the_last_bit(tmp_path, folder)
     assert second.unreadable == []
 
 
+KILLED = """
+import os, signal, sys
+from functools import partial
+import torch
+from dinokit import shelves
+from dinokit.eval._labelled import features_of
+from dinokit.eval.knn import Config
+from dinokit.features import Reading, cache
+torch.set_num_threads(1)
+cache.Halfway = partial(cache.Halfway, every=0.0)
+images, kept, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.manual_seed(0)
+shape = {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 8, "size": 16}
+net = shelves.build("backbones", shape).eval()
+calls = 0
+def count(*_):
+    global calls
+    calls += 1
+    if calls == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+net.register_forward_pre_hook(count)
+source = shelves.build("data.sources", {"name": "folder", "path": images, "labels": "folders"})
+cfg = Config(cache=kept, workers=0, batch=2, max_unreadable=1.0)
+done = features_of(cfg, "train", net, source, Reading())
+torch.save({"x": done.x, "y": done.y, "lost": done.unreadable, "calls": calls}, kept + ".pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_set_whose_process_was_killed_is_gone_on_with(tmp_path, folder):
+    for i in range(6, 12):
+        Image.new("RGB", (20, 20), (0, 20 * i, 100)).save(folder / "ab"[i % 2] / f"{i}.png")
+    (folder / "a" / "2.png").write_bytes(b"")
+
+    def go(out, stop):
+        words = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / out), str(stop)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        return done, torch.load(tmp_path / f"{out}.pt") if (tmp_path / f"{out}.pt").exists() else None
+
+    assert go("cut", stop=4)[0].returncode == -9
+    parts = sorted((tmp_path / "cut").iterdir())
+    assert len(parts) == 3
+    parts[2].write_bytes(parts[2].read_bytes()[:-1])  # cut short: what it held is made again
+    rest, found = go("cut", stop=0)
+    whole, want = go("whole", stop=0)
+    assert found is not None, rest.stderr
+    assert want is not None, whole.stderr
+    assert (want["calls"], found["calls"]) == (6, 4)
+    assert torch.equal(found["x"], want["x"])
+    assert torch.equal(found["y"], want["y"])
+    assert found["lost"] == want["lost"] == [str(folder / "a" / "2.png")]
+    assert len(list((tmp_path / "cut").iterdir())) == 1  # the entry
+
+
 def test_the_names_of_unreadable_images_are_kept(tmp_path, folder):
     (folder / "a" / "0.png").write_bytes(b"")
     for _ in range(2):
-        done, _ = asked(tmp_path, vit(), opened(folder))
+        done, _ = asked(tmp_path, vit(), opened(folder), max_unreadable=0.5)
         assert done.unreadable == [str(folder / "a" / "0.png")]
         assert len(done.x) == 5
 

@@ -52,10 +52,13 @@ class Renderer:
         self.x, self.y = (np.ascontiguousarray(a) for a in np.meshgrid(axis, axis))  # (S, S) each
         self.broad, self.coarse, self.fine = (Noise(size, cells) for cells in (4, 9, 24))
 
-    def render(self, rng: np.random.Generator, label: int) -> Scene:
-        """The scene that `rng` describes, with silhouette `label` (an index of _scenes_shapes.NAMES)."""
+    def render(self, rng: np.random.Generator, label: int, time: float = 0.0) -> Scene:
+        """The scene that `rng` describes, with silhouette `label` (an index of _scenes_shapes.NAMES).
+
+        With a `time` of 1, the objects have each moved by up to 1 both ways.
+        """
         ground_depth = self._ground_depth(rng)
-        objects = self._place(rng, label)
+        objects = self._place(rng, label, time)
         n = len(objects.distance)
         surface = patterns(
             rng,
@@ -83,13 +86,15 @@ class Renderer:
         down, across = rng.uniform(0.15, 0.4), rng.uniform(-0.1, 0.1)
         return (rng.uniform(9, 12) / (1 + down * self.y + across * self.x)).astype(np.float32)
 
-    def _place(self, rng: np.random.Generator, label: int) -> Objects:
+    def _place(self, rng: np.random.Generator, label: int, time: float) -> Objects:
         n = int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
         # One object a stratum, with a gap between two: there is a step in depth wherever one hides another.
         strata = (np.arange(n)[::-1] + rng.uniform(0.15, 0.85, n)) / n
         distance = NEAR * (FAR / NEAR) ** strata
         radius = rng.uniform(0.5, 0.65, n) / distance  # of things of like size, the far ones look small
         x, y = _spread_out(rng, radius, lower=0.15 * (1 - 2 * strata))
+        if time:  # by numbers of their own, so that all else is drawn as at the start
+            x, y = np.stack([x, y]) + time * rng.spawn(1)[0].uniform(-1, 1, (2, n))
         angle = rng.uniform(-0.3, 0.3, n)
         mirror = rng.choice([-1.0, 1.0], n)
         stretch = np.exp(rng.uniform(-0.1, 0.1, n))

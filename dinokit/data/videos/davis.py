@@ -1,32 +1,38 @@
-"""DAVIS 2017 on disk (Pont-Tuset et al., arXiv 1704.00675), and its two measures.
+"""DAVIS 2017 as it is delivered (Pont-Tuset et al., arXiv 1704.00675), and what has its layout.
 
-T  frames     O  objects     H, W  of a frame
+H, W  of a frame
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from dinokit import shelves
 from dinokit.data.decode import decode, decode_map
 from dinokit.data.sources import Picture
+from dinokit.data.videos import Video
+from dinokit.shelves import suggest
 
-BOUND = 0.008  # of the diagonal: how far apart two outlines may lie and still be one
 NOTHING = 255  # the number of pixels that belong to no object and are not the background either
 
 
+@dataclass
+class Config:
+    path: str = "???"  # a folder laid out as DAVIS 2017
+    list: str = "val"  # of videos, in ImageSets/2017; without that folder, all videos
+    resolution: str = "480p"  # name of the folders
+
+
 @dataclass(frozen=True)
-class Sequence:
-    """The frames of one video and the masks of those that have one."""
+class Files:
+    """The frames of one video and their masks."""
 
     name: str
     frames: list[Path]
     masks: list[Path]  # one a frame
+
+    def __len__(self) -> int:
+        return len(self.frames)
 
     def frame(self, index: int, channels: int) -> Picture:
         """The image."""
@@ -40,12 +46,13 @@ class Sequence:
         return np.where(ids == NOTHING, 0, ids).astype(np.uint8)
 
 
-def sequences(root: Path, names: str, resolution: str) -> list[Sequence]:
+def build(cfg: Config) -> list[Video]:
     """The videos that ImageSets/2017/NAMES.txt lists, or all, if there is no such folder.
 
     Raises:
         ValueError: if a folder is not there, a list is empty, or a frame has no mask.
     """
+    root, names, resolution = Path(cfg.path).expanduser(), cfg.list, cfg.resolution
     images, masks = root / "JPEGImages" / resolution, root / "Annotations" / resolution
     for folder in (images, masks):
         if not folder.is_dir():
@@ -60,17 +67,17 @@ def sequences(root: Path, names: str, resolution: str) -> list[Sequence]:
     if lists.is_dir():
         there = sorted(path.stem for path in lists.glob("*.txt"))
         if names not in there:
-            near = shelves.suggest(names, there)
+            near = suggest(names, there)
             raise ValueError(f"{lists} has no list '{names}'.{near} It has: {', '.join(there)}.")
         wanted = (lists / f"{names}.txt").read_text(encoding="utf-8").split()
     if not wanted:
         raise ValueError(f"path='{root}' names no video.")
-    return [_sequence(images, masks, name, have) for name in wanted]
+    return [_files(images, masks, name, have) for name in wanted]
 
 
-def _sequence(images: Path, masks: Path, name: str, have: list[str]) -> Sequence:
+def _files(images: Path, masks: Path, name: str, have: list[str]) -> Files:
     if name not in have:
-        raise ValueError(f"{images} has no video '{name}'.{shelves.suggest(name, have)}")
+        raise ValueError(f"{images} has no video '{name}'.{suggest(name, have)}")
     frames = sorted(path for path in (images / name).iterdir() if path.suffix.lower() in (".jpg", ".png"))
     truths = [masks / name / f"{path.stem}.png" for path in frames]
     missing = [str(path) for path in truths if not path.is_file()]
@@ -80,40 +87,4 @@ def _sequence(images: Path, masks: Path, name: str, have: list[str]) -> Sequence
             if missing
             else f"{images / name} has {len(frames)} frames; the first and the last are not judged."
         )
-    return Sequence(name, frames, truths)
-
-
-def region(given: Tensor, truth: Tensor) -> float:
-    """J: the intersection over the union of two masks (H, W) bool; 1 if both are empty."""
-    union = (given | truth).sum().item()
-    return (given & truth).sum().item() / union if union else 1.0
-
-
-def contour(given: Tensor, truth: Tensor) -> float:
-    """F: the harmonic mean of precision and recall of the outline of `given`, both masks (H, W) bool.
-
-    A point of one outline is found if the other has one within 0.008 of the diagonal, rounded up to a pixel.
-    If neither has an outline it is 1, if one has none, 0.
-    """
-    reach = math.ceil(BOUND * math.hypot(*truth.shape))
-    ours, theirs = outline(given), outline(truth)
-    counts = ours.sum().item(), theirs.sum().item()
-    if not all(counts):
-        return float(not any(counts))
-    precision = (ours & thickened(theirs, reach)).sum().item() / counts[0]
-    recall = (theirs & thickened(ours, reach)).sum().item() / counts[1]
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def outline(mask: Tensor) -> Tensor:
-    """Pixels of (H, W) bool that differ from the one to the right, below, or across; (H, W) bool."""
-    wide = F.pad(mask[None, None].float(), (0, 1, 0, 1), mode="replicate")[0, 0] > 0
-    here = wide[:-1, :-1]
-    return (here ^ wide[:-1, 1:]) | (here ^ wide[1:, :-1]) | (here ^ wide[1:, 1:])
-
-
-def thickened(mask: Tensor, reach: int) -> Tensor:
-    """All pixels within `reach` of one of (H, W) bool."""
-    axis = torch.arange(-reach, reach + 1, device=mask.device)
-    disc = (axis[:, None].square() + axis.square() <= reach**2).float()
-    return F.conv2d(mask[None, None].float(), disc[None, None], padding=reach)[0, 0] > 0.5
+    return Files(name, frames, truths)

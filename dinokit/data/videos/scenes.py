@@ -1,0 +1,69 @@
+"""The built-in scenes in motion: each object goes its own way, and all look alike but for their colours."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from dinokit.data.sources import Picture
+from dinokit.data.sources._scenes_render import Renderer, Scene
+from dinokit.data.sources._scenes_shapes import NAMES
+from dinokit.data.videos import Video
+from dinokit.shelves import refuse_below
+
+
+@dataclass
+class Config:
+    size: int = 64  # pixels: the side of the square frames, 32 or more
+    videos: int = 8
+    frames: int = 10  # of a video
+    objects: int = 3  # the nearest of a video, that are to be followed
+    seed: int = 0
+    split: Literal["train", "test"] = "test"
+
+    def __post_init__(self) -> None:
+        refuse_below(self, size=32, videos=1, frames=3, objects=1, seed=0)
+
+
+class SceneVideo:
+    """Video `number`, a function of (seed, split, number) alone; no scene of the images is in it.
+
+    From the first frame to the last an object moves by up to half of the image's side.
+    """
+
+    def __init__(self, cfg: Config, renderer: Renderer, number: int) -> None:
+        self.cfg, self.name, self._renderer, self._number = cfg, f"{cfg.split}{number}", renderer, number
+        first = self._scene(0)
+        distances = np.unique(first.depth[first.mask > 0])  # of the objects that are seen, nearest first
+        self._followed = distances[: cfg.objects]
+
+    def __len__(self) -> int:
+        return self.cfg.frames
+
+    def frame(self, index: int, channels: int) -> Picture:
+        """The image, RGB."""
+        return Image.fromarray(self._scene(index).image)
+
+    def mask(self, index: int) -> np.ndarray:
+        """(size, size) uint8."""
+        scene = self._scene(index)
+        mask = np.zeros(scene.mask.shape, np.uint8)
+        for number, distance in enumerate(self._followed, start=1):
+            mask[(scene.depth == distance) & (scene.mask > 0)] = number
+        return mask
+
+    def _scene(self, index: int) -> Scene:
+        split = 2 + ("train", "test").index(self.cfg.split)  # 0 and 1 are the images'
+        rng = np.random.Generator(np.random.PCG64([self.cfg.seed, split, self._number]))
+        return self._renderer.render(rng, self._number % len(NAMES), index / (self.cfg.frames - 1))
+
+
+def build(cfg: Config) -> list[Video]:
+    """The videos of a split.
+
+    Raises:
+        ValueError: if a number is too small.
+    """
+    renderer = Renderer(cfg.size)
+    return [SceneVideo(cfg, renderer, number) for number in range(cfg.videos)]
