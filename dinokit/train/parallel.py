@@ -11,7 +11,6 @@ needs no communication; the teacher's gradients do not exist.
 """
 
 import contextlib
-import math
 import warnings
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -33,7 +32,6 @@ from dinokit.train.student_teacher import Network, build_backbone
 
 STATE_BYTES = 5 * 4  # a parameter: student, gradient, two moments, teacher, in float32
 GIB = 2**30
-BUCKETS = 8  # that gradients are sent in by DDP, at least
 
 
 def spread(model: Model, recipe: Recipe, device: torch.device, images: int) -> nn.Module:
@@ -52,13 +50,10 @@ def spread(model: Model, recipe: Recipe, device: torch.device, images: int) -> n
         return model
     # The centres are the same in every process by themselves: they are sums over all. In DDP's own words, a
     # parameter that no loss reads is "unused", and looking for such costs a walk through the graph a step.
-    # The last bucket is sent when the backward pass is over, and all wait for it: let it be a small one.
-    gradients = sum(p.numel() * p.element_size() for p in model.student.parameters()) / 2**20  # MiB
     return DistributedDataParallel(
         model,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
-        bucket_cap_mb=min(math.ceil(gradients / BUCKETS), 25),
         find_unused_parameters=not _all_read(model.student, recipe),
     )
 
