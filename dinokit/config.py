@@ -20,7 +20,8 @@ from dinokit.recipe import BEGINNING, CropGroup, Crops, Head, Heads, Masks, Opti
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
-    "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "section_values", "to_yaml",
+    "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "run_of", "section_values",
+    "to_yaml",
 ]  # fmt: skip
 BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.pairs": {"name": "folders"},
         "data.videos": {"name": "davis"}}  # fmt: skip
@@ -33,7 +34,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | 
     """Read a recipe, a path or a name in configs/, and apply `key=value` overrides.
 
     An override that changes the `name` of a section starts that section from the new file's defaults. A
-    section `backbone` with `weights` and no `name` is what `look` says of these, but for its own keys.
+    section `backbone` with `weights` and no `name` is what `look` says of these, but for its own keys. The
+    recipe.yaml of a run means that run, wherever its folder was moved.
 
     Raises:
         ValueError, LookupError: for an unknown recipe, key or name, a value that does not fit, a missing
@@ -42,8 +44,16 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | 
     path = shelves.find_recipe(recipe)
     values = read_mapping(path)
     values.setdefault("name", path.stem)
+    home, run = run_of(path), values.get("run") or {}
+    if home is not None and "out" in run and Path(run["out"]).resolve() != home.resolve():
+        values["run"] = {**run, "out": str(home)}
     _merge(values, parse_overrides(overrides), "")
     return _complete(values, look)
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that keeps this file as its recipe, or nothing: the file is only a recipe."""
+    return path.parent if path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir() else None
 
 
 def data_section(text: str) -> dict[str, Any]:

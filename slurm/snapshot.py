@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from dinokit.config import run_of
+
 INSTALLED = {"site-packages", "dist-packages"}
 APART = ("configs", "eval", "slurm")  # packages of dinokit that lie beside dinokit/ in a checkout
 
@@ -30,12 +32,15 @@ def copy_code(target: Path, names: Iterable[str] = ()) -> None:
 
 
 def copy_recipes(target: Path, commands: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Copy the YAML files that commands name into a folder. Returns the commands, naming the copies."""
+    """Copy the YAML files that commands name into a folder. Returns the commands, naming the copies.
+
+    The recipe.yaml of a run stays where it is: it means the run that it lies in.
+    """
     copies: dict[str, str] = {}
 
     def copied(word: str) -> str:
         key, equals, path = word.rpartition("=")
-        if not path.endswith((".yaml", ".yml")) or not Path(path).is_file():
+        if not path.endswith((".yaml", ".yml")) or not Path(path).is_file() or run_of(Path(path)):
             return word
         if path not in copies:
             copy = target / str(len(copies)) / Path(path).name  # its name is the recipe's

@@ -96,6 +96,13 @@ def test_help_is_given_at_once(words, answer):
         (["submit", "logs"], "Nothing was submitted from here"),
         (["submit", "cancel"], "Which job?"),
         (["submit", "profile=gpu", "hors=4", "--", "train", "scenes_cpu"], "Did you mean 'hours'?"),
+        (["submit", "run.out=x", "--", "train"], "profile must be given. There is"),
+        (
+            ["submit", "run.out=x", "--", "train"],
+            "train stands behind --: -- train ... run.out=x",
+        ),
+        (["submit", "profile=gpu", "k=5", "--", "eval", "knn"], "behind --: -- eval ... k=5"),
+        (["submit", "profile=gpu", "--", "train", "scenes_cpu", "nodes=2"], "before --: nodes=2 -- ..."),
         (
             ["submit", "profile=gpu", "--", "trian", "scenes_cpu"],
             "no verb 'trian' to submit. Did you mean 'train'?",

@@ -9,6 +9,7 @@ from dinokit.bench.machine import matmul_rate, seconds
 from dinokit.config import Recipe
 from dinokit.device import DTYPES, pick_device, pick_precision
 from dinokit.layers.attention import KERNELS, Attention, Kernel, Segments, attend, why_not
+from dinokit.train.activations import tokens_of
 from dinokit.train.student_teacher import build_backbone
 
 
@@ -28,7 +29,7 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
             f"backbone.name={recipe.backbone['name']} has its own attention; there is no choice."
         )
     groups = [
-        (recipe.optim.batch * group.count, 1 + (group.size // backbone.patch) ** 2)
+        (recipe.optim.batch * group.count, tokens_of(backbone, group.size))
         for group in (recipe.crops.globals, recipe.crops.locals)
         if group.count
     ]

@@ -1,7 +1,11 @@
 """What a backward pass keeps, by arithmetic: the larger half of the memory that a step takes."""
 
+import torch
+
+from dinokit.backbones import Backbone
 from dinokit.config import Recipe
-from dinokit.train.student_teacher import Network
+from dinokit.layers.head import GPU_CHUNK
+from dinokit.train.student_teacher import build_backbone
 
 # Bytes a token and a unit of width that a transformer block keeps in 16-bit, attention weights not stored:
 # equation 1 of Korthikanti et al. 2022 (arXiv 2205.05198) without that term.
@@ -10,19 +14,37 @@ BLOCK = 34
 KEPT = {"none": BLOCK, "selective": 24, "full": 4}
 
 
-def activations(recipe: Recipe, student: Network, images: int) -> tuple[int, float]:
+def activations(recipe: Recipe, images: int) -> tuple[int, float]:
     """Student tokens of one forward pass over `images`, and GiB that its backward pass needs: an estimate."""
-    backbone, tokens = student.backbone, 0
-    for group in (recipe.crops.globals, recipe.crops.locals):
-        tokens += images * group.count * (1 + (group.size // backbone.patch) ** 2)
+    with torch.device("meta"):
+        backbone = build_backbone(recipe)
+    groups = [group for group in (recipe.crops.globals, recipe.crops.locals) if group.count]
+    tokens = sum(images * group.count * tokens_of(backbone, group.size) for group in groups)
     kept, depth = KEPT[recipe.run.checkpointing], len(backbone.blocks)
     again = 0 if kept == BLOCK else BLOCK  # one block at a time is computed once more
     blocks = tokens * backbone.width * (depth * kept + again)
-    crops = 2 * recipe.crops.globals.count + recipe.crops.locals.count  # the teacher sees the global ones too
-    logits = images * crops * recipe.heads.cls.prototypes * 3 * 4  # logits, exponentials, gradient
+    return tokens, (blocks + _logits(recipe, backbone, images)) / 2**30
+
+
+def tokens_of(backbone: Backbone, size: int) -> int:
+    """Tokens of a crop of `size` pixels a side, registers too: asked of a backbone on the meta device."""
+    crop = torch.empty(1, backbone.channels, size, size, device="meta")
+    with torch.no_grad():
+        seen = backbone.eval()([crop], [None])[0]
+    return 1 + seen.registers.shape[1] + seen.patches.shape[1]
+
+
+def _logits(recipe: Recipe, backbone: Backbone, images: int) -> int:
+    """Bytes: the teacher's logits stay, in float32, and the student's too if `run.logits` is whole.
+
+    One loss at a time needs three times its student's logits, or those of a chunk, besides.
+    """
+    views, whole = recipe.crops.globals.count, recipe.run.logits == "whole"
+    heads = [(recipe.heads.cls, images * views, images * (views + recipe.crops.locals.count))]
     if recipe.masks is not None or recipe.teacher.frozen:
-        head = recipe.heads.patch or recipe.heads.cls
         share = recipe.masks.images * sum(recipe.masks.patches) / 2 if recipe.masks is not None else 1.0
-        patches = images * recipe.crops.globals.count * (recipe.crops.globals.size // backbone.patch) ** 2
-        logits += round(patches * share) * 2 * head.prototypes * 3 * 4
-    return tokens, (blocks + logits) / 2**30
+        patches = round(images * views * (recipe.crops.globals.size // backbone.patch) ** 2 * share)
+        heads.append((recipe.heads.patch or recipe.heads.cls, patches, patches))
+    stay = sum((taught + whole * asked) * head.prototypes for head, taught, asked in heads)
+    most = max(asked * head.prototypes for head, _, asked in heads)
+    return 4 * (stay + 3 * (most if whole else min(most, GPU_CHUNK)))

@@ -26,6 +26,7 @@ from dinokit.train.signals import stop_signals
 from dinokit.train.start import begin, keep_start
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
+from dinokit.train.watchdog import Watchdog
 
 __all__ = ["Evaluator", "Run", "block_masks", "train"]
 
@@ -42,11 +43,13 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
     device = pick_device(recipe.run.device)
     if recipe.run.keep_memory:
         keep_freed_memory(device)
-    with joined(device, recipe.run.timeout_minutes), alone_in(Path(recipe.run.out)):
-        return _train(recipe, source, evaluators, device)
+    with joined(device, recipe.run.timeout_minutes) as watchdog, alone_in(Path(recipe.run.out)):
+        return _train(recipe, source, evaluators, device, watchdog)
 
 
-def _train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], device: torch.device) -> Path:
+def _train(
+    recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], device: torch.device, watchdog: Watchdog
+) -> Path:
     out = Path(recipe.run.out)
     agree(recipe, source, out)
     recipe = with_precision(recipe, device)
@@ -64,7 +67,7 @@ def _train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], devi
     start = _resume(found, step, unreadable, images)
     saved = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
     with RunLog(out, recipe.optim.steps, start) as log, saved, stop_signals() as stopping:
-        run = Run(recipe, out, step, log, evaluators, unreadable, saved, images)
+        run = Run(recipe, out, step, log, evaluators, unreadable, saved, images, watchdog)
         run.introduce(len(source), start)
         run.evaluate(start, always=start in (0, recipe.optim.steps))  # one that was cut short is done again
         batches = loader(

@@ -77,7 +77,7 @@ def choose(recipe: Recipe, model: Model, device: torch.device, images: int) -> L
     if device.type != "cuda":
         return "ddp"
     parameters = sum(p.numel() for p in model.student.parameters())
-    kept = activations(recipe, model.student, images)[1]
+    kept = activations(recipe, images)[1]
     memory = torch.cuda.get_device_properties(device).total_memory / GIB
     return "ddp" if fits_whole(parameters, kept, memory) else "fsdp"
 

@@ -27,7 +27,7 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, str]:
     images = optim.batch // parts
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()}
     state = sum(counts.values()) * STATE_BYTES / 2**30
-    tokens, kept = activations(recipe, student, images)
+    tokens, kept = activations(recipe, images)
     crops = recipe.crops.globals.count + recipe.crops.locals.count
     frozen = {"teacher": f"{recipe.teacher.frozen}, frozen; its memory comes on top of what follows"}
     lines = (frozen if recipe.teacher.frozen else {}) | {
@@ -44,4 +44,4 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, str]:
     if cluster is None:
         return lines
     apart = optim.batch // cluster.world // parts_of_step(recipe, cluster.world)
-    return lines | describe(recipe, student, cluster, activations(recipe, student, apart)[1])
+    return lines | describe(recipe, student, cluster, activations(recipe, apart)[1])

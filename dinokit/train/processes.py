@@ -4,7 +4,6 @@ A process that fails writes so into the store that all share. The others see it 
 quietly: what is printed first is what went wrong, where it went wrong, and not another's broken connection.
 """
 
-import faulthandler
 import hashlib
 import json
 import os
@@ -29,9 +28,10 @@ from dinokit.config import Recipe
 from dinokit.data.sources import Source
 from dinokit.device import pick_device
 from dinokit.distributed import Launch, gather_objects, launch, of_first, rank, world_size
+from dinokit.train.watchdog import Watchdog
 
 FAILED = "failed"  # the store's key for who failed first
-LATER = 60.0  # seconds by which the wait for others outlasts beat()'s clock, which shows where one hangs
+LATER = 60.0  # seconds by which the wait for others outlasts the watchdog's, which shows where one hangs
 GRACE = 5.0  # seconds that a process has to end by itself when another failed
 PATIENCE = 2.0  # seconds in which the cause of a lost connection may be told
 LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of the errors that follow from another process's end
@@ -44,12 +44,12 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def joined(device: torch.device, minutes: float) -> Iterator[None]:
-    """Be one of the processes that were started together, for the length of the block.
+def joined(device: torch.device, minutes: float) -> Iterator[Watchdog]:
+    """Be one of the processes that were started together, for the length of the block; gives its watchdog.
 
     Args:
         device: that of run.device; with several GPUs on a node, each process takes its own.
-        minutes: how long a process waits for the others before it gives up; also for itself, see beat().
+        minutes: how long a process waits for the others before it gives up; also for itself: see Watchdog.
 
     Raises:
         ValueError: if there are more processes than GPUs on this node.
@@ -58,8 +58,8 @@ def joined(device: torch.device, minutes: float) -> Iterator[None]:
     """
     ours = launch()
     if ours.world == 1:
-        with _unhung():
-            yield
+        with Watchdog(minutes) as watchdog:
+            yield watchdog
         return
     _take_gpu(device, ours)
     wait = timedelta(minutes=minutes)
@@ -72,8 +72,8 @@ def joined(device: torch.device, minutes: float) -> Iterator[None]:
     watch = threading.Thread(target=_end_with_the_others, args=(store.clone(), over), daemon=True)
     watch.start()
     try:
-        with _unhung():
-            yield
+        with Watchdog(minutes) as watchdog:
+            yield watchdog
         _part(over, watch)
     except Stopped:
         _part(over, watch)
@@ -87,17 +87,6 @@ def joined(device: torch.device, minutes: float) -> Iterator[None]:
             sys.stderr.write(f"process {ours.rank} of {ours.world}, on {socket.gethostname()}, failed:\n")
             traceback.print_exception(error)
         raise
-
-
-def beat(minutes: float) -> None:
-    """This process moves: if it does not say so again within `minutes`, it shows where it hangs, and ends.
-
-    0 stops the clock, for what may take as long as it likes.
-    """
-    if minutes:
-        faulthandler.dump_traceback_later(minutes * 60, exit=True, file=sys.__stderr__ or sys.stderr)
-    else:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def agree(recipe: Recipe, source: Source, out: Path) -> None:
@@ -173,14 +162,6 @@ def _leave(over: threading.Event, watch: threading.Thread) -> None:
     last.start()
     over.set()
     watch.join(PATIENCE)
-
-
-@contextmanager
-def _unhung() -> Iterator[None]:
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _take_gpu(device: torch.device, ours: Launch) -> None:

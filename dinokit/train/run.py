@@ -19,9 +19,9 @@ from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.finite import check_finite
 from dinokit.train.folder import save_teacher
 from dinokit.train.parallel import whole_backbone
-from dinokit.train.processes import beat
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
+from dinokit.train.watchdog import Watchdog
 
 
 @dataclass
@@ -46,10 +46,11 @@ class Run:
         unreadable: Unreadable,
         checkpoints: Checkpoints,
         images: Mapping[str, Any],
+        watchdog: Watchdog,
     ) -> None:
         self.recipe, self.out, self.step, self.log = recipe, out, step, log
         self.evaluators, self.unreadable, self.checkpoints = evaluators, unreadable, checkpoints
-        self.images = images
+        self.images, self.watchdog = images, watchdog
         self.pending: list[dict[str, Tensor]] = []
         self.unread: dict[str, str] = {}
         self.saved_at: int | None = None
@@ -73,7 +74,7 @@ class Run:
         """The batches, with the time spent waiting for them counted."""
         waiting = iter(batches)
         while True:
-            beat(self.recipe.run.timeout_minutes)
+            self.watchdog.wind()
             begun = time.monotonic()
             try:
                 batch = next(waiting)
@@ -105,10 +106,11 @@ class Run:
             return
         names = list(self.pending[0])
         table = torch.stack([torch.stack([row[n].float() for n in names]) for row in self.pending])
-        table = (
-            all_reduce_sum(table) / world_size()
-        ).cpu()  # each is a mean over images, or alike everywhere
-        self._count_unreadable(done)
+        # Whether anybody has names to tell goes along: names are no tensors, and seldom.
+        told = all_reduce_sum(torch.cat([table.flatten(), table.new_full((1,), len(self.unread))])).cpu()
+        table = told[:-1].view(table.shape) / world_size()  # each is a mean over images, or alike everywhere
+        if told[-1]:
+            self._count_unreadable(done)
         first, count = done - len(self.pending), len(self.pending)
         check_finite(table, names, first, self.step.scaler, self.checkpoints)
         seconds = max(time.monotonic() - self.since, 1e-9)
@@ -137,7 +139,7 @@ class Run:
             return
         self.report(done)
         backbone = whole_backbone(self.recipe, self.step.model.average.backbone)
-        beat(0)  # an evaluation may take hours
+        self.watchdog.pause()  # an evaluation may take hours
         for evaluator in due:
             begun = time.monotonic()
             with self.log.paused():

@@ -20,18 +20,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dinokit import shelves
-from dinokit.config import Recipe, load_recipe, parse_overrides
-from dinokit.verbs import Command, parse
-
-if TYPE_CHECKING:
-    from dinokit.slurm.profile import Config
+from dinokit.config import parse_overrides
+from dinokit.verbs import Command, _jobs
 
 FLAGS = {"--dry-run": "print the batch script, and submit nothing"}
-OWN = ("profile", "array", "after")  # settings that are not a profile's
-HOLES = ("{}", "{name}", "{number}")
 
 
 def run(command: Command) -> None:
@@ -63,24 +57,28 @@ def _submit(command: Command) -> None:
     from dinokit.slurm.profile import load_profile, profile_names
     from dinokit.slurm.snapshot import copy_code, copy_recipes
 
-    own = {key: value for key, value in (text.split("=", 1) for text in command.settings) if key in OWN}
-    settings = [text for text in command.settings if text.split("=", 1)[0] not in OWN]
+    own = {key: value for key, value in (text.split("=", 1) for text in command.settings) if key in _jobs.OWN}
+    settings = [text for text in command.settings if text.split("=", 1)[0] not in _jobs.OWN]
     if not command.rest:
         raise ValueError(
             "Which command? It stands behind --, as in: dinokit submit profile=gpu -- train RECIPE."
         )
+    verb, behind = command.rest[0], _jobs.belongs_behind(settings, command.rest[0])
     if "profile" not in own:
         raise ValueError(
-            f"profile must be given. There is: {', '.join(profile_names())}; or give a file's path."
+            f"profile must be given. There is: {', '.join(profile_names())}; or give a file's path.{behind}"
         )
-    profile = load_profile(own["profile"], parse_overrides(settings))
-    commands = _for_each(own.get("array"), command.rest)
-    tasks, goes_on = _shape(command.rest[0], profile)
-    named = set[str]().union(*(_check(words, profile, tasks) for words in commands))
+    try:
+        profile = load_profile(own["profile"], parse_overrides(settings))
+    except ValueError as error:
+        raise ValueError(f"{error}{behind}") from None
+    commands = _jobs.for_each(own.get("array"), command.rest)
+    tasks, goes_on = _jobs.shape(verb, profile)
+    named = set[str]().union(*(_jobs.check(words, profile, tasks) for words in commands))
     name = "-".join(Path(word).stem for word in command.rest[:2] if "=" not in word)
     from dinokit.slurm import submit
 
-    asked = submit.Asked(name, commands, tasks, _jobs(own.get("after", "")), goes_on)
+    asked = submit.Asked(name, commands, tasks, _earlier(own.get("after", "")), goes_on)
     if "--dry-run" in command.flags:
         print(submit.script(asked, profile, (record.JOBS / f"DATE-{name}").absolute()))
         return
@@ -103,77 +101,7 @@ def _submit(command: Command) -> None:
     )
 
 
-def _for_each(array: str | None, words: list[str]) -> list[list[str]]:
-    """The command for each value of an array, or the command."""
-    if array is None:
-        return [words]
-    if not any(hole in word for word in words for hole in HOLES):
-        raise ValueError(f"array={array}, but the command has no {{}}: all its jobs would do the same.")
-    if bounds := re.fullmatch(r"(\d+)-(\d+)", array):
-        values = [str(n) for n in range(int(bounds[1]), int(bounds[2]) + 1)]
-    elif any(mark in array for mark in "*?["):
-        root = Path(array).anchor or "."
-        values = sorted(str(path) for path in Path(root).glob(str(Path(array).relative_to(root))))
-    else:
-        values = [value for value in array.split(",") if value]
-    if not values:
-        raise ValueError(
-            f"array={array} has no values: FROM-TO, A,B,C, or a pattern of files that are there."
-        )
-    return [[_filled(word, value, number) for word in words] for number, value in enumerate(values)]
-
-
-def _filled(word: str, value: str, number: int) -> str:
-    holes = dict(zip(HOLES, (value, Path(value).stem, str(number)), strict=True))
-    return re.sub(r"{(name|number)?}", lambda found: holes[found[0]], word)
-
-
-def _shape(verb: str, profile: "Config") -> tuple[int, bool]:
-    """Processes a node, and whether the command goes on where it stopped."""
-    have = [name for name in shelves.names("verbs") if name != "submit"]
-    if verb not in have:
-        raise LookupError(
-            f"There is no verb '{verb}' to submit.{shelves.suggest(verb, have)} Verbs are: {', '.join(have)}."
-        )
-    module = shelves.find("verbs", verb)
-    shares = getattr(module, "SHARES", False)
-    tasks = profile.tasks or (profile.gpus if shares else 1) or 1
-    if not shares and profile.nodes * tasks > 1:
-        raise ValueError(
-            f"dinokit {verb} works in one process, but nodes={profile.nodes} and tasks={tasks} ask for "
-            f"{profile.nodes * tasks}, which would all do the same. Give nodes=1 tasks=1."
-        )
-    return tasks, getattr(module, "RESUMES", False)
-
-
-def _check(words: Sequence[str], profile: "Config", tasks: int) -> set[str]:
-    """Say now what would else be said when the job starts. Returns the modules that the command names."""
-    from dinokit.slurm.snapshot import dotted, is_dotted
-
-    verb, rest = words[0], words[1:]
-    command = parse(verb, rest, list(getattr(shelves.find("verbs", verb), "FLAGS", {})))
-    named = dotted(parse_overrides(command.settings)) | set(filter(is_dotted, command.words))
-    if verb != "train":
-        return named
-    recipe = load_recipe(command.one_word("recipe", shelves.recipe_names()), command.settings)
-    _check_batch(recipe, profile.nodes, tasks)
-    return named | dotted(vars(recipe))
-
-
-def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
-    from dinokit.train.parts import parts_of_step
-
-    try:
-        parts_of_step(recipe, nodes * tasks)
-    except ValueError as error:
-        batch = recipe.optim.batch
-        able = [n for n in range(1, 2 * nodes + 1) if batch % (n * tasks) == 0]
-        each = f"{tasks} process{'es' if tasks > 1 else ''} a node"
-        near = f" With {each}, nodes may be {', '.join(map(str, able))}." if able else ""
-        raise ValueError(f"nodes={nodes} and {each}: {error}{near}") from None
-
-
-def _jobs(after: str) -> str:
+def _earlier(after: str) -> str:
     """'1,2' as SLURM has it: '1:2'."""
     jobs = [job for job in after.split(",") if job]
     for job in jobs:

@@ -65,6 +65,13 @@ def test_a_recipe_is_copied_under_its_name_and_the_rest_of_a_command_is_kept(tmp
     assert second[3] == first[1]
 
 
+def test_the_recipe_of_a_run_is_not_parted_from_it(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.touch()
+    assert copy_recipes(tmp_path / "copies", [["train", str(recipe)]]) == [["train", str(recipe)]]
+
+
 def test_modules_of_ones_own_are_found_in_names_and_keys():
     losses = {"mine.gram": {"weight": 1.0}, "dino": {}}
     assert dotted({"losses": losses, "data": {"name": "ours.tar", "path": "a.b"}}) == {

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dinokit import shelves
+from dinokit.config import load_recipe
 from dinokit.train import loop
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.loop import Evaluator
@@ -24,6 +25,24 @@ def test_a_kill_between_weights_and_checkpoint_is_made_good(tiny, same_run, monk
         with pytest.raises(SystemError):
             train(tiny("broken"))
     same_run(whole, train(tiny("broken")))
+
+
+def test_a_run_goes_on_where_its_folder_was_moved(tiny, same_run, cut_short, tmp_path):
+    whole = train(tiny("whole"))
+    cut_short(tiny("old"))
+    old, moved = tmp_path / "old", tmp_path / "moved"
+    old.rename(moved)
+    assert train(load_recipe(moved / "recipe.yaml")) == moved
+    same_run(whole, moved)
+    assert not old.exists()
+    assert load_recipe(moved / "recipe.yaml", [f"run.out={old}"]).run.out == str(old)
+
+
+def test_a_copied_recipe_alone_means_the_folder_that_it_names(tiny, tmp_path):
+    out = train(tiny("a", "optim.steps=1", "optim.warmup=0"))
+    copy = tmp_path / "recipe.yaml"
+    copy.write_bytes((out / "recipe.yaml").read_bytes())
+    assert load_recipe(copy).run.out == str(out)
 
 
 def test_a_run_killed_before_its_first_checkpoint_is_logged_once(tiny, records):

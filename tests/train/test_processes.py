@@ -129,7 +129,8 @@ def test_a_hang_is_broken_by_the_process_that_hangs_which_shows_where(recipe_fil
     said = together(
         2, "hang_in_one", str(recipe_file), [*overrides, "run.timeout_minutes=0.25"], status=(1, 2)
     )
-    assert said.startswith("Timeout (0:00:15)!")
+    assert said.startswith("process 1 made no step for run.timeout_minutes=0.25, and ends.")
+    assert "Timeout (0:00:15)!" in said
     assert "in sleep_for_ever" in said
 
 

@@ -1,0 +1,110 @@
+"""The commands of a submission, one a job, held against their verb and profile before anything is sent."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dinokit import shelves
+from dinokit.config import Recipe, load_recipe, parse_overrides
+from dinokit.verbs import parse
+
+if TYPE_CHECKING:
+    from dinokit.slurm.profile import Config
+
+OWN = ("profile", "array", "after")  # settings that are not a profile's
+HOLES = ("{}", "{name}", "{number}")
+
+
+def belongs_behind(settings: list[str], verb: str) -> str:
+    """Where to put the first of the settings that no profile has, if there is one."""
+    strange = [text for text in settings if _key(text) not in _profile_keys()]
+    return f" What is for dinokit {verb} stands behind --: -- {verb} ... {strange[0]}" if strange else ""
+
+
+def belongs_before(settings: list[str]) -> str:
+    """The same of what stands behind -- and is a profile's."""
+    own = [text for text in settings if _key(text) in (*_profile_keys(), *OWN)]
+    return f" What is for the job stands before --: {own[0]} -- ..." if own else ""
+
+
+def _key(text: str) -> str:
+    return re.split(r"[.=]", text)[0]
+
+
+def _profile_keys() -> list[str]:
+    return [item.name for item in fields(shelves.read_config("slurm", "profile"))]
+
+
+def for_each(array: str | None, words: list[str]) -> list[list[str]]:
+    """The command for each value of an array, or the command."""
+    if array is None:
+        return [words]
+    if not any(hole in word for word in words for hole in HOLES):
+        raise ValueError(f"array={array}, but the command has no {{}}: all its jobs would do the same.")
+    if bounds := re.fullmatch(r"(\d+)-(\d+)", array):
+        values = [str(n) for n in range(int(bounds[1]), int(bounds[2]) + 1)]
+    elif any(mark in array for mark in "*?["):
+        root = Path(array).anchor or "."
+        values = sorted(str(path) for path in Path(root).glob(str(Path(array).relative_to(root))))
+    else:
+        values = [value for value in array.split(",") if value]
+    if not values:
+        raise ValueError(
+            f"array={array} has no values: FROM-TO, A,B,C, or a pattern of files that are there."
+        )
+    return [[_filled(word, value, number) for word in words] for number, value in enumerate(values)]
+
+
+def _filled(word: str, value: str, number: int) -> str:
+    holes = dict(zip(HOLES, (value, Path(value).stem, str(number)), strict=True))
+    return re.sub(r"{(name|number)?}", lambda found: holes[found[0]], word)
+
+
+def shape(verb: str, profile: "Config") -> tuple[int, bool]:
+    """Processes a node, and whether the command goes on where it stopped."""
+    have = [name for name in shelves.names("verbs") if name != "submit"]
+    if verb not in have:
+        raise LookupError(
+            f"There is no verb '{verb}' to submit.{shelves.suggest(verb, have)} Verbs are: {', '.join(have)}."
+        )
+    module = shelves.find("verbs", verb)
+    shares = getattr(module, "SHARES", False)
+    tasks = profile.tasks or (profile.gpus if shares else 1) or 1
+    if not shares and profile.nodes * tasks > 1:
+        raise ValueError(
+            f"dinokit {verb} works in one process, but nodes={profile.nodes} and tasks={tasks} ask for "
+            f"{profile.nodes * tasks}, which would all do the same. Give nodes=1 tasks=1."
+        )
+    return tasks, getattr(module, "RESUMES", False)
+
+
+def check(words: Sequence[str], profile: "Config", tasks: int) -> set[str]:
+    """Say now what would else be said when the job starts. Returns the modules that the command names."""
+    from dinokit.slurm.snapshot import dotted, is_dotted
+
+    verb, rest = words[0], words[1:]
+    command = parse(verb, rest, list(getattr(shelves.find("verbs", verb), "FLAGS", {})))
+    named = dotted(parse_overrides(command.settings)) | set(filter(is_dotted, command.words))
+    if verb != "train":
+        return named
+    try:
+        recipe = load_recipe(command.one_word("recipe", shelves.recipe_names()), command.settings)
+    except ValueError as error:
+        raise ValueError(f"{error}{belongs_before(command.settings)}") from None
+    _check_batch(recipe, profile.nodes, tasks)
+    return named | dotted(vars(recipe))
+
+
+def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
+    from dinokit.train.parts import parts_of_step
+
+    try:
+        parts_of_step(recipe, nodes * tasks)
+    except ValueError as error:
+        batch = recipe.optim.batch
+        able = [n for n in range(1, 2 * nodes + 1) if batch % (n * tasks) == 0]
+        each = f"{tasks} process{'es' if tasks > 1 else ''} a node"
+        near = f" With {each}, nodes may be {', '.join(map(str, able))}." if able else ""
+        raise ValueError(f"nodes={nodes} and {each}: {error}{near}") from None

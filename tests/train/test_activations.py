@@ -1,0 +1,116 @@
+"""What a step keeps, against what lives in a real step, and against the formula that was published."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dinokit import shelves
+from dinokit.config import load_recipe
+from dinokit.data.loader import loader
+from dinokit.layers import head
+from dinokit.losses import _targets
+from dinokit.train import activations
+from dinokit.train.activations import tokens_of
+from dinokit.train.loop import block_masks
+from dinokit.train.student_teacher import StudentTeacher
+
+SMALL = [
+    "optim.batch=8", "data.size=32", "crops.globals.size=32", "crops.locals.size=16", "backbone.width=32",
+    "backbone.depth=1", "heads.cls.hidden=32", "masks.images=1.0", "masks.patches=[0.5, 0.5]",
+]  # fmt: skip
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations made and that are still there, and their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.size:
+                self.size[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._ended, storage._cdata)
+        self.most = max(self.most, self.now)
+        return out
+
+    def _ended(self, key):
+        self.now -= self.size.pop(key)
+
+
+def seen(recipe):
+    """A model and its batch, the crops as floats."""
+    model = StudentTeacher(recipe).train()
+    source, masks = shelves.build("data.sources", recipe.data), block_masks(recipe, model.student.backbone)
+    batch = next(iter(loader(source, recipe.crops, masks, seed=0, start_step=0, steps=1, batch=8, workers=0)))
+    batch.global_crops, batch.local_crops = batch.global_crops / 255, batch.local_crops / 255
+    return model, batch
+
+
+def most_bytes(recipe):
+    """The most bytes that live in a step's forward and backward pass."""
+    torch.manual_seed(0)
+    model, batch = seen(recipe)
+    with Living() as living:
+        with torch.autocast("cpu", torch.bfloat16):
+            total = sum(model(batch, 0.07).values())
+        total.backward()
+    return living.most
+
+
+@pytest.mark.parametrize("patch", ["null", "{prototypes: 32768}"])
+@pytest.mark.parametrize(("logits", "chunk"), [("whole", 2**26), ("chunks", 2**26), ("chunks", 2**14)])
+def test_logits_are_counted_as_a_step_holds_them(monkeypatch, logits, chunk, patch):
+    """By what 8,192 more prototypes cost: all else stays."""
+    for place, name in ((head, "CPU_CHUNK"), (_targets, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
+        monkeypatch.setattr(place, name, chunk)
+    lived, counted = [], []
+    for prototypes in (32768, 40960):
+        more = [f"heads.cls.prototypes={prototypes}", f"heads.patch={patch}", f"run.logits={logits}"]
+        recipe = load_recipe("scenes_cpu", [*SMALL, *more])
+        lived.append(most_bytes(recipe))
+        counted.append(activations.activations(recipe, 8)[1] * 2**30)
+    # The prototypes themselves are counted elsewhere: 32 numbers each, at most four times at a time.
+    own = 8192 * 32 * 4 * 4
+    grown = lived[1] - lived[0]
+    assert grown - own <= counted[1] - counted[0] <= grown
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"patch": 14},
+        {"patch": 14, "registers": 4},
+        {"name": "timm_vit", "model": "vit_small_patch14_reg4_dinov2"},
+    ],
+)
+def test_tokens_are_counted_as_the_blocks_see_them(backbone):
+    model = shelves.build("backbones", {"name": "vit", **backbone, "size": 28})
+    rows = []
+    model.blocks[0].norm1.register_forward_hook(lambda module, args, out: rows.append(out.shape[:-1].numel()))
+    model([torch.rand(2, 3, 56, 56), torch.rand(5, 3, 28, 28)], [None, None])
+    seen = sum(rows)
+    assert 2 * tokens_of(model.to("meta"), 56) + 5 * tokens_of(model, 28) == seen
+
+
+def test_the_backward_pass_is_counted_as_published():
+    """Korthikanti et al. 2022: 34 bytes a token, block and unit of width; and logits, by hand."""
+    giant = load_recipe("dinov2_vitg14", ["data.path=nowhere", "run.checkpointing=none", "run.logits=whole"])
+    tokens, kept = activations.activations(giant, 32)
+    assert tokens == 32 * (2 * 257 + 8 * 50)
+    asked, taught = 32 * (2 + 8) * 131_072, 32 * 2 * 131_072
+    patches = round(32 * 2 * 256 * 0.5 * 0.3) * 131_072  # half the images, 10 to 50 % of their patches
+    logits = 4 * (asked + taught + 2 * patches + 3 * patches)
+    assert kept * 2**30 == pytest.approx(tokens * 1536 * 40 * 34 + logits)
+    giant.run.checkpointing = "full"
+    kept = activations.activations(giant, 32)[1]
+    assert kept * 2**30 == pytest.approx(tokens * 1536 * (40 * 4 + 34) + logits)
+    giant.run.logits = "chunks"
+    kept -= activations.activations(giant, 32)[1]
+    assert kept * 2**30 == pytest.approx(4 * (asked + patches + 3 * (patches - 2**26)))
