@@ -134,7 +134,7 @@ def depther(
         hub_range_bug: as `load_depther`.
 
     Raises:
-        ValueError: if no such head was released.
+        ValueError: if no such head was released, or the file holds another one.
     """
     if layers not in (1, 4) or "_reg" in model:
         raise ValueError(
@@ -149,7 +149,18 @@ def depther(
         return _together(backbone, LinearDepth(backbone.width, layers, LEAST, far), layers)
     name = "dpt" if kind == "dd" else "linear4" if layers == 4 else "linear"
     path = fetch(f"{model}/{model}_{weights.lower()}_{name}_head.pth")
-    return load_depther(path, backbone, weights, hub_range_bug)
+    done = load_depther(path, backbone, weights, hub_range_bug)
+    is_dpt = isinstance(done.head, DPT)
+    if is_dpt != (kind == "dd") or (not is_dpt and len(done.blocks) != layers):
+        asked, there = _said(model, kind == "dd", layers), _said(model, is_dpt, len(done.blocks))
+        raise ValueError(
+            f"{path} is not the head of {asked}, but of {there}. Call that, or give another file."
+        )
+    return done
+
+
+def _said(model: str, is_dpt: bool, layers: int) -> str:
+    return f"{model}_dd" if is_dpt else f"{model}_ld with layers={layers}"
 
 
 def _most(trained_on: str) -> float:

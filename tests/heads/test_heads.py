@@ -203,3 +203,7 @@ def test_the_hubs_depth_models_come_from_the_released_files(tmp_path, vit, kind,
     assert model(torch.rand(1, 3, 30, 30)).shape == (1, 1, 30, 30)
     with pytest.raises(ValueError, match="models with registers have none"):
         depther(vit, "dinov2_vits14_reg", kind, fetch)
+    for other, count in {("ld", 1), ("ld", 4), ("dd", 4)} - {(kind, layers)}:
+        there = "dinov2_vits14_dd" if kind == "dd" else f"dinov2_vits14_ld with layers={layers}"
+        with pytest.raises(ValueError, match=rf"is not the head of .*, but of {there}\. Call that"):
+            depther(vit, "dinov2_vits14", other, fetch, count)
