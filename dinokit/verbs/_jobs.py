@@ -23,20 +23,6 @@ def belongs_behind(settings: list[str], verb: str) -> str:
     return f" What is for dinokit {verb} stands behind --: -- {verb} ... {strange[0]}" if strange else ""
 
 
-def belongs_before(settings: list[str]) -> str:
-    """The same of what stands behind -- and is a profile's."""
-    own = [text for text in settings if _key(text) in (*_profile_keys(), *OWN)]
-    return f" What is for the job stands before --: {own[0]} -- ..." if own else ""
-
-
-def _key(text: str) -> str:
-    return re.split(r"[.=]", text)[0]
-
-
-def _profile_keys() -> list[str]:
-    return [item.name for item in fields(shelves.read_config("slurm", "profile"))]
-
-
 def for_each(array: str | None, words: list[str]) -> list[list[str]]:
     """The command for each value of an array, or the command."""
     if array is None:
@@ -92,7 +78,7 @@ def check(words: Sequence[str], profile: "Config", tasks: int) -> set[str]:
     try:
         recipe = load_recipe(command.one_word("recipe", shelves.recipe_names()), command.settings)
     except ValueError as error:
-        raise ValueError(f"{error}{belongs_before(command.settings)}") from None
+        raise ValueError(f"{error}{_belongs_before(command.settings)}") from None
     _check_batch(recipe, profile.nodes, tasks)
     return named | dotted(vars(recipe))
 
@@ -108,3 +94,17 @@ def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
         each = f"{tasks} process{'es' if tasks > 1 else ''} a node"
         near = f" With {each}, nodes may be {', '.join(map(str, able))}." if able else ""
         raise ValueError(f"nodes={nodes} and {each}: {error}{near}") from None
+
+
+def _belongs_before(settings: list[str]) -> str:
+    """Where to put the first of the settings behind -- that is a profile's, if there is one."""
+    own = [text for text in settings if _key(text) in (*_profile_keys(), *OWN)]
+    return f" What is for the job stands before --: {own[0]} -- ..." if own else ""
+
+
+def _key(text: str) -> str:
+    return re.split(r"[.=]", text)[0]
+
+
+def _profile_keys() -> list[str]:
+    return [item.name for item in fields(shelves.read_config("slurm", "profile"))]
