@@ -61,7 +61,7 @@ def test_a_backbone_says_how_many_channels_it_takes(name):
 @pytest.mark.parametrize("name", shelves.names("eval"))
 def test_a_source_inside_an_evaluator_says_which_split_it_stands_for(name):
     nested = [item.metadata for item in fields(shelves.read_config("eval", name)) if "shelf" in item.metadata]
-    shelves_of_images = ("data.sources", "data.pairs")
+    shelves_of_images = ("data.sources", "data.pairs", "data.videos")
     assert all(
         about["shelf"] in shelves_of_images and about["split"] in ("train", "test") for about in nested
     )

@@ -103,14 +103,12 @@ def extract(
         raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
     device = device_of(backbone)
     x = torch.zeros(len(source), reading.width(backbone), device=device)
-    y = torch.zeros(len(source), dtype=torch.int64, device=device)
-    seen = torch.zeros(len(source), dtype=torch.int64, device=device)
+    y, seen = torch.zeros(2, len(source), dtype=torch.int64, device=device)
     share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is the whole
     done = halfway.take_up(x, y, seen) if halfway else 0
     order, cut = _InTurn(share[done:], batch, draw), cut or Middle(resize, size)
-    before = math.ceil(done / batch)
     views = view_loader(source, cut, size, order, workers, backbone.channels)
-    views = watch(views, before + len(order), "features", before)
+    views = watch(views, math.ceil(done / batch) + len(order), "features", math.ceil(done / batch))
     with frozen(backbone), torch.inference_mode():
         for part in views:
             done += len(part.indices)
@@ -124,6 +122,11 @@ def extract(
             x[places], y[places], seen[places] = rows, part.labels[kept].to(device), 1
             if halfway:
                 halfway.add(places, done, x, y)
+    return _together(source, x, y, seen, precision)
+
+
+def _together(source: Source, x: Tensor, y: Tensor, seen: Tensor, precision: torch.dtype | None) -> Features:
+    """What all processes have, each zeros where it looked at no image: (N, W), (N,) and (N,)."""
     x, y, whole = all_reduce_sum(x), all_reduce_sum(y), all_reduce_sum(seen) > 0
     lost = [source.name(int(i)) for i in (~whole).nonzero()]
     if len(lost) == len(source):

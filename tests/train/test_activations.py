@@ -11,7 +11,6 @@ from dinokit import shelves
 from dinokit.config import load_recipe
 from dinokit.data.loader import loader
 from dinokit.layers import head
-from dinokit.losses import _targets
 from dinokit.train import activations
 from dinokit.train.activations import tokens_of
 from dinokit.train.loop import block_masks
@@ -68,7 +67,7 @@ def most_bytes(recipe):
 @pytest.mark.parametrize(("logits", "chunk"), [("whole", 2**26), ("chunks", 2**26), ("chunks", 2**14)])
 def test_logits_are_counted_as_a_step_holds_them(monkeypatch, logits, chunk, patch):
     """By what 8,192 more prototypes cost: all else stays."""
-    for place, name in ((head, "CPU_CHUNK"), (_targets, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
+    for place, name in ((head, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
         monkeypatch.setattr(place, name, chunk)
     lived, counted = [], []
     for prototypes in (32768, 40960):
