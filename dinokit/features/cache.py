@@ -43,11 +43,11 @@ def cached(
     """
     done = kept(folder, depends_on, device)
     if done is None:
-        done = make()
+        done, path = make(), _path(folder, depends_on)
         if rank() == 0:
-            path = _path(folder, depends_on)
             _write(path, done, depends_on)
             _make_room(path)
+        all_reduce_max(torch.zeros((), device=device))  # what was kept on the way stays until all is there
         forget(path)
     return done
 
