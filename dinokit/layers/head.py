@@ -49,10 +49,11 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-        done, length = torch.empty_like(v, dtype=dtype), torch.empty_like(g)
+        done, lengths = torch.empty_like(v, dtype=dtype), []
         for part in _slices(len(v), v.shape[1], v.device):
-            done[part], length[part] = torch._weight_norm_interface(v[part], g[part], 0)
-        ctx.save_for_backward(v, g, length)
+            done[part], length = torch._weight_norm_interface(v[part], g[part], 0)
+            lengths.append(length)  # in float32 even of half precision
+        ctx.save_for_backward(v, g, torch.cat(lengths))
         return done
 
     @staticmethod
