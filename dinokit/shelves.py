@@ -88,7 +88,10 @@ def find_yaml(what: str, text: str, have: list[str], folder: Traversable) -> Pat
     if Path(text).is_file():
         return Path(text)
     if text.endswith((".yaml", ".yml")) or "/" in text:
-        raise LookupError(f"There is no {what} file '{text}' (looked from {Path.cwd()}).")
+        raise LookupError(
+            f"There is no {what} file '{text}' (looked from {Path.cwd()}). To copy one for a beginning, in "
+            f"{folder} there is: {', '.join(have)}."
+        )
     raise LookupError(
         f"There is no {what} '{text}'.{suggest(text, have)} {what.capitalize()}s are: "
         f"{', '.join(have)}; or give the path of a YAML file, such as a copy of one in {folder}."

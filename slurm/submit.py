@@ -117,6 +117,11 @@ def states(jobs: Sequence[str]) -> dict[str, str]:
     return {job: found.get(job) or ended[job] for job in jobs}
 
 
+def knows(job: str) -> bool:
+    """Whether SLURM has a job in its queue, or had a little while ago; other people's too."""
+    return not subprocess.run(["scontrol", "show", "job", job], capture_output=True, check=False).returncode
+
+
 def cancel(job: str) -> None:
     """End a job, or all jobs of an array by its number.
 

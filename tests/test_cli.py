@@ -41,7 +41,10 @@ def quick(*words: str) -> subprocess.CompletedProcess:
         (["results", "--help"], "--json"),
         (["submit", "--help"], "profiles: cpu, gpu"),
         (["submit", "profile=gpu", "nodes=2", "--dry-run", "--", "train", "scenes_cpu"], "#SBATCH --nodes=2"),
-        (["submit", "profile=gpu", "--dry-run", "--", "curate", "curate_small", "out=x"], "scontrol requeue"),
+        (
+            ["submit", "profile=gpu", "--dry-run", "--", "extract", "weights=x", "data.path=y", "out=z"],
+            "scontrol requeue",
+        ),
         (["curate", "--help"], "curate_lvd"),
         (["search", "--help"], "sheet"),
         (["--version"], "dinokit 0"),
@@ -95,7 +98,22 @@ def test_help_is_given_at_once(words, answer):
         (["submit", "status", "12"], "No job 12 was submitted from here"),
         (["submit", "logs"], "Nothing was submitted from here"),
         (["submit", "cancel"], "Which job?"),
-        (["submit", "profile=gpu", "hors=4", "--", "train", "scenes_cpu"], "Did you mean 'hours'?"),
+        (["submit", "profile=mine.yaml", "--", "train", "scenes_cpu"], "slurm/profiles there is: cpu, gpu."),
+        (
+            ["submit", "profile=gpu", "masks=null", "--", "train", "scenes_cpu"],
+            "A profile has: partition, account, qos, constraint, nodes, gpus, tasks, cpus, memory, hours, "
+            "notice, restarts, at_once, venv, container, setup, sbatch. What is for dinokit train stands "
+            "behind --: -- train ... masks=null",
+        ),
+        (
+            ["submit", "profile=gpu", "--", "train", "scenes_cpu", "--dry-run"],
+            "What is for the job stands before --: --dry-run -- ...",
+        ),
+        (["submit", "profile=gpu", "--", "eval", "knn", "weights=x", "gpus=1"], "before --: gpus=1 -- ..."),
+        (["submit", "profile=gpu", "--", "eval", "knn", "wieghts=x"], "Did you mean 'weights'?"),
+        (["submit", "profile=gpu", "--", "extract", "wieghts=x"], "Did you mean 'weights'?"),
+        (["submit", "profile=gpu", "--", "curate", "curate_small", "out=x"], "pool.path must be given"),
+        (["submit", "profile=gpu", "--", "dinokit", "train"], "'dinokit' to submit. Leave that word out."),
         (["submit", "run.out=x", "--", "train"], "profile must be given. There is"),
         (
             ["submit", "run.out=x", "--", "train"],
@@ -148,6 +166,14 @@ def test_every_mistake_is_answered_at_once_with_what_was_meant(words, answer):
     done = quick(*words)
     assert done.returncode == 2
     assert answer in done.stderr
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("hors", "hours"), ("node", "nodes"), ("mem", "memory")])
+def test_a_mistyped_key_of_a_profile_is_not_sent_behind_the_dashes(typo, meant):
+    done = quick("submit", "profile=gpu", f"{typo}=4", "--", "train", "scenes_cpu")
+    assert done.returncode == 2
+    assert f"there is no key '{typo}'. Did you mean '{meant}'?" in done.stderr
+    assert "stands behind" not in done.stderr
 
 
 def test_show_says_what_a_recipe_amounts_to_and_runs_nothing(capsys, tmp_path, monkeypatch):

@@ -26,8 +26,8 @@ def parts_of_step(recipe: Recipe, world: int, before: Mapping[str, Any] | None =
         able = [n for n in range(1, batch + 1) if batch % n == 0]
         fewer, more = max(n for n in able if n <= world), -(-batch // world) * world
         raise ValueError(
-            f"optim.batch={batch} images cannot be shared out evenly over {world} processes. Start {fewer} "
-            f"processes, or for another run take optim.batch={more}."
+            f"optim.batch={batch} images cannot be shared out evenly over {world} processes. Start {fewer}, "
+            f"or for another run take optim.batch={more}."
         )
     own = batch // world
     most = float(own)

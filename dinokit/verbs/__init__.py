@@ -9,6 +9,8 @@ and may define
     FLAGS: dict[str, str]                       # its own options, such as {"--json": "print JSON alone"};
                                                 # "--against=" is one that takes a value
     describe(words: Sequence[str]) -> str       # more help, once asked: what may be given
+    check(command: Command) -> Any              # what run() begins with: it raises for settings that cannot
+                                                # be, and `dinokit submit` asks it before a night in the queue
     SHARES = True                               # processes that were started together share its work
     RESUMES = True                              # given again, it goes on where it stopped
 

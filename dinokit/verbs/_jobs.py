@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,21 @@ from dinokit.verbs import parse
 if TYPE_CHECKING:
     from dinokit.slurm.profile import Config
 
-OWN = ("profile", "array", "after")  # settings that are not a profile's
+OWN = ("profile", "array", "after", "--dry-run")  # what is not a profile's, but submit's own
 HOLES = ("{}", "{name}", "{number}")
 
 
 def belongs_behind(settings: list[str], verb: str) -> str:
-    """Where to put the first of the settings that no profile has, if there is one."""
-    strange = [text for text in settings if _key(text) not in _profile_keys()]
-    return f" What is for dinokit {verb} stands behind --: -- {verb} ... {strange[0]}" if strange else ""
+    """Where to put the first of the settings that is the command's, if there is one.
+
+    It is not a profile's; nor is it nearly so, as node=2 is, unless a recipe has that very key.
+    """
+    recipe, keys = {item.name for item in fields(Recipe)}, profile_keys()
+    for text in settings:
+        key = _key(text)
+        if key in recipe or (key not in keys and not get_close_matches(key, keys, n=1, cutoff=0.65)):
+            return f" What is for dinokit {verb} stands behind --: -- {verb} ... {text}"
+    return ""
 
 
 def for_each(array: str | None, words: list[str]) -> list[list[str]]:
@@ -52,9 +60,8 @@ def shape(verb: str, profile: "Config") -> tuple[int, bool]:
     """Processes a node, and whether the command goes on where it stopped."""
     have = [name for name in shelves.names("verbs") if name != "submit"]
     if verb not in have:
-        raise LookupError(
-            f"There is no verb '{verb}' to submit.{shelves.suggest(verb, have)} Verbs are: {', '.join(have)}."
-        )
+        near = " Leave that word out." if verb == "dinokit" else shelves.suggest(verb, have)
+        raise LookupError(f"There is no verb '{verb}' to submit.{near} Verbs are: {', '.join(have)}.")
     module = shelves.find("verbs", verb)
     shares = getattr(module, "SHARES", False)
     tasks = profile.tasks or (profile.gpus if shares else 1) or 1
@@ -71,16 +78,19 @@ def check(words: Sequence[str], profile: "Config", tasks: int) -> set[str]:
     from dinokit.slurm.snapshot import dotted, is_dotted
 
     verb, rest = words[0], words[1:]
-    command = parse(verb, rest, list(getattr(shelves.find("verbs", verb), "FLAGS", {})))
-    named = dotted(parse_overrides(command.settings)) | set(filter(is_dotted, command.words))
-    if verb != "train":
-        return named
+    module = shelves.find("verbs", verb)
     try:
-        recipe = load_recipe(command.one_word("recipe", shelves.recipe_names()), command.settings)
+        command = parse(verb, rest, list(getattr(module, "FLAGS", {})))
+        named = dotted(parse_overrides(command.settings)) | set(filter(is_dotted, command.words))
+        if verb == "train":
+            recipe = load_recipe(command.one_word("recipe", shelves.recipe_names()), command.settings)
+            named |= dotted(vars(recipe))
+            _check_batch(recipe, profile.nodes, tasks)
+        elif hasattr(module, "check"):
+            module.check(command)
     except ValueError as error:
-        raise ValueError(f"{error}{_belongs_before(command.settings)}") from None
-    _check_batch(recipe, profile.nodes, tasks)
-    return named | dotted(vars(recipe))
+        raise ValueError(f"{error}{_belongs_before(rest)}") from None
+    return named
 
 
 def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
@@ -96,9 +106,9 @@ def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
         raise ValueError(f"nodes={nodes} and {each}: {error}{near}") from None
 
 
-def _belongs_before(settings: list[str]) -> str:
-    """Where to put the first of the settings behind -- that is a profile's, if there is one."""
-    own = [text for text in settings if _key(text) in (*_profile_keys(), *OWN)]
+def _belongs_before(words: Sequence[str]) -> str:
+    """Where to put the first of the words behind -- that is for the job, if there is one."""
+    own = [text for text in words if _key(text) in (*profile_keys(), *OWN)]
     return f" What is for the job stands before --: {own[0]} -- ..." if own else ""
 
 
@@ -106,5 +116,6 @@ def _key(text: str) -> str:
     return re.split(r"[.=]", text)[0]
 
 
-def _profile_keys() -> list[str]:
+def profile_keys() -> list[str]:
+    """What a profile may say."""
     return [item.name for item in fields(shelves.read_config("slurm", "profile"))]

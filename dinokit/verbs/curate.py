@@ -27,13 +27,7 @@ RESUMES = True
 
 
 def run(command: Command) -> None:
-    path = shelves.find_recipe(command.one_word("recipe", shelves.recipe_names("curate")), kind="curate")
-    changes = parse_overrides(command.settings)
-    until = _stage(str(changes.pop("stage", STAGES[-1])))
-    number, of = part_of(str(changes.pop("part", "")))
-    if of > 1 and until not in SHARED:
-        raise ValueError(f"part={number}/{of} needs stage= with one of: {', '.join(SHARED)}.")
-    cfg, sections, rules = read(merged(read_mapping(path), changes))
+    (cfg, sections, rules), until, (number, of) = check(command)
     from dinokit.curate.pipeline import curate
     from dinokit.curate.stages import Share, Stages
 
@@ -43,6 +37,17 @@ def run(command: Command) -> None:
     if until == STAGES[-1]:
         figures = {"manifest": str(out / "manifest.csv"), "report": str(out / "report.html")}
     print(json.dumps({"out": cfg.out, **figures}))
+
+
+def check(command: Command) -> tuple[tuple[Config, Any, dict[str, Seeds]], str, tuple[int, int]]:
+    """What read() gives, the last stage to do, and which part of how many."""
+    path = shelves.find_recipe(command.one_word("recipe", shelves.recipe_names("curate")), kind="curate")
+    changes = parse_overrides(command.settings)
+    until = _stage(str(changes.pop("stage", STAGES[-1])))
+    number, of = part_of(str(changes.pop("part", "")))
+    if of > 1 and until not in SHARED:
+        raise ValueError(f"part={number}/{of} needs stage= with one of: {', '.join(SHARED)}.")
+    return read(merged(read_mapping(path), changes)), until, (number, of)
 
 
 def describe(words: list[str]) -> str:

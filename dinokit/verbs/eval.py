@@ -41,21 +41,9 @@ PATIENCE = 60.0  # minutes that a process waits for the others
 
 
 def run(command: Command) -> None:
-    have = [*shelves.names("eval"), "all"]
-    what = command.one_word("evaluator", have)
-    values = parse_overrides(command.settings)
-    weights, untrained = values.pop("weights", None), values.pop("backbone", None)
-    device, out = str(values.pop("device", "auto")), values.pop("out", None)
-    if what != "all":
-        shelves.read_config("eval", what)
-    if (weights is None) == (untrained is None):
-        near = (shelves.suggest(key, ["weights", "backbone"]) for key in values)
-        raise ValueError(
-            "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
-            f"{next(filter(None, near), '')}"
-        )
-    keep = "cache" not in values or values["cache"] is not None
-    plan, recipe = _plan(what, values)
+    plan, recipe, own, keep = check(command)
+    weights, untrained, out = own["weights"], own["backbone"], own["out"]
+    device = "auto" if own["device"] is None else str(own["device"])
     data = None
     if weights is not None and any(each.values[key] is None for each in plan for key in _sources(each)):
         data = judge.trained_on(weights)
@@ -67,6 +55,24 @@ def run(command: Command) -> None:
 
     with joined(pick_device(device), PATIENCE):
         _judge_all(plan, recipe, weights, untrained, device, folder, keep)
+
+
+def check(command: Command) -> tuple[list[Planned], str, dict[str, Any], bool]:
+    """What is to be done, the recipe that says so, the command's own keys, and whether features are kept."""
+    have = [*shelves.names("eval"), "all"]
+    what = command.one_word("evaluator", have)
+    values = parse_overrides(command.settings)
+    own = {key: values.pop(key, None) for key in OWN}
+    if what != "all":
+        shelves.read_config("eval", what)
+    if (own["weights"] is None) == (own["backbone"] is None):
+        near = (shelves.suggest(key, ["weights", "backbone"]) for key in values)
+        raise ValueError(
+            "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
+            f"{next(filter(None, near), '')}"
+        )
+    keep = "cache" not in values or values["cache"] is not None
+    return *_plan(what, values), own, keep
 
 
 def _plan(what: str, values: dict[str, Any]) -> tuple[list[Planned], str]:

@@ -55,17 +55,7 @@ class Config:
 
 
 def run(command: Command) -> None:
-    command.no_words(" The weights are given as weights=FILE_OR_RUN.")
-    values = parse_overrides(command.settings)
-    if isinstance(values.get("tokens"), str):
-        values["tokens"] = values["tokens"].split(",")
-    if isinstance(values.get("data"), dict):
-        values["data"] = {"name": "folder", **values["data"]}
-    config = Config(**section_values("verbs", "extract", values, ""))
-    part_of(config.part)  # before anything heavy is imported
-    for token in config.tokens:
-        if token not in TOKENS:
-            raise ValueError(f"tokens: no '{token}'.{suggest(token, TOKENS)} There is: {', '.join(TOKENS)}.")
+    config = check(command)
     from dinokit.verbs import _extraction
 
     images, done = _extraction.begin(config)
@@ -74,6 +64,22 @@ def run(command: Command) -> None:
     with screen.progress:
         _extraction.compute(config, screen)
     print(json.dumps({"out": config.out, **_extraction.end(config), **screen.speed()}))
+
+
+def check(command: Command) -> Config:
+    """The settings, before anything heavy is imported."""
+    command.no_words(" The weights are given as weights=FILE_OR_RUN.")
+    values = parse_overrides(command.settings)
+    if isinstance(values.get("tokens"), str):
+        values["tokens"] = values["tokens"].split(",")
+    if isinstance(values.get("data"), dict):
+        values["data"] = {"name": "folder", **values["data"]}
+    config = Config(**section_values("verbs", "extract", values, ""))
+    part_of(config.part)
+    for token in config.tokens:
+        if token not in TOKENS:
+            raise ValueError(f"tokens: no '{token}'.{suggest(token, TOKENS)} There is: {', '.join(TOKENS)}.")
+    return config
 
 
 def describe(words: Sequence[str]) -> str:

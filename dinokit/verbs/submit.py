@@ -5,7 +5,7 @@ a job with more rights, saves, starts again by itself and goes on exactly. docs/
 
 dinokit submit profile=gpu partition=a100 nodes=4 -- train dinov2_vitl14 data.path=DATA
 dinokit submit profile=gpu gpus=1 after=1234 -- eval knn weights=runs/dinov2_vitl14
-dinokit submit profile=gpu gpus=1 array='runs/dinov2_vitl14/teachers/*' -- eval knn weights={}
+dinokit submit profile=gpu gpus=1 array='runs/dinov2_vitl14/teachers/*.safetensors' -- eval knn weights={}
 dinokit submit status [JOB ...]       what was submitted from this folder, and how it goes
 dinokit submit logs [JOB]             what a job said; without a number, the newest
 dinokit submit cancel JOB [JOB ...]   a run saves before it ends
@@ -68,10 +68,9 @@ def _submit(command: Command) -> None:
         raise ValueError(
             f"profile must be given. There is: {', '.join(profile_names())}; or give a file's path.{behind}"
         )
-    try:
-        profile = load_profile(own["profile"], parse_overrides(settings))
-    except ValueError as error:
-        raise ValueError(f"{error}{behind}") from None
+    if behind:
+        raise ValueError(f"A profile has: {', '.join(_jobs.profile_keys())}.{behind}")
+    profile = load_profile(own["profile"], parse_overrides(settings))
     commands = _jobs.for_each(own.get("array"), command.rest)
     tasks, goes_on = _jobs.shape(verb, profile)
     named = set[str]().union(*(_jobs.check(words, profile, tasks) for words in commands))
@@ -83,6 +82,7 @@ def _submit(command: Command) -> None:
         print(submit.script(asked, profile, (record.JOBS / f"DATE-{name}").absolute()))
         return
     submit.check_cluster(profile)
+    _check_earlier(asked.after)
     if goes_on and not asked.after:
         _not_twice(commands)
     folder = record.new_folder(name)
@@ -110,6 +110,22 @@ def _earlier(after: str) -> str:
                 f"after={after}: numbers of jobs, as `dinokit submit status` shows them: after=1234."
             )
     return ":".join(jobs)
+
+
+def _check_earlier(after: str) -> None:
+    """Refuse to wait for a job that has not ended well, or is not known: SLURM takes the latter for done."""
+    from dinokit.slurm import record, submit
+
+    have = {each.number: each.jobs for each in record.records()}
+    jobs = [job for number in filter(None, after.split(":")) for job in have.get(number, [number])]
+    for job, state in submit.states(jobs).items():
+        if state == "UNKNOWN" and not submit.knows(job):
+            raise LookupError(f"after={job}: SLURM knows no such job. There is: {', '.join(have) or 'none'}.")
+        if state.split()[0] not in (*submit.LIVE, "COMPLETED", "UNKNOWN"):
+            raise ValueError(
+                f"after={job}: that job is {state}, so one that waits for its good end would never run. "
+                f"Submit it again, and wait for the new number."
+            )
 
 
 def _not_twice(commands: list[list[str]]) -> None:

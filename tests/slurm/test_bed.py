@@ -249,7 +249,7 @@ def test_an_array_judges_every_kept_teacher(here):
         "test.split=test",
         "test.test_count=30",
     ]
-    every = "array=runs/unbroken/teachers/*"
+    every = "array=runs/unbroken/teachers/*.safetensors"
     here.submit("array", every, "--", "eval", "knn", "weights={}", "k=[5]", "device=cpu", *data)
     here.wait("array", lambda: here.over("array", 2))
     assert here.state("array") == ["COMPLETED", "COMPLETED"]
@@ -303,6 +303,15 @@ def test_what_is_in_the_queue_is_not_submitted_again(here):
     )
     here.dinokit("submit", "cancel", number)
     here.dinokit("submit", "cancel", re.match(r"job (\d+)", here.dinokit(*train))[1])
+
+
+def test_a_job_that_cannot_be_waited_for_is_refused(here):
+    evaluate = "--", "eval", "knn", "backbone.name=pixels"
+    said = here.dinokit("submit", "profile=cpu", "after=1", *evaluate, status=2)  # none had so low a number
+    assert "after=1: SLURM knows no such job. There is: " in said
+    here.wait("killed", lambda: here.over("in vain"))
+    said = here.dinokit("submit", "profile=cpu", f"after={here.jobs['in vain']}", *evaluate, status=2)
+    assert f"after={here.jobs['in vain']}: that job is CANCELLED" in said
 
 
 def test_an_unknown_partition_is_answered_with_those_that_there_are(here):
