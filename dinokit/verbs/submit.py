@@ -120,7 +120,10 @@ def _check_earlier(after: str) -> None:
     jobs = [job for number in filter(None, after.split(":")) for job in have.get(number, [number])]
     for job, state in submit.states(jobs).items():
         if state == "UNKNOWN" and not submit.knows(job):
-            raise LookupError(f"after={job}: SLURM knows no such job. There is: {', '.join(have) or 'none'}.")
+            raise LookupError(
+                f"after={job}: SLURM knows no such job, or has forgotten it. Those submitted from here: "
+                f"dinokit submit status."
+            )
         if state.split()[0] not in (*submit.LIVE, "COMPLETED", "UNKNOWN"):
             raise ValueError(
                 f"after={job}: that job is {state}, so one that waits for its good end would never run. "
