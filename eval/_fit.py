@@ -12,6 +12,7 @@ from dinokit.distributed import all_reduce_sum, world_size
 from dinokit.eval._resume import Resume
 from dinokit.features import Map
 from dinokit.log import watch
+from dinokit.signals import Stopped
 
 Shown = tuple[list[Map], Tensor]  # what a step is shown: maps of features, and the truth (b, H, W)
 
@@ -68,9 +69,9 @@ def fit(
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
     start = done = 0 if state is None else int(state["step"])
-    steps = watch(shown(start), plan.steps, "train head", start) if start < plan.steps else iter(())
+    steps = shown(start) if start < plan.steps else iter(())
     try:
-        for maps, truth in steps:
+        for maps, truth in watch(steps, plan.steps, "train head", start, together=True):
             for group in optimizer.param_groups:
                 group["lr"] = plan.lr * plan.factor(done)
             value = loss(maps, truth, done)
@@ -88,10 +89,10 @@ def fit(
             done += 1
             if done % plan.save_every == 0:
                 _save(head, optimizer, plan, done)
-    finally:
-        if done > start:
-            _save(head, optimizer, plan, done)  # after Ctrl-C too
-    _average_buffers(head)
+    except Stopped:
+        _save(head, optimizer, plan, done)
+        raise
+    _save(head, optimizer, plan, done)
     head.eval()
 
 
@@ -104,17 +105,11 @@ def _save(head: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: i
 
 
 def _average(head: nn.Module) -> None:
-    """Gradients over all processes: one sum of all of them, laid end to end."""
+    """Gradients and batch statistics over all processes: one sum of all of them, laid end to end."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in head.parameters() if p.grad is not None]
-    total = all_reduce_sum(torch.cat([g.flatten() for g in gradients])) / world_size()
-    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def _average_buffers(head: nn.Module) -> None:
-    """Batch statistics are those of each process; what is judged is their mean, the same everywhere."""
-    for buffer in head.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(all_reduce_sum(buffer.clone()) / world_size())
+    own = [p.grad for p in head.parameters() if p.grad is not None]
+    own += [buffer for buffer in head.buffers() if buffer.is_floating_point()]
+    total = all_reduce_sum(torch.cat([x.flatten() for x in own])) / world_size()
+    for x, part in zip(own, total.split([x.numel() for x in own]), strict=True):
+        x.copy_(part.view_as(x))

@@ -122,7 +122,7 @@ def _worth(
         worth.copy_(state["worth"])
         last.copy_(state["last"])
     first = 0 if state is None else int(state["turn"])
-    for turn in watch(range(first, turns), turns, "C", first):
+    for turn in watch(range(first, turns), turns, "C", first, together=True):
         i, new = turn * world_size() + rank(), torch.zeros_like(worth)
         ours = torch.zeros_like(last)
         if i < len(grid):
