@@ -174,7 +174,11 @@ def started(words, ranks=1):
 
 def ended(processes):
     """Status, standard output and standard error of each."""
-    said = [process.communicate(timeout=120) for process in processes]
+    try:
+        said = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
