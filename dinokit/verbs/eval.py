@@ -5,6 +5,8 @@ given by its path alone is a folder with one sub-folder a class. backbone.name=N
 judges a backbone without training. device=cpu, cuda or auto says where. Started by torchrun or srun, the
 processes share the work, and the first one prints.
 
+Ctrl-C keeps the features and the training that there is, and the same command goes on.
+
 Each result is also added to results.jsonl in the run's folder, or in out=FOLDER; dinokit results shows them.
 Features are kept in cache=FOLDER (or DINOKIT_CACHE, or ~/.cache/dinokit/features), so that the next evaluator
 of the same weights and images need not make them again; cache=null keeps none.
