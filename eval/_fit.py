@@ -12,7 +12,6 @@ from dinokit.distributed import all_reduce_sum, world_size
 from dinokit.eval._resume import Resume
 from dinokit.features import Map
 from dinokit.log import watch
-from dinokit.signals import Stopped
 
 Shown = tuple[list[Map], Tensor]  # what a step is shown: maps of features, and the truth (b, H, W)
 
@@ -70,7 +69,11 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
     start = done = 0 if state is None else int(state["step"])
     steps = shown(start) if start < plan.steps else iter(())
-    try:
+
+    def learnt() -> dict[str, Any]:
+        return {"step": done, "head": head.state_dict(), "optimizer": optimizer.state_dict()}
+
+    with plan.resume.kept(learnt):
         for maps, truth in watch(steps, plan.steps, "train head", start, together=True):
             for group in optimizer.param_groups:
                 group["lr"] = plan.lr * plan.factor(done)
@@ -88,20 +91,12 @@ def fit(
             optimizer.step()
             done += 1
             if done % plan.save_every == 0:
-                _save(head, optimizer, plan, done)
-    except Stopped:
-        _save(head, optimizer, plan, done)
-        raise
-    _save(head, optimizer, plan, done)
+                plan.resume.save(learnt())
     head.eval()
 
 
 def _warm(step: int, warmup: int, ratio: float) -> float:
     return 1.0 if step >= warmup else 1 - (1 - step / warmup) * (1 - ratio)
-
-
-def _save(head: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
-    plan.resume.save({"step": step, "head": head.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 def _average(head: nn.Module) -> None:

@@ -35,7 +35,6 @@ from dinokit.features.identity import images_stamp
 from dinokit.files import atomic
 from dinokit.log import tell, watch
 from dinokit.shelves import refuse_below
-from dinokit.signals import Stopped
 
 ROWS = 4096  # features judged at a time
 LARGER = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # rates to try where the largest is the best
@@ -167,21 +166,17 @@ def _train(cfg: Config, task: Task, heads: Heads, resume: Resume) -> tuple[tuple
     prepare = _cached if cfg.mode == "cached" else _online
     batches, kept = prepare(cfg, task, fit, held, start, lost)
 
-    def save() -> None:
+    def learnt() -> dict[str, Any]:
         met = all_reduce_max(lost.to(device)).cpu()  # by any process: the first one writes
-        resume.save({"step": done, "lost": met, **heads.state()})
+        return {"step": done, "lost": met, **heads.state()}
 
-    try:
+    with resume.kept(learnt):
         for x, y in watch(batches, cfg.steps, f"{len(list(heads.each()))} heads", start, together=True):
             factor = (1 + math.cos(math.pi * done / cfg.steps)) / 2
             heads.step(x, y, cfg.step_batch, cfg.momentum, factor)
             done += 1
             if done % cfg.save_every == 0:
-                save()
-    except Stopped:
-        save()
-        raise
-    save()
+                resume.save(learnt())
     lost = all_reduce_max(lost.to(device)).cpu()
     if cfg.mode == "online":
         names = [task.train.name(i) for i in fit[lost[fit] > 0].tolist()]
