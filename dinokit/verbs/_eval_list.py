@@ -25,9 +25,10 @@ class Said:
         same = [(each.label, each.name, each.values) for each in plan], weights_hash
         tag = blake2b(repr(same).encode(), digest_size=6).hexdigest()
         self.path = folder / f".list_{tag}.json" if folder is not None and len(plan) > 1 else None
-        there = self.path is not None and self.path.is_file()
-        text = self.path.read_text(encoding="utf-8") if self.path is not None and there else "{}"
-        self.lines: dict[str, dict[str, Any]] = of_first(json.loads(text))
+        self.lines: dict[str, dict[str, Any]] = {}
+        if self.path is not None and self.path.is_file():
+            self.lines = json.loads(self.path.read_text(encoding="utf-8"))
+        self.lines = of_first(self.lines)  # all judge the same ones
         if self.lines:
             tell(f"goes on after {', '.join(self.lines)}; to judge these anew, delete {self.path}")
 

@@ -187,7 +187,6 @@ def ended(processes):
     ("what", "ranks", "number"),
     [
         ("knn", 1, signal.SIGINT),
-        ("segmentation", 1, signal.SIGUSR1),
         ("knn", 2, signal.SIGUSR2),
         ("linear", 2, signal.SIGUSR1),
         ("segmentation", 2, signal.SIGTERM),
