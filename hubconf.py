@@ -7,6 +7,7 @@ from dinokit.hub.entry import backbone as _backbone
 from dinokit.hub.entry import classifier as _classifier
 from dinokit.hub.entry import depther as _depther
 from dinokit.hub.entry import dinokit_backbone
+from dinokit.hub.entry import segmenter as _segmenter
 
 __all__ = ["dinokit_backbone"]
 dependencies = ["torch"]
@@ -45,3 +46,8 @@ dinov2_vits14_dd = _depther("dinov2_vits14", "dd")
 dinov2_vitb14_dd = _depther("dinov2_vitb14", "dd")
 dinov2_vitl14_dd = _depther("dinov2_vitl14", "dd")
 dinov2_vitg14_dd = _depther("dinov2_vitg14", "dd")
+
+dinov2_vits14_seg = _segmenter("dinov2_vits14")
+dinov2_vitb14_seg = _segmenter("dinov2_vitb14")
+dinov2_vitl14_seg = _segmenter("dinov2_vitl14")
+dinov2_vitg14_seg = _segmenter("dinov2_vitg14")

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from dinokit.distributed import rank
 from dinokit.files import write_text
+from dinokit.signals import Stopped, stop_here
 
 T = TypeVar("T")
 
@@ -136,18 +137,31 @@ def before_and_after(out: Path) -> list[str]:
     return [f"{'':<{width}}  {'at first':>9}  {'at last':>9}", *rows] if rows else []
 
 
-def watch(items: Iterable[T], total: int, text: str, done: int = 0) -> Iterator[T]:
+def watch(items: Iterable[T], total: int, text: str, done: int = 0, together: bool = False) -> Iterator[T]:
     """The items, with a progress bar on standard error while somebody watches a terminal.
+
+    All processes go through it, each with its own items. Where signals are listened to between items
+    (dinokit/signals.py), all leave it with Stopped if one was told: those that were told after the item that
+    they are at, the others after their last.
 
     Args:
         items: those that are left.
         total: how many there are with those that are done.
         text: beside the bar.
         done: how many were done before.
+        together: whether the processes wait for each other at every item; then all leave after the same one.
+
+    Raises:
+        Stopped: if a process was told to stop.
     """
     console = Console(stderr=True)
     hidden = rank() > 0 or not console.is_terminal
-    yield from track(items, text, total, done, console=console, disable=hidden, transient=True)
+    for item in track(items, text, total, done, console=console, disable=hidden, transient=True):
+        yield item
+        if stop_here(together):
+            break
+    if stop_here(together=True):
+        raise Stopped
 
 
 def tell(text: str) -> None:

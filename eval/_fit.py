@@ -68,9 +68,13 @@ def fit(
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
     start = done = 0 if state is None else int(state["step"])
-    steps = watch(shown(start), plan.steps, "train head", start) if start < plan.steps else iter(())
-    try:
-        for maps, truth in steps:
+    steps = shown(start) if start < plan.steps else iter(())
+
+    def learnt() -> dict[str, Any]:
+        return {"step": done, "head": head.state_dict(), "optimizer": optimizer.state_dict()}
+
+    with plan.resume.kept(learnt):
+        for maps, truth in watch(steps, plan.steps, "train head", start, together=True):
             for group in optimizer.param_groups:
                 group["lr"] = plan.lr * plan.factor(done)
             value = loss(maps, truth, done)
@@ -87,11 +91,7 @@ def fit(
             optimizer.step()
             done += 1
             if done % plan.save_every == 0:
-                _save(head, optimizer, plan, done)
-    finally:
-        if done > start:
-            _save(head, optimizer, plan, done)  # after Ctrl-C too
-    _average_buffers(head)
+                plan.resume.save(learnt())
     head.eval()
 
 
@@ -99,22 +99,12 @@ def _warm(step: int, warmup: int, ratio: float) -> float:
     return 1.0 if step >= warmup else 1 - (1 - step / warmup) * (1 - ratio)
 
 
-def _save(head: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
-    plan.resume.save({"step": step, "head": head.state_dict(), "optimizer": optimizer.state_dict()})
-
-
 def _average(head: nn.Module) -> None:
-    """Gradients over all processes: one sum of all of them, laid end to end."""
+    """Gradients and batch statistics over all processes: one sum of all of them, laid end to end."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in head.parameters() if p.grad is not None]
-    total = all_reduce_sum(torch.cat([g.flatten() for g in gradients])) / world_size()
-    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def _average_buffers(head: nn.Module) -> None:
-    """Batch statistics are those of each process; what is judged is their mean, the same everywhere."""
-    for buffer in head.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(all_reduce_sum(buffer.clone()) / world_size())
+    own = [p.grad for p in head.parameters() if p.grad is not None]
+    own += [buffer for buffer in head.buffers() if buffer.is_floating_point()]
+    total = all_reduce_sum(torch.cat([x.flatten() for x in own])) / world_size()
+    for x, part in zip(own, total.split([x.numel() for x in own]), strict=True):
+        x.copy_(part.view_as(x))

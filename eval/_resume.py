@@ -1,7 +1,8 @@
 """The state of an evaluator that trains for long: kept while it does, so that the same command goes on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dinokit.backbones import Backbone
 from dinokit.distributed import all_reduce_max, rank
 from dinokit.features import weights_hash
 from dinokit.files import atomic
+from dinokit.signals import Stopped
 
 # Settings that change nothing that is learnt.
 FREE = ("cache", "out", "save_every", "workers", "test", "max_test", "max_unreadable")
@@ -58,6 +60,20 @@ class Resume:
         if self.path is not None and rank() == 0:
             with atomic(self.path) as part:
                 torch.save(dict(state), part)
+
+    @contextmanager
+    def kept(self, state: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+        """Save the state when the block ends or is told to stop; an error may come amid a step.
+
+        Raises:
+            OSError: as `save`.
+        """
+        try:
+            yield
+        except Stopped:
+            self.save(state())
+            raise
+        self.save(state())
 
     def finish(self) -> None:
         """Remove it."""

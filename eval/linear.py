@@ -125,7 +125,9 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         [Head(*values) for values in product(*axes)], backbone.width, task.reading.blocks, len(task.classes),
         task.several, cfg.step_batch, cfg.seed, device_of(backbone),
     )  # fmt: skip
-    held, images = _train(cfg, task, heads)
+    depends_on = identity(asdict(cfg), backbone), images_stamp(task.train)
+    resume = Resume(cfg.out, "linear", depends_on, device_of(backbone))
+    held, images = _train(cfg, task, heads, resume)
     worth = _worth(heads, *((test.x, y) if held is None else held))
     best = max(worth, key=lambda head: worth[head])
     if worth[best][0] < 0:
@@ -145,35 +147,36 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         scores["held_out"] = worth[best][0]
     scores |= {"blocks": best.blocks, "pool": int(best.pool), "lr": best.lr}
     scores |= {"images_train": images, "images_test": len(test.x)}
+    resume.finish()
     lost = len(task.train) - images + len(test.unreadable)
     return scores | ({"images_unreadable": lost} if lost else {})
 
 
-def _train(cfg: Config, task: Task, heads: Heads) -> tuple[tuple[Tensor, Tensor] | None, int]:
+def _train(cfg: Config, task: Task, heads: Heads, resume: Resume) -> tuple[tuple[Tensor, Tensor] | None, int]:
     """Train all heads. Returns features and targets of the held-out images, and how many could be read."""
     fit, held = torch.arange(len(task.train)), torch.arange(0)
     if cfg.select == "train":
         fit, held = split(len(task.train), cfg.held_out, cfg.seed)
-    device = device_of(task.backbone)
-    depends_on = identity(asdict(cfg), task.backbone), images_stamp(task.train)
-    resume = Resume(cfg.out, "linear", depends_on, device)
-    state = resume.load()
+    device, state = device_of(task.backbone), resume.load()
     lost = torch.zeros(len(task.train), dtype=torch.uint8)  # images that cannot be read
     if state is not None:
         heads.load(state)
         lost.copy_(state["lost"])
-    start = 0 if state is None else int(state["step"])
+    start = done = 0 if state is None else int(state["step"])
     prepare = _cached if cfg.mode == "cached" else _online
     batches, kept = prepare(cfg, task, fit, held, start, lost)
-    for step, (x, y) in enumerate(
-        watch(batches, cfg.steps, f"{len(list(heads.each()))} heads", start), start
-    ):
-        factor = (1 + math.cos(math.pi * step / cfg.steps)) / 2
-        heads.step(x, y, cfg.step_batch, cfg.momentum, factor)
-        if (step + 1) % cfg.save_every == 0:
-            met = all_reduce_max(lost.to(device)).cpu()  # by any process: the first one writes
-            resume.save({"step": step + 1, "lost": met, **heads.state()})
-    resume.finish()
+
+    def learnt() -> dict[str, Any]:
+        met = all_reduce_max(lost.to(device)).cpu()  # by any process: the first one writes
+        return {"step": done, "lost": met, **heads.state()}
+
+    with resume.kept(learnt):
+        for x, y in watch(batches, cfg.steps, f"{len(list(heads.each()))} heads", start, together=True):
+            factor = (1 + math.cos(math.pi * done / cfg.steps)) / 2
+            heads.step(x, y, cfg.step_batch, cfg.momentum, factor)
+            done += 1
+            if done % cfg.save_every == 0:
+                resume.save(learnt())
     lost = all_reduce_max(lost.to(device)).cpu()
     if cfg.mode == "online":
         names = [task.train.name(i) for i in fit[lost[fit] > 0].tolist()]

@@ -96,7 +96,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         kept, held = (part.to(train.y.device) for part in split(len(train.y), cfg.held_out, cfg.seed))
         fit, judge = (Features(train.x[part], train.y[part], []) for part in (kept, held))
     grid = torch.logspace(*cfg.powers, cfg.count, dtype=torch.float64).tolist()
-    depends_on = identity(asdict(cfg), backbone), [images_stamp(each) for each in sources], world_size()
+    depends_on = identity(asdict(cfg), backbone), [images_stamp(each) for each in sources]
     resume = Resume(cfg.out, "logreg", depends_on, train.x.device)
     worth = _worth(cfg, grid, fit, judge, classes, resume)
     best = max(range(len(grid)), key=lambda i: worth[i])  # of equals the strongest penalty
@@ -115,15 +115,16 @@ def _worth(
     cfg: Config, grid: Sequence[float], fit: Features, judge: Features, classes: int, resume: Resume
 ) -> list[float]:
     """Top-1 for each C. Each process solves a share of them, one a turn."""
+    world, done = world_size(), 0
     worth = judge.x.new_zeros(len(grid))
-    last = fit.x.new_zeros(world_size(), classes, fit.x.shape[1] + 1)  # each process's weight and bias
-    turns, state = math.ceil(len(grid) / world_size()), resume.load()
-    if state is not None:
+    last = fit.x.new_zeros(world, classes, fit.x.shape[1] + 1)  # each process's weight and bias
+    if (state := resume.load()) is not None:
+        done = int(state["done"])
         worth.copy_(state["worth"])
-        last.copy_(state["last"])
-    first = 0 if state is None else int(state["turn"])
-    for turn in watch(range(first, turns), turns, "C", first):
-        i, new = turn * world_size() + rank(), torch.zeros_like(worth)
+        last.copy_(state["last"] if len(state["last"]) == world else state["last"][-1])
+    turns = math.ceil(len(grid) / world)
+    for first in watch(range(done, len(grid), world), turns, "C", done // world, together=True):
+        i, new = first + rank(), torch.zeros_like(worth)
         ours = torch.zeros_like(last)
         if i < len(grid):
             start = last[rank(), :, :-1], last[rank(), :, -1]
@@ -131,7 +132,7 @@ def _worth(
             new[i] = class_scores(judge.x @ found[0].T + found[1], judge.y)["top1"]
             ours[rank()] = torch.cat([found[0], found[1][:, None]], dim=1)
         worth, last = worth + all_reduce_sum(new), all_reduce_sum(ours)
-        resume.save({"turn": turn + 1, "worth": worth, "last": last})
+        resume.save({"done": first + world, "worth": worth, "last": last})
     return worth.tolist()
 
 

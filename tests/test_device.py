@@ -1,4 +1,4 @@
-"""How much memory a process has held, against blocks of a known size."""
+"""How much memory a process has held, against blocks of a known size; and what a CPU multiplies faster in."""
 
 import resource
 import subprocess
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinokit.device import peak_memory
+from dinokit.device import _multiplies_faster, peak_memory, pick_precision
 
 CPU = torch.device("cpu")
 
@@ -37,3 +37,13 @@ def test_macos_counts_in_bytes_and_others_in_kib(system, unit, monkeypatch):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
     assert peak_memory(CPU) == 3
+
+
+def test_a_cpu_is_tried_and_left_as_it_was():
+    threads = torch.get_num_threads()
+    assert _multiplies_faster(torch.float32, torch.float64)  # half as many numbers in a register, on any CPU
+    assert not _multiplies_faster(torch.float64, torch.float32)
+    assert torch.get_num_threads() == threads
+    bf16 = _multiplies_faster(torch.bfloat16, torch.float32)
+    assert pick_precision("auto", CPU) == ("bf16" if bf16 else "fp32")
+    assert pick_precision("bf16", CPU) == "bf16"

@@ -43,6 +43,7 @@ class StepReport:
     images_per_second: float
     milliseconds: dict[str, float]  # of a step, by phase, in one step more with a clock in it
     peak_gib: float
+    idle_gib: float  # of it, what the process held before it had a network: Python, PyTorch, their libraries
     model_flops: float  # of a step: what must be multiplied and added
     share_of_matmul: float  # model FLOP/s over those of a matrix product in the run's precision
     matmul_fp32: float  # FLOP/s
@@ -130,6 +131,7 @@ class Form:
 
     def __init__(self, recipe: Recipe, rounds: int, real: bool) -> None:
         self.device = pick_device(recipe.run.device)
+        self.idle = peak_memory(self.device)
         precision = pick_precision(recipe.run.precision, self.device)
         self.recipe = replace(recipe, run=replace(recipe.run, precision=precision))
         if recipe.run.keep_memory:
@@ -162,6 +164,7 @@ class Form:
             images_per_second=images / took,
             milliseconds=self._phases(),
             peak_gib=peak,
+            idle_gib=self.idle,
             model_flops=flops,
             share_of_matmul=flops / took / rate,
             matmul_fp32=fp32,

@@ -5,7 +5,8 @@ They lie beside the cache's entry-to-be, a file for each minute and process; the
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dinokit.distributed import rank, world_size
 from dinokit.files import atomic
+from dinokit.signals import Stopped
 
 EVERY = 60.0  # seconds between two files
 
@@ -32,6 +34,7 @@ class Halfway:
         self._entry, self._every, self._number = entry, every, 0
         self._last = time.monotonic()
         self._new: list[Tensor] = []  # places that are in no file yet
+        self._done = 0
 
     def take_up(self, x: Tensor, y: Tensor, seen: Tensor) -> int:
         """Fill in the rows of (N, W), (N,) and (N,) that were kept.
@@ -54,11 +57,29 @@ class Halfway:
             OSError: if it is time for a file and it cannot be written.
         """
         self._new.append(places)
-        if time.monotonic() - self._last < self._every:
+        self._done = done
+        if time.monotonic() - self._last >= self._every:
+            self._write(x, y)
+
+    @contextmanager
+    def kept(self, x: Tensor, y: Tensor) -> Iterator[None]:
+        """Keep what is there when the block is left with Stopped.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        try:
+            yield
+        except Stopped:
+            self._write(x, y)
+            raise
+
+    def _write(self, x: Tensor, y: Tensor) -> None:
+        if not self._new:
             return
         where = torch.cat(self._new)
         tensors = {"places": where.cpu(), "x": x[where].cpu(), "y": y[where].cpu()}
-        write(self._path(self._number), tensors, {"done": str(done)})
+        write(self._path(self._number), tensors, {"done": str(self._done)})
         self._number, self._new, self._last = self._number + 1, [], time.monotonic()
 
     def _path(self, number: int) -> Path:

@@ -6,6 +6,7 @@ N  images that could be read     W  numbers an image: the backbone's width, for 
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +110,7 @@ def extract(
     order, cut = _InTurn(share[done:], batch, draw), cut or Middle(resize, size)
     views = view_loader(source, cut, size, order, workers, backbone.channels)
     views = watch(views, math.ceil(done / batch) + len(order), "features", math.ceil(done / batch))
-    with frozen(backbone), torch.inference_mode():
+    with frozen(backbone), torch.inference_mode(), halfway.kept(x, y) if halfway else nullcontext():
         for part in views:
             done += len(part.indices)
             kept = readable(source, part)

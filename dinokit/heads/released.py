@@ -12,33 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.backbones import Backbone
-from dinokit.features import dense, last_blocks, spread_blocks
+from dinokit.features import last_blocks, spread_blocks
 from dinokit.files import atomic
 from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
-from dinokit.heads.segmentation import LinearSegmenter, to_size
+from dinokit.heads.models import Depther, Segmenter
+from dinokit.heads.segmentation import LinearSegmenter
 
 PREFIX = "decode_head."
 LEAST = 1e-3  # metres
 MOST = {"NYU": 10.0, "KITTI": 80.0}  # metres
-
-
-class Depther(nn.Module):
-    """A backbone and a depth head: images (b, 3, H, W), float32 in [0, 1] or uint8 -> depth (b, 1, H, W).
-
-    Metres, within the head's range. The backbone has no gradient.
-    """
-
-    def __init__(self, backbone: Backbone, head: LinearDepth | DPT, blocks: list[int]) -> None:
-        super().__init__()
-        self.backbone, self.head, self.blocks = backbone, head, blocks
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """As the class says."""
-        maps = dense(self.backbone, images, self.blocks, norm=False)
-        depth = self.head(maps).clamp(self.head.least, self.head.most)
-        return to_size(depth, images.shape[2], images.shape[3])
+CLASSES = {"ADE20K": 150, "VOC2012": 21}  # that released segmentation heads tell apart
 
 
 def save_head(path: Path, head: nn.Module) -> None:
@@ -71,9 +55,10 @@ def load_segmenter(path: str | Path, backbone: Backbone) -> tuple[LinearSegmente
     tensors = _read(path)
     _need(path, tensors, ("conv_seg.weight", "bn.running_mean"))
     classes, inputs = tensors["conv_seg.weight"].shape[:2]
-    count = max(1, inputs // backbone.width)
-    head = LinearSegmenter(count * backbone.width, classes)
-    _load(head, tensors, path, f"a segmentation head on a backbone {backbone.width} wide")
+    what = f"a segmentation head on a backbone {backbone.width} wide"
+    count = _one_or_four(inputs, backbone.width, path, what)
+    head = LinearSegmenter(inputs, classes)
+    _load(head, tensors, path, what)
     return head.eval(), last_blocks(backbone, count)
 
 
@@ -100,15 +85,16 @@ def load_depther(
     """
     most = most or _most(trained_on)
     tensors = _read(path)
+    what = f"a depth head on a backbone {backbone.width} wide"
     head: LinearDepth | DPT
     if "conv_depth.weight" in tensors:
         bins, inputs = tensors["conv_depth.weight"].shape[:2]
-        count = max(1, inputs // (2 * backbone.width))
+        count = _one_or_four(inputs, 2 * backbone.width, path, what)
         head = LinearDepth(backbone.width, count, LEAST, MOST["KITTI"] if hub_range_bug else most, bins)
     else:
         _need(path, tensors, ("project.conv.weight", "conv_depth.head.0.weight"))
         head, count = DPT(backbone.width, LEAST, most, len(tensors["project.conv.bias"])), 4
-    _load(head, tensors, path, f"a depth head on a backbone {backbone.width} wide")
+    _load(head, tensors, path, what)
     return _together(backbone, head, count)
 
 
@@ -159,6 +145,46 @@ def depther(
     return done
 
 
+def segmenter(
+    backbone: Backbone,
+    model: str,
+    fetch: Callable[[str], str | Path] | None,
+    layers: int = 4,
+    weights: str = "ADE20K",
+) -> Segmenter:
+    """What torch.hub's entry points `dinov2_vitX14_seg` return.
+
+    Args:
+        backbone: the released one, without registers.
+        model: its name, such as "dinov2_vits14".
+        fetch: as `depther`.
+        layers: 1 ("linear") or 4 ("ms").
+        weights: "ADE20K" or "VOC2012".
+
+    Raises:
+        ValueError: if no such head was released, or the file holds another one.
+    """
+    if layers not in (1, 4) or weights.upper() not in CLASSES:
+        raise ValueError(
+            f"No segmentation head was released for {model} with layers={layers} and weights='{weights}': "
+            f"they look into 1 or 4 blocks, and were trained on {' and '.join(CLASSES)}."
+        )
+    classes = CLASSES[weights.upper()]
+    if fetch is None:
+        head, blocks = LinearSegmenter(layers * backbone.width, classes), last_blocks(backbone, layers)
+        return Segmenter(backbone, head, blocks)
+    path = fetch(f"{model}/{model}_{weights.lower()}_{'ms' if layers == 4 else 'linear'}_head.pth")
+    head, blocks = load_segmenter(path, backbone)
+    if len(blocks) != layers:
+        raise ValueError(f"{path} is a head with layers={len(blocks)}: give that, or another file.")
+    if head.conv_seg.out_channels != classes:
+        raise ValueError(
+            f"{path} tells {head.conv_seg.out_channels} classes apart, and those of {weights} are {classes}. "
+            f"Heads of other data: dinokit.heads.models.Segmenter(backbone, *load_segmenter(path, backbone))."
+        )
+    return Segmenter(backbone, head, blocks)
+
+
 def _said(model: str, is_dpt: bool, layers: int) -> str:
     return f"{model}_dd" if is_dpt else f"{model}_ld with layers={layers}"
 
@@ -172,6 +198,15 @@ def _most(trained_on: str) -> float:
 def _together(backbone: Backbone, head: LinearDepth | DPT, count: int) -> Depther:
     blocks = last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count)
     return Depther(backbone, head, blocks)
+
+
+def _one_or_four(inputs: int, width: int, path: str | Path, what: str) -> int:
+    """Of how many blocks a head takes what is `width` wide of each."""
+    if inputs not in (width, 4 * width):
+        raise ValueError(
+            f"{path} is not {what}: it takes {inputs} numbers a patch, not {width} or {4 * width}."
+        )
+    return inputs // width
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The entry points of hubconf.py. Only torch is needed, until a file in safetensors is to be read."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from dinokit.hub.official import DINO, DINOv2, LinearClassifier
 from dinokit.hub.released import DINOV2, RELEASED, Released
 from dinokit.weights import fill, load_backbone
 from dinokit.weights.checkpoint import open_checkpoint
+from dinokit.weights.found import MEAN, STD
+from dinokit.weights.reader import read
 
 # What the official entry points call the fields of our Config.
 OFFICIAL = {
@@ -54,7 +57,13 @@ def classifier(name: str) -> Callable[..., nn.Module]:
         done = LinearClassifier(_backbone(model, pretrained, weights, changes), layers)
         file = head_weights or (fetch(model.linear_url(layers), "head_weights") if pretrained else None)
         if file is not None:
-            done.linear_head.load_state_dict(open_checkpoint(file).tensors, strict=True)
+            try:
+                done.linear_head.load_state_dict(open_checkpoint(file).tensors, strict=True)
+            except RuntimeError as error:
+                why = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+                raise ValueError(
+                    f"{file} is not the classifier of {name} with layers={layers}: {why}"
+                ) from None
         return done
 
     text = f"{name} and its linear classifier of ImageNet-1k over the last layers=1 or 4 blocks: 1000 logits."
@@ -81,11 +90,7 @@ def depther(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
         from dinokit.heads import released  # noqa: PLC0415 - needs numpy, which a backbone alone does not
 
         vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
-
-        def file(path: str) -> str | Path:
-            return head_weights or fetch(f"{DINOV2}/{path}", "head_weights")
-
-        given = file if pretrained or head_weights else None
+        given = _given(pretrained, head_weights)
         return released.depther(vit, name, kind, given, layers, weights, hub_range_bug)
 
     which = "linear depth head, over layers=1 or 4 blocks" if kind == "ld" else "DPT depth head"
@@ -100,6 +105,45 @@ def depther(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
     Besides: {", ".join(OFFICIAL)}.
     """
     return entry
+
+
+def segmenter(name: str) -> Callable[..., nn.Module]:
+    """The entry point of a released backbone with its segmentation head. These need numpy too."""
+    model = RELEASED[name]
+
+    def entry(
+        *,
+        layers: int = 4,
+        pretrained: bool = True,
+        weights: str = "ADE20K",
+        backbone_weights: str | Path | None = None,
+        head_weights: str | Path | None = None,
+        **changes: Any,
+    ) -> nn.Module:
+        from dinokit.heads import released  # noqa: PLC0415 - needs numpy, which a backbone alone does not
+
+        vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
+        return released.segmenter(vit, name, _given(pretrained, head_weights), layers, weights)
+
+    text = f"{name} and its segmentation head: images in [0, 1] (b, 3, h, w) -> logits (b, classes, h, w)."
+    entry.__name__ = entry.__qualname__ = f"{name}_seg"
+    entry.__doc__ = f"""{text}
+
+    weights="ADE20K" (150 classes) or "VOC2012" (21) says which head, layers=1 ("linear") or 4 ("ms") of them.
+    backbone_weights=PATH and head_weights=PATH read local files; what is not given is fetched once, or with
+    pretrained=False drawn at random.
+    Besides: {", ".join(OFFICIAL)}.
+    """
+    return entry
+
+
+def _given(pretrained: bool, head_weights: str | Path | None) -> Callable[[str], str | Path] | None:
+    """From the path of a released head to its file: the one that is given, or fetched; None draws one."""
+
+    def file(path: str) -> str | Path:
+        return head_weights or fetch(f"{DINOV2}/{path}", "head_weights")
+
+    return file if pretrained or head_weights else None
 
 
 def dinokit_backbone(weights: str | Path, heads: int | None = None) -> nn.Module:
@@ -155,11 +199,15 @@ def _vit(
     values: dict[str, Any] = {**SIZES[model.size], **model.values} | {
         OFFICIAL[key]: value for key, value in changes.items()
     }
-    vit = VisionTransformer(Config(**values))
+    vit, heads = VisionTransformer(Config(**values)), SIZES[model.size]["heads"]
     if weights is not None and str(weights) not in TRAINED_ON:
-        fill(vit, weights, tolerate=["mask_token"], heads=SIZES[model.size]["heads"])
-    elif pretrained:
-        fill(vit, fetch(model.url, key), heads=SIZES[model.size]["heads"])
+        fill(vit, weights, tolerate=["mask_token"], heads=heads)
+        vit.input = replace(read(weights, heads=heads, values=False)[1].input, size=vit.input.size)
+        return vit
+    if vit.channels == len(MEAN):  # as all were trained; who gives other images normalises them
+        vit.input = replace(vit.input, mean=MEAN, std=STD)
+    if pretrained:
+        fill(vit, fetch(model.url, key), heads=heads)
     return vit
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.layers.linear import LayerScale, project
+from dinokit.layers.linear import LayerScale, after_norm, project
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,14 @@ def attend(qkv: Tensor, heads: int, segments: Segments, kernel: Kernel = "auto")
     if kernel in ("xformers", "varlen"):
         q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)  # (T, H, d) each
         return (_xformers if kernel == "xformers" else _varlen)(q, k, v, segments).flatten(1)
-    outs = []
-    for group in segments.split(qkv):
-        split = group.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (3, images, H, tokens, d)
-        if kernel == "auto" and _is_short(split):
-            out: Tensor = _Short.apply(split)  # (images, H, tokens, d)
-        else:
-            out = F.scaled_dot_product_attention(*split.contiguous())
-        outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))  # (images * tokens, D)
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    if kernel == "auto" and _is_short(qkv, segments):
+        short: Tensor = _Short.apply(qkv, heads, segments)
+        return short
+    if len(segments.groups) == 1:
+        q, k, v = _by_head(segments.split(qkv)[0], 3, heads).contiguous()  # (images, H, tokens, d) each
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+    alone = zip(segments.split(qkv), segments.groups, strict=True)
+    return torch.cat([attend(x.flatten(0, 1), heads, Segments((group,)), kernel) for x, group in alone])
 
 
 def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str:
@@ -126,37 +125,53 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return out
 
 
-def _is_short(split: Tensor) -> bool:
+def _by_head(group: Tensor, parts: int, heads: int) -> Tensor:
+    """(images, tokens, parts * D) as (parts, images, H, tokens, d), a view."""
+    return group.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _is_short(qkv: Tensor, segments: Segments) -> bool:
     # The fused CPU kernel's backward is made for long sequences: at 17 to 197 tokens in bf16 the two plain
     # products took a fifth of its time on an AVX-512 machine, and their scores are small.
-    return split.device.type == "cpu" and split.shape[3] <= 256
+    return qkv.device.type == "cpu" and max(tokens for _, tokens in segments.groups) <= 256
 
 
 class _Short(torch.autograd.Function):
-    """Attention as two plain products of (3, images, H, tokens, d)."""
+    """Attention as two plain products a group; results are written where they belong, without a copy more."""
 
     @staticmethod
-    def forward(ctx: Any, split: Tensor) -> Tensor:
-        split = split.contiguous()
-        q, k, v = split.flatten(1, 2)  # (images * H, tokens, d) each
-        with torch.autocast(q.device.type, enabled=False):  # it would take the softmax to float32 and back
-            scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-            weights = scores.softmax(dim=-1)
-        ctx.save_for_backward(split, weights)
-        return torch.bmm(weights, v).view(split.shape[1:])
+    def forward(ctx: Any, qkv: Tensor, heads: int, segments: Segments) -> Tensor:
+        out, kept = qkv.new_empty(len(qkv), qkv.shape[1] // 3), []
+        for group, done in zip(segments.split(qkv), segments.split(out), strict=True):
+            split = _by_head(group, 3, heads).contiguous()
+            q, k, v = split.flatten(1, 2)  # (images * H, tokens, d) each
+            with torch.autocast(
+                q.device.type, enabled=False
+            ):  # it would take the softmax to float32 and back
+                scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+                weights = scores.softmax(dim=-1)
+            _by_head(done, 1, heads).copy_(torch.bmm(weights, v).view(1, *split.shape[1:]))
+            kept += [split, weights]
+        ctx.save_for_backward(*kept)
+        ctx.heads, ctx.segments = heads, segments
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        split, weights = ctx.saved_tensors
-        q, k, v = split.flatten(1, 2)
-        done, grad = torch.empty_like(split), grad.flatten(0, 1)
-        dq, dk, dv = done.flatten(1, 2)
-        torch.bmm(weights.mT, grad, out=dv)
-        of_scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype)
-        scale = q.shape[-1] ** -0.5
-        torch.baddbmm(dq, of_scores, k, beta=0, alpha=scale, out=dq)
-        torch.baddbmm(dk, of_scores.mT, q, beta=0, alpha=scale, out=dk)
-        return done
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        heads, segments, kept = ctx.heads, ctx.segments, iter(ctx.saved_tensors)
+        of_qkv = grad.new_empty(len(grad), 3 * grad.shape[1])
+        for of_out, of_group in zip(segments.split(grad), segments.split(of_qkv), strict=True):
+            split, weights = next(kept), next(kept)
+            q, k, v = split.flatten(1, 2)
+            own, done = _by_head(of_out, 1, heads).flatten(0, 2), torch.empty_like(split)
+            dq, dk, dv = done.flatten(1, 2)
+            torch.bmm(weights.mT, own, out=dv)
+            of_scores = torch._softmax_backward_data(torch.bmm(own, v.mT), weights, -1, weights.dtype)
+            scale = q.shape[-1] ** -0.5
+            torch.baddbmm(dq, of_scores, k, beta=0, alpha=scale, out=dq)
+            torch.baddbmm(dk, of_scores.mT, q, beta=0, alpha=scale, out=dk)
+            _by_head(of_group, 3, heads).copy_(done)
+        return of_qkv, None, None
 
 
 class Attention(nn.Module):
@@ -170,8 +185,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, rows: Tensor, segments: Segments, scale: LayerScale | None = None, read: Tensor | None = None
+        self,
+        rows: Tensor,
+        segments: Segments,
+        scale: LayerScale | None = None,
+        norm: nn.LayerNorm | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """(T, D) -> (T, D), scaled if asked; or, of `read` (t,), these rows of it alone: (t, D)."""
-        attended = attend(self.qkv(rows), self.heads, segments, self.kernel)
+        """(T, D) -> (T, D), normalised first and scaled at last if asked; of `read` (t,) alone: (t, D)."""
+        attended = attend(after_norm(rows, norm, self.qkv), self.heads, segments, self.kernel)
         return project(attended if read is None else attended.index_select(0, read), self.proj, scale)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.layers.attention import Attention, Segments
-from dinokit.layers.linear import LayerScale, project
+from dinokit.layers.linear import LayerScale, after_norm, project
 
 NORM_EPS = 1e-6  # both generations use it, not PyTorch's 1e-5
 
@@ -24,9 +24,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, rows: Tensor, scale: LayerScale | None = None) -> Tensor:
-        """(T, D) -> (T, D), scaled if asked."""
-        return project(self.fc1(rows), self.fc2, scale, gelu=True)
+    def forward(
+        self, rows: Tensor, scale: LayerScale | None = None, norm: nn.LayerNorm | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), normalised first and scaled at last if asked."""
+        return project(after_norm(rows, norm, self.fc1), self.fc2, scale, gelu=True)
 
 
 class SwiGLU(nn.Module):
@@ -38,9 +40,11 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
-    def forward(self, rows: Tensor, scale: LayerScale | None = None) -> Tensor:
-        """(T, D) -> (T, D), scaled if asked."""
-        x1, x2 = self.w12(rows).chunk(2, dim=-1)
+    def forward(
+        self, rows: Tensor, scale: LayerScale | None = None, norm: nn.LayerNorm | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), normalised first and scaled at last if asked."""
+        x1, x2 = after_norm(rows, norm, self.w12).chunk(2, dim=-1)
         return project(F.silu(x1) * x2, self.w3, scale)
 
 
@@ -112,14 +116,14 @@ class Block(nn.Module):
         rate = self.drop_path if self.training else 0.0
         if read is not None:
             return self._read(rows, segments, rate, read)
-        rows = residual(rows, segments, rate, lambda x, s: self.attn(self.norm1(x), s, self.ls1))
-        return residual(rows, segments, rate, lambda x, _: self.mlp(self.norm2(x), self.ls2))
+        rows = residual(rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1))
+        return residual(rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2))
 
     def _read(self, rows: Tensor, segments: Segments, rate: float, read: Tensor) -> Tensor:
         # All rows are keys and values. What follows needs few of them, so that stochastic depth multiplies by
         # zero here: rows left out would have to be counted, for which a GPU would be waited for.
-        out = self.attn(self.norm1(rows), segments, self.ls1, read)
+        out = self.attn(rows, segments, self.ls1, self.norm1, read)
         rows = rows.index_select(0, read)
         rows = rows + (out * gains(segments, rate, read) if rate else out)
-        out = self.mlp(self.norm2(rows), self.ls2)
+        out = self.mlp(rows, self.ls2, self.norm2)
         return rows + (out * gains(segments, rate, read) if rate else out)

@@ -36,10 +36,10 @@ class Scores:
 def slices(*scores: Scores) -> list[slice]:
     """The prototypes, which these have alike, in slices whose logits are few for whoever has most rows."""
     rows = max(s.rows.shape[:-1].numel() for s in scores)
-    return _slices(len(scores[0].prototypes), rows, scores[0].rows.device)
+    return _chunks(len(scores[0].prototypes), rows, scores[0].rows.device)
 
 
-def _slices(count: int, width: int, device: torch.device) -> list[slice]:
+def _chunks(count: int, width: int, device: torch.device) -> list[slice]:
     step = max((CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // max(width, 1), 1)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
@@ -50,7 +50,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
         done, lengths = torch.empty_like(v, dtype=dtype), []
-        for part in _slices(len(v), v.shape[1], v.device):
+        for part in _chunks(len(v), v.shape[1], v.device):
             done[part], length = torch._weight_norm_interface(v[part], g[part], 0)
             lengths.append(length)  # in float32 even of half precision
         ctx.save_for_backward(v, g, torch.cat(lengths))
@@ -61,7 +61,7 @@ class _Unit(torch.autograd.Function):
         v, g, length = ctx.saved_tensors
         grad_v, grad_g = torch.empty_like(v), torch.empty_like(g)
         back = torch.ops.aten._weight_norm_interface_backward
-        for part in _slices(len(v), v.shape[1], v.device):
+        for part in _chunks(len(v), v.shape[1], v.device):
             grad_v[part], grad_g[part] = back(grad[part].to(v.dtype), v[part], g[part], length[part], 0)
         return grad_v, grad_g, None
 

@@ -1,4 +1,8 @@
-"""The last linear layer of a branch, which writes and keeps less than its operations one by one.
+"""The first and the last linear layer of a branch, which keep less than their operations one by one.
+
+What is left out is computed again in the backward pass, for a small part of the product that it meets there.
+The modules are called as they are without a gradient (an export and hooks want to see them), and if something
+else stands in the place of a layer, an adapter say.
 
 T  rows      I, O  channels in and out
 """
@@ -22,13 +26,34 @@ class LayerScale(nn.Module):
         return rows * self.gamma
 
 
+def after_norm(x: Tensor, norm: nn.LayerNorm | None, linear: nn.Linear) -> Tensor:
+    """linear(norm(x)); for training, norm(x) is not kept.
+
+    Args:
+        x: (T, I).
+        norm: over I channels, with gains and shifts; None: linear(x).
+        linear: I to O, with a bias.
+
+    Returns:
+        (T, O).
+    """
+    if norm is None:
+        return linear(x)
+    if not torch.is_grad_enabled() or type(norm) is not nn.LayerNorm or type(linear) is not nn.Linear:
+        return linear(norm(x))
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    gain, shift = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    done: Tensor = _NormLinear.apply(x, gain, shift, norm.eps, linear.weight.to(dtype), linear.bias.to(dtype))
+    return done
+
+
 def project(x: Tensor, linear: nn.Linear, scale: LayerScale | None, gelu: bool = False) -> Tensor:
     """scale(linear(x)), or scale(linear(gelu(x))).
 
     For training, the gain is taken into the weights, because rows are many: one pass over (T, O) less
-    forward, three less backward, and (T, O) is not kept. The modules are called as they are without a
-    gradient (an export and hooks want to see them), in fp16 (a gain of 1e-5 takes weights below its least
-    number), and if something else stands in the place of the layer, an adapter say.
+    forward, three less backward, and (T, O) is not kept. In fp16 the modules are called as they are: a gain
+    of 1e-5 takes weights below its least number.
 
     Args:
         x: (T, I).
@@ -65,3 +90,25 @@ class _GeluLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_weight = grad.T @ F.gelu(x)
         return torch.ops.aten.gelu_backward(grad @ weight, x), grad_weight, grad.sum(dim=0)
+
+
+class _NormLinear(torch.autograd.Function):
+    """A layer norm costs a hundredth of the product that follows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain, shift, eps)
+        ctx.save_for_backward(x, gain, shift, weight, mean, rstd)
+        ctx.eps = eps
+        return F.linear(out.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, shift, weight, mean, rstd = ctx.saved_tensors
+        out = torch.native_layer_norm(x, x.shape[-1:], gain, shift, ctx.eps)[0].to(weight.dtype)
+        grad_x, grad_gain, grad_shift = torch.ops.aten.native_layer_norm_backward(
+            (grad @ weight).to(x.dtype), x, x.shape[-1:], mean, rstd, gain, shift, [True, True, True]
+        )
+        return grad_x, grad_gain, grad_shift, None, grad.T @ out, grad.sum(dim=0)

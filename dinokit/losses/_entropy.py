@@ -47,7 +47,7 @@ class _CrossEntropy(torch.autograd.Function):
         norm = rows.new_full(rows.shape[:2], -torch.inf, dtype=torch.float32)  # (S, b)
         inner = row.new_zeros(len(weight), *pairs.shape)  # (b, S, T)
         scores = Scores(rows, prototypes)
-        for part, some in _slices(mass):
+        for part, some in _mass_by_slice(mass):
             z = scores.logits(part).float().div_(temp)  # (S, b, k)
             q = some * column[part]  # (T, b, k)
             inner += torch.einsum("sbk,tbk->bst", z, q)
@@ -65,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
         scores, flat = Scores(rows, prototypes), rows.flatten(0, 1)
         grad_rows = torch.zeros_like(flat, dtype=torch.float32)
         grad_prototypes = torch.empty_like(prototypes)
-        for part, some in _slices(mass):
+        for part, some in _mass_by_slice(mass):
             z = scores.logits(part).float().div_(ctx.temp)
             q = (some * column[part]).mul_(row)
             z.add_(share[..., None]).exp_().sub_(torch.tensordot(pairs, q, 1)).mul_(scale)
@@ -75,7 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_rows.view_as(rows).to(rows.dtype), grad_prototypes, *[None] * (5 + len(mass))
 
 
-def _slices(mass: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+def _mass_by_slice(mass: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """Each slice of the prototypes, with the targets' mass (T, b, k) there."""
     stop = 0
     for some in mass:

@@ -30,7 +30,7 @@ from dinokit.distributed import local
 from dinokit.layers.head import Scores
 from dinokit.losses import Views
 from dinokit.train.frozen import read_teacher
-from dinokit.train.student_teacher import Network, both_scores, build_head
+from dinokit.train.student_teacher import Network, both_scores, build_head, read
 
 GUIDE = "guide_"  # before the names of the losses that fresh heads learn by
 
@@ -66,6 +66,7 @@ class Distillation(nn.Module):
         if self.teacher.heads is None:
             self.student.guide = Guide(self.teacher.backbone.width, recipe)
         self.whole_logits = recipe.run.logits == "whole"
+        self.all_tokens = recipe.run.tokens == "all"
         self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = _losses(recipe)
         self.guide_losses = _losses(recipe) if self.teacher.heads is None else nn.ModuleList()
@@ -91,13 +92,14 @@ class Distillation(nn.Module):
         heads = self.teacher.heads
         scores = self.student.get_submodule("guide") if heads is None else heads.scores
         teacher = scores(seen.cls, seen.patches.flatten(0, 1))
-        student = self.student.backbone(groups, [None] * len(groups))
-        said = self.student.scores(torch.cat([s.cls for s in student]), student[0].patches.flatten(0, 1))
         images, patches = batch.images, seen.patches.shape[:2]
+        every = torch.arange(patches.numel(), device=seen.cls.device)
+        student = read(self.student.backbone, groups, [None] * len(groups), every, self.all_tokens)
+        said = self.student.scores(torch.cat(student.cls), student.patches)
         views = Views(
             student_cls=said[0].by_crop(images),
             teacher_cls=teacher[0].detach().by_crop(images),
-            student_feature=student[0].cls.unflatten(0, (-1, images)),
+            student_feature=student.cls[0].unflatten(0, (-1, images)),
             student_patch=said[1],
             teacher_patch=teacher[1].detach(),
             mask_weight=torch.full((patches.numel(),), 1 / patches[1], device=seen.cls.device),

@@ -14,15 +14,15 @@ from dinokit.data.sources import Source
 from dinokit.device import keep_freed_memory, pick_device
 from dinokit.distributed import rank, world_size
 from dinokit.log import RunLog, before_and_after
+from dinokit.signals import Stopped, stop_signals
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, Found
 from dinokit.train.folder import open_run, with_precision
 from dinokit.train.hold import alone_in
 from dinokit.train.parallel import whole_backbone
 from dinokit.train.parts import parts_of_step
-from dinokit.train.processes import Stopped, agree, images_of, joined
+from dinokit.train.processes import agree, images_of, joined
 from dinokit.train.run import Evaluator, Run
-from dinokit.train.signals import stop_signals
 from dinokit.train.start import begin, keep_start
 from dinokit.train.step import Step
 from dinokit.train.unreadable import Unreadable
@@ -66,7 +66,7 @@ def _train(
     images = images_of(source)
     start = _resume(found, step, unreadable, images)
     saved = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
-    with RunLog(out, recipe.optim.steps, start) as log, saved, stop_signals() as stopping:
+    with RunLog(out, recipe.optim.steps, start) as log, saved, stop_signals() as told:
         run = Run(recipe, out, step, log, evaluators, unreadable, saved, images, watchdog)
         run.introduce(len(source), start)
         run.evaluate(start, always=start in (0, recipe.optim.steps))  # one that was cut short is done again
@@ -77,7 +77,7 @@ def _train(
         )  # fmt: skip
         for batch in run.timed(batches):
             run.advance(batch)
-            if stopping():
+            if told.anywhere():
                 run.save(batch.step + 1)
                 saved.finish()
                 log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")

@@ -28,6 +28,7 @@ from dinokit.config import Recipe
 from dinokit.data.sources import Source
 from dinokit.device import pick_device
 from dinokit.distributed import Launch, gather_objects, launch, of_first, rank, world_size
+from dinokit.signals import Stopped
 from dinokit.train.watchdog import Watchdog
 
 FAILED = "failed"  # the store's key for who failed first
@@ -37,10 +38,6 @@ PATIENCE = 2.0  # seconds in which the cause of a lost connection may be told
 LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of the errors that follow from another process's end
 NAMES = 64  # images whose names are compared
 SENTENCES = ValueError, LookupError, OSError, KeyboardInterrupt  # errors that say all in their message
-
-
-class Stopped(KeyboardInterrupt):
-    """All processes stopped after the same step, as one of them was asked to."""
 
 
 @contextmanager

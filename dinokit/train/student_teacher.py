@@ -55,6 +55,24 @@ class Read(NamedTuple):
     patches: Tensor  # (M, D) of the global crops
 
 
+def read(
+    backbone: Backbone, crops: list[Tensor], masks: list[Tensor | None], patches: Tensor, all_tokens: bool
+) -> Read:
+    """What losses read of groups of crops.
+
+    Args:
+        backbone: of the student or the teacher.
+        crops: as for the backbone; the first group are the global ones.
+        masks: as for the backbone.
+        patches: (M,), which of the global crops' patches (crops * N) are read.
+        all_tokens: compute the others too (`run.tokens=all`).
+    """
+    if hasattr(backbone, "read") and not all_tokens:
+        return Read(*backbone.read(crops, masks, patches))
+    tokens = backbone(crops, masks)
+    return Read([t.cls for t in tokens], tokens[0].patches.flatten(0, 1).index_select(0, patches))
+
+
 class StudentTeacher(nn.Module):
     """A student, a teacher that is its moving average, and the losses between them."""
 
@@ -93,7 +111,7 @@ class StudentTeacher(nn.Module):
             groups, masks = [*groups, batch.local_crops], [*masks, None]
         views = self._views(
             teacher=self._see(batch.global_crops, batch.masked),
-            student=self._read(self.student.backbone, groups, masks, batch.masked),
+            student=read(self.student.backbone, groups, masks, batch.masked, self.all_tokens),
             batch=batch,
             teacher_temp=teacher_temp,
             new_step=new_step,
@@ -109,15 +127,7 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def _see(self, crops: Tensor, masked: Tensor) -> Read:
-        return self._read(self.teacher.backbone, [crops], [None], masked)
-
-    def _read(
-        self, backbone: Backbone, crops: list[Tensor], masks: list[Tensor | None], masked: Tensor
-    ) -> Read:
-        if hasattr(backbone, "read") and not self.all_tokens:
-            return Read(*backbone.read(crops, masks, masked))
-        tokens = backbone(crops, masks)
-        return Read([t.cls for t in tokens], tokens[0].patches.flatten(0, 1).index_select(0, masked))
+        return read(self.teacher.backbone, [crops], [None], masked, self.all_tokens)
 
     def _views(
         self, teacher: Read, student: Read, batch: Batch, teacher_temp: float, new_step: bool

@@ -102,7 +102,8 @@ def _step(recipe: Recipe, rounds: int, real: bool, against: bool, as_json: bool)
     for name, report in reports.items():
         phases = ", ".join(f"{phase} {ms:.0f}" for phase, ms in report.milliseconds.items())
         print(
-            f"{name}: {report.images_per_second:.2f} images/s, {report.peak_gib:.2f} GiB at the peak, "
+            f"{name}: {report.images_per_second:.2f} images/s, {report.peak_gib:.2f} GiB at the peak "
+            f"({report.idle_gib:.2f} without any network), "
             f"{100 * report.share_of_matmul:.0f} % of the matmul rate\n    ms: {phases}"
         )
     for what, value in ratio.items():

@@ -5,6 +5,8 @@ given by its path alone is a folder with one sub-folder a class. backbone.name=N
 judges a backbone without training. device=cpu, cuda or auto says where. Started by torchrun or srun, the
 processes share the work, and the first one prints.
 
+Ctrl-C keeps the features and the training that there is, and the same command goes on.
+
 Each result is also added to results.jsonl in the run's folder, or in out=FOLDER; dinokit results shows them.
 Features are kept in cache=FOLDER (or DINOKIT_CACHE, or ~/.cache/dinokit/features), so that the next evaluator
 of the same weights and images need not make them again; cache=null keeps none.
@@ -37,6 +39,7 @@ OWN = {  # keys of the command itself
     "device": "cpu, cuda or auto",
     "out": "folder of results.jsonl, and of what an evaluator keeps; the run's, if not given",
 }
+SHARES = RESUMES = True
 PATIENCE = 60.0  # minutes that a process waits for the others
 
 
@@ -51,9 +54,10 @@ def run(command: Command) -> None:
         each.values = judge.with_data(each.name, each.values, data)
     folder = Path(out) if out else _folder_of(weights)
     from dinokit.device import pick_device
+    from dinokit.signals import stop_signals
     from dinokit.train.processes import joined
 
-    with joined(pick_device(device), PATIENCE):
+    with joined(pick_device(device), PATIENCE), stop_signals(between_items=True):
         _judge_all(plan, recipe, weights, untrained, device, folder, keep)
 
 
@@ -111,11 +115,13 @@ def _judge_all(
     about = {**judge.describe_judged(weights, backbone), "eval_recipe": recipe}
     name = weights or f"untrained {(untrained or {})['name']}"
     from dinokit.distributed import rank, world_size
+    from dinokit.verbs._eval_list import Said
 
-    failed = []
+    failed, said = [], Said(folder, plan, about["weights_hash"])
     for each in plan:
         try:
-            line = judged(each, backbone, name, about, folder, keep)
+            if each.label not in said.lines:
+                said.add(each.label, judged(each, backbone, name, about, folder, keep))
         except (ValueError, LookupError, OSError) as error:
             if len(plan) == 1 or world_size() > 1:  # the others may not have failed, and would wait
                 raise
@@ -123,9 +129,10 @@ def _judge_all(
             print(f"dinokit: {each.label}: {error}", file=sys.stderr)
             continue
         if rank() == 0:
-            print(json.dumps(line))
+            print(json.dumps(said.lines[each.label]))
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(plan)} evaluators could not judge: {', '.join(failed)}.")
+    said.finish()
 
 
 def judged(

@@ -55,7 +55,8 @@ def _list(names: Sequence[str]) -> None:
         print(f"{name:<19}{model.parameters:>14,}  {model.patch:>5}  {model.licence:<12}{here:<6}{model.url}")
     print("DINOv2's have a linear classifier of ImageNet-1k besides: NAME_lc, with layers=1 or layers=4; and")
     print(
-        "those without registers depth heads: NAME_ld (linear), NAME_dd (DPT), of indoor or outdoor images."
+        "those without registers depth heads: NAME_ld (linear), NAME_dd (DPT), of indoor or outdoor images, "
+        "and segmentation heads: NAME_seg, of ADE20K or VOC2012."
     )
     print(
         f"In Python: torch.hub.load(DINOKIT, '{names[0]}', source='local'), DINOKIT being a clone of dinokit."

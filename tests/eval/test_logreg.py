@@ -1,5 +1,10 @@
 """Logistic regression against scikit-learn's, coefficient by coefficient; then whole evaluations."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -105,4 +110,50 @@ def test_a_c_that_was_tried_is_not_tried_again(colours, mean, tmp_path, monkeypa
     monkeypatch.setattr(logreg, "solve", watched(None))
     assert evaluate(config(**values, out=out), type(mean)()) == whole
     assert len(tried) == 6 - 4 + 1  # and once the best one, on all images
+    assert not list((tmp_path / "out").iterdir())
+
+
+KILLED = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from conftest import Mean
+from dinokit.config import section_values
+from dinokit.eval import logreg
+torch.set_num_threads(1)
+rank = int(sys.argv[4])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
+solve, tried = logreg.solve, []
+def solve_two(*args):
+    if len(tried) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    tried.append(args)
+    return solve(*args)
+logreg.solve = solve_two
+logreg.evaluate(logreg.Config(**section_values("eval", "logreg", json.loads(sys.argv[2]), "")), Mean())
+"""
+
+
+@pytest.mark.slow
+def test_what_two_processes_tried_until_they_were_killed_one_does_not_try_again(
+    colours, mean, tmp_path, monkeypatch
+):
+    values = {**colours, "powers": [-3, 1], "count": 7, "workers": 0, "held_out": 0.2}
+    given = [
+        str(Path(__file__).parent),
+        json.dumps({**values, "out": str(tmp_path / "out")}),
+        str(tmp_path / "meet"),
+    ]
+    both = [subprocess.Popen([sys.executable, "-c", KILLED, *given, str(rank)]) for rank in (0, 1)]
+    assert -9 in [process.wait(120) for process in both]  # the other may find itself alone
+    whole, tried = evaluate(config(**values), type(mean)()), []
+
+    def watched(x, y, classes, c, *rest):
+        tried.append(c)
+        return solve(x, y, classes, c, *rest)
+
+    monkeypatch.setattr(logreg, "solve", watched)
+    assert evaluate(config(**values, out=str(tmp_path / "out")), type(mean)()) == whole
+    assert len(tried) == 7 - 4 + 1
     assert not list((tmp_path / "out").iterdir())

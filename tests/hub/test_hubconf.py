@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from dinokit.backbones import Input
 from dinokit.backbones.vit import Config, VisionTransformer
 from dinokit.features import dense
 from dinokit.heads.depth import LinearDepth
@@ -24,6 +26,7 @@ from dinokit.weights.written import section_of
 
 ROOT = Path(__file__).parents[2]
 hubconf = SimpleNamespace(**run_path(str(ROOT / "hubconf.py")))
+IMAGENET = Input(28, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = {"width": 128, "depth": 2, "heads": 2}
 ALONE = """
 import sys
@@ -66,7 +69,7 @@ def test_a_clone_without_dinokit_installed_and_with_torch_alone(tmp_path):
     assert names.startswith(
         "['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight'] (1, 384) ['masks', 'x_norm"
     )
-    assert int(count) == 2 * 8 + 4 + 2 * 4 + 1
+    assert int(count) == 2 * 8 + 4 + 3 * 4 + 1
 
 
 def test_every_released_model_has_an_entry_point_of_its_name_and_size():
@@ -219,6 +222,7 @@ def test_depth_heads_are_read_from_local_files(tmp_path, kind, layers):
     torch.manual_seed(0)
     vit = VisionTransformer(Config(size=28, patch=14, width=384, depth=12, heads=6, layer_scale=1.0))
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    vit.input = IMAGENET
     head = LinearDepth(384, layers, 1e-3, 10.0) if kind == "ld" else DPT(384, 1e-3, 10.0)
     torch.nn.init.normal_(head.conv_depth.weight if kind == "ld" else head.project.conv.weight)
     save_head(tmp_path / "head.pth", head)
@@ -258,3 +262,73 @@ def test_a_depth_head_that_there_is_not_is_refused(tmp_path):
         hubconf.dinov2_vits14_dd(pretrained=False, weights="SUN", head_weights=tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"weights='SUN': depth heads were released for NYU and KITTI"):
         hubconf.dinov2_vits14_ld(pretrained=False, weights="SUN")
+
+
+def bn_head(width, classes):
+    """The tensors of a released segmentation head, by their names in the file."""
+    return {
+        "conv_seg.weight": torch.randn(classes, width, 1, 1), "conv_seg.bias": torch.randn(classes),
+        "bn.weight": torch.rand(width) + 0.5, "bn.bias": torch.randn(width),
+        "bn.running_mean": torch.randn(width), "bn.running_var": torch.rand(width) + 0.5,
+        "bn.num_batches_tracked": torch.tensor(40_000),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "weights", "classes"), [(1, "ADE20K", 150), (4, "VOC2012", 21)])
+def test_segmentation_heads_are_read_from_local_files(tmp_path, layers, weights, classes):
+    torch.manual_seed(0)
+    official = hubconf.dinov2_vits14(pretrained=False, img_size=28).eval()
+    torch.save(official.state_dict(), tmp_path / "vit.pth")
+    head = bn_head(384 * layers, classes)
+    tensors = {f"decode_head.{key}": value for key, value in head.items()}
+    torch.save({"meta": {"CLASSES": ("a", "b")}, "state_dict": tensors}, tmp_path / "head.pth")
+    files = {"backbone_weights": tmp_path / "vit.pth", "head_weights": tmp_path / "head.pth", "img_size": 28}
+    model = hubconf.dinov2_vits14_seg(layers=layers, weights=weights, **files)
+    images = torch.randint(256, (1, 3, 30, 45), dtype=torch.uint8)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET.mean, IMAGENET.std))
+    x = F.pad((images / 255 - mean) / std, (5, 6, 6, 6))  # to 42 x 56, the odd pixel on the right
+    with torch.no_grad():
+        x = torch.cat(official.get_intermediate_layers(x, layers, reshape=True), dim=1)
+        x = F.batch_norm(
+            x, head["bn.running_mean"], head["bn.running_var"], head["bn.weight"], head["bn.bias"]
+        )
+        x = F.conv2d(x, head["conv_seg.weight"], head["conv_seg.bias"])
+        want = F.interpolate(x, (30, 45), mode="bilinear", align_corners=False)
+        got = model(images)
+    assert got.shape == (1, classes, 30, 45)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=rf"head.pth is a head with layers={layers}: give that"):
+        hubconf.dinov2_vits14_seg(layers=5 - layers, weights=weights, **files)
+    wrong = {"ADE20K": "VOC2012", "VOC2012": "ADE20K"}[weights]
+    with pytest.raises(ValueError, match=rf"tells {classes} classes apart, and those of {wrong} are"):
+        hubconf.dinov2_vits14_seg(layers=layers, weights=wrong, **files)
+
+
+def test_a_file_of_another_head_is_refused_in_words(tmp_path):
+    file = tmp_path / "x.pth"
+    base = {"pretrained": False, "img_size": 28, "head_weights": file}
+    torch.save({"state_dict": {f"decode_head.{k}": v for k, v in bn_head(768, 150).items()}}, file)
+    with pytest.raises(ValueError, match=r"on a backbone 384 wide: it takes 768 numbers a patch, not 384 or"):
+        hubconf.dinov2_vits14_seg(layers=1, **base)
+    save_head(file, LinearDepth(768, 1, 1e-3, 10.0))
+    with pytest.raises(ValueError, match=r"another kind of head: it has no conv_seg.weight .* conv_depth.w"):
+        hubconf.dinov2_vits14_seg(layers=1, **base)
+    with pytest.raises(
+        ValueError, match=r"on a backbone 384 wide: it takes 1536 numbers a patch, not 768 or"
+    ):
+        hubconf.dinov2_vits14_ld(layers=1, **base)
+    with pytest.raises(ValueError, match=r"x.pth is not the classifier of dinov2_vits14 with layers=4: Miss"):
+        hubconf.dinov2_vits14_lc(**base)
+    with pytest.raises(
+        ValueError, match=r"weights='COCO': they look into 1 or 4 blocks, and were trained on"
+    ):
+        hubconf.dinov2_vits14_seg(pretrained=False, weights="COCO")
+
+
+def test_a_file_of_ours_says_how_images_are_normalised(tmp_path):
+    vit = VisionTransformer(Config(size=28, patch=14, width=384, depth=12, heads=6, layer_scale=1.0))
+    vit.input = Input(28, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    save_backbone(tmp_path / "x.safetensors", vit, section_of(vit))
+    files = {"backbone_weights": tmp_path / "x.safetensors", "img_size": 56}
+    model = hubconf.dinov2_vits14_seg(pretrained=False, **files)
+    assert model.backbone.input == Input(56, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

@@ -1,10 +1,10 @@
-"""project() against its operations one by one, and what it keeps of them."""
+"""after_norm() and project() against their operations one by one, and what they keep of them."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dinokit.layers.linear import LayerScale, project
+from dinokit.layers.linear import LayerScale, after_norm, project
 
 
 def kept(run):
@@ -48,6 +48,46 @@ def test_the_result_of_the_gelu_is_not_kept():
     x = torch.randn(40, 12, requires_grad=True)
     assert kept(lambda: project(x, linear, None, gelu=True))[0] == 1
     assert kept(lambda: linear(F.gelu(x)))[0] == 2
+
+
+def norm_and_linear(dtype):
+    torch.manual_seed(0)
+    norm, linear = torch.nn.LayerNorm(12, eps=1e-6).to(dtype), torch.nn.Linear(12, 5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    return norm, linear, (3 * torch.randn(40, 12, dtype=dtype) + 1).requires_grad_()
+
+
+def test_a_norm_and_its_layer_are_those_two_one_by_one():
+    norm, linear, x = norm_and_linear(torch.float64)
+    inputs = [x, norm.weight, norm.bias, linear.weight, linear.bias]
+    weights = torch.randn(40, 5, dtype=torch.float64)
+    got, want = after_norm(x, norm, linear), linear(norm(x))
+    torch.testing.assert_close(got, want)
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weights).sum(), inputs),
+        torch.autograd.grad((want * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_sees_the_same_casts_as_in_the_two_one_by_one():
+    norm, linear, x = norm_and_linear(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = after_norm(x, norm, linear), linear(norm(x))
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    inputs = [x, norm.weight, linear.weight]
+    ours, theirs = (torch.autograd.grad(out.float().sum(), inputs) for out in (got, want))
+    torch.testing.assert_close(ours, theirs)
+    assert {g.dtype for g in ours} == {torch.float32}
+
+
+def test_the_result_of_the_norm_is_not_kept():
+    norm, linear, x = norm_and_linear(torch.float32)
+    assert kept(lambda: after_norm(x, norm, linear))[0] == 1
+    assert kept(lambda: linear(norm(x)))[0] == 2
 
 
 def test_a_tiny_gain_survives_fp16():

@@ -258,6 +258,37 @@ def test_an_array_judges_every_kept_teacher(here):
     assert judged == [f"runs/unbroken/teachers/step_00000{n}.safetensors" for n in (14, 28)]
 
 
+def test_an_evaluation_on_two_nodes_that_is_told_to_stop_goes_on_to_the_same_scores(here):
+    here.write()
+    grid = [
+        "mode=online",
+        "blocks=[1]",
+        "pool=[false]",
+        "lr=[0.1]",
+        "steps=20",
+        "step_batch=8",
+        "save_every=1",
+    ]
+    data = ["train.name=slow.scenes", "test.name=slow.scenes", "test.seconds=0.0", "workers=0", "device=cpu"]
+    words = ["eval", "linear", "backbone.name=pixels", "backbone.size=32", *grid, *data]
+    for name, seconds in (("whole", 0.01), ("stopped", 0.3)):
+        here.submit(name, "nodes=2", "--", *words, f"train.seconds={seconds}", f"out=judged/{name}")
+    here.wait("stopped", lambda: list(here.folder.glob("judged/stopped/**/.linear_*.pt")))
+    ask("scancel", "--signal=USR2", here.jobs["stopped"])
+    here.wait("stopped", lambda: here.over("whole") and here.over("stopped"))
+    assert here.state("whole") + here.state("stopped") == ["COMPLETED"] * 2
+    assert "interrupted: the same command goes on" in here.dinokit("submit", "logs", here.jobs["stopped"])
+    (whole,), (stopped,) = (
+        [
+            json.loads(line)
+            for line in (here.folder / "judged" / name / "results.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "stopped")
+    )
+    del whole["about"], stopped["about"]
+    assert whole == stopped
+
+
 def test_an_array_shares_out_the_images_of_one_folder_of_features(here):
     data = ["data.name=scenes", "data.size=32", "data.count=60", "data.split=train", "shard=10", "device=cpu"]
     words = ["extract", "weights=runs/unbroken", *data, "workers=0", "precision=fp32", "out=features"]

@@ -17,10 +17,11 @@ import torch
 from dinokit import shelves
 from dinokit.config import load_recipe
 from dinokit.distributed import gather_objects, rank, world_size
+from dinokit.signals import Stopped
 from dinokit.train import loop
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.loop import Evaluator
-from dinokit.train.processes import Stopped, joined
+from dinokit.train.processes import joined
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

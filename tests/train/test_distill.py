@@ -62,8 +62,9 @@ def cross_entropy(student, target) -> float:
     return sum(t * (log_sum - x) for t, x in zip(target, z, strict=True))
 
 
-def test_ibot_is_the_mean_over_all_patches_of_both_global_crops(tiny, run):
-    words = ["losses.ibot.targets=centering", "losses.dino.targets=centering"]
+@pytest.mark.parametrize("tokens", ["read", "all"])
+def test_ibot_is_the_mean_over_all_patches_of_both_global_crops(tiny, run, tokens):
+    words = [f"run.tokens={tokens}", "losses.ibot.targets=centering", "losses.dino.targets=centering"]
     model = Distillation(tiny("a", f"teacher.frozen={run}", *DISTIL, *words))
     seen = batch()
     torch.nn.init.normal_(model.student.dino_head.last_layer.weight_g)

@@ -1,0 +1,44 @@
+"""A backbone with a dense head, as one model from images to maps. The backbone has no gradient."""
+
+import torch
+from torch import Tensor, nn
+
+from dinokit.backbones import Backbone
+from dinokit.features import dense
+from dinokit.heads.depth import LinearDepth
+from dinokit.heads.dpt import DPT
+from dinokit.heads.segmentation import LinearSegmenter, to_size
+
+
+class Depther(nn.Module):
+    """Images (b, 3, H, W), float32 in [0, 1] or uint8 -> depth (b, 1, H, W), metres in the head's range."""
+
+    def __init__(self, backbone: Backbone, head: LinearDepth | DPT, blocks: list[int]) -> None:
+        super().__init__()
+        self.backbone, self.head, self.blocks = backbone, head, blocks
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the class says."""
+        maps = dense(self.backbone, images, self.blocks, norm=False)
+        depth = self.head(maps).clamp(self.head.least, self.head.most)
+        return to_size(depth, images.shape[2], images.shape[3])
+
+
+class Segmenter(nn.Module):
+    """Images (b, 3, H, W), float32 in [0, 1] or uint8 -> logits of C classes (b, C, H, W).
+
+    Each image as a whole, at its own size: the published figures cut it into windows and, for heads on four
+    blocks, average over scales, as `dinokit eval segmentation head=FILE` does.
+    """
+
+    def __init__(self, backbone: Backbone, head: LinearSegmenter, blocks: list[int]) -> None:
+        super().__init__()
+        self.backbone, self.head, self.blocks = backbone, head, blocks
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the class says."""
+        maps = dense(self.backbone, images, self.blocks)
+        logits = self.head(torch.cat([m.patches for m in maps], dim=1))
+        return to_size(logits, images.shape[2], images.shape[3])

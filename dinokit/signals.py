@@ -1,0 +1,81 @@
+"""How a command is told to stop: Ctrl-C, kill or a scheduler's warning; all processes stop at one place."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dinokit.distributed import all_reduce_max, rank
+
+STOPS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # from kill, and from SLURM before it ends a job
+
+
+class Stopped(KeyboardInterrupt):
+    """All processes stopped at the same place, as one of them was asked to."""
+
+
+class Told:
+    """Whether a command was told to stop, by a signal."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []  # what this process was sent
+        self.agreed = 0  # what one of all was sent, when they last agreed
+
+    def here(self) -> bool:
+        """Whether this process was."""
+        return bool(self.asked)
+
+    def anywhere(self) -> bool:
+        """Whether any process was, the same in all; all must call it equally often.
+
+        It costs one number to every process, between CPUs, and no wait for a GPU.
+        """
+        self.agreed = int(all_reduce_max(torch.tensor(max(self.asked, default=0), dtype=torch.int32)))
+        return bool(self.agreed)
+
+
+_between_items: Told | None = None  # for log.watch(), which is called far below whoever listens
+
+
+@contextmanager
+def stop_signals(between_items: bool = False) -> Iterator[Told]:
+    """While open, Ctrl-C or a signal of STOPS asks to save and end; a second Ctrl-C ends at once.
+
+    Launchers and schedulers repeat themselves: that changes nothing, even when the block has been left.
+
+    Args:
+        between_items: whether whatever goes through log.watch() inside of the block stops there. Else only
+            the one who opened the block asks.
+    """
+    global _between_items
+    told = Told()
+
+    def ask(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in told.asked:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and rank() == 0:
+            os.write(2, b"\nstops after this step; Ctrl-C again ends at once, and loses what was not saved\n")
+        told.asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *STOPS)}
+    _between_items = told if between_items else None
+    try:
+        yield told
+    finally:
+        _between_items = None
+        for number, handler in before.items():
+            # All has been saved, and what is left is to end: with the status that says so.
+            spent = told.agreed in STOPS and number in STOPS
+            signal.signal(number, signal.SIG_IGN if spent else handler)
+
+
+def stop_here(together: bool) -> bool:
+    """Whether to stop between two items, if that is listened to.
+
+    Args:
+        together: whether all processes ask this equally often, and stop if one was told.
+    """
+    told = _between_items
+    return told is not None and (told.anywhere() if together else told.here())
