@@ -77,6 +77,9 @@ class Crops:
     ratio: tuple[float, float] = at_least(
         0.01, (0.75, 4 / 3)
     )  # of width to height, drawn evenly in its logarithm
+    # How a JPEG is decoded: whole; or at 1/2, 1/4 or 1/8 where each crop is still shrunk to half or less,
+    # which is faster for large photos and moves pixels a little (docs/performance.md).
+    decode: Literal["whole", "reduced"] = "whole"
     flip: float = share(0.5)  # probability of a mirror image
     vertical_flip: float = share(0.0)
     jitter: float = share(0.8)  # probability that the next four apply; each of those is a strength, 0 is off

@@ -34,20 +34,20 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     source: Source = shelves.build("data.sources", recipe.data) if real else Jpegs()
     places, colour = Places(source, recipe.crops, None, recipe.run.seed, IMAGES), Photometric(recipe.crops)
-    taken = [_round(source, places, colour, step) for step in range(rounds + 1)][1:]
+    taken = [_round(places, colour, step) for step in range(rounds + 1)][1:]
     rates = {name: IMAGES / median(times[name] for times in taken) for name in taken[0]}
     return {"images_per_second": rates, "loader": _loader_rate(source, recipe, rounds)}
 
 
-def _round(source: Source, places: Places, colour: Photometric, step: int) -> dict[str, float]:
+def _round(places: Places, colour: Photometric, step: int) -> dict[str, float]:
     """Seconds that each part takes for the images of a round."""
-    numbers = [(step * IMAGES + i) % len(source) for i in range(IMAGES)]
+    numbers = [(step * IMAGES + i) % len(places.source) for i in range(IMAGES)]
     rngs = [generator(places.seed, step, place, CROPS) for place in range(IMAGES)]
     marks = [time.perf_counter()]
-    images = [source[i][0] for i in numbers]
+    pictures = [places.picture(i, rng) for i, rng in zip(numbers, rngs, strict=True)]
     marks.append(time.perf_counter())
-    for image, rng in zip(images, rngs, strict=True):
-        places.cut(image, rng)
+    for image, boxes in pictures:
+        places.cut(image, boxes)
     marks.append(time.perf_counter())
     batch = collate([places[step, place] for place in range(IMAGES)])
     marks.append(time.perf_counter())
@@ -87,7 +87,11 @@ class Jpegs:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Picture, int]:
-        return decode(self.files[index], self.name(index), 3), -1
+        return decode(self.stored(index), self.name(index), 3), -1
+
+    def stored(self, index: int) -> bytes:
+        """The file."""
+        return self.files[index]
 
     def name(self, index: int) -> str:
         """For messages."""

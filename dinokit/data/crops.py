@@ -8,6 +8,7 @@ Letters: G global crops, L local crops, C channels, S and s their sizes in pixel
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,18 +22,49 @@ from dinokit.data.sources import Picture
 ATTEMPTS = 10  # boxes drawn before the middle of the image is taken
 
 
-class MultiCrop:
-    """Cuts the global and the local crops of an image.
+class Box(NamedTuple):
+    """What a crop shows of an image, in pixels, and how it is mirrored."""
 
-    Raises:
-        ValueError: when called, if the image has not as many channels as `crops.mean`.
-    """
+    left: int
+    top: int
+    width: int
+    height: int
+    flips: tuple[int, ...]  # axes of (C, S, S)
+
+
+class CropBoxes(NamedTuple):
+    """Of the global and of the local crops of an image."""
+
+    globals: list[Box]
+    locals: list[Box]
+
+
+class MultiCrop:
+    """Draws the global and the local crops of an image, and cuts them."""
 
     def __init__(self, cfg: Crops) -> None:
         self.cfg = cfg
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Returns (G, C, S, S) and (L, C, s, s); uint8, or float32 in [0, 1] of a uint16 or float32 image."""
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> CropBoxes:
+        """Boxes in an image of that size. As many random numbers are drawn for any size."""
+        return CropBoxes(
+            self._draw(width, height, self.cfg.globals, rng), self._draw(width, height, self.cfg.locals, rng)
+        )
+
+    def _draw(self, width: int, height: int, group: CropGroup, rng: np.random.Generator) -> list[Box]:
+        boxes = []
+        for _ in range(group.count):
+            mirror, vertical, *draws = rng.random(2 + 2 * ATTEMPTS + 2).tolist()
+            flips = (2,) * (mirror < self.cfg.flip) + (1,) * (vertical < self.cfg.vertical_flip)
+            boxes.append(Box(*random_box(width, height, group.scale, self.cfg.ratio, draws), flips))
+        return boxes
+
+    def __call__(self, image: Picture, boxes: CropBoxes) -> tuple[Tensor, Tensor]:
+        """Returns (G, C, S, S) and (L, C, s, s); uint8, or float32 in [0, 1] of a uint16 or float32 image.
+
+        Raises:
+            ValueError: if the image has not as many channels as `crops.mean`.
+        """
         pixels = to_tensor(image)
         channels = len(self.cfg.mean)
         if pixels.shape[1] != channels:
@@ -40,18 +72,24 @@ class MultiCrop:
                 f"the image has {pixels.shape[1]} channels, crops.mean and crops.std have {channels}: "
                 f"give one number a channel, or let the data source convert the image."
             )
-        return self._cut(pixels, self.cfg.globals, rng), self._cut(pixels, self.cfg.locals, rng)
+        cfg = self.cfg
+        return _cut(pixels, cfg.globals.size, boxes.globals), _cut(pixels, cfg.locals.size, boxes.locals)
 
-    def _cut(self, pixels: Tensor, group: CropGroup, rng: np.random.Generator) -> Tensor:
-        _, channels, height, width = pixels.shape
-        crops = torch.empty(group.count, channels, group.size, group.size, dtype=pixels.dtype)
-        for crop in crops:
-            mirror, vertical, *draws = rng.random(2 + 2 * ATTEMPTS + 2).tolist()
-            left, top, w, h = random_box(width, height, group.scale, self.cfg.ratio, draws)
-            small = resize(pixels[:, :, top : top + h, left : left + w], group.size, group.size)[0]
-            flips = [2] * (mirror < self.cfg.flip) + [1] * (vertical < self.cfg.vertical_flip)
-            crop.copy_(small.flip(flips) if flips else small)
-        return crops
+
+def _cut(pixels: Tensor, size: int, boxes: list[Box]) -> Tensor:
+    crops = torch.empty(len(boxes), pixels.shape[1], size, size, dtype=pixels.dtype)
+    for crop, (left, top, width, height, flips) in zip(crops, boxes, strict=True):
+        small = resize(pixels[:, :, top : top + height, left : left + width], size, size)[0]
+        crop.copy_(small.flip(flips) if flips else small)
+    return crops
+
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """Width and height."""
+    if isinstance(image, Image.Image):
+        return image.size
+    height, width = image.shape[:2]
+    return width, height
 
 
 def random_box(

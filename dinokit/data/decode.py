@@ -10,6 +10,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from dinokit.data.sources import Picture
@@ -31,7 +32,16 @@ def suffix(name: str) -> str:
     return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
 
 
-def decode(data: bytes, name: str, channels: int) -> Picture:
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG, from its header; None for what is no JPEG, or looks like none."""
+    try:
+        image = Image.open(BytesIO(data))
+    except Exception:  # as in decode(), which says what is wrong
+        return None
+    return image.size if isinstance(image, JpegImageFile) else None
+
+
+def decode(data: bytes, name: str, channels: int, part: int = 1) -> Picture:
     """The image in `data`, with `channels` channels.
 
     With 3 channels it is RGB and with 1 it is grey, converted if need be as Pillow's `convert` does: a
@@ -44,6 +54,9 @@ def decode(data: bytes, name: str, channels: int) -> Picture:
         data: the whole file.
         name: what to call it in messages.
         channels: as `backbone.channels`.
+        part: 2, 4 or 8 decodes a JPEG at that part of its sides, rounded up: libjpeg leaves out the higher
+            frequencies of each block of 8 x 8 pixels. Its sides are at least twice that. Other files are
+            whole always.
 
     Returns:
         For 8 bits and 1 or 3 channels a loaded Pillow image in mode L or RGB; otherwise an array
@@ -62,6 +75,8 @@ def decode(data: bytes, name: str, channels: int) -> Picture:
         stored = image.tile[0].args if image.format == "PNG" and image.tile else None
         if stored in ("LA;16B", "RGB;16B", "RGBA;16B"):
             return _deep_png(data, str(stored), channels)
+        if part > 1:
+            image.draft(None, (image.width // part, image.height // part))
         return _pillow(image, channels)
     except UnidentifiedImageError:
         raise ValueError(

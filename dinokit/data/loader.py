@@ -7,7 +7,7 @@ have seen.
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 from dinokit.config import CropGroup, Crops
 from dinokit.data import photometric
 from dinokit.data.batch import Batch, Sample, collate, stack
-from dinokit.data.crops import MultiCrop
+from dinokit.data.crops import CropBoxes, MultiCrop, size_of
 from dinokit.data.masks import BlockMasks
 from dinokit.data.order import generator, hash_key, image_at, permute
-from dinokit.data.sources import Source
+from dinokit.data.reduced import read_reduced
+from dinokit.data.sources import Picture, Source
 from dinokit.data.views import Cut
 from dinokit.data.workers import UNREADABLE, Steps, data_loader
 
@@ -91,9 +92,19 @@ def view_loader(
 
 
 class Places(Dataset[Sample]):
-    """The samples of a run, by (step, place)."""
+    """The samples of a run, by (step, place).
+
+    Raises:
+        ValueError: if crops.decode=reduced and the source has no files to decode.
+    """
 
     def __init__(self, source: Source, crops: Crops, masks: BlockMasks | None, seed: int, batch: int) -> None:
+        if crops.decode == "reduced" and not hasattr(source, "stored"):
+            raise ValueError(
+                f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} gives "
+                f"pictures without files. Set crops.decode=whole, or give the source a method "
+                f"stored(index) -> bytes."
+            )
         self.source, self.crops, self.masks, self.seed, self.batch = source, crops, masks, seed, batch
         self.cut = MultiCrop(crops)
 
@@ -115,8 +126,8 @@ class Places(Dataset[Sample]):
         unreadable: dict[str, str] = {}
         for index in self._candidates(step, place):
             try:
-                image, _ = self.source[index]
-                return self.cut(image, generator(self.seed, step, place, CROPS)), unreadable
+                rng = generator(self.seed, step, place, CROPS)
+                return self.cut(*self.picture(index, rng)), unreadable
             except UNREADABLE as error:
                 name = self.source.name(index)
                 unreadable[name] = str(error).removeprefix(f"{name} cannot be read: ") or type(error).__name__
@@ -124,6 +135,14 @@ class Places(Dataset[Sample]):
             f"{len(unreadable)} images in a row cannot be read, the last being "
             f"{', '.join(list(unreadable)[-3:])}: {list(unreadable.values())[-1]}"
         )
+
+    def picture(self, index: int, rng: np.random.Generator) -> tuple[Picture, CropBoxes]:
+        """An image, decoded, and where in it its crops lie."""
+        if self.crops.decode == "reduced":
+            source: Any = self.source
+            return read_reduced(source.stored(index), source.name(index), self.cut, rng)
+        image, _ = self.source[index]
+        return image, self.cut.draw(*size_of(image), rng)
 
     def _candidates(self, step: int, place: int) -> Iterator[int]:
         """The image whose turn it is, then others in case it cannot be read; no image twice."""

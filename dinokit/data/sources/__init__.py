@@ -29,6 +29,12 @@ class Source(Protocol):
     One whose images are files of their own has
 
         file(index) -> Path
+
+    One whose images are files at all, alone or inside of others, has
+
+        stored(index) -> bytes
+
+    which is such a file, and without which crops.decode=reduced is refused.
     """
 
     classes: Sequence[str]  # names by label; empty if the source has no labels

@@ -34,12 +34,16 @@ class ImageFiles:
         label = -1 if self.labels is None else int(self.labels[self.rows[index]])
         return decode(path.read_bytes(), str(path), self.channels), label
 
+    def stored(self, index: int) -> bytes:
+        """The file of an image."""
+        return self.file(index).read_bytes()
+
     def name(self, index: int) -> str:
         """The path of the file."""
         return str(self.file(index))
 
     def file(self, index: int) -> Path:
-        """The file of an image."""
+        """Where the file of an image is."""
         return self.root / self.names[self.rows[index]]
 
     def stamp(self) -> str:

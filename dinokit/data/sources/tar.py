@@ -67,6 +67,15 @@ class Tar:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Picture, int]:
+        data = self.stored(index)
+        return decode(data, self.name(index), self._channels), int(self._labels[self._rows[index]])
+
+    def stored(self, index: int) -> bytes:
+        """The member.
+
+        Raises:
+            OSError: if it is cut short.
+        """
         row = self._rows[index]
         size = int(self._sizes[row])
         data = os.pread(self._open(int(self._shards[row])), size, int(self._offsets[row]))
@@ -74,7 +83,7 @@ class Tar:
             raise OSError(
                 f"{self.name(index)} is cut short: the file ends after {len(data)} of its {size} bytes."
             )
-        return decode(data, self.name(index), self._channels), int(self._labels[row])
+        return data
 
     def name(self, index: int) -> str:
         """The file and the member."""

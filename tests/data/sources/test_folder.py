@@ -81,6 +81,11 @@ def test_folders_named_for_train_and_val_are_the_split_with_the_same_classes_on_
     assert sorted(numbers(both)) == sorted(numbers(train) + numbers(test))
 
 
+def test_a_stored_file_is_the_file(tmp_path: Path, paint: Paint) -> None:
+    source = opened(fill(tmp_path, ["0.png", "1.png", "2.png"], paint))
+    assert [source.stored(n) for n in range(3)] == [paint(n) for n in range(3)]
+
+
 def test_a_class_may_be_called_train(tmp_path: Path, paint: Paint) -> None:
     root = fill(tmp_path, ["train/0.png", "bus/1.png"], paint)
     assert list(opened(root, labels="folders").classes) == ["bus", "train"]

@@ -57,6 +57,11 @@ def test_a_folder_a_glob_and_a_range_mean_the_same_shards(three: Path, numbers: 
     assert source.name(5) == f"{three}/shard-001.tar: 0005.png"
 
 
+def test_a_stored_file_is_the_member_as_it_was_packed(three: Path, paint: Paint) -> None:
+    source = opened(three)
+    assert [source.stored(n) for n in range(12)] == [paint(n) for n in range(12)]
+
+
 def test_labels_come_from_cls_or_json_beside_the_image_in_any_order(
     tmp_path: Path, paint: Paint, numbers: Numbers
 ) -> None:
