@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dinokit import shelves
 from dinokit.__main__ import main
+from dinokit.weights import save_backbone
 
 QUICK = """
 import sys
@@ -206,6 +208,20 @@ def test_the_last_line_of_an_evaluation_is_json(capsys):
     assert last["eval"] == "knn"
     assert 0 <= last["top1@5"] <= 1
     assert last["images_train"] == 60
+
+
+def test_heads_of_two_files_in_one_folder_do_not_meet(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    section = {"name": "vit", "width": 8, "depth": 1, "heads": 1, "size": 16, "patch": 8}
+    words = ["cache=null", "resize=16", "size=16", "blocks=[1]", "steps=2", "step_batch=20", "batch=20"]
+    for side in ("train", "test"):
+        words += [f"{side}.{key}" for key in ("name=scenes", f"split={side}", "count=40", "size=32")]
+    for name in ("step_1", "step_2"):
+        save_backbone(tmp_path / f"{name}.safetensors", shelves.build("backbones", section), section)
+        assert main(["eval", "linear", f"weights={name}.safetensors", *words]) == 0, capsys.readouterr().err
+    kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*.pth"))
+    assert kept == ["step_1_linear/linear_head.pth", "step_2_linear/linear_head.pth"]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
 
 def test_an_error_in_a_run_is_a_sentence_and_a_traceback_on_request(capsys, tmp_path):

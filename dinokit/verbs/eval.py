@@ -143,7 +143,7 @@ def judged(
     Args:
         each: what to do; its cache and its folder are filled in.
         backbone: what is judged.
-        name: what the line calls it.
+        name: what the line calls it; of weights, their path.
         about: what the line says besides.
         folder: for results, heads and states to go on from; None keeps none.
         keep: whether features are kept where the evaluator does not say.
@@ -154,7 +154,9 @@ def judged(
     if "cache" in known and each.values["cache"] is None and keep:
         each.values["cache"] = str(cache_folder())
     if "out" in known and folder is not None:
-        each.values["out"] = str(folder / each.label)
+        # Many files may have their results in one folder, as a run's teachers do; heads are of one each.
+        file = f"{Path(name).stem}_" if Path(name).is_file() else ""
+        each.values["out"] = str(folder / f"{file}{each.label}")
     scores = judge.run_evaluator(each.name, each.values, backbone)
     seen = {"transform": judge.transform_of(each.values, backbone), "seconds": time.monotonic() - begun}
     line = results.record(each.name, name, scores, each.values, {**about, **seen})
