@@ -1,13 +1,12 @@
-"""What the class token looks at: its attention in one block, recomputed from what that block was given.
+"""What the class token looks at: its attention in one block, computed from that block's queries and keys.
 
-Attention kernels never form the weights. So the network runs as ever, one block's input is caught on the way,
-and of it only the class token's row of weights is computed: O(T * D) beside O(T * D^2) for the keys.
+Attention kernels never form the weights. So the network runs as ever, one block's queries and keys are caught
+on the way, and only the class token's row of weights is computed of them: O(T * D).
 
     b  images     H  heads     T  tokens: class, registers, patches     D  width     d  D / H
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.backbones import Backbone
@@ -37,37 +36,28 @@ def attention(backbone: Backbone, crops: Tensor, block: int = -1) -> Tensor:
         raise ValueError(f"block={block}: the backbone has {depth} blocks, numbered from 0.")
     layer = getattr(backbone.blocks[block], "attn", None)
     heads = getattr(layer, "heads", None) or getattr(layer, "num_heads", None)
-    if (
-        not isinstance(layer, nn.Module)
-        or not isinstance(getattr(layer, "qkv", None), nn.Linear)
-        or not heads
-    ):
+    qkv = getattr(layer, "qkv", None)
+    if not isinstance(layer, nn.Module) or not isinstance(qkv, nn.Linear) or not heads:
         raise ValueError(
             f"Block {block} of {type(backbone).__name__} has no attention that is made by one linear layer "
             f"`attn.qkv`, so its weights cannot be computed here."
         )
     caught: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+    handle = qkv.register_forward_hook(lambda _, __, out: caught.append(out))
     try:
         with frozen(backbone):
             backbone([crops], [None])
     finally:
         handle.remove()
-    rows = caught[0].reshape(len(crops), -1, backbone.width)  # (b, T, D), after the block's norm
-    return _weights(layer, rows, int(heads))
+    return _weights(layer, caught[0].reshape(len(crops), -1, qkv.out_features), int(heads))
 
 
-def _weights(layer: nn.Module, rows: Tensor, heads: int) -> Tensor:
-    """(b, T, D) -> (b, H, T)."""
-    qkv = layer.qkv
-    assert isinstance(qkv, nn.Linear)
-    width = qkv.weight.shape[0] // 3
-    weight, bias = qkv.weight, qkv.bias
-    q = F.linear(rows[:, :1], weight[:width], None if bias is None else bias[:width])
-    k = F.linear(rows, weight[width : 2 * width], None if bias is None else bias[width : 2 * width])
-    q, k = (x.float().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k))  # (b, H, 1 or T, d)
+def _weights(layer: nn.Module, qkv: Tensor, heads: int) -> Tensor:
+    """(b, T, 3 * D) -> (b, H, T)."""
+    q, k, _ = qkv.float().unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (b, H, T, d)
     q, k = (
-        norm(x) for norm, x in ((getattr(layer, "q_norm", _same), q), (getattr(layer, "k_norm", _same), k))
+        norm(x)
+        for norm, x in ((getattr(layer, "q_norm", _same), q[:, :, :1]), (getattr(layer, "k_norm", _same), k))
     )
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(dim=-1)[:, :, 0]
 

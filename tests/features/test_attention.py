@@ -53,7 +53,7 @@ def test_nothing_of_the_backbone_is_changed(vit):
     state = copy.deepcopy(vit.state_dict())
     attention(vit, torch.randn(1, 3, 32, 32))
     assert vit.training
-    assert not any(block.attn._forward_pre_hooks for block in vit.blocks)
+    assert not any(block.attn.qkv._forward_hooks for block in vit.blocks)
     assert all(torch.equal(value, state[name]) for name, value in vit.state_dict().items())
 
 
