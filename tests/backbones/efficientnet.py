@@ -45,9 +45,9 @@ def maps(net: EfficientNet, x: Tensor) -> Iterator[Tensor]:
 class Stages(nn.Module):
     """Maps of four stages, every one at a stride of 16, side by side.
 
-    A block of the contract is a stage. It adds its channels to those of the stages before, and the channels of
-    those to come are 0, so that all have one width. The class token is the mean over places. There is no final
-    norm.
+    A block of the contract is a stage. It adds its channels to those of the stages before, and the channels
+    of those to come are 0, so that all have one width. The class token is the mean over places. There is no
+    final norm.
     """
 
     def __init__(self, cfg: Config) -> None:
