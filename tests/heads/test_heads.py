@@ -51,16 +51,18 @@ def test_the_linear_depth_head_is_its_definition(layers):
     assert torch.allclose(got, want, atol=1e-4)
 
 
-def test_dpt_equals_the_one_of_transformers():
+# DINOv2's hub code takes the width // 8, 4, 2 and 1 for the channels, whatever the width.
+@pytest.mark.parametrize(("width", "channels"), [(48, [6, 12, 24, 48]), (50, [6, 12, 25, 50])])
+def test_dpt_equals_the_one_of_transformers(width, channels):
     torch.manual_seed(0)
     inside = Dinov2Config(
-        hidden_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14,
+        hidden_size=width, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14,
         out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False,
     )  # fmt: skip
     theirs = DPTForDepthEstimation(
         DPTConfig(
             backbone_config=inside, use_pretrained_backbone=False, is_hybrid=False, readout_type="project",
-            reassemble_factors=[4, 2, 1, 0.5], neck_hidden_sizes=[6, 12, 24, 48], fusion_hidden_size=256,
+            reassemble_factors=[4, 2, 1, 0.5], neck_hidden_sizes=channels, fusion_hidden_size=256,
             use_batch_norm_in_fusion_residual=False, use_bias_in_fusion_residual=False, add_projection=True,
             head_in_index=-1,
         )
@@ -69,10 +71,10 @@ def test_dpt_equals_the_one_of_transformers():
         fan = parameter[0].numel() if parameter.ndim > 1 else 4
         torch.nn.init.normal_(parameter, std=fan**-0.5)
     torch.nn.init.ones_(theirs.head.head[4].bias)
-    ours = DPT(48, 0.001, 10.0).eval()
+    ours = DPT(width, 0.001, 10.0).eval()
     names = {key: _renamed(key) for key in theirs.state_dict() if "backbone" not in key}
     ours.load_state_dict({names[k]: v for k, v in theirs.state_dict().items() if names.get(k)})
-    given = maps(4)
+    given = maps(4, width)
     tokens = [torch.cat([m.cls[:, None], m.patches.flatten(2).transpose(1, 2)], 1) for m in given]
     with torch.no_grad():
         want = theirs.head(theirs.neck(tokens, 4, 6))[:, None]
@@ -107,6 +109,11 @@ def _renamed(key):
     if parts[0] == "convs":
         key = f"convs.{parts[1]}.conv.{parts[2]}"
     return key
+
+
+def test_dpt_refuses_a_width_that_leaves_a_map_without_channels():
+    with pytest.raises(ValueError, match="8 or more, and this one's is 7"):
+        DPT(7, 0.001, 10.0)
 
 
 def test_a_dpt_head_for_a_small_model_has_the_released_number_of_parameters():
