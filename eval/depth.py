@@ -34,6 +34,7 @@ from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
 from dinokit.heads.released import load_depther, save_head
 from dinokit.heads.segmentation import to_size
+from dinokit.log import tell
 
 # max_depth, border cut off, crop of training, strength of brightness, part judged, size at the test
 PROTOCOLS = {
@@ -170,6 +171,12 @@ def _trained(
         value = scale_invariant(given, truth, step / cfg.steps)
         if cfg.gradient_weight:
             value = value + cfg.gradient_weight * gradient(given, truth, cfg.gradient_form)
+        if step + 1 == cfg.steps and given.detach().amax() <= 1.001 * head.least:
+            tell(
+                f"after {cfg.steps} steps the head says {head.least:g} m, the least depth, of every pixel "
+                f"that it saw last: its last rectifier lets nothing through, and no gradient leads back from "
+                f"there. Train again with a rate below lr={cfg.lr:g}, or with clip=35."
+            )
         return value
 
     schedule = cosine(cfg.steps, round(cfg.warmup * cfg.steps))

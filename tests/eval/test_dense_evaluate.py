@@ -125,6 +125,16 @@ def test_the_data_of_a_run_on_the_scenes_gives_both_kinds_of_map():
         judge.with_data("depth", section_values("eval", "depth", {}, "depth"), {**data, "name": "tar"})
 
 
+@pytest.mark.parametrize(("lr", "dead"), [(0.1, True), (1e-4, False)])
+def test_a_head_whose_last_rectifier_died_is_told_of(blobs, capsys, lr, dead):
+    vit = shelves.build(
+        "backbones", {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 4, "size": 32}
+    )
+    few = {"method": "dpt", "features": 8, "steps": 4, "augment": False, "warmup": 0.0, "clip": 0.0}
+    depth.evaluate(depth_config(blobs, **few, lr=lr), vit)
+    assert ("says 0.001 m, the least depth, of every pixel" in capsys.readouterr().err) == dead
+
+
 @pytest.mark.parametrize("augment", [True, False])
 def test_depth_that_is_a_colour_is_found_far_better_than_by_the_mean(blobs, augment):
     base = depth.evaluate(depth_config(blobs, method="mean"), Colours())
