@@ -173,7 +173,9 @@ SMALL = MultiCrop(
 
 
 @pytest.mark.parametrize(
-    "options", [{"exif": turned()}, {"progressive": True}, {"subsampling": 0}, FRAMES], ids=str
+    "options",
+    [{"exif": turned()}, {"progressive": True}, {"subsampling": 0}, FRAMES],
+    ids=["turned", "progressive", "whole colour", "frames"],
 )
 def test_a_jpeg_of_any_kind_is_reduced_and_its_orientation_stays_as_stored(options: dict[str, Any]) -> None:
     data = saved(smooth(403, 301), **options)
