@@ -28,7 +28,7 @@ COLUMNS = 11
 NONE = -1
 ORDERS = tuple(permutations(range(4)))
 LUMA = 0.2989, 0.587, 0.114  # how bright red, green and blue look (ITU-R BT.601)
-TILE = 2**20  # numbers coloured at a time on a CPU: 4 MB and its temporaries stay in the cache
+TILE = 2**18  # numbers coloured at a time on a CPU: 1 MB and its temporaries stay in a core's cache
 
 
 def draw(cfg: Crops, group: CropGroup, crop: int, rng: np.random.Generator) -> NDArray[np.float32]:
