@@ -29,7 +29,12 @@ def typed(
             raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
         done = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{_culprit(cls, values, where)}: {first_line(error)}.") from None
+        key = _culprit(cls, values, where)
+        if "is not a TupleConfig" in str(error):  # OmegaConf speaks of its own classes
+            raise ValueError(
+                f"{key}: it is a list, in brackets also if it has one item: {key}=[...]."
+            ) from None
+        raise ValueError(f"{key}: {first_line(error)}.") from None
     return {item.name: getattr(done, item.name) for item in fields(cls)}
 
 

@@ -83,6 +83,14 @@ def open_source(
     return spread(source, limit)
 
 
+def one_class(name: str) -> ValueError:
+    """The error for images that are all of one class."""
+    return ValueError(
+        f"There is one class only, '{name}': nothing to tell apart. Give images of two classes or more; "
+        f"in a folder, each folder directly below it is a class."
+    )
+
+
 def shared_classes(train: Source, test: Source) -> list[str]:
     """The classes, which must be the same.
 
@@ -92,7 +100,7 @@ def shared_classes(train: Source, test: Source) -> list[str]:
     have, want = list(train.classes), list(test.classes)
     if have == want:
         if len(have) < 2:
-            raise ValueError(f"There is one class only, '{have[0]}': nothing to tell apart.")
+            raise one_class(have[0])
         return have
     only = {"train": set(have) - set(want), "test": set(want) - set(have)}
     parts = [f"only {split} has {few(sorted(names))}" for split, names in only.items() if names]

@@ -81,6 +81,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     if cfg.truth:
         return _revisit(cfg, backbone, white)
     test = _labelled.open_source(cfg.test, "test", backbone, cfg.max_test)
+    if len(test.classes) < 2 and not cfg.distractors:
+        raise _labelled.one_class(test.classes[0])  # whatever is found would be right
     gallery, queries = look("test", test), None
     if cfg.query:
         asked = _labelled.open_source(cfg.query, "query", backbone)

@@ -133,6 +133,16 @@ def test_the_tables_are_printed_for_people_or_as_json(tmp_path, capsys):
     assert table["rows"][1] == ["b", "", [0.7, 1.0]]
 
 
+def test_no_score_is_cut_short_however_many_there_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    scores = {f"a_score_{number}": number + 0.1234 for number in range(12)}
+    for settings in ({"lr": 0.1, "crop": [120, 160]}, {"lr": 0.2, "crop": []}):
+        results.append(tmp_path, line(name="depth", settings=settings, **scores))
+    assert main(["results", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert all(shown.count(f" {score:.4f} ") == 2 for score in scores.values())
+
+
 def test_what_was_found_while_training_is_shown_at_its_best_and_at_the_end(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()

@@ -91,6 +91,20 @@ def view_loader(
     return data_loader(_Views(source, cut), order, blank, workers, pin=False)
 
 
+def refuse_undecodable(source: Source, crops: Crops) -> None:
+    """Compare how images are to be decoded with what the source gives.
+
+    Raises:
+        ValueError: if crops.decode=reduced and the source has no files to decode.
+    """
+    if crops.decode == "reduced" and not hasattr(source, "stored"):
+        raise ValueError(
+            f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} gives "
+            f"pictures without files. Set crops.decode=whole, or give the source a method "
+            f"stored(index) -> bytes."
+        )
+
+
 class Places(Dataset[Sample]):
     """The samples of a run, by (step, place).
 
@@ -99,12 +113,7 @@ class Places(Dataset[Sample]):
     """
 
     def __init__(self, source: Source, crops: Crops, masks: BlockMasks | None, seed: int, batch: int) -> None:
-        if crops.decode == "reduced" and not hasattr(source, "stored"):
-            raise ValueError(
-                f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} gives "
-                f"pictures without files. Set crops.decode=whole, or give the source a method "
-                f"stored(index) -> bytes."
-            )
+        refuse_undecodable(source, crops)
         self.source, self.crops, self.masks, self.seed, self.batch = source, crops, masks, seed, batch
         self.cut = MultiCrop(crops)
 

@@ -8,7 +8,7 @@ import torch
 
 from dinokit.backbones import Backbone
 from dinokit.config import Recipe
-from dinokit.data.loader import loader
+from dinokit.data.loader import loader, refuse_undecodable
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
 from dinokit.device import keep_freed_memory, pick_device
@@ -52,6 +52,7 @@ def _train(
 ) -> Path:
     out = Path(recipe.run.out)
     agree(recipe, source, out)
+    refuse_undecodable(source, recipe.crops)  # before run.out is there, which would hold the wrong recipe
     recipe = with_precision(recipe, device)
     found = checkpoint.latest(out / "checkpoints")
     parts = parts_of_step(recipe, world_size(), found.values if found else None)

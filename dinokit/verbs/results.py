@@ -18,6 +18,10 @@ from dinokit.verbs import Command
 if TYPE_CHECKING:
     from rich.console import Console
 
+LEAST = (
+    16  # characters of a line for names of weights and for settings, however many scores stand beside them
+)
+
 FLAGS = {"--json": "print each table as a JSON object on a line of its own"}
 
 
@@ -46,19 +50,28 @@ def _show(console: "Console", table: results.Table) -> None:
 
     shown = Table(title=table.title, title_justify="left")
     told = any(settings for _, settings, _ in table.rows)
-    shown.add_column("weights", overflow="fold")
+    shown.add_column("weights", overflow="fold", min_width=LEAST)
     if told:
-        shown.add_column("settings", overflow="fold")
-    for column in table.columns:
-        shown.add_column(column, justify="right")
-    for weights, settings, values in table.rows:
-        cells = [_cell(value, best) for value, best in zip(values, table.best, strict=True)]
-        shown.add_row(weights, *([settings] if told else []), *cells)
-    console.print(shown)
+        shown.add_column("settings", overflow="fold", min_width=LEAST)
+    cells = [
+        [_cell(v, best) for v, best in zip(values, table.best, strict=True)] for _, _, values in table.rows
+    ]
+    for number, column in enumerate(table.columns):
+        longest = max(len(_number(values[number])) for _, _, values in table.rows)
+        shown.add_column(
+            column, justify="right", overflow="fold", min_width=max(longest, min(len(column), 8))
+        )
+    for (weights, settings, _), scores in zip(table.rows, cells, strict=True):
+        shown.add_row(weights, *([settings] if told else []), *scores)
+    wide = console.options.update(max_width=10_000)
+    least = console.measure(shown, options=wide).minimum
+    console.print(shown, width=max(console.width, least), crop=False)  # a score is never cut short
 
 
 def _cell(value: float | None, best: float | None) -> str:
-    if value is None:
-        return ""
-    text = f"{value:.4f}"
-    return f"[bold]{text}[/bold]" if value == best else text
+    text = _number(value)
+    return f"[bold]{text}[/bold]" if text and value == best else text
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +151,15 @@ def test_each_image_finds_the_others_of_its_colour(colours, mean):
     scores = evaluate(config(test=colours["test"]), mean)
     assert scores["recall@1"] == scores["mAP"] == scores["mAP@R"] == 1.0
     assert scores["queries"] == 12
+
+
+def test_one_class_alone_is_refused_since_whatever_is_found_would_be_right(colours, mean):
+    red = {**colours["test"], "path": f"{colours['test']['path']}1"}
+    shutil.copytree(Path(colours["test"]["path"]) / "red", Path(red["path"]) / "red")
+    with pytest.raises(ValueError, match=r"one class only, 'red'.* two classes or more"):
+        evaluate(config(test=red), mean)
+    scores = evaluate(config(test=red, distractors=colours["train"]), mean)
+    assert scores["queries"] == 3
 
 
 def test_copies_are_found_among_originals_and_distractors(colours, mean, tmp_path):

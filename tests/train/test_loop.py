@@ -155,6 +155,13 @@ def test_a_folder_with_other_things_is_left_alone(tiny, photos):
     assert len(list(photos.iterdir())) == 10
 
 
+def test_pictures_without_files_cannot_be_decoded_reduced_and_leave_no_folder_behind(tiny, tmp_path):
+    recipe = tiny("a", "crops.decode=reduced")
+    with pytest.raises(ValueError, match="decodes JPEG files"):
+        loop.train(recipe, shelves.build("data.sources", {"name": "scenes", "size": 32, "count": 10}))
+    assert not (tmp_path / "a").exists()
+
+
 def test_parts_of_a_batch_are_the_whole_when_nothing_is_compared(tiny, records, weights):
     """With centring and without KoLeo every statistic is a sum, so accumulation is exact."""
     overrides = ("losses.dino.targets=centering", "losses.ibot.targets=centering", "losses.koleo=null",
