@@ -208,6 +208,8 @@ def test_the_last_line_of_an_evaluation_is_json(capsys):
     assert last["eval"] == "knn"
     assert 0 <= last["top1@5"] <= 1
     assert last["images_train"] == 60
+    assert last["about"]["settings"]["precision"] == "auto"
+    assert last["about"]["precision"] in ("fp32", "bf16")  # what it came to here
 
 
 def test_heads_of_two_files_in_one_folder_do_not_meet(tmp_path, monkeypatch, capsys):

@@ -148,7 +148,9 @@ def judged(
         folder: for results, heads and states to go on from; None keeps none.
         keep: whether features are kept where the evaluator does not say.
     """
+    from dinokit.device import pick_precision
     from dinokit.distributed import cache_folder, rank
+    from dinokit.features import device_of
 
     known, begun = {f.name for f in fields(shelves.read_config("eval", each.name))}, time.monotonic()
     if "cache" in known and each.values["cache"] is None and keep:
@@ -159,6 +161,8 @@ def judged(
         each.values["out"] = str(folder / f"{file}{each.label}")
     scores = judge.run_evaluator(each.name, each.values, backbone)
     seen = {"transform": judge.transform_of(each.values, backbone), "seconds": time.monotonic() - begun}
+    if "precision" in known:  # which one `auto` is depends on the machine
+        seen["precision"] = pick_precision(each.values["precision"], device_of(backbone))
     line = results.record(each.name, name, scores, each.values, {**about, **seen})
     if folder is not None and rank() == 0:
         results.append(folder, line)
