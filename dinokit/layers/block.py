@@ -66,7 +66,8 @@ def residual(
         (T, D).
     """
     if rate == 0:
-        return rows + branch(rows, segments)
+        out = branch(rows, segments)
+        return out.add_(rows) if out.dtype == rows.dtype else rows + out
     index, scale, kept, start = [], [], [], 0
     for images, tokens in segments.groups:
         chosen = _draw(images, rate, rows.device)
