@@ -147,7 +147,7 @@ class Run:
     workers: int = at_least(-1, -1)  # processes that load images; -1: one a core but one, 16 at most; 0: none
     # The next six change speed and memory alone: docs/performance.md.
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = "auto"
-    compile: Literal["none", "blocks"] = "none"
+    compile: Literal["none", "blocks", "colour", "all"] = "none"  # all: blocks and colour
     checkpointing: Literal["none", "selective", "full"] = "none"
     logits: Literal["chunks", "whole"] = "chunks"  # of the prototypes: a few at a time, or all
     tokens: Literal["read", "all"] = "read"  # of the last block: those that a loss reads, or all

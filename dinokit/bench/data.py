@@ -19,6 +19,7 @@ from dinokit.data.loader import CROPS, Places, loader
 from dinokit.data.order import generator
 from dinokit.data.photometric import Photometric
 from dinokit.data.sources import Picture, Source
+from dinokit.device import keep_freed_memory
 
 IMAGES = 32  # a round
 
@@ -32,8 +33,11 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
         real: whether to read the recipe's data; else JPEG files of 500 x 375 pixels in memory.
     """
     torch.set_num_threads(1)
+    if recipe.run.keep_memory:  # as the training process, which colours
+        keep_freed_memory(torch.device("cpu"))
     source: Source = shelves.build("data.sources", recipe.data) if real else Jpegs()
-    places, colour = Places(source, recipe.crops, None, recipe.run.seed, IMAGES), Photometric(recipe.crops)
+    places = Places(source, recipe.crops, None, recipe.run.seed, IMAGES)
+    colour = Photometric(recipe.crops, compiled=recipe.run.compile in ("colour", "all"))
     taken = [_round(places, colour, step) for step in range(rounds + 1)][1:]
     rates = {name: IMAGES / median(times[name] for times in taken) for name in taken[0]}
     return {"images_per_second": rates, "loader": _loader_rate(source, recipe, rounds)}

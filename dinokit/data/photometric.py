@@ -1,16 +1,19 @@
 """Colour: jitter, grey, blur, solarise, normalise, for a whole batch of crops on the device that trains.
 
 The numbers are drawn in the worker, a short row a crop (`draw`), so that they depend on the crop's place in
-the run alone; the pixels are changed where they are needed (`Photometric`). The rows stay on the CPU: they
-decide which crops an operation touches, and asking the device would make it wait.
+the run alone; the pixels are changed where they are needed (`Photometric`). An operation touches the crops
+that drew it: the rows stay on the CPU, as asking the device which they are would make it wait. Compiled, each
+operation runs on every crop, and its result is kept where it was drawn: shapes never change, and nearly all
+of the work is done between one reading of the pixels and one writing.
 
 The operations are those of torchvision.transforms.v2, on floats in [0, 1], in DINO's order (arXiv
 2104.14294).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import permutations
+from typing import cast
 
 import numpy as np
 import torch
@@ -62,12 +65,16 @@ def _of_crop(probabilities: tuple[float, ...], crop: int) -> float:
 class Photometric:
     """Colours crops as their rows of parameters say, and normalises them.
 
+    Args:
+        cfg: the settings of the rows, which say what may have been drawn.
+        compiled: whether to compile it, for each shape that comes (tens of seconds, at the first batch).
+
     Raises:
         ValueError: if hue, saturation or gray are asked for and the images are not RGB, or if half of the
             blur's kernel is no smaller than a crop, which is mirrored that far at its edges.
     """
 
-    def __init__(self, cfg: Crops) -> None:
+    def __init__(self, cfg: Crops, compiled: bool = False) -> None:
         wrong = [key for key in ("hue", "saturation", "gray") if getattr(cfg, key) > 0]
         if len(cfg.mean) != 3 and wrong:
             raise ValueError(
@@ -82,6 +89,9 @@ class Photometric:
                     f"half of it must be smaller than a crop."
                 )
         self.cfg = cfg
+        self._run = (
+            torch.compile(self._everywhere, dynamic=False, fullgraph=True) if compiled else self._where_drawn
+        )
 
     def __call__(self, crops: Tensor, params: Tensor) -> Tensor:
         """Returns float32 (b, C, S, S).
@@ -90,46 +100,91 @@ class Photometric:
             crops: (b, C, S, S), uint8 or float in [0, 1].
             params: (b, COLUMNS), on the CPU: rows made by `draw`.
         """
+        return self._run(crops, params)
+
+    def _where_drawn(self, crops: Tensor, params: Tensor) -> Tensor:
+        """Each operation on the crops that drew it, in place."""
         coloured = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+        rows = _side_by_side(params)
+        params = params[rows]
+        steps = [(operation, drawn.tolist(), numbers) for operation, drawn, numbers in self._steps(params)]
         on_cpu = crops.device.type == "cpu"
-        rows = max(1, TILE // crops.shape[1:].numel() if on_cpu else len(crops))
-        for source, row, x in zip(crops.split(rows), params.split(rows), coloured.split(rows), strict=True):
-            x.copy_(source)
-            if source.dtype == torch.uint8:
+        size = max(1, TILE // crops.shape[1:].numel() if on_cpu else len(crops))
+        for begin in range(0, len(crops), size):
+            tile = slice(begin, begin + size)
+            place = _place(rows[tile], crops)
+            source = _take(crops, place)
+            x = torch.empty_like(source, dtype=torch.float32).copy_(source)
+            if crops.dtype == torch.uint8:
                 x.mul_(1 / 255)
-            self._colour(x, row)
+            for operation, drawn, numbers in steps:
+                _change(operation, x, drawn[tile], numbers[tile])
+            coloured[place] = self._normalise(x)
         return coloured
 
-    def _colour(self, x: Tensor, params: Tensor) -> None:
+    def _everywhere(self, crops: Tensor, params: Tensor) -> Tensor:
+        """Each operation on every crop, its result kept for the crops that drew it. To be compiled."""
+        x = crops * (1 / 255) if crops.dtype == torch.uint8 else crops.float()
+        for operation, drawn, numbers in self._steps(params.to(crops.device, non_blocking=True)):
+            changed = x.clone()
+            operation(changed, numbers.view(-1, 1, 1, 1))
+            x = torch.where(drawn.view(-1, 1, 1, 1), changed, x)
+        return self._normalise(x.clone())
+
+    def _steps(self, params: Tensor) -> "Iterator[tuple[Operation, Tensor, Tensor]]":
+        """In turn: an operation, which of the crops drew it (b,) bool, and its numbers (b,)."""
+        cfg = self.cfg
+        strengths = cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue
         jitter: tuple[Operation, ...] = _brightness, _contrast, _saturation, _hue
-        for order in params[:, ORDER : ORDER + 4].int().T.tolist():
-            for column in sorted(set(order) - {NONE}):
-                _apply(jitter[column], x, [at == column for at in order], params[:, column])
-        _apply(_gray, x, params[:, GRAY].tolist(), params[:, GRAY])
-        _apply(partial(_blur, kernel=self.cfg.blur_kernel), x, params[:, SIGMA].tolist(), params[:, SIGMA])
-        solarize = partial(_solarize, threshold=self.cfg.solarize_threshold)
-        _apply(solarize, x, params[:, SOLARIZE].tolist(), params[:, SOLARIZE])
+        possible = [column for column, strength in enumerate(strengths) if strength > 0 and cfg.jitter > 0]
+        for place in range(len(possible)):
+            for column in possible:
+                yield jitter[column], params[:, ORDER + place] == column, params[:, column]
+        groups = cfg.globals, cfg.locals
+        if cfg.gray > 0:
+            yield _gray, params[:, GRAY] > 0, params[:, GRAY]
+        if any(max(group.blur) > 0 for group in groups):
+            yield partial(_blur, kernel=cfg.blur_kernel), params[:, SIGMA] > 0, params[:, SIGMA]
+        if any(max(group.solarize) > 0 for group in groups):
+            solarize = partial(_solarize, threshold=cfg.solarize_threshold)
+            yield solarize, params[:, SOLARIZE] > 0, params[:, SOLARIZE]
+
+    def _normalise(self, x: Tensor) -> Tensor:
         mean, std = torch.tensor(self.cfg.mean), torch.tensor(self.cfg.std)
-        x.sub_(_send(mean, x)).mul_(_send(1 / std, x))
+        return x.sub_(_send(mean, x)).mul_(_send(1 / std, x))
 
 
 # Each operation changes its crops x (m, C, S, S) in place, by a number a crop (m, 1, 1, 1).
 Operation = Callable[[Tensor, Tensor], object]
 
 
-def _apply(operation: Operation, x: Tensor, chosen: Sequence[float], numbers: Tensor) -> None:
-    """Run `operation` on the crops of x (b, C, S, S) whose `chosen` is not 0; numbers (b,), on the CPU."""
-    rows = [row for row, wanted in enumerate(chosen) if wanted]
-    if not rows:
-        return
-    if len(rows) == len(x):
-        operation(x, _send(numbers, x).view(-1, 1, 1, 1))
-    else:
-        here = torch.tensor(rows)
-        there = here.to(x.device, non_blocking=True)
-        part = x.index_select(0, there)
-        operation(part, _send(numbers[here], x).view(-1, 1, 1, 1))
-        x.index_copy_(0, there, part)
+def _side_by_side(params: Tensor) -> list[int]:
+    """The rows of params, those with one order of operations next to each other."""
+    orders = params[:, ORDER : ORDER + 4] @ torch.tensor([125.0, 25.0, 5.0, 1.0])
+    return cast(list[int], orders.argsort(stable=True).tolist())
+
+
+def _change(operation: Operation, x: Tensor, drawn: Sequence[bool], numbers: Tensor) -> None:
+    """Run `operation` on those crops of x (b, C, S, S) that drew it; numbers (b,), on the CPU."""
+    rows = [row for row, wanted in enumerate(drawn) if wanted]
+    if rows:
+        place = _place(rows, x)
+        part = _take(x, place)
+        operation(part, _send(numbers[rows], x).view(-1, 1, 1, 1))
+        if not isinstance(place, slice):
+            x.index_copy_(0, place, part)
+
+
+def _place(rows: Sequence[int], x: Tensor) -> slice | Tensor:
+    """Those rows of x: as a slice if they follow one another, which is no copy; else by number."""
+    first, last = rows[0], rows[-1]
+    if list(rows) == list(range(first, last + 1)):
+        return slice(first, last + 1)
+    return torch.tensor(rows).to(x.device, non_blocking=True)
+
+
+def _take(x: Tensor, place: slice | Tensor) -> Tensor:
+    return x[place] if isinstance(place, slice) else x.index_select(0, place)
 
 
 def _send(numbers: Tensor, x: Tensor) -> Tensor:
@@ -182,8 +237,9 @@ def _hue(x: Tensor, share: Tensor) -> None:
     low.sub_(chroma)
     places = torch.arange(0, 6, 2, device=x.device).view(1, 3, 1, 1)
     turn = torch.remainder(6 * share - places + 3, 6) - 3  # (m, 3, 1, 1), -3 to 3
-    far = (hue[:, None] + turn).abs_().sub_(3).abs_()  # 3 - d, as hue + turn is in [-6, 6]
-    torch.addcmul(low[:, None], chroma[:, None], far.clamp_(1, 2), out=x)
+    torch.add(hue[:, None], turn, out=x)
+    x.abs_().sub_(3).abs_()  # 3 - d, as hue + turn is in [-6, 6]
+    x.clamp_(1, 2).mul_(chroma[:, None]).add_(low[:, None])
 
 
 def _blur(x: Tensor, sigma: Tensor, kernel: int) -> None:

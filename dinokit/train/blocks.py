@@ -35,7 +35,7 @@ def prepare(model: Model, run: Run, device: torch.device) -> None:
     use_kernel(both, run.attention, device, DTYPES[run.precision] or torch.float32)
     for block in student.blocks:
         _checkpoint(block, run)
-    if run.compile == "blocks":
+    if run.compile in ("blocks", "all"):
         for block in (*student.blocks, *teacher.blocks):
             block.compile(dynamic=False)
 

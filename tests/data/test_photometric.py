@@ -1,6 +1,7 @@
 """Photometric against torchvision's functions, equal to one grey level, and draw() by counting."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from dinokit.data.order import generator
 
 GREY_LEVEL = 1 / 255
 NEUTRAL = [1.0, 1.0, 1.0, 0.0, -1.0, -1.0, -1.0, -1.0, 0.0, 0.0, 0.0]
-RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # so that what comes out is the image itself
+# So that what comes out is the image itself; and every operation may have been drawn.
+RAW = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "globals": CropGroup(solarize=(0.5,))}
 STRENGTH = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 
 
@@ -38,6 +40,12 @@ def row(**changes: float) -> list[float]:
         if column < 4:
             done[first], first = column, first + 1
     return done
+
+
+def params_of(cfg: Crops, crops: int) -> Tensor:
+    """Parameters of so many global crops of as many images. (crops, COLUMNS)"""
+    rows = [ph.draw(cfg, cfg.globals, 0, generator(0, 0, i, 0)) for i in range(crops)]
+    return torch.from_numpy(np.stack(rows))
 
 
 def by_torchvision(
@@ -76,11 +84,8 @@ def test_each_operation_equals_torchvision(params: list[float]) -> None:
 
 
 def test_many_crops_at_once_equal_torchvision_one_at_a_time() -> None:
-    cfg = Crops(**RAW, jitter=0.9, globals=CropGroup(blur=(0.5,), solarize=(0.3,)))
-    params = torch.from_numpy(
-        np.stack([ph.draw(cfg, cfg.globals, 0, generator(0, 0, i, 0)) for i in range(40)])
-    )
-    crops = photo_like(40)
+    cfg = Crops(**RAW | {"globals": CropGroup(blur=(0.5,), solarize=(0.3,))}, jitter=0.9)
+    params, crops = params_of(cfg, 40), photo_like(40)
     done = ph.Photometric(cfg)(crops, params)
     apart = 0
     for image, mine, numbers in zip(crops, done, params.tolist(), strict=True):
@@ -107,23 +112,52 @@ def test_float_crops_are_taken_as_they_are_and_left_as_they_were() -> None:
     assert torch.equal(floats, crops / 255)
 
 
+@pytest.mark.parametrize(
+    ("stance", "changes"),
+    [
+        pytest.param("force_eager", {}, id="as written"),
+        pytest.param("default", {}, id="compiled", marks=pytest.mark.slow),
+        pytest.param(
+            "force_eager",
+            {"saturation": 0.0, "globals": CropGroup(blur=(0.0,), solarize=(0.0,))},
+            id="some operations",
+        ),
+        pytest.param(
+            "force_eager",
+            {"hue": 0.0, "saturation": 0.0, "gray": 0.0, "mean": (0.4,), "std": (0.2,)},
+            id="one channel",
+        ),
+    ],
+)
+def test_every_operation_on_every_crop_gives_what_those_that_were_drawn_give(
+    stance: str, changes: dict[str, Any]
+) -> None:
+    cfg = Crops(**{"globals": CropGroup(blur=(0.5,), solarize=(0.3,)), **changes})
+    crops = photo_like(30, 32)[:, : len(cfg.mean)]
+    params = params_of(cfg, 30)
+    everywhere = ph.Photometric(cfg, compiled=True)
+    with torch.compiler.set_stance(stance):
+        for images in (crops, crops / 255):
+            there = ph.Photometric(cfg)(images, params)
+            torch.testing.assert_close(everywhere(images, params), there, atol=2e-5, rtol=1e-5)
+
+
 def test_a_crop_is_coloured_alike_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = Crops()
     crops = photo_like(12, 32)
-    params = torch.from_numpy(
-        np.stack([ph.draw(cfg, cfg.locals, 0, generator(3, 0, i, 0)) for i in range(12)])
-    )
+    params = params_of(cfg, 12)
     together = ph.Photometric(cfg)(crops, params)
     monkeypatch.setattr(ph, "TILE", 1)
     alone = ph.Photometric(cfg)(crops, params)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_the_device_is_never_asked_for_a_value() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_device_is_never_asked_for_a_value(compiled: bool) -> None:
     """A tensor on the device "meta" has no values: asking for one raises; on a GPU it would wait."""
     cfg = Crops(globals=CropGroup(blur=(0.5,), solarize=(0.5,)))
-    rows = [ph.draw(cfg, cfg.globals, 0, generator(0, 0, i, 0)) for i in range(20)]
-    done = ph.Photometric(cfg)(photo_like(20).to("meta"), torch.from_numpy(np.stack(rows)))
+    with torch.compiler.set_stance("force_eager"):
+        done = ph.Photometric(cfg, compiled)(photo_like(20).to("meta"), params_of(cfg, 20))
     assert done.device.type == "meta"
     assert done.shape == (20, 3, 48, 48)
 
@@ -131,16 +165,15 @@ def test_the_device_is_never_asked_for_a_value() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_a_gpu_gives_what_the_cpu_gives_without_being_waited_for() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_gives_what_the_cpu_gives_without_being_waited_for(compiled: bool) -> None:
     cfg = Crops(globals=CropGroup(blur=(0.5,), solarize=(0.0,)))
-    params = torch.from_numpy(
-        np.stack([ph.draw(cfg, cfg.globals, 0, generator(0, 0, i, 0)) for i in range(20)])
-    )
-    crops = photo_like(20)
-    there = crops.cuda()
+    params, crops = params_of(cfg, 20), photo_like(20)
+    there, colour = crops.cuda(), ph.Photometric(cfg, compiled)
+    colour(there, params)  # compiling may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        done = ph.Photometric(cfg)(there, params)
+        done = colour(there, params)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(done.cpu(), ph.Photometric(cfg)(crops, params), atol=1e-4, rtol=1e-4)

@@ -23,7 +23,7 @@ SWITCHES = [
     {"checkpointing": "selective"},
     {"checkpointing": "full"},
 ]
-COMPILED = pytest.param({"compile": "blocks", "checkpointing": "selective"}, marks=pytest.mark.slow)
+COMPILED = pytest.param({"compile": "all", "checkpointing": "selective"}, marks=pytest.mark.slow)
 
 PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
