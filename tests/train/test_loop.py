@@ -115,7 +115,7 @@ def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "the same command goes on from here" in out
-    assert ("Ctrl-C again ends at once" in err) == (number == signal.SIGINT)
+    assert ("stops after this step; Ctrl-C again ends at once" in err) == (number == signal.SIGINT)
     assert "Traceback" not in err
     train(tiny("broken", *LONG))
     same_run(whole, broken)
