@@ -71,8 +71,8 @@ def stop_signals(between_items: bool = False) -> Iterator[Told]:
         yield told
     finally:
         for number, handler in before.items():
-            # All has been saved, and what is left is to end: with the status that says so.
-            spent = told.agreed in STOPS and number in STOPS
+            # All has been saved or done, and what is left is to end: with the status that says so.
+            spent = number in STOPS and not {told.agreed, *told.asked}.isdisjoint(STOPS)
             signal.signal(number, signal.SIG_IGN if spent else handler)
 
 

@@ -55,3 +55,19 @@ def test_a_second_ctrl_c_ends_at_once():
         with pytest.raises(KeyboardInterrupt) as caught:
             signal.raise_signal(signal.SIGINT)
     assert not isinstance(caught.value, Stopped)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_scheduler_that_repeats_itself_changes_nothing_when_the_block_is_left(number):
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    with stop_signals():
+        signal.raise_signal(number)
+    assert {signal.getsignal(each) for each in STOPS} == {signal.SIG_IGN}
+    assert signal.getsignal(signal.SIGINT) == ctrl_c
+
+
+def test_a_block_that_was_told_nothing_leaves_all_as_it_was():
+    before = [signal.getsignal(each) for each in (signal.SIGINT, *STOPS)]
+    with stop_signals():
+        pass
+    assert [signal.getsignal(each) for each in (signal.SIGINT, *STOPS)] == before

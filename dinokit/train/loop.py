@@ -38,7 +38,7 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
         ValueError: before the first step, if recipe, folder and source do not fit together.
         TrainingError: if a loss is not finite, or too many images cannot be read.
         OSError: if a checkpoint cannot be written.
-        Stopped: after Ctrl-C or a termination signal, when all is saved.
+        Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step.
     """
     device = pick_device(recipe.run.device)
     if recipe.run.keep_memory:
@@ -67,7 +67,7 @@ def _train(
     images = images_of(source)
     start = _resume(found, step, unreadable, images)
     saved = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
-    with RunLog(out, recipe.optim.steps, start) as log, saved, stop_signals() as told:
+    with stop_signals() as told, RunLog(out, recipe.optim.steps, start) as log, saved:
         run = Run(recipe, out, step, log, evaluators, unreadable, saved, images, watchdog)
         run.introduce(len(source), start)
         run.evaluate(start, always=start in (0, recipe.optim.steps))  # one that was cut short is done again
@@ -78,7 +78,7 @@ def _train(
         )  # fmt: skip
         for batch in run.timed(batches):
             run.advance(batch)
-            if told.anywhere():
+            if told.anywhere() and batch.step + 1 < recipe.optim.steps:  # after the last, it just ends
                 run.save(batch.step + 1)
                 saved.finish()
                 log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")
