@@ -8,7 +8,7 @@ import torch
 
 from dinokit.backbones import Backbone
 from dinokit.config import Recipe
-from dinokit.data.loader import loader, refuse_undecodable
+from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
 from dinokit.device import keep_freed_memory, pick_device
@@ -52,7 +52,6 @@ def _train(
 ) -> Path:
     out = Path(recipe.run.out)
     agree(recipe, source, out)
-    refuse_undecodable(source, recipe.crops)  # before run.out is there, which would hold the wrong recipe
     recipe = with_precision(recipe, device)
     found = checkpoint.latest(out / "checkpoints")
     parts = parts_of_step(recipe, world_size(), found.values if found else None)
@@ -60,6 +59,11 @@ def _train(
     model, recipe = begin(recipe, first=found is None)
     step = Step(recipe, device, parts, model)
     masks = block_masks(recipe, step.model.student.backbone)
+    batches = loader(  # before run.out is there, which would hold a recipe that its images do not fit
+        source, recipe.crops, masks, seed=recipe.run.seed, start_step=found.step if found else 0,
+        steps=recipe.optim.steps, batch=recipe.optim.batch, rank=rank(), world=world_size(), parts=parts,
+        workers=recipe.run.workers, pin=device.type == "cuda",
+    )  # fmt: skip
     open_run(recipe)
     unreadable = Unreadable(recipe.run.max_unreadable, len(source))
     if found is None:
@@ -71,11 +75,6 @@ def _train(
         run = Run(recipe, out, step, log, evaluators, unreadable, saved, images, watchdog)
         run.introduce(len(source), start)
         run.evaluate(start, always=start in (0, recipe.optim.steps))  # one that was cut short is done again
-        batches = loader(
-            source, recipe.crops, masks, seed=recipe.run.seed, start_step=start, steps=recipe.optim.steps,
-            batch=recipe.optim.batch, rank=rank(), world=world_size(), parts=parts,
-            workers=recipe.run.workers, pin=device.type == "cuda",
-        )  # fmt: skip
         for batch in run.timed(batches):
             run.advance(batch)
             if told.anywhere() and batch.step + 1 < recipe.optim.steps:  # after the last, it just ends
