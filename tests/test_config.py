@@ -190,6 +190,21 @@ def test_a_value_that_cannot_be_is_named_with_its_full_key(base, override):
         load_recipe(base, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("optim.lr_rule=sqr", " Did you mean 'sqrt'?"),
+        ("run.precision=bf61", " Did you mean 'bf16'?"),
+        ("losses.dino.targets=Sinkhorn", " Did you mean 'sinkhorn'?"),
+        ("evals.knn.train.split=trian", " Did you mean 'train'?"),
+        ("data.split=validation", ""),  # near to none
+    ],
+)
+def test_a_word_that_is_near_to_one_of_those_that_may_be_given_is_answered_with_it(base, override, near):
+    with pytest.raises(ValueError, match=rf"expected one of \[.*\]\.{re.escape(near)}$"):
+        load_recipe(base, [override])
+
+
 def test_a_warm_up_shorter_than_one_stair_is_refused(base):
     with pytest.raises(ValueError, match=r"temp_warmup=9 is less than one stair of teacher.temp_every=10"):
         load_recipe(base, ["teacher.temp_warmup=9", "teacher.temp_every=10"])
