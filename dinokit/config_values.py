@@ -49,7 +49,7 @@ def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> tuple[str
                 inner = _dataclass_of(item)
                 if inner and isinstance(value, Mapping):
                     return _culprit(inner, value, key)
-                return key, shelves.suggest(str(value), _words(item.type))
+                return key, shelves.suggest(str(value), _words(item.type), alike=0.7)  # short: val is not all
     return where, ""
 
 

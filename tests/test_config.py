@@ -197,7 +197,7 @@ def test_a_value_that_cannot_be_is_named_with_its_full_key(base, override):
         ("run.precision=bf61", " Did you mean 'bf16'?"),
         ("losses.dino.targets=Sinkhorn", " Did you mean 'sinkhorn'?"),
         ("evals.knn.train.split=trian", " Did you mean 'train'?"),
-        ("data.split=validation", ""),  # near to none
+        ("data.split=val", ""),  # which is not all
     ],
 )
 def test_a_word_that_is_near_to_one_of_those_that_may_be_given_is_answered_with_it(base, override, near):
