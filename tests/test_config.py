@@ -84,6 +84,14 @@ def test_null_removes_a_loss_an_evaluator_and_an_optional_section(base):
     assert recipe.evals == {}
 
 
+def test_braces_empty_a_section_and_leave_its_defaults(base):
+    assert load_recipe(base, ["evals={}"]).evals == {}
+    base.write_text(BASE.replace("koleo: {weight: 0.1}", "koleo: {weight: 9}"))
+    assert load_recipe(base, ["losses.koleo={}"]).losses["koleo"]["weight"] == 0.1
+    with pytest.raises(ValueError, match=r"^losses is empty"):
+        load_recipe(base, ["losses={}"])
+
+
 def test_a_loss_can_be_added_on_the_command_line(base):
     assert load_recipe(base, ["losses.koleo.weight=0.5"]).losses["koleo"]["weight"] == 0.5
     base.write_text(BASE.replace("  koleo: {weight: 0.1}\n", ""))
