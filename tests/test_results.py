@@ -216,6 +216,7 @@ def test_a_whole_list_is_judged_printed_and_kept(recipe, tmp_path, capsys):
     assert (
         len(list((tmp_path / "cache").iterdir())) == 2
     )  # the class tokens of train and of test, for all three
+    assert {each["weights"] for each in kept} == {"backbone.name=pixels"}
     assert len({each["about"]["weights_hash"] for each in kept}) == 1
     assert kept[0]["about"]["transform"]["size"] == 64
 
