@@ -1,8 +1,10 @@
 """dinokit VERB [WHAT] [key=value ...]: train, judge and use self-supervised visual features."""
 
 import ast
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dinokit import __version__, shelves
 from dinokit.verbs import parse
@@ -77,5 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def command() -> NoReturn:
+    """What a shell or a scheduler starts: main(), and then nothing that could be told to stop.
+
+    A job whose process dies of a signal while it ends would be started again, for nothing.
+    """
+    status = main()
+    for name in {"SIGTERM", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():  # Windows has one
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

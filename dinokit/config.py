@@ -33,7 +33,8 @@ Look = Callable[[str], Mapping[str, Any]]  # from the name of weights to the sec
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | None = None) -> Recipe:
     """Read a recipe, a path or a name in configs/, and apply `key=value` overrides.
 
-    An override that changes the `name` of a section starts that section from the new file's defaults. A
+    An override that changes the `name` of a section starts that section from the new file's defaults, and {}
+    for a section empties it: of what is not given, defaults are left. A
     section `backbone` with `weights` and no `name` is what `look` says of these, but for its own keys. The
     recipe.yaml of a run means that run, wherever its folder was moved.
 
@@ -173,7 +174,7 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
     for key, change in changes.items():
         old = values.get(key)
-        if not isinstance(change, Mapping) or not isinstance(old, dict):
+        if not isinstance(change, Mapping) or not isinstance(old, dict) or not change:
             values[key] = change
             continue
         renamed = (where == "" and key in ("backbone", "data")) or "." in join(where, key)

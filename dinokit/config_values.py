@@ -29,17 +29,17 @@ def typed(
             raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
         done = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = _culprit(cls, values, where)
+        key, near = _culprit(cls, values, where)
         if "is not a TupleConfig" in str(error):  # OmegaConf speaks of its own classes
             raise ValueError(
                 f"{key}: it is a list, in brackets also if it has one item: {key}=[...]."
             ) from None
-        raise ValueError(f"{key}: {first_line(error)}.") from None
+        raise ValueError(f"{key}: {first_line(error)}.{near}") from None
     return {item.name: getattr(done, item.name) for item in fields(cls)}
 
 
-def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> str:
-    """The key whose value does not fit: OmegaConf's error does not always name it."""
+def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """The key whose value does not fit, as OmegaConf's error does not always name it; and what was meant."""
     for item in fields(cls):
         if item.name in values:
             key, value = join(where, item.name), values[item.name]
@@ -47,8 +47,16 @@ def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> str:
                 OmegaConf.merge(OmegaConf.structured(cls), {item.name: value})
             except OmegaConfBaseException:
                 inner = _dataclass_of(item)
-                return _culprit(inner, value, key) if inner and isinstance(value, Mapping) else key
-    return where
+                if inner and isinstance(value, Mapping):
+                    return _culprit(inner, value, key)
+                return key, shelves.suggest(str(value), _words(item.type), alike=0.7)  # short: val is not all
+    return where, ""
+
+
+def _words(kind: object) -> list[str]:
+    """Those that a type lets pass."""
+    parts = getattr(kind, "__args__", ())
+    return [word for part in parts for word in ([part] if isinstance(part, str) else _words(part))]
 
 
 def _unknown_keys(cls: type[Any], values: object, where: str, besides: Sequence[str] = ()) -> None:

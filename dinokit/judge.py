@@ -87,12 +87,12 @@ def architecture(weights: str) -> dict[str, Any]:
     return dict(describe(weights)["backbone"])
 
 
-def load_judged(weights: str | None, untrained: Mapping[str, Any] | None, device: str) -> "Backbone":
+def load_judged(weights: str | None, made: Mapping[str, Any] | None, device: str) -> "Backbone":
     """The backbone to judge.
 
     Args:
         weights: a file or a run; or None, and then:
-        untrained: the section `backbone` of one without training, drawn from seed 0.
+        made: the section `backbone` of one as its own code makes it: what that draws, it draws from seed 0.
         device: as run.device.
 
     Raises:
@@ -106,11 +106,11 @@ def load_judged(weights: str | None, untrained: Mapping[str, Any] | None, device
     where = pick_device(device)
     if weights is not None:
         return load_backbone(weights).to(where)
-    assert untrained is not None
-    if "name" not in untrained:
+    assert made is not None
+    if "name" not in made:
         raise ValueError(f"backbone.name must be given; there is: {', '.join(shelves.names('backbones'))}.")
-    name = untrained["name"]
-    rest = {key: value for key, value in untrained.items() if key != "name"}
+    name = made["name"]
+    rest = {key: value for key, value in made.items() if key != "name"}
     torch.manual_seed(0)
     section = {"name": name, **section_values("backbones", name, rest, "backbone")}
     backbone: Backbone = shelves.build("backbones", section)

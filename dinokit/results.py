@@ -20,6 +20,7 @@ from typing import Any
 NAME = "results.jsonl"
 PACKAGES = ("dinokit", "torch", "torchvision", "numpy", "pillow")
 MACHINE = ("batch", "cache", "out", "save_every", "workers")  # settings that decide no score
+SET = ("channels", "target")  # keys of a source that the evaluator sets, whatever stands there
 KEPT = "eval", "weights", "about", "file"  # keys of a line that are no scores
 LOWER = ("abs_rel", "sq_rel", "rmse", "log10", "log_10", "silog")  # scores of which less is better
 PLAIN = "queries", "blocks", "pool", "lr", "C", "held_out"  # what tells, but is no score
@@ -41,7 +42,11 @@ def record(
         settings: of the evaluator, its sources among them.
         about: whatever else is known.
     """
-    sources = {key: value for key, value in settings.items() if isinstance(value, dict) and "name" in value}
+    sources = {
+        role: {key: value for key, value in section.items() if key not in SET}
+        for role, section in settings.items()
+        if isinstance(section, dict) and "name" in section
+    }
     rest = {key: value for key, value in settings.items() if key not in (*sources, *MACHINE)}
     software = {package: _version(package) for package in PACKAGES}
     return {

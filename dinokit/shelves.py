@@ -18,9 +18,9 @@ from types import ModuleType
 from typing import Any
 
 
-def suggest(name: str, have: list[str]) -> str:
-    """' Did you mean 'x'?' with the nearest of `have`, or nothing if none is near."""
-    near = get_close_matches(name, have, n=1, cutoff=0.5)
+def suggest(name: str, have: list[str], alike: float = 0.5) -> str:
+    """' Did you mean 'x'?' with the nearest of `have`, or nothing if none is so much alike, of 1."""
+    near = get_close_matches(name, have, n=1, cutoff=alike)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

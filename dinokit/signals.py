@@ -17,11 +17,31 @@ class Stopped(KeyboardInterrupt):
 
 
 class Told:
-    """Whether a command was told to stop, by a signal."""
+    """Whether a command was told to stop: the handler of the signals, which notes each.
 
-    def __init__(self) -> None:
+    Args:
+        between_items: whether whatever goes through log.watch() stops there; else the command asks for itself
+            after every step.
+    """
+
+    def __init__(self, between_items: bool) -> None:
+        self.between_items = between_items
         self.asked: list[int] = []  # what this process was sent
         self.agreed = 0  # what one of all was sent, when they last agreed
+
+    def __call__(self, number: int, _: object) -> None:
+        """Note a signal; a second Ctrl-C ends at once.
+
+        Raises:
+            KeyboardInterrupt: at that.
+        """
+        if number == signal.SIGINT and number in self.asked:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and rank() == 0:
+            now = "the batch, step or C that it is at" if self.between_items else "this step"
+            text = f"\nstops after {now}; Ctrl-C again ends at once, and loses what was not saved\n"
+            os.write(2, text.encode())
+        self.asked.append(number)
 
     def here(self) -> bool:
         """Whether this process was."""
@@ -36,9 +56,6 @@ class Told:
         return bool(self.agreed)
 
 
-_between_items: Told | None = None  # for log.watch(), which is called far below whoever listens
-
-
 @contextmanager
 def stop_signals(between_items: bool = False) -> Iterator[Told]:
     """While open, Ctrl-C or a signal of STOPS asks to save and end; a second Ctrl-C ends at once.
@@ -46,36 +63,28 @@ def stop_signals(between_items: bool = False) -> Iterator[Told]:
     Launchers and schedulers repeat themselves: that changes nothing, even when the block has been left.
 
     Args:
-        between_items: whether whatever goes through log.watch() inside of the block stops there. Else only
-            the one who opened the block asks.
+        between_items: as Told.
     """
-    global _between_items
-    told = Told()
-
-    def ask(number: int, _: object) -> None:
-        if number == signal.SIGINT and number in told.asked:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT and rank() == 0:
-            os.write(2, b"\nstops after this step; Ctrl-C again ends at once, and loses what was not saved\n")
-        told.asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, *STOPS)}
-    _between_items = told if between_items else None
+    told = Told(between_items)
+    before = {number: signal.signal(number, told) for number in (signal.SIGINT, *STOPS)}
     try:
         yield told
     finally:
-        _between_items = None
         for number, handler in before.items():
-            # All has been saved, and what is left is to end: with the status that says so.
-            spent = told.agreed in STOPS and number in STOPS
+            # All has been saved or done, and what is left is to end: with the status that says so.
+            spent = number in STOPS and not {told.agreed, *told.asked}.isdisjoint(STOPS)
             signal.signal(number, signal.SIG_IGN if spent else handler)
 
 
 def stop_here(together: bool) -> bool:
     """Whether to stop between two items, if that is listened to.
 
+    log.watch() asks, far below whoever listens: it need not be handed down, for it is this process's handler.
+
     Args:
         together: whether all processes ask this equally often, and stop if one was told.
     """
-    told = _between_items
-    return told is not None and (told.anywhere() if together else told.here())
+    told = signal.getsignal(signal.SIGINT)
+    if not isinstance(told, Told) or not told.between_items:
+        return False
+    return told.anywhere() if together else told.here()

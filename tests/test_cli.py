@@ -10,6 +10,7 @@ import pytest
 
 from dinokit import shelves
 from dinokit.__main__ import main
+from dinokit.signals import STOPS
 from dinokit.weights import save_backbone
 
 QUICK = """
@@ -240,3 +241,18 @@ def test_an_error_in_a_run_is_a_sentence_and_a_traceback_on_request(capsys, tmp_
     assert "Traceback" not in err
     with pytest.raises((ValueError, LookupError, OSError)):
         main([*words, "--traceback"])
+
+
+LATE = """
+import atexit, runpy, signal, sys
+number = sys.argv.pop(1)
+atexit.register(lambda: signal.raise_signal(int(number)))
+runpy.run_module("dinokit", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["no-such-verb"], 2)])
+def test_a_signal_that_comes_while_the_process_ends_leaves_its_status(number, words, status):
+    command = [sys.executable, "-c", LATE, str(int(number)), *words]
+    assert subprocess.run(command, capture_output=True).returncode == status

@@ -84,6 +84,14 @@ def test_null_removes_a_loss_an_evaluator_and_an_optional_section(base):
     assert recipe.evals == {}
 
 
+def test_braces_empty_a_section_and_leave_its_defaults(base):
+    assert load_recipe(base, ["evals={}"]).evals == {}
+    base.write_text(BASE.replace("koleo: {weight: 0.1}", "koleo: {weight: 9}"))
+    assert load_recipe(base, ["losses.koleo={}"]).losses["koleo"]["weight"] == 0.1
+    with pytest.raises(ValueError, match=r"^losses is empty"):
+        load_recipe(base, ["losses={}"])
+
+
 def test_a_loss_can_be_added_on_the_command_line(base):
     assert load_recipe(base, ["losses.koleo.weight=0.5"]).losses["koleo"]["weight"] == 0.5
     base.write_text(BASE.replace("  koleo: {weight: 0.1}\n", ""))
@@ -187,6 +195,21 @@ MISTAKES = {
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_value_that_cannot_be_is_named_with_its_full_key(base, override):
     with pytest.raises(ValueError, match=f"^{re.escape(MISTAKES[override])}"):
+        load_recipe(base, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("optim.lr_rule=sqr", " Did you mean 'sqrt'?"),
+        ("run.precision=bf61", " Did you mean 'bf16'?"),
+        ("losses.dino.targets=Sinkhorn", " Did you mean 'sinkhorn'?"),
+        ("evals.knn.train.split=trian", " Did you mean 'train'?"),
+        ("data.split=val", ""),  # which is not all
+    ],
+)
+def test_a_word_that_is_near_to_one_of_those_that_may_be_given_is_answered_with_it(base, override, near):
+    with pytest.raises(ValueError, match=rf"expected one of \[.*\]\.{re.escape(near)}$"):
         load_recipe(base, [override])
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dinokit import device
 from dinokit.device import _multiplies_faster, peak_memory, pick_precision
 
 CPU = torch.device("cpu")
@@ -44,6 +45,15 @@ def test_a_cpu_is_tried_and_left_as_it_was():
     assert _multiplies_faster(torch.float32, torch.float64)  # half as many numbers in a register, on any CPU
     assert not _multiplies_faster(torch.float64, torch.float32)
     assert torch.get_num_threads() == threads
-    bf16 = _multiplies_faster(torch.bfloat16, torch.float32)
-    assert pick_precision("auto", CPU) == ("bf16" if bf16 else "fp32")
-    assert pick_precision("bf16", CPU) == "bf16"
+
+
+@pytest.mark.parametrize(("faster", "auto"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
+def test_auto_is_what_a_cpu_multiplies_faster_in_and_what_is_given_stays(faster, auto, monkeypatch):
+    """A CPU of either kind is made up, for the tests run on one."""
+    monkeypatch.setattr(device, "_multiplies_faster", lambda one, other: one is faster)
+    assert pick_precision("auto", CPU) == auto
+    assert [pick_precision(name, CPU) for name in ("bf16", "fp16", "fp32")] == ["bf16", "fp16", "fp32"]
+
+
+def test_auto_is_fp32_where_nothing_else_was_tried():
+    assert pick_precision("auto", torch.device("mps")) == "fp32"

@@ -28,6 +28,12 @@ def test_a_line_says_what_was_found_and_how():
     assert about["time"]
 
 
+def test_what_the_evaluator_sets_of_a_source_is_not_told_as_a_setting():
+    source = {"name": "parquet", "path": "a.parquet", "target": "mask", "channels": 3}
+    done = results.record("depth", "w", {"rmse": 1.0}, {"test": source, "layers": 1}, {})
+    assert done["about"]["data"] == {"test": {"name": "parquet", "path": "a.parquet"}}
+
+
 def test_lines_are_added_and_one_that_was_cut_short_costs_only_itself(tmp_path):
     results.append(tmp_path / "run", line(top1=0.1))
     with (tmp_path / "run" / results.NAME).open("a") as file:
@@ -216,6 +222,7 @@ def test_a_whole_list_is_judged_printed_and_kept(recipe, tmp_path, capsys):
     assert (
         len(list((tmp_path / "cache").iterdir())) == 2
     )  # the class tokens of train and of test, for all three
+    assert {each["weights"] for each in kept} == {"backbone.name=pixels"}
     assert len({each["about"]["weights_hash"] for each in kept}) == 1
     assert kept[0]["about"]["transform"]["size"] == 64
 

@@ -59,7 +59,7 @@ def loader(
         pin: whether to put batches into page-locked memory, for a GPU.
 
     Raises:
-        ValueError: if the batch cannot be shared out, or the source is empty.
+        ValueError: if the batch cannot be shared out, the source is empty, or as Places.
         RuntimeError: while iterating, if a worker dies (or ConnectionError, if it dies while it hands a batch
             over), or if no readable image is found for a place.
     """
@@ -91,20 +91,6 @@ def view_loader(
     return data_loader(_Views(source, cut), order, blank, workers, pin=False)
 
 
-def refuse_undecodable(source: Source, crops: Crops) -> None:
-    """Compare how images are to be decoded with what the source gives.
-
-    Raises:
-        ValueError: if crops.decode=reduced and the source has no files to decode.
-    """
-    if crops.decode == "reduced" and not hasattr(source, "stored"):
-        raise ValueError(
-            f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} gives "
-            f"pictures without files. Set crops.decode=whole, or give the source a method "
-            f"stored(index) -> bytes."
-        )
-
-
 class Places(Dataset[Sample]):
     """The samples of a run, by (step, place).
 
@@ -113,7 +99,12 @@ class Places(Dataset[Sample]):
     """
 
     def __init__(self, source: Source, crops: Crops, masks: BlockMasks | None, seed: int, batch: int) -> None:
-        refuse_undecodable(source, crops)
+        if crops.decode == "reduced" and not hasattr(source, "stored"):
+            raise ValueError(
+                f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} gives "
+                f"pictures without files. Set crops.decode=whole, or give the source a method "
+                f"stored(index) -> bytes."
+            )
         self.source, self.crops, self.masks, self.seed, self.batch = source, crops, masks, seed, batch
         self.cut = MultiCrop(crops)
 

@@ -120,7 +120,7 @@ def segmenter(name: str) -> Callable[..., nn.Module]:
         head_weights: str | Path | None = None,
         **changes: Any,
     ) -> nn.Module:
-        from dinokit.heads import released  # noqa: PLC0415 - needs numpy, which a backbone alone does not
+        from dinokit.heads import released  # noqa: PLC0415 - as in depther()
 
         vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
         return released.segmenter(vit, name, _given(pretrained, head_weights), layers, weights)

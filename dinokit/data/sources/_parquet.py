@@ -125,7 +125,7 @@ def _classes(schema: "pa.Schema", label: str) -> list[str] | None:
     feature = _at(kept, b"huggingface", "info", "features", label)
     names = feature.get("names") if isinstance(feature, dict) else None
     names = names or _at(kept, b"dinokit", "classes")
-    return [str(name) for name in names] if isinstance(names, list) else None
+    return [str(name) for name in names] if isinstance(names, list) and names else None
 
 
 _KEYS = (b"huggingface", b"dinokit")
@@ -139,19 +139,23 @@ def _at(values: object, *keys: str | bytes) -> object:
 
 def _label_codes(column: "pa.ChunkedArray", classes: list[str] | None, path: Path) -> Coded:
     types = _arrow("pyarrow.types")
-    if not types.is_integer(column.type):
+    # A tool without whole numbers that may be absent writes 3.0 for label 3; without names, 3.0 is a name.
+    if not types.is_integer(column.type) and not (classes and types.is_floating(column.type)):
         return _word_codes(column)
     try:
         values = column.cast("int64").fill_null(-1).to_numpy()  # -1 is in no unsigned type
     except ValueError as error:
-        raise ValueError(f"{path} has labels that no int64 holds: {error}") from None
+        raise ValueError(f"{path} has labels that no int64 holds: {error}.") from None
     if classes is None:
         numbers, codes = np.unique(values, return_inverse=True)
         return codes, [str(number) for number in numbers]
-    if len(values) and not -1 <= values.min() <= values.max() < len(classes):
+    outside = np.flatnonzero((values < -1) | (values >= len(classes)))
+    if len(outside):
+        first, last = outside[0], len(classes) - 1
         raise ValueError(
-            f"{path} has labels from {values.min()} to {values.max()}, but names {len(classes)} classes; "
-            f"labels count from 0, and -1 is none."
+            f"{path} has {len(outside)} label(s) that are none of the classes it names, 0 ({classes[0]}) to "
+            f"{last} ({classes[last]}), nor -1 for no label. The first is {values[first]}, in row {first}. "
+            f"Correct them, or the names in the schema's metadata."
         )
     return values, classes
 

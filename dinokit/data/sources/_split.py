@@ -78,7 +78,7 @@ def choose(
     if said and any(sides):
         _refuse_unknown(*said, sides, where)
         held_out = np.array([name == "test" for name in sides])[said[0]]
-        why = "it says itself which image is on which side"
+        why = f"it says of all that they are for {' or '.join(map(repr, said[1]))}"
     else:
         limit = share * 2**64
         held_out = np.fromiter((_hash(name) < limit for name in names), np.bool_, count)

@@ -67,8 +67,10 @@ def test_a_word_for_no_known_side_is_refused(folder: Path) -> None:
 
 
 def test_a_side_that_the_table_leaves_empty_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"split='test'.*no image"):
+    with pytest.raises(ValueError, match=r"split='test'.*no image.*of all that they are for 'train'\."):
         opened(folder / "t.csv", "path,split\n0.png,train\n", split="test")
+    with pytest.raises(ValueError, match=r"split='train'.*no image.*for 'val' or 'dev'\."):
+        opened(folder / "t.csv", "path,split\n0.png,val\n1.png,dev\n", split="train")
 
 
 def test_a_list_whose_files_are_all_missing_shows_where_it_looked(folder: Path) -> None:

@@ -178,10 +178,30 @@ def test_columns_that_do_not_fit_are_explained(
         opened(write(tmp_path / "x.parquet", columns), **values)
 
 
-def test_a_label_beyond_the_names_is_refused(tmp_path: Path, paint: Paint) -> None:
-    path = write(tmp_path / "x.parquet", {"image": [paint(0)], "label": [2]}, hugging_face(["a", "b"]))
-    with pytest.raises(ValueError, match="labels from 2 to 2, but names 2 classes"):
+@pytest.mark.parametrize("kind", ["int64", "int16", "float64", "float32"])
+@pytest.mark.parametrize("label", [2, 900, -2, -7])
+def test_a_label_beyond_the_names_is_refused_with_its_row_and_what_it_may_be(
+    tmp_path: Path, paint: Paint, kind: str, label: int
+) -> None:
+    labels = pa.array([1, None, -1, label, 0, label], pa.int64()).cast(kind)
+    path = write(
+        tmp_path / "x.parquet", {"image": [paint(0)] * 6, "label": labels}, hugging_face(["ant", "emu"])
+    )
+    says = rf"x\.parquet has 2 label.* names, 0 \(ant\) to 1 \(emu\), nor -1 .* first is {label}, in row 3\."
+    with pytest.raises(ValueError, match=says):
         opened(path)
+
+
+def test_labels_that_a_tool_wrote_with_a_point_are_numbers_where_names_are(
+    tmp_path: Path, paint: Paint, numbers: Numbers
+) -> None:
+    columns = {"image": [paint(n) for n in range(4)], "label": [1.0, 0.0, None, 1.0]}
+    source = opened(write(tmp_path / "x.parquet", columns, hugging_face(["zebra", "ant"])))
+    assert list(source.classes) == ["zebra", "ant"]
+    assert numbers(source) == [(0, 1), (1, 0), (2, -1), (3, 1)]
+    columns["label"] = [1.0, 0.5, None, 1.0]
+    with pytest.raises(ValueError, match=r"x\.parquet has labels that no int64 holds: .*0\.5"):
+        opened(write(tmp_path / "x.parquet", columns, hugging_face(["zebra", "ant"])))
 
 
 def test_files_that_name_other_classes_are_not_mixed(tmp_path: Path, paint: Paint) -> None:
