@@ -27,8 +27,8 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def answer(argv: Sequence[str]) -> None:
-    """Do what a command line says."""
+def answer(argv: Sequence[str], alone: bool = False) -> None:
+    """Do what a command line says. `alone`: this process was started for it."""
     if not argv or argv[0].startswith("-"):
         command = parse("", argv, [*FLAGS, "-h"])
         print(f"dinokit {__version__}" if "--version" in command.flags else overview())
@@ -42,6 +42,7 @@ def answer(argv: Sequence[str]) -> None:
     module = shelves.find("verbs", verb)
     own: dict[str, str] = getattr(module, "FLAGS", {})
     command = parse(verb, argv[1:], [*FLAGS, "-h", *own])
+    command.alone = alone
     if command.flags.keys() & {"--help", "-h"}:
         more = [module.describe(command.words)] if hasattr(module, "describe") else []
         print(
@@ -65,9 +66,9 @@ def answer(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit status: 0, or 2 if something was asked that cannot be done."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    alone, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     try:
-        answer(argv)
+        answer(argv, alone)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         if "--traceback" in argv:
             raise

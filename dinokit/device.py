@@ -1,6 +1,5 @@
 """What a run computes on and in."""
 
-import ctypes
 import sys
 import time
 from functools import cache
@@ -62,21 +61,6 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
     begun = time.thread_time()
     torch.mm(x, x)
     return time.thread_time() - begun
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Let this process keep what a step frees for the next one, if it computes on a CPU.
-
-    glibc gives large blocks back to the kernel at once, which hands them out again page by page, each filled
-    with zeros first: a fifth of the time of a step. Where the C library is another one, nothing is changed.
-    """
-    if device.type != "cpu" or not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
-        trim_threshold, mmap_max = -1, -4  # from malloc.h
-        library.mallopt(mmap_max, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """The processes that train together: who they are, and what is summed over them. Alone, every sum is itself.
 
-The only file that reads environment variables: torchrun's, SLURM's, or none.
+The only file that reads environment variables, torchrun's, SLURM's, or none; but for the C library's
+(heap.py).
 """
 
 import os

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinokit import shelves
+from dinokit import heap, shelves
 from dinokit.config import Recipe
 from dinokit.data.batch import collate
 from dinokit.data.decode import decode
@@ -19,7 +19,6 @@ from dinokit.data.loader import CROPS, Places, loader
 from dinokit.data.order import generator
 from dinokit.data.photometric import Photometric
 from dinokit.data.sources import Picture, Source
-from dinokit.device import keep_freed_memory
 
 IMAGES = 32  # a round
 
@@ -33,8 +32,7 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
         real: whether to read the recipe's data; else JPEG files of 500 x 375 pixels in memory.
     """
     torch.set_num_threads(1)
-    if recipe.run.keep_memory:  # as the training process, which colours
-        keep_freed_memory(torch.device("cpu"))
+    heap.keep_freed(recipe.run.keep_memory)  # as in the process that trains, and colours
     source: Source = shelves.build("data.sources", recipe.data) if real else Jpegs()
     places = Places(source, recipe.crops, None, recipe.run.seed, IMAGES)
     colour = Photometric(recipe.crops, compiled=recipe.run.compile in ("colour", "all"))

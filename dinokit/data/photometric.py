@@ -6,8 +6,7 @@ that drew it: the rows stay on the CPU, as asking the device which they are woul
 operation runs on every crop, and its result is kept where it was drawn: shapes never change, and nearly all
 of the work is done between one reading of the pixels and one writing.
 
-The operations are those of torchvision.transforms.v2, on floats in [0, 1], in DINO's order (arXiv
-2104.14294).
+The order of operations is DINO's (arXiv 2104.14294).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,11 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dinokit.config import CropGroup, Crops
+from dinokit.data import colours
 
 # Columns of a row of parameters.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # factor, factor, factor, share of a turn
@@ -30,7 +29,6 @@ GRAY, SIGMA, SOLARIZE = 8, 9, 10  # 0 or 1; pixels, 0 is no blur; 0 or 1
 COLUMNS = 11
 NONE = -1
 ORDERS = tuple(permutations(range(4)))
-LUMA = 0.2989, 0.587, 0.114  # how bright red, green and blue look (ITU-R BT.601)
 TILE = 2**18  # numbers coloured at a time on a CPU: 1 MB and its temporaries stay in a core's cache
 
 
@@ -135,18 +133,23 @@ class Photometric:
         """In turn: an operation, which of the crops drew it (b,) bool, and its numbers (b,)."""
         cfg = self.cfg
         strengths = cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue
-        jitter: tuple[Operation, ...] = _brightness, _contrast, _saturation, _hue
+        jitter: tuple[Operation, ...] = (
+            colours.brightness,
+            colours.contrast,
+            colours.saturation,
+            colours.hue,
+        )
         possible = [column for column, strength in enumerate(strengths) if strength > 0 and cfg.jitter > 0]
         for place in range(len(possible)):
             for column in possible:
                 yield jitter[column], params[:, ORDER + place] == column, params[:, column]
         groups = cfg.globals, cfg.locals
         if cfg.gray > 0:
-            yield _gray, params[:, GRAY] > 0, params[:, GRAY]
+            yield colours.gray, params[:, GRAY] > 0, params[:, GRAY]
         if any(max(group.blur) > 0 for group in groups):
-            yield partial(_blur, kernel=cfg.blur_kernel), params[:, SIGMA] > 0, params[:, SIGMA]
+            yield partial(colours.blur, kernel=cfg.blur_kernel), params[:, SIGMA] > 0, params[:, SIGMA]
         if any(max(group.solarize) > 0 for group in groups):
-            solarize = partial(_solarize, threshold=cfg.solarize_threshold)
+            solarize = partial(colours.solarize, threshold=cfg.solarize_threshold)
             yield solarize, params[:, SOLARIZE] > 0, params[:, SOLARIZE]
 
     def _normalise(self, x: Tensor) -> Tensor:
@@ -154,7 +157,6 @@ class Photometric:
         return x.sub_(_send(mean, x)).mul_(_send(1 / std, x))
 
 
-# Each operation changes its crops x (m, C, S, S) in place, by a number a crop (m, 1, 1, 1).
 Operation = Callable[[Tensor, Tensor], object]
 
 
@@ -190,73 +192,3 @@ def _take(x: Tensor, place: slice | Tensor) -> Tensor:
 def _send(numbers: Tensor, x: Tensor) -> Tensor:
     """`numbers` (C,) from the CPU to where x is, without waiting; (1, C, 1, 1), to fit its channels."""
     return numbers.to(x.device, non_blocking=True).view(1, -1, 1, 1)
-
-
-def _brightness(x: Tensor, factor: Tensor) -> None:
-    x.mul_(factor).clamp_(0, 1)
-
-
-def _contrast(x: Tensor, factor: Tensor) -> None:
-    mean = x.mean(dim=(2, 3), keepdim=True)  # the mean of the grey image is the grey of the mean colour
-    x.mul_(factor).add_(_luma(mean) * (1 - factor)).clamp_(0, 1)
-
-
-def _saturation(x: Tensor, factor: Tensor) -> None:
-    gray = _luma(x)
-    x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
-
-
-def _gray(x: Tensor, _: Tensor) -> None:
-    x.copy_(_luma(x))
-
-
-def _luma(x: Tensor) -> Tensor:
-    """How bright each pixel is: (m, C, h, w) -> (m, 1, h, w). Without three channels, their mean."""
-    if x.shape[1] != 3:
-        return x.mean(dim=1, keepdim=True)
-    gray = x[:, :1] * LUMA[0]
-    return gray.add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2])
-
-
-def _hue(x: Tensor, share: Tensor) -> None:
-    """Turn the colour of each pixel by a share of the circle; its largest and smallest channel stay.
-
-    On a circle of six, red, green and blue stand at 0, 2 and 4. With `high` and `low` the pixel's largest and
-    smallest channel, and `chroma` their difference, its hue is |2 + (g + b - r - high) / chroma| from red,
-    towards green if g > b; and a channel at distance d from the hue is high - chroma * clamp(d - 1, 0, 1).
-    Both follow from the definition of HSV by cases, and need none.
-    """
-    red, green, blue = x.unbind(1)  # (m, h, w)
-    high = torch.maximum(red, green)
-    torch.maximum(high, blue, out=high)
-    low = torch.minimum(red, green)
-    torch.minimum(low, blue, out=low)
-    hue = (green + blue).sub_(red).sub_(high)
-    chroma = high.sub_(low).clamp_min_(1e-8)
-    hue.div_(chroma).add_(2).copysign_(green - blue)  # -3 to 3
-    low.sub_(chroma)
-    places = torch.arange(0, 6, 2, device=x.device).view(1, 3, 1, 1)
-    turn = torch.remainder(6 * share - places + 3, 6) - 3  # (m, 3, 1, 1), -3 to 3
-    torch.add(hue[:, None], turn, out=x)
-    x.abs_().sub_(3).abs_()  # 3 - d, as hue + turn is in [-6, 6]
-    x.clamp_(1, 2).mul_(chroma[:, None]).add_(low[:, None])
-
-
-def _blur(x: Tensor, sigma: Tensor, kernel: int) -> None:
-    """A Gaussian cut off at `kernel` pixels, along rows and then columns, the crop mirrored at its edges."""
-    taps = [torch.exp(-0.5 * (i / sigma) ** 2) for i in range(kernel // 2 + 1)]
-    total = taps[0] + 2 * sum(taps[1:])
-    half, pair = len(taps) - 1, torch.empty_like(x)
-    for dim, edges in ((3, (half, half, 0, 0)), (2, (0, 0, half, half))):
-        wide, size = F.pad(x, edges, mode="reflect"), x.shape[dim]
-        torch.mul(wide.narrow(dim, half, size), taps[0] / total, out=x)
-        for i in range(1, half + 1):
-            torch.add(wide.narrow(dim, half - i, size), wide.narrow(dim, half + i, size), out=pair)
-            x.addcmul_(pair, taps[i] / total)
-
-
-def _solarize(x: Tensor, _: Tensor, threshold: float) -> None:
-    bright = torch.ge(
-        x, threshold, out=torch.empty_like(x)
-    )  # as 0 and 1: a where() is ten times slower on a CPU
-    x.addcmul_(bright, torch.sub(1, x, alpha=2))

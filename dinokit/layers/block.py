@@ -49,7 +49,11 @@ class SwiGLU(nn.Module):
 
 
 def residual(
-    rows: Tensor, segments: Segments, rate: float, branch: Callable[[Tensor, Segments], Tensor]
+    rows: Tensor,
+    segments: Segments,
+    rate: float,
+    branch: Callable[[Tensor, Segments], Tensor],
+    overwrite: bool = False,
 ) -> Tensor:
     """Rows + branch(rows), the branch computed on a random subset of the images of each group only.
 
@@ -61,12 +65,14 @@ def residual(
         segments: which rows are one image.
         rate: share of images to leave out; 0 is the plain residual.
         branch: (rows (T', D), their segments) -> (T', D).
+        overwrite: whether the branch's result may become the sum.
 
     Returns:
         (T, D).
     """
     if rate == 0:
-        return rows + branch(rows, segments)
+        out = branch(rows, segments)
+        return out.add_(rows) if overwrite and out.dtype == rows.dtype else rows + out
     index, scale, kept, start = [], [], [], 0
     for images, tokens in segments.groups:
         chosen = _draw(images, rate, rows.device)
@@ -104,6 +110,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
+        self.overwrite = True  # in training, where nobody else looks at what a branch gives
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width, layer_scale) if layer_scale else None
@@ -116,8 +123,9 @@ class Block(nn.Module):
         rate = self.drop_path if self.training else 0.0
         if read is not None:
             return self._read(rows, segments, rate, read)
-        rows = residual(rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1))
-        return residual(rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2))
+        ours = self.training and self.overwrite
+        rows = residual(rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1), ours)
+        return residual(rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2), ours)
 
     def _read(self, rows: Tensor, segments: Segments, rate: float, read: Tensor) -> Tensor:
         # All rows are keys and values. What follows needs few of them, so that stochastic depth multiplies by

@@ -44,7 +44,7 @@ def after_norm(x: Tensor, norm: nn.LayerNorm | None, linear: nn.Linear) -> Tenso
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     gain, shift = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    done: Tensor = _NormLinear.apply(x, gain, shift, norm.eps, linear.weight.to(dtype), linear.bias.to(dtype))
+    done: Tensor = _NormLinear.apply(x, gain, shift, norm.eps, linear.weight, linear.bias, dtype)
     return done
 
 
@@ -97,18 +97,21 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain, shift, eps)
         ctx.save_for_backward(x, gain, shift, weight, mean, rstd)
-        ctx.eps = eps
-        return F.linear(out.to(weight.dtype), weight, bias)
+        ctx.eps, ctx.dtype = eps, dtype
+        return F.linear(out.to(dtype), weight.to(dtype), bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, shift, weight, mean, rstd = ctx.saved_tensors
-        out = torch.native_layer_norm(x, x.shape[-1:], gain, shift, ctx.eps)[0].to(weight.dtype)
+        out = torch.native_layer_norm(x, x.shape[-1:], gain, shift, ctx.eps)[0].to(ctx.dtype)
         grad_x, grad_gain, grad_shift = torch.ops.aten.native_layer_norm_backward(
-            (grad @ weight).to(x.dtype), x, x.shape[-1:], mean, rstd, gain, shift, [True, True, True]
-        )
-        return grad_x, grad_gain, grad_shift, None, grad.T @ out, grad.sum(dim=0)
+            (grad @ weight.to(ctx.dtype)).to(x.dtype),
+            x, x.shape[-1:], mean, rstd, gain, shift, [True, True, True],
+        )  # fmt: skip
+        grad_weight, grad_bias = (grad.T @ out).to(weight.dtype), grad.sum(dim=0).to(weight.dtype)
+        return grad_x, grad_gain, grad_shift, None, grad_weight, grad_bias, None

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dinokit.config import Run
 from dinokit.device import DTYPES
 from dinokit.layers.attention import use_kernel
+from dinokit.layers.block import Block
 from dinokit.train.start import Model
 
 # What `selective` keeps of a block: results that cost a matrix product with weights, or a fused attention.
@@ -47,6 +48,8 @@ def _checkpoint(block: nn.Module, run: Run) -> None:
     how: dict[str, Any] = {"use_reentrant": False}
     if run.checkpointing == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        if isinstance(block, Block):
+            block.overwrite = False  # what a product gives is kept, and must stay as it is
     # On the instance: a wrapping module would change the names of the parameters.
     block.forward = partial(checkpoint, block.forward, **how)
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from dinokit import heap
 from dinokit.backbones import Backbone
 from dinokit.config import Recipe
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
-from dinokit.device import keep_freed_memory, pick_device
+from dinokit.device import pick_device
 from dinokit.distributed import rank, world_size
 from dinokit.log import RunLog, before_and_after
 from dinokit.signals import Stopped, stop_signals
@@ -41,8 +42,7 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
         Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step.
     """
     device = pick_device(recipe.run.device)
-    if recipe.run.keep_memory:
-        keep_freed_memory(device)
+    heap.keep_freed(recipe.run.keep_memory and device.type == "cpu")
     with joined(device, recipe.run.timeout_minutes) as watchdog, alone_in(Path(recipe.run.out)):
         return _train(recipe, source, evaluators, device, watchdog)
 

@@ -9,7 +9,7 @@ from dinokit import judge
 from dinokit.config import load_recipe
 from dinokit.verbs import Command
 from dinokit.verbs.eval import judged as judged_by
-from dinokit.verbs.train import pretrain
+from dinokit.verbs.train import pretrain, settle
 
 if TYPE_CHECKING:
     from dinokit.backbones import Backbone
@@ -35,6 +35,7 @@ def run(command: Command) -> None:
     recipe = load_recipe("scenes_cpu", ["run.out=runs/demo", *command.settings])
     if "knn" not in recipe.evals:
         raise ValueError("dinokit demo needs evals.knn.")
+    settle(command, recipe)
     out = pretrain(recipe)
     import torch
     from rich.console import Console

@@ -23,12 +23,23 @@ SHARES = RESUMES = True
 
 def run(command: Command) -> None:
     word = command.one_word("recipe", shelves.recipe_names())
-    pretrain(load_recipe(word, command.settings, judge.architecture))
+    recipe = load_recipe(word, command.settings, judge.architecture)
+    settle(command, recipe)
+    pretrain(recipe)
 
 
 def describe(words: Sequence[str]) -> str:
     names = ", ".join(shelves.recipe_names())
     return f"recipes: {names}\ndinokit show RECIPE prints every key with its value"
+
+
+def settle(command: Command, recipe: Recipe) -> None:
+    """Before anything is done: `run.keep_memory`, as far as a process must begin with it."""
+    from dinokit import heap
+    from dinokit.device import pick_device
+
+    if command.alone and recipe.run.keep_memory and pick_device(recipe.run.device).type == "cpu":
+        heap.begin_again()
 
 
 def pretrain(recipe: Recipe) -> str:

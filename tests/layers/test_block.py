@@ -69,3 +69,19 @@ def test_swiglu_is_as_wide_as_in_the_released_files(width, hidden):
         mlp = SwiGLU(width)
     assert mlp.w12.weight.shape == (2 * hidden, width)
     assert mlp.w3.weight.shape == (width, hidden)
+
+
+def test_a_sum_in_place_is_the_sum_and_only_in_training():
+    """Who looks at what a branch gives, a hook say, sees it as it was given."""
+    block = Block(width=8, heads=2, ffn="mlp", layer_scale=1.0, drop_path=0.0)
+    x, segments, seen, told = torch.randn(12, 8), Segments(((4, 3),)), [], []
+    block.attn.register_forward_hook(lambda _, __, out: seen.append((out, out.detach().clone())))
+    for training, overwrite in ((True, True), (True, False), (False, True)):
+        block.train(training).overwrite = overwrite
+        block.zero_grad()
+        out = block(x, segments)
+        out.sum().backward()
+        told.append((out, *[parameter.grad.clone() for parameter in block.parameters()]))
+    assert [torch.equal(*pair) for pair in seen] == [False, True, True]
+    for one, other in (told[:2], told[1:]):
+        torch.testing.assert_close(one, other)
