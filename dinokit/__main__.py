@@ -28,7 +28,7 @@ def overview() -> str:
 
 
 def answer(argv: Sequence[str], alone: bool = False) -> None:
-    """Do what a command line says. `alone`: this process was started for it."""
+    """Do what a command line says; `alone` as main()."""
     if not argv or argv[0].startswith("-"):
         command = parse("", argv, [*FLAGS, "-h"])
         print(f"dinokit {__version__}" if "--version" in command.flags else overview())
@@ -64,9 +64,14 @@ def answer(argv: Sequence[str], alone: bool = False) -> None:
         raise
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line. Returns the exit status: 0, or 2 if something was asked that cannot be done."""
-    alone, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str] | None = None, alone: bool = False) -> int:
+    """Run a command line. Returns the exit status: 0, or 2 if something was asked that cannot be done.
+
+    Args:
+        argv: the words; None: those of this process.
+        alone: whether this process was started for it, and may start anew.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         answer(argv, alone)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
@@ -85,7 +90,7 @@ def command() -> NoReturn:
 
     A job whose process dies of a signal while it ends would be started again, for nothing.
     """
-    status = main()
+    status = main(alone=True)
     for name in {"SIGTERM", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():  # Windows has one
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     sys.exit(status)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-VARIABLE, NO_SMALL_CACHES = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
+VARIABLE, KEY = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
 
 
 def keep_freed(on: bool = True) -> None:
@@ -35,30 +35,31 @@ def begin_again() -> None:
     one is too short for the next tensor of the same size: a sixth of a step's memory is such gaps. Only the
     environment can say so, before a program starts. A value that it has already stays.
     """
-    if _glibc() is not None and "glibc.malloc.tcache_count" not in os.environ.get(VARIABLE, ""):
-        os.environ.update(_without_small_caches())
+    change = _without_small_caches()
+    if change:
+        os.environ.update(change)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @contextmanager
-def for_children(keep: bool) -> Iterator[None]:
-    """Processes that are started inside of it begin as begin_again() would have them, or as nobody would."""
-    before = os.environ.get(VARIABLE)
-    if keep:
+def for_children(on: bool) -> Iterator[None]:
+    """Processes that are started inside of it begin as begin_again() would have them, if `on`."""
+    before = dict(os.environ)
+    if on:
         os.environ.update(_without_small_caches())
-    else:
-        os.environ.pop(VARIABLE, None)
     try:
         yield
     finally:
         os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
+        os.environ.update(before)
 
 
 def _without_small_caches() -> dict[str, str]:
+    """What the environment lacks: nothing if it says something of these caches, or nobody would read it."""
     there = os.environ.get(VARIABLE, "")
-    return {VARIABLE: f"{there}:{NO_SMALL_CACHES}" if there else NO_SMALL_CACHES}
+    if _glibc() is None or KEY in there:
+        return {}
+    return {VARIABLE: f"{there}:{KEY}=0" if there else f"{KEY}=0"}
 
 
 def _glibc() -> ctypes.CDLL | None:

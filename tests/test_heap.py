@@ -77,9 +77,9 @@ def test_children_begin_as_they_are_told_and_the_parent_stays(monkeypatch):
         return subprocess.run([sys.executable, *code], check=True, capture_output=True, text=True).stdout
 
     with heap.for_children(True):
-        assert child().strip() == f"glibc.malloc.arena_max=2:{heap.NO_SMALL_CACHES}"
+        assert child().strip() == f"glibc.malloc.arena_max=2:{heap.KEY}=0"
     with heap.for_children(False):
-        assert child().strip() == "None"
+        assert child().strip() == "glibc.malloc.arena_max=2"
     assert os.environ[heap.VARIABLE] == "glibc.malloc.arena_max=2"
 
 
@@ -97,7 +97,7 @@ def test_a_training_from_the_command_line_begins_so_unless_it_is_told_not_to(kee
             assert time.monotonic() < end
             time.sleep(0.1)
         began_with = Path(f"/proc/{run.pid}/environ").read_bytes()
-        assert (heap.NO_SMALL_CACHES.encode() in began_with) == keep
+        assert (f"{heap.KEY}=0".encode() in began_with) == keep
     finally:
         run.kill()
         run.wait()
