@@ -33,8 +33,8 @@ Look = Callable[[str], Mapping[str, Any]]  # from the name of weights to the sec
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | None = None) -> Recipe:
     """Read a recipe, a path or a name in configs/, and apply `key=value` overrides.
 
-    An override that changes the `name` of a section starts that section from the new file's defaults, and {}
-    for a section empties it: of what is not given, defaults are left. A
+    An override that changes the `name` of a section starts that section from the new file's defaults, null
+    takes a section out, and {} puts it back to its defaults. A
     section `backbone` with `weights` and no `name` is what `look` says of these, but for its own keys. The
     recipe.yaml of a run means that run, wherever its folder was moved.
 

@@ -193,7 +193,7 @@ def _settings(line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     about = line["about"]
     done = dict(about.get("settings", {}))
     for role, section in about.get("data", {}).items():
-        done |= {f"{role}.{key}": value for key, value in section.items()}
+        done |= {f"{role}.{key}": value for key, value in section.items() if key not in SET}
     return tuple((key, str(value)) for key, value in sorted(done.items()))
 
 

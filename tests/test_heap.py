@@ -56,12 +56,20 @@ def ran(*arguments: str, tunables: str | None = None) -> str:
 def test_a_program_begins_again_once_as_the_same_process_with_its_arguments(there, then):
     code = (
         "import os, sys; print(os.getpid()); from dinokit import heap; heap.begin_again();"
-        "print(os.environ[heap.VARIABLE], sys.argv[1:], flush=True)"
+        "print(os.environ[heap.VARIABLE], sys.argv[1:])"
     )
-    said = ran("-u", "-c", code, "a b", "--c", tunables=there).splitlines()
+    said = ran("-c", code, "a b", "--c", tunables=there).splitlines()
     assert len(set(said[:-1])) == 1
     assert len(said) == (2 if there == then else 3)
     assert said[-1] == f"{then} ['a b', '--c']"
+
+
+@pytest.mark.parametrize(
+    "lost", ["os.environ.pop(heap.VARIABLE, None)", "sys.executable = '/no/python'", "sys.executable = ''"]
+)
+def test_a_program_that_cannot_begin_again_goes_on(lost):
+    code = f"import os, sys; from dinokit import heap; {lost}; heap.begin_again(); print('on')"
+    assert ran("-c", code) == "on"
 
 
 def test_holes_fit_the_next_tensor_of_their_size():

@@ -69,6 +69,12 @@ def test_of_an_error_the_least_is_the_best():
     assert [row[0] for row in table.rows] == ["b", "a"]
 
 
+def test_a_line_of_before_that_told_more_of_its_sources_is_of_the_same_row():
+    old = line(top1=0.4)
+    old["about"]["data"]["test"] |= {"target": "mask", "channels": 3}
+    assert len(results.tables([old, line(top1=0.5)])[0].rows) == 1
+
+
 def test_other_data_make_another_table_and_other_settings_another_row():
     lines = [line(top1=0.1), line(top1=0.2, path="maps"), line(top1=0.3, settings={"k": [5]})]
     tables = {table.title: table for table in results.tables(lines)}

@@ -32,7 +32,7 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
         real: whether to read the recipe's data; else JPEG files of 500 x 375 pixels in memory.
     """
     torch.set_num_threads(1)
-    heap.keep_freed(recipe.run.keep_memory)  # as in the process that trains, and colours
+    heap.keep_freed(recipe.run.keep_memory)  # as in a process that trains on a CPU, and colours
     source: Source = shelves.build("data.sources", recipe.data) if real else Jpegs()
     places = Places(source, recipe.crops, None, recipe.run.seed, IMAGES)
     colour = Photometric(recipe.crops, compiled=recipe.run.compile in ("colour", "all"))

@@ -3,8 +3,8 @@
 The numbers are drawn in the worker, a short row a crop (`draw`), so that they depend on the crop's place in
 the run alone; the pixels are changed where they are needed (`Photometric`). An operation touches the crops
 that drew it: the rows stay on the CPU, as asking the device which they are would make it wait. Compiled, each
-operation runs on every crop, and its result is kept where it was drawn: shapes never change, and nearly all
-of the work is done between one reading of the pixels and one writing.
+operation runs on every crop, and its result is kept where it was drawn: shapes never change, and operations
+that meet are joined into one pass.
 
 The order of operations is DINO's (arXiv 2104.14294).
 """
@@ -64,7 +64,7 @@ class Photometric:
     """Colours crops as their rows of parameters say, and normalises them.
 
     Args:
-        cfg: the settings of the rows, which say what may have been drawn.
+        cfg: the settings of the rows: what these rule out is not looked for in a row.
         compiled: whether to compile it, for each shape that comes (tens of seconds, at the first batch).
 
     Raises:
@@ -103,34 +103,41 @@ class Photometric:
     def _where_drawn(self, crops: Tensor, params: Tensor) -> Tensor:
         """Each operation on the crops that drew it, in place."""
         coloured = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
-        rows = _side_by_side(params)
-        params = params[rows]
-        steps = [(operation, drawn.tolist(), numbers) for operation, drawn, numbers in self._steps(params)]
         on_cpu = crops.device.type == "cpu"
         size = max(1, TILE // crops.shape[1:].numel() if on_cpu else len(crops))
+        rows = _side_by_side(params) if on_cpu else list(range(len(crops)))
+        steps = [(op, drawn.tolist(), n) for op, drawn, n in self._steps(params[rows], crops.shape[-1])]
         for begin in range(0, len(crops), size):
             tile = slice(begin, begin + size)
             place = _place(rows[tile], crops)
             source = _take(crops, place)
-            x = torch.empty_like(source, dtype=torch.float32).copy_(source)
+            here = isinstance(place, slice)
+            x = coloured[place] if here else torch.empty_like(source, dtype=torch.float32)
+            x.copy_(source)
             if crops.dtype == torch.uint8:
                 x.mul_(1 / 255)
             for operation, drawn, numbers in steps:
                 _change(operation, x, drawn[tile], numbers[tile])
-            coloured[place] = self._normalise(x)
+            self._normalise(x)
+            if not here:
+                coloured[place] = x
         return coloured
 
     def _everywhere(self, crops: Tensor, params: Tensor) -> Tensor:
         """Each operation on every crop, its result kept for the crops that drew it. To be compiled."""
         x = crops * (1 / 255) if crops.dtype == torch.uint8 else crops.float()
-        for operation, drawn, numbers in self._steps(params.to(crops.device, non_blocking=True)):
+        params = params.to(crops.device, non_blocking=True)
+        for operation, drawn, numbers in self._steps(params, crops.shape[-1]):
             changed = x.clone()
             operation(changed, numbers.view(-1, 1, 1, 1))
             x = torch.where(drawn.view(-1, 1, 1, 1), changed, x)
         return self._normalise(x.clone())
 
-    def _steps(self, params: Tensor) -> "Iterator[tuple[Operation, Tensor, Tensor]]":
-        """In turn: an operation, which of the crops drew it (b,) bool, and its numbers (b,)."""
+    def _steps(self, params: Tensor, size: int) -> "Iterator[tuple[Operation, Tensor, Tensor]]":
+        """In turn: an operation, which of the crops drew it (b,) bool, and its numbers (b,).
+
+        size: the crops' side in pixels; so small ones as cannot be mirrored are of a group without blur.
+        """
         cfg = self.cfg
         strengths = cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue
         jitter: tuple[Operation, ...] = (
@@ -146,7 +153,7 @@ class Photometric:
         groups = cfg.globals, cfg.locals
         if cfg.gray > 0:
             yield colours.gray, params[:, GRAY] > 0, params[:, GRAY]
-        if any(max(group.blur) > 0 for group in groups):
+        if size > cfg.blur_kernel // 2 and any(max(group.blur) > 0 for group in groups):
             yield partial(colours.blur, kernel=cfg.blur_kernel), params[:, SIGMA] > 0, params[:, SIGMA]
         if any(max(group.solarize) > 0 for group in groups):
             solarize = partial(colours.solarize, threshold=cfg.solarize_threshold)

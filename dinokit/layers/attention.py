@@ -184,6 +184,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
+    @property
+    def last(self) -> nn.Module:
+        """The layer that gives the result, before its scale."""
+        return self.proj
+
     def forward(
         self,
         rows: Tensor,

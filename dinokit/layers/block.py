@@ -24,6 +24,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
+    @property
+    def last(self) -> nn.Module:
+        """The layer that gives the result, before its scale."""
+        return self.fc2
+
     def forward(
         self, rows: Tensor, scale: LayerScale | None = None, norm: nn.LayerNorm | None = None
     ) -> Tensor:
@@ -39,6 +44,11 @@ class SwiGLU(nn.Module):
         hidden = (int(4 * width * 2 / 3) + 7) // 8 * 8  # two thirds of the MLP's, on a multiple of 8
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
+
+    @property
+    def last(self) -> nn.Module:
+        """As in Mlp."""
+        return self.w3
 
     def forward(
         self, rows: Tensor, scale: LayerScale | None = None, norm: nn.LayerNorm | None = None
@@ -110,7 +120,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.overwrite = True  # in training, where nobody else looks at what a branch gives
+        self.overwrite = True  # what a branch gives may become the sum, in training
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width, layer_scale) if layer_scale else None
@@ -123,9 +133,17 @@ class Block(nn.Module):
         rate = self.drop_path if self.training else 0.0
         if read is not None:
             return self._read(rows, segments, rate, read)
-        ours = self.training and self.overwrite
-        rows = residual(rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1), ours)
-        return residual(rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2), ours)
+        rows = residual(
+            rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1), self._ours(self.attn)
+        )
+        return residual(
+            rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2), self._ours(self.mlp)
+        )
+
+    def _ours(self, branch: nn.Module) -> bool:
+        """Whether nobody else reads what a branch gives: no hook, nor a strange layer's backward pass."""
+        known = type(getattr(branch, "last", None)) is nn.Linear and not branch._forward_hooks
+        return self.training and self.overwrite and known
 
     def _read(self, rows: Tensor, segments: Segments, rate: float, read: Tensor) -> Tensor:
         # All rows are keys and values. What follows needs few of them, so that stochastic depth multiplies by

@@ -113,5 +113,4 @@ class _NormLinear(torch.autograd.Function):
             (grad @ weight.to(ctx.dtype)).to(x.dtype),
             x, x.shape[-1:], mean, rstd, gain, shift, [True, True, True],
         )  # fmt: skip
-        grad_weight, grad_bias = (grad.T @ out).to(weight.dtype), grad.sum(dim=0).to(weight.dtype)
-        return grad_x, grad_gain, grad_shift, None, grad_weight, grad_bias, None
+        return grad_x, grad_gain, grad_shift, None, grad.T @ out, grad.sum(dim=0), None

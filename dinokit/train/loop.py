@@ -39,7 +39,8 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
         ValueError: before the first step, if recipe, folder and source do not fit together.
         TrainingError: if a loss is not finite, or too many images cannot be read.
         OSError: if a checkpoint cannot be written.
-        Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step.
+        Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step. Told
+            by a signal of STOPS, the process no longer hears these, for a launcher repeats them.
     """
     device = pick_device(recipe.run.device)
     heap.keep_freed(recipe.run.keep_memory and device.type == "cpu")

@@ -77,7 +77,7 @@ class Step:
             with synced(self.replica, last=i == parts - 1):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     losses = self.replica(seen, temp, new_step=i == 0)
-                del seen  # autograd keeps what it reads of it, in half precision a copy
+                del seen  # the backward pass reads copies in half precision: the crops need not outlive it
                 total = sum(self._weight(name) * value for name, value in losses.items())
                 self.scaler.scale(total / parts).backward()
             for name, value in losses.items():

@@ -34,7 +34,7 @@ def describe(words: Sequence[str]) -> str:
 
 
 def settle(command: Command, recipe: Recipe) -> None:
-    """Before anything is done: `run.keep_memory`, as far as a process must begin with it."""
+    """Start this process anew, if `run.keep_memory` asks for it; nothing that lasts may stand before."""
     from dinokit import heap
     from dinokit.device import pick_device
 

@@ -12,7 +12,7 @@ TINY = [
     "backbone.size=32", "backbone.width=24", "backbone.depth=1", "backbone.heads=2", "backbone.patch=8",
     "heads.cls.prototypes=32", "heads.cls.hidden=32", "heads.cls.bottleneck=16", "crops.globals.size=32",
     "crops.locals.size=16", "crops.locals.count=1", "optim.steps=1", "optim.batch=4", "optim.warmup=0",
-    "evals={}", "run.workers=0", "run.out=again",
+    "evals=null", "run.workers=0", "run.out=again",
 ]  # fmt: skip
 
 

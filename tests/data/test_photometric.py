@@ -124,6 +124,11 @@ def test_float_crops_are_taken_as_they_are_and_left_as_they_were() -> None:
         ),
         pytest.param(
             "force_eager",
+            {"blur_kernel": 65, "globals": CropGroup(size=48, blur=(1.0,))},
+            id="too small to blur",
+        ),
+        pytest.param(
+            "force_eager",
             {"hue": 0.0, "saturation": 0.0, "gray": 0.0, "mean": (0.4,), "std": (0.2,)},
             id="one channel",
         ),

@@ -71,17 +71,33 @@ def test_swiglu_is_as_wide_as_in_the_released_files(width, hidden):
     assert mlp.w3.weight.shape == (width, hidden)
 
 
-def test_a_sum_in_place_is_the_sum_and_only_in_training():
-    """Who looks at what a branch gives, a hook say, sees it as it was given."""
-    block = Block(width=8, heads=2, ffn="mlp", layer_scale=1.0, drop_path=0.0)
-    x, segments, seen, told = torch.randn(12, 8), Segments(((4, 3),)), [], []
-    block.attn.register_forward_hook(lambda _, __, out: seen.append((out, out.detach().clone())))
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_a_sum_in_place_is_the_sum(ffn):
+    block = Block(width=8, heads=2, ffn=ffn, layer_scale=1.0, drop_path=0.0)
+    x, segments, told = torch.randn(12, 8), Segments(((4, 3),)), []
     for training, overwrite in ((True, True), (True, False), (False, True)):
         block.train(training).overwrite = overwrite
         block.zero_grad()
         out = block(x, segments)
         out.sum().backward()
         told.append((out, *[parameter.grad.clone() for parameter in block.parameters()]))
-    assert [torch.equal(*pair) for pair in seen] == [False, True, True]
     for one, other in (told[:2], told[1:]):
         torch.testing.assert_close(one, other)
+
+
+def test_a_branch_whose_result_is_the_sum_has_no_tensor_more():
+    block = Block(width=8, heads=2, ffn="mlp", layer_scale=1.0, drop_path=0.0)
+    x, segments, results = torch.randn(12, 8), Segments(((4, 3),)), []
+    branch = block.mlp.forward
+    block.mlp.forward = lambda *given: results.append(branch(*given)) or results[-1]
+    assert block(x, segments).data_ptr() == results[0].data_ptr()
+    assert block.eval()(x, segments).data_ptr() != results[1].data_ptr()
+
+
+def test_hooks_and_layers_of_others_see_what_a_branch_gives():
+    block = Block(width=8, heads=2, ffn="mlp", layer_scale=1.0, drop_path=0.0)
+    x, segments, seen = torch.randn(12, 8), Segments(((4, 3),)), []
+    block.attn.register_forward_hook(lambda _, __, out: seen.append((out, out.detach().clone())))
+    block.mlp.fc2 = torch.nn.Sequential(block.mlp.fc2, torch.nn.Tanh())  # its backward pass reads its result
+    block(x, segments).sum().backward()
+    torch.testing.assert_close(*seen[0])

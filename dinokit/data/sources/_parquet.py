@@ -145,7 +145,9 @@ def _label_codes(column: "pa.ChunkedArray", classes: list[str] | None, path: Pat
     try:
         values = column.cast("int64").fill_null(-1).to_numpy()  # -1 is in no unsigned type
     except ValueError as error:
-        raise ValueError(f"{path} has labels that no int64 holds: {error}.") from None
+        raise ValueError(
+            f"{path} has labels that no int64 holds: {error}. Write -1 or null for no label."
+        ) from None
     if classes is None:
         numbers, codes = np.unique(values, return_inverse=True)
         return codes, [str(number) for number in numbers]
@@ -154,8 +156,8 @@ def _label_codes(column: "pa.ChunkedArray", classes: list[str] | None, path: Pat
         first, last = outside[0], len(classes) - 1
         raise ValueError(
             f"{path} has {len(outside)} label(s) that are none of the classes it names, 0 ({classes[0]}) to "
-            f"{last} ({classes[last]}), nor -1 for no label. The first is {values[first]}, in row {first}. "
-            f"Correct them, or the names in the schema's metadata."
+            f"{last} ({classes[last]}), nor -1 for no label. The first is {values[first]}, in row {first} "
+            f"(the first row is 0). Correct them, or the names in the schema's metadata."
         )
     return values, classes
 

@@ -187,7 +187,7 @@ def test_a_label_beyond_the_names_is_refused_with_its_row_and_what_it_may_be(
     path = write(
         tmp_path / "x.parquet", {"image": [paint(0)] * 6, "label": labels}, hugging_face(["ant", "emu"])
     )
-    says = rf"x\.parquet has 2 label.* names, 0 \(ant\) to 1 \(emu\), nor -1 .* first is {label}, in row 3\."
+    says = rf"x\.parquet has 2 label.* names, 0 \(ant\) to 1 \(emu\), nor -1 .* first is {label}, in row 3 \("
     with pytest.raises(ValueError, match=says):
         opened(path)
 
