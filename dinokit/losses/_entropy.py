@@ -30,8 +30,8 @@ def cross_entropy(student: Scores, targets: Targets, pairs: Tensor, weight: Tens
     """
     crops = (pairs.shape[1], len(weight))
     value: Tensor = _CrossEntropy.apply(
-        student.rows, student.prototypes, targets.row.unflatten(0, crops), targets.column, pairs, weight,
-        temp, *(part.unflatten(0, crops) for part in targets.mass),
+        student.rows, student.prototypes, pairs, weight, temp,
+        *(part.unflatten(0, crops) for part in targets.parts),
     )  # fmt: skip
     return value
 
@@ -41,43 +41,48 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, prototypes: Tensor, row: Tensor, column: Tensor, pairs: Tensor,
-        weight: Tensor, temp: float, *mass: Tensor,
+        ctx: Any, rows: Tensor, prototypes: Tensor, pairs: Tensor, weight: Tensor, temp: float,
+        *targets: Tensor,
     ) -> Tensor:  # fmt: skip
         norm = rows.new_full(rows.shape[:2], -torch.inf, dtype=torch.float32)  # (S, b)
-        inner = row.new_zeros(len(weight), *pairs.shape)  # (b, S, T)
+        inner = weight.new_zeros(len(weight), *pairs.shape)  # (b, S, T)
         scores = Scores(rows, prototypes)
-        for part, some in _mass_by_slice(mass):
+        for part, target in _by_slice(targets):
             z = scores.logits(part).float().div_(temp)  # (S, b, k)
-            q = some * column[part]  # (T, b, k)
-            inner += torch.einsum("sbk,tbk->bst", z, q)
-            norm = torch.logaddexp(norm, z.logsumexp(dim=-1))
-        ctx.save_for_backward(rows, prototypes, row, column, pairs, weight, norm, *mass)
+            inner += torch.einsum("sbk,tbk->bst", z, target)
+            norm = torch.logaddexp(norm, _logsumexp_(z))
+        ctx.save_for_backward(rows, prototypes, pairs, weight, norm, *targets)
         ctx.temp = temp
-        entropy = norm.T[:, :, None] - inner * row.T[:, None]  # (b, S, T)
-        return torch.einsum("bst,st,b->", entropy, pairs, weight)
+        return torch.einsum("bst,st,b->", norm.T[:, :, None] - inner, pairs, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, prototypes, row, column, pairs, weight, norm, *mass = ctx.saved_tensors
+        rows, prototypes, pairs, weight, norm, *targets = ctx.saved_tensors
         share = (pairs.sum(dim=1)[:, None] * weight).log() - norm  # (S, b)
-        row, scale = (row * weight)[..., None], grad / ctx.temp
-        scores, flat = Scores(rows, prototypes), rows.flatten(0, 1)
+        pulls = (pairs.T[:, :, None] * weight)[..., None]  # (T, S, b, 1)
+        scores, flat, scale = Scores(rows, prototypes), rows.flatten(0, 1), grad / ctx.temp
         grad_rows = torch.zeros_like(flat, dtype=torch.float32)
         grad_prototypes = torch.empty_like(prototypes)
-        for part, some in _mass_by_slice(mass):
+        for part, target in _by_slice(targets):
             z = scores.logits(part).float().div_(ctx.temp)
-            q = (some * column[part]).mul_(row)
-            z.add_(share[..., None]).exp_().sub_(torch.tensordot(pairs, q, 1)).mul_(scale)
-            g = z.flatten(0, 1).to(rows.dtype)  # (S * b, k), of the logits before the temperature
+            z.add_(share[..., None]).exp_()
+            for crop, pull in zip(target, pulls, strict=True):
+                z.addcmul_(crop, pull, value=-1)
+            g = z.mul_(scale).flatten(0, 1).to(rows.dtype)  # (S * b, k), of the logits before the temperature
             grad_rows += g @ prototypes[part]
             torch.mm(g.T, flat, out=grad_prototypes[part])
-        return grad_rows.view_as(rows).to(rows.dtype), grad_prototypes, *[None] * (5 + len(mass))
+        return grad_rows.view_as(rows).to(rows.dtype), grad_prototypes, *[None] * (3 + len(targets))
 
 
-def _mass_by_slice(mass: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Each slice of the prototypes, with the targets' mass (T, b, k) there."""
+def _by_slice(targets: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Each slice of the prototypes, with the targets (T, b, k) there."""
     stop = 0
-    for some in mass:
-        start, stop = stop, stop + some.shape[-1]
-        yield slice(start, stop), some
+    for target in targets:
+        start, stop = stop, stop + target.shape[-1]
+        yield slice(start, stop), target
+
+
+def _logsumexp_(z: Tensor) -> Tensor:
+    """Of the last dimension. Overwrites z: as many numbers more would not stay in a CPU's cache."""
+    peak = z.amax(dim=-1, keepdim=True)
+    return z.sub_(peak).exp_().sum(dim=-1).log_().add_(peak[..., 0])

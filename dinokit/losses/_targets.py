@@ -21,15 +21,13 @@ Which = Literal["cls", "patch"]  # the class token's head, or that of the patche
 
 @dataclass
 class Targets:
-    """Probabilities: mass, times a factor a row, times a factor a column. They cost one exponential each."""
+    """Probabilities, a slice of prototypes at a time; over all slices, each row sums to 1."""
 
-    mass: list[Tensor]  # (R, k) float32 a slice of prototypes: whole, its rows would lie at bad distances
-    row: Tensor  # (R,)
-    column: Tensor  # (K,)
+    parts: list[Tensor]  # (R, k) float32: in one piece, its rows would lie at bad distances
 
     def probabilities(self) -> Tensor:
-        """(R, K), each row sums to 1."""
-        return torch.cat(self.mass, dim=1) * self.row[:, None] * self.column
+        """(R, K)."""
+        return torch.cat(self.parts, dim=1)
 
 
 @torch.no_grad()
@@ -65,7 +63,7 @@ def sinkhorn_knopp(
         # Up to a factor that the rows take out again, and that keeps many iterations from drifting away.
         columns = [total.amax() / total for total in _jointly(all_reduce_sum, sums)]
         rows = [1 / _weighed(mass, column) for mass, column in zip(masses, columns, strict=True)]
-    return [Targets(*each) for each in zip(masses, rows, columns, strict=True)]
+    return [_scaled(*each) for each in zip(masses, rows, columns, strict=True)]
 
 
 class Sinkhorn(nn.Module):
@@ -113,7 +111,7 @@ class Centering(nn.Module):
             part.sub_(middle).div_(views.teacher_temp)
         _raise(mass, torch.zeros_like(center))
         ones = torch.ones_like(center)
-        return Targets(mass, 1 / _weighed(mass, ones), ones)
+        return _scaled(mass, 1 / _weighed(mass, ones), ones)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -144,6 +142,13 @@ def _cut(column: Tensor, mass: Sequence[Tensor]) -> Sequence[Tensor]:
 def _weighed(mass: Sequence[Tensor], column: Tensor) -> Tensor:
     """The sum of each row, every column times a factor: (R,)."""
     return torch.stack([part @ c for part, c in zip(mass, _cut(column, mass), strict=True)]).sum(dim=0)
+
+
+def _scaled(mass: list[Tensor], row: Tensor, column: Tensor) -> Targets:
+    """In place, mass times a factor a row and a factor a column."""
+    for part, c in zip(mass, _cut(column, mass), strict=True):
+        part.mul_(c).mul_(row[:, None])
+    return Targets(mass)
 
 
 def _peak(mass: Tensor) -> Tensor:

@@ -64,8 +64,9 @@ class DINOLoss(nn.Module):
         if views.whole_logits:
             teacher = targets.probabilities().unflatten(0, (crops, images))
             return dino(views.student_cls.logits(), teacher, self.student_temp)
-        pairs = _pairs(len(views.student_cls.rows), crops, targets.row.device)
-        weight = targets.row.new_full((images,), 1 / images)
+        device = views.teacher_cls.rows.device
+        pairs = _pairs(len(views.student_cls.rows), crops, device)
+        weight = torch.full((images,), 1 / images, device=device)
         return cross_entropy(views.student_cls, targets, pairs, weight, self.student_temp)
 
 

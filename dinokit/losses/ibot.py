@@ -55,7 +55,7 @@ class IBOTLoss(nn.Module):
             student, teacher = views.student_patch.logits(), targets.probabilities()
             return ibot(student, teacher, views.mask_weight, crops, self.student_temp)
         one = Scores(views.student_patch.rows[None], views.student_patch.prototypes)
-        pairs = targets.row.new_ones(1, 1)
+        pairs = views.mask_weight.new_ones(1, 1)
         return cross_entropy(one, targets, pairs, views.mask_weight / crops, self.student_temp)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dinokit.backbones import Backbone
 from dinokit.config import Optim
 from dinokit.distributed import full, local
+from dinokit.train.adamw import AdamW
 from dinokit.train.student_teacher import Network
 
 
@@ -32,12 +33,12 @@ def parameter_groups(student: Network, cfg: Optim) -> list[dict[str, Any]]:
     ]
 
 
-def build_optimizer(student: Network, cfg: Optim) -> torch.optim.AdamW:
+def build_optimizer(student: Network, cfg: Optim) -> AdamW:
     """AdamW over parameter_groups(); its rates and decay are set every step by set_rates()."""
-    return torch.optim.AdamW(parameter_groups(student, cfg), lr=0.0, betas=cfg.betas, fused=True)
+    return AdamW(parameter_groups(student, cfg), cfg.betas)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float], weight_decay: float) -> None:
+def set_rates(optimizer: AdamW, rates: Mapping[str, float], weight_decay: float) -> None:
     """Give every group its share of this step's learning rate, by part, and of the weight decay."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["part"]] * group["lr_scale"]
@@ -66,7 +67,7 @@ def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
     return norms
 
 
-def drop_prototype_gradients(optimizer: torch.optim.Optimizer) -> None:
+def drop_prototype_gradients(optimizer: AdamW) -> None:
     """Leave the prototypes out of the next step: DINO's way of freezing, which spares Adam's moments."""
     for group in optimizer.param_groups:
         if group["part"] == "prototypes":

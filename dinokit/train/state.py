@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.distributed import local
+from dinokit.train.adamw import AdamW
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
-def tensors(model: nn.Module, trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors(model: nn.Module, trained: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     """Every tensor of the model, and of the optimiser of `trained`, which is a part of it."""
     state = {f"{MODEL}{name}": x for name, x in model.state_dict().items()}
     for name, p in trained.named_parameters():
@@ -26,7 +27,7 @@ def targets(
     stored: Mapping[str, tuple[int, ...]],
     model: nn.Module,
     trained: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
 ) -> dict[str, Tensor]:
     """Tensors to read a checkpoint with these names and shapes into; then give them to restore().
 
@@ -56,9 +57,7 @@ def targets(
 
 
 @torch.no_grad()
-def restore(
-    read: Mapping[str, Tensor], model: nn.Module, trained: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def restore(read: Mapping[str, Tensor], model: nn.Module, trained: nn.Module, optimizer: AdamW) -> None:
     """Put what was read where it belongs."""
     model.load_state_dict({k.removeprefix(MODEL): x for k, x in read.items() if k.startswith(MODEL)})
     parameters = dict(trained.named_parameters())

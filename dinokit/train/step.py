@@ -51,16 +51,16 @@ class Step:
         step, optim = batch.step, self.recipe.optim
         # Stochastic depth draws from the global generator: a function of (seed, step, process) like all else.
         torch.manual_seed(_mix(self.recipe.run.seed, step, rank()))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         values = self._backward(batch)
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # reads its groups, no more
         values |= {f"grad_{name}": norm for name, norm in clip_gradients(self.model.student, optim).items()}
         if optim.head_freeze == "gradient" and step < optim.head_frozen:
             drop_prototype_gradients(self.optimizer)
         s = self.schedules
         set_rates(self.optimizer, s.rates(step), s.weight_decay(step))
         scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # type: ignore[arg-type]
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # else the step was skipped for an overflow: nothing is new
             self.model.update_teacher(s.momentum(step))

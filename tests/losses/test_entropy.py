@@ -79,7 +79,7 @@ def test_a_target_of_a_crop_that_it_is_not_paired_with_does_not_matter(generator
     cross_entropy(student, targets, pairs, torch.ones(3), 0.1).backward()
     assert student.rows.grad[1].abs().max() == 0
     before = student.rows.grad.clone()
-    targets.mass[0][:3] = 1 / 9
+    targets.parts[0][:3] = 1 / 9
     student.rows.grad = None
     cross_entropy(student, targets, pairs, torch.ones(3), 0.1).backward()
     torch.testing.assert_close(student.rows.grad, before, rtol=0, atol=0)
