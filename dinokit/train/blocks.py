@@ -1,12 +1,16 @@
 """How the blocks are computed: attention kernel, checkpointing, compilation. What is learnt is the same."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from dinokit.backbones import Backbone
 from dinokit.config import Run
 from dinokit.device import DTYPES
 from dinokit.layers.attention import use_kernel
@@ -37,8 +41,12 @@ def prepare(model: Model, run: Run, device: torch.device) -> None:
     for block in student.blocks:
         _checkpoint(block, run)
     if run.compiles("blocks"):
-        for block in (*student.blocks, *teacher.blocks):
-            block.compile(dynamic=False)
+        _compile([block for backbone in (student, teacher) for block in _steady(backbone, run)])
+
+
+def as_written(run: Run) -> AbstractContextManager[Any]:
+    """Inside of it nothing is compiled: for calls that are few of a shape, as an evaluation's are."""
+    return torch.compiler.set_stance("force_eager") if run.compiles("blocks") else nullcontext()
 
 
 def _checkpoint(block: nn.Module, run: Run) -> None:
@@ -50,8 +58,28 @@ def _checkpoint(block: nn.Module, run: Run) -> None:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
         if isinstance(block, Block):
             block.overwrite = False  # what a product gives is kept, and must stay as it is
+    forward = block.forward
+
+    def checkpointed(*given: Any, **named: Any) -> Any:
+        return checkpoint(forward, *given, **how, **named)
+
     # On the instance: a wrapping module would change the names of the parameters.
-    block.forward = partial(checkpoint, block.forward, **how)
+    block.forward = checkpointed
+
+
+def _steady(backbone: Backbone, run: Run) -> list[nn.Module]:
+    """The blocks that see the same shapes in every step: of the last, as many rows are read as are masked."""
+    blocks = list(backbone.blocks)
+    return blocks[:-1] if run.tokens == "read" and hasattr(backbone, "read") else blocks
+
+
+def _compile(blocks: Sequence[nn.Module]) -> None:
+    # Each rate of stochastic depth needs a graph, or two where global and local crops come one after another.
+    # Beyond eight of one function PyTorch would give up and compute the rest as it is written.
+    config.recompile_limit = max(config.recompile_limit, 2 * len(blocks))
+    for block in blocks:
+        # Not block.compile(): that begins in PyTorch's own code, from where checkpoint() is not followed.
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:

@@ -15,6 +15,7 @@ from dinokit.data.batch import Batch
 from dinokit.device import memory_share, peak_memory
 from dinokit.distributed import all_reduce_sum, gather_objects, of_first, rank, world_size
 from dinokit.log import RunLog
+from dinokit.train.blocks import as_written
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.finite import check_finite
 from dinokit.train.folder import save_teacher
@@ -142,7 +143,7 @@ class Run:
         self.watchdog.pause()  # an evaluation may take hours
         for evaluator in due:
             begun = time.monotonic()
-            with self.log.paused():
+            with self.log.paused(), as_written(self.recipe.run):
                 scores = evaluator.judge(backbone)
             self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
             text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())

@@ -5,6 +5,7 @@ import multiprocessing
 import runpy
 import socket
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dinokit import shelves
 from dinokit.config import load_recipe
@@ -56,6 +59,33 @@ def tiny(recipe_file, photos, tmp_path):
         return load_recipe(recipe_file, [f"data.path={photos}", f"run.out={tmp_path / out}", *overrides])
 
     return load
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations made and that are still there, and their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.size:
+                self.size[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._ended, storage._cdata)
+        self.most = max(self.most, self.now)
+        return out
+
+    def _ended(self, key):
+        self.now -= self.size.pop(key)
+
+
+@pytest.fixture
+def living():
+    """The mode that counts bytes: with living() as it: ...; it.now, it.most."""
+    return Living
 
 
 def read_weights(out: Path) -> dict[str, torch.Tensor]:

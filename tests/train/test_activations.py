@@ -1,11 +1,7 @@
 """What a step keeps, against what lives in a real step, and against the formula that was published."""
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dinokit import shelves
 from dinokit.config import load_recipe
@@ -22,27 +18,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-class Living(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations made and that are still there, and their most."""
-
-    def __init__(self):
-        super().__init__()
-        self.size, self.now, self.most = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
-            if storage._cdata not in self.size:
-                self.size[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._ended, storage._cdata)
-        self.most = max(self.most, self.now)
-        return out
-
-    def _ended(self, key):
-        self.now -= self.size.pop(key)
-
-
 def seen(recipe):
     """A model and its batch, the crops as floats."""
     model = StudentTeacher(recipe).train()
@@ -52,11 +27,11 @@ def seen(recipe):
     return model, batch
 
 
-def most_bytes(recipe):
+def most_bytes(recipe, counting):
     """The most bytes that live in a step's forward and backward pass."""
     torch.manual_seed(0)
     model, batch = seen(recipe)
-    with Living() as living:
+    with counting() as living:
         with torch.autocast("cpu", torch.bfloat16):
             total = sum(model(batch, 0.07).values())
         total.backward()
@@ -65,7 +40,7 @@ def most_bytes(recipe):
 
 @pytest.mark.parametrize("patch", ["null", "{prototypes: 32768}"])
 @pytest.mark.parametrize(("logits", "chunk"), [("whole", 2**26), ("chunks", 2**26), ("chunks", 2**14)])
-def test_logits_are_counted_as_a_step_holds_them(monkeypatch, logits, chunk, patch):
+def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, chunk, patch):
     """By what 8,192 more prototypes cost: all else stays."""
     for place, name in ((head, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
         monkeypatch.setattr(place, name, chunk)
@@ -73,7 +48,7 @@ def test_logits_are_counted_as_a_step_holds_them(monkeypatch, logits, chunk, pat
     for prototypes in (32768, 40960):
         more = [f"heads.cls.prototypes={prototypes}", f"heads.patch={patch}", f"run.logits={logits}"]
         recipe = load_recipe("scenes_cpu", [*SMALL, *more])
-        lived.append(most_bytes(recipe))
+        lived.append(most_bytes(recipe, living))
         counted.append(activations.activations(recipe, 8)[1] * 2**30)
     # The prototypes themselves are counted elsewhere: 32 numbers each, at most four times at a time.
     own = 8192 * 32 * 4 * 4

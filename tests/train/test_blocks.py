@@ -1,12 +1,15 @@
-"""What a step waits for, keeps and computes again."""
+"""What a step waits for, keeps, computes again and compiles."""
 
 import pytest
 import torch
+from torch.compiler import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dinokit import shelves
 from dinokit.data.loader import loader
 from dinokit.data.sources.scenes import Config, build
-from dinokit.train.loop import block_masks
+from dinokit.train import loop
+from dinokit.train.loop import Evaluator, block_masks
 from dinokit.train.step import Step
 
 
@@ -62,23 +65,78 @@ def test_a_step_never_waits_for_the_gpu(tiny, targets):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def kept(recipe):
-    """Bytes that a forward pass keeps for the backward pass, and the losses."""
+def kept(recipe, counting):
+    """Bytes that a forward pass leaves for the backward pass, and the losses."""
     torch.manual_seed(0)
     step = Step(recipe, torch.device("cpu"))
-    seen, sizes = step.coloured(next(iter(batches(recipe, step, 1)))), {}
-
-    def pack(x):
-        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().size()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    seen = step.coloured(next(iter(batches(recipe, step, 1))))
+    with counting() as living:
         losses = step.model(seen, 0.05)
-    return sum(sizes.values()), losses
+    return living.now, losses
 
 
-def test_checkpointing_keeps_less_and_changes_nothing(tiny):
-    ways = {way: kept(tiny("run", f"run.checkpointing={way}")) for way in ("none", "full")}
-    assert ways["full"][0] < ways["none"][0] / 2
-    for name, value in ways["none"][1].items():
-        torch.testing.assert_close(ways["full"][1][name], value, rtol=0, atol=0)
+def test_checkpointing_keeps_less_and_changes_nothing(tiny, living):
+    names = ("none", "selective", "full")
+    ways = {way: kept(tiny("run", f"run.checkpointing={way}"), living) for way in names}
+    assert ways["full"][0] < ways["selective"][0] * 0.9 < ways["none"][0] * 0.9**2
+    for way in ("selective", "full"):
+        for name, value in ways["none"][1].items():
+            torch.testing.assert_close(ways[way][1][name], value, rtol=0, atol=0)
+
+
+@pytest.fixture
+def graphs():
+    """What is compiled meanwhile; it is computed operation by operation."""
+    found = []
+
+    def keep(graph, _):
+        found.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with config.patch(recompile_limit=8), torch.compiler.set_stance("default", force_backend=keep):
+        yield found
+    torch.compiler.reset()
+
+
+# The compiler looks at .grad, and would hide the warning itself were it no error.
+COMPILES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@COMPILES
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ([], 2),  # student and teacher
+        (["run.tokens=all"], 2),
+        (["run.checkpointing=selective"], 2),
+        (["run.checkpointing=full"], 2),
+        (["backbone.depth=10", "backbone.drop_path_uniform=false"], 10),  # ten rates, but for the last block
+    ],
+    ids=str,
+)
+def test_graphs_are_few_and_made_in_the_first_step(tiny, graphs, overrides, wanted):
+    recipe = tiny("run", "run.compile=blocks", *overrides)
+    step = Step(recipe, torch.device("cpu"))
+    masked, made = set(), []
+    for batch in batches(recipe, step, 3):
+        step(batch)
+        masked.add(len(batch.masked))
+        made.append(len(graphs))
+    assert len(masked) == 3
+    assert made == [wanted] * 3
+    # What is computed again is not left out: the student's block is a graph too.
+    inside = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert ("tag_activation_checkpoint" in inside) == (recipe.run.checkpointing != "none")
+
+
+@COMPILES
+def test_an_evaluation_is_not_compiled(tiny, graphs):
+    def judge(backbone):
+        for images in (1, 2, 3):
+            backbone.layers(torch.rand(images, 3, 32, 32), [0, 1])
+        return {"x": 0.0}
+
+    recipe = tiny("run", "run.compile=blocks", "optim.steps=2", "optim.warmup=0")
+    loop.train(recipe, shelves.build("data.sources", recipe.data), [Evaluator("probe", 1, judge)])
+    assert len(graphs) == 2
