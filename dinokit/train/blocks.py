@@ -60,7 +60,7 @@ def _checkpoint(block: nn.Module, run: Run) -> None:
             block.overwrite = False  # what a product gives is kept, and must stay as it is
     forward = block.forward
 
-    def checkpointed(*given: Any, **named: Any) -> Any:
+    def checkpointed(*given: Any, **named: Any) -> Any:  # a partial would hide the block from the compiler
         return checkpoint(forward, *given, **how, **named)
 
     # On the instance: a wrapping module would change the names of the parameters.
@@ -78,8 +78,7 @@ def _compile(blocks: Sequence[nn.Module]) -> None:
     # Beyond eight of one function PyTorch would give up and compute the rest as it is written.
     config.recompile_limit = max(config.recompile_limit, 2 * len(blocks))
     for block in blocks:
-        # Not block.compile(): that begins in PyTorch's own code, from where checkpoint() is not followed.
-        block.forward = torch.compile(block.forward, dynamic=False)
+        block.compile(dynamic=False)
 
 
 def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:

@@ -23,14 +23,14 @@ SWITCHES = [
     {"checkpointing": "selective"},
     {"checkpointing": "full"},
 ]
-COMPILED = pytest.param(
-    {"compile": "all", "checkpointing": "selective"},
-    marks=[
-        pytest.mark.slow,
-        # The compiler looks at .grad, and would hide the warning itself were it no error.
-        pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    ],
-)
+SLOWLY = [
+    pytest.mark.slow,
+    # The compiler looks at .grad, and would hide the warning itself were it no error.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+COMPILED = pytest.param({"compile": "all", "checkpointing": "selective"}, marks=SLOWLY)
+# Colour does nothing in these recordings; to compile it once is enough.
+COMPILED_BLOCKS = pytest.param({"compile": "blocks", "checkpointing": "selective"}, marks=SLOWLY)
 
 PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -107,7 +107,7 @@ def load_start(step: Step, recorded) -> None:
         set_model_state_dict(network, {names[k]: v for k, v in start.items()}, options=whole)
 
 
-@pytest.mark.parametrize("run", [*SWITCHES, COMPILED], ids=str)
+@pytest.mark.parametrize("run", [*SWITCHES, COMPILED_BLOCKS], ids=str)
 @pytest.mark.parametrize(
     "name", ["step_v2_sinkhorn_separate", "step_v2_centering_shared", "step_v2_no_local"]
 )
