@@ -23,14 +23,9 @@ SWITCHES = [
     {"checkpointing": "selective"},
     {"checkpointing": "full"},
 ]
-SLOWLY = [
-    pytest.mark.slow,
-    # The compiler looks at .grad, and would hide the warning itself were it no error.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
-COMPILED = pytest.param({"compile": "all", "checkpointing": "selective"}, marks=SLOWLY)
-# Colour does nothing in these recordings; to compile it once is enough.
-COMPILED_BLOCKS = pytest.param({"compile": "blocks", "checkpointing": "selective"}, marks=SLOWLY)
+COMPILED = pytest.param({"compile": "all", "checkpointing": "selective"}, marks=pytest.mark.slow)
+# The compiler looks at .grad, and would hide the warning itself were it no error.
+COMPILES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 PLAIN = {"jitter": 0.0, "gray": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -107,12 +102,31 @@ def load_start(step: Step, recorded) -> None:
         set_model_state_dict(network, {names[k]: v for k, v in start.items()}, options=whole)
 
 
-@pytest.mark.parametrize("run", [*SWITCHES, COMPILED_BLOCKS], ids=str)
+@pytest.mark.parametrize("run", SWITCHES, ids=str)
 @pytest.mark.parametrize(
     "name", ["step_v2_sinkhorn_separate", "step_v2_centering_shared", "step_v2_no_local"]
 )
 def test_dinov2_steps_are_the_recorded_ones(golden, name, run):
     follow(golden(name), run)
+
+
+@COMPILES
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "backend"),
+    [
+        # Graphs that are computed by PyTorch's own operations show what is cut out and what is kept. To make
+        # kernels of them takes ten times as long: once.
+        pytest.param("step_v2_sinkhorn_separate", "none", "inductor", marks=pytest.mark.slow),
+        ("step_v2_sinkhorn_separate", "none", "aot_eager"),
+        ("step_v2_sinkhorn_separate", "selective", "aot_eager"),
+        ("step_v2_centering_shared", "selective", "aot_eager"),
+        ("step_v2_no_local", "full", "aot_eager"),
+    ],
+)
+def test_dinov2_steps_in_graphs_are_the_recorded_ones(golden, name, checkpointing, backend):
+    torch.compiler.reset()
+    with torch.compiler.set_stance("default", force_backend=backend):
+        follow(golden(name), {"compile": "blocks", "checkpointing": checkpointing})
 
 
 @pytest.mark.parametrize(
@@ -207,6 +221,7 @@ def dinov2_recipe(recorded) -> Recipe:
     )  # fmt: skip
 
 
+@COMPILES
 @pytest.mark.parametrize("run", [*SWITCHES, COMPILED], ids=str)
 def test_dino_steps_are_the_recorded_ones(golden, run):
     recorded = golden("step_v1")
