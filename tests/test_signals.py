@@ -7,14 +7,7 @@ import pytest
 from dinokit.log import watch
 from dinokit.signals import STOPS, Stopped, stop_signals
 
-
-@pytest.fixture(autouse=True)
-def _signals():
-    """As they were: a block that was told to stop leaves its process deaf to more of it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOPS)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals_given_back")
 
 
 def items(number=None, at=0):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dinokit.__main__ import main
-from dinokit.signals import STOPS
+
+pytestmark = pytest.mark.usefixtures("signals_given_back")
 
 # Images of the built-in scenes. Each that is looked at adds a letter to the file `looked`; if that is as long
 # as the file `stop` says, this process is sent the signal that stands there.
@@ -84,15 +85,6 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path / name)
 
     return go
-
-
-@pytest.fixture(autouse=True)
-def _signals():
-    """As they were: a command that was told to stop is deaf to more of it, for it is about to end."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOPS)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def looked():
