@@ -32,8 +32,9 @@ class FrozenTeacher:
         """Tokens of crops (b, C, h, w); follows them to their device and into autocast at the first call."""
         if self.device != crops.device:
             self.device = crops.device
-            for network in filter(None, (self.backbone, self.heads)):
-                _hold_as_computed(network.to(crops.device), crops.device)
+            for network in (self.backbone, self.heads):
+                if isinstance(network, nn.Module):  # there may be no heads
+                    _hold_as_computed(network.to(crops.device), crops.device)
         return self.backbone([crops], [None])[0]
 
 
