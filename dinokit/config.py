@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 
 from dinokit import shelves
 from dinokit.check import check
-from dinokit.config_values import first_line, join, listed, typed
+from dinokit.config_values import first_line, join, listed, typed, unread
 from dinokit.recipe import BEGINNING, CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
     "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "run_of", "section_values",
-    "to_yaml",
+    "to_yaml", "unread",
 ]  # fmt: skip
 BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.pairs": {"name": "folders"},
         "data.videos": {"name": "davis"}}  # fmt: skip
@@ -104,11 +104,12 @@ def section_values(
     maps: without a name, one of folders.
 
     Raises:
-        ValueError, LookupError: as `load_recipe`; `where` is put before the key, and `besides` named as well
-            where keys are listed.
+        ValueError, LookupError: as `load_recipe`, and for a value that nothing reads; `where` is put before
+            the key, and `besides` named as well where keys are listed.
     """
     cls = shelves.read_config(shelf, name)
     done = typed(cls, values, where, besides)
+    _refuse_unread(unread(cls, values, where, besides), where)
     for item in fields(cls):
         if "shelf" in item.metadata and done[item.name]:
             key, many = join(where, item.name), "many" in item.metadata
@@ -116,6 +117,14 @@ def section_values(
             checked = {label: _source(item, each, join(key, label)) for label, each in sections.items()}
             done[item.name] = checked if many else checked[""]
     return done
+
+
+def _refuse_unread(why: Mapping[str, str], where: str) -> None:
+    if why:
+        reasons = dict.fromkeys(why.values())
+        keys = {reason: [join(where, key) for key in why if why[key] == reason] for reason in reasons}
+        said = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in keys.items())
+        raise ValueError(f"{said}. Leave out what nothing would read, or change what it is read with.")
 
 
 def _source(item: "Field[Any]", section: Any, where: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Values against a dataclass: unknown keys, wrong types, missing values, in words that name the key."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
@@ -36,6 +37,30 @@ def typed(
             ) from None
         raise ValueError(f"{key}: {first_line(error)}.{near}") from None
     return {item.name: getattr(done, item.name) for item in fields(cls)}
+
+
+def unread(
+    cls: type[Any], values: Mapping[str, Any], where: str, besides: Sequence[str] = ()
+) -> dict[str, str]:
+    """Those of `values` that nothing reads as the others are, each with why (shelves.only_with).
+
+    A value that would be there anyway is none of them: a run writes every default into its recipe.
+
+    Raises:
+        ValueError: as typed().
+    """
+    others = {f.name: f.metadata["only_with"] for f in fields(cls) if "only_with" in f.metadata}
+    done = typed(cls, values, where, besides)
+    usual = typed(cls, {key: value for key, value in values.items() if key not in others}, where, besides)
+    why = {}
+    for key in (key for key in values if key in others and done[key] != usual[key]):
+        for other, wanted in others[key].items():
+            there = done[other]
+            if not (bool(there) is wanted if isinstance(wanted, bool) else there in wanted):
+                shown = there if isinstance(there, str) else json.dumps(there, default=list)
+                why[key] = f"only {shelves.with_what(other, wanted)}, and here {join(where, other)}={shown}"
+                break
+    return why
 
 
 def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> tuple[str, str]:

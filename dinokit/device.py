@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from dinokit.recipe import Run
+
 Precision = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -61,6 +63,11 @@ def _seconds_of_product(dtype: torch.dtype) -> float:
     begun = time.thread_time()
     torch.mm(x, x)
     return time.thread_time() - begun
+
+
+def keeps_memory(run: Run) -> bool:
+    """Whether a run's process keeps what a step frees (dinokit/heap.py): on a CPU, if `run.keep_memory`."""
+    return run.keep_memory and pick_device(run.device).type == "cpu"
 
 
 def peak_memory(device: torch.device) -> float:

@@ -52,14 +52,15 @@ def begin_again() -> None:
 @contextmanager
 def for_children(on: bool) -> Iterator[None]:
     """Processes that are started inside of it begin as begin_again() would have them, if `on`."""
-    before = dict(os.environ)
+    before = os.environ.get(VARIABLE)
     if on:
         os.environ.update(_without_small_caches())
     try:
         yield
     finally:
         os.environ.pop(VARIABLE, None)
-        os.environ.update(before)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def _without_small_caches() -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dinokit import shelves
-from dinokit.config import data_section, merged, read_mapping, section_values
+from dinokit.config import data_section, merged, read_mapping, section_values, unread
 
 if TYPE_CHECKING:
     from dinokit.backbones import Backbone
@@ -157,7 +157,9 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[Planned]:
 
     Such a recipe has a section for each, called as its evaluator, or with a name of its own and a key `eval`.
     What stands in the section `all`, and an override that begins with none of these names, goes to every
-    evaluator that has the key.
+    evaluator that has the key and reads it. An override of a section may change what else is read of it, a
+    `method` say: what the recipe has there for the other one is left out. As in a recipe for training, null
+    takes a section out, and {} puts it back to its defaults.
 
     Raises:
         ValueError, LookupError: for an unknown recipe, evaluator, key or value.
@@ -165,18 +167,30 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[Planned]:
     path = shelves.find_recipe(recipe, "eval")
     listed = read_mapping(path)
     common = merged(listed.pop("all", None) or {}, {k: v for k, v in overrides.items() if k not in listed})
-    plan, read = [], set()
-    for label, section in listed.items():
-        own = merged(section or {}, overrides.get(label) or {})
-        name = str(own.pop("eval", label))
-        known = {f.name for f in fields(shelves.read_config("eval", name))}
-        shared = {key: value for key, value in common.items() if key in known}
-        read |= set(shared)
-        plan.append(Planned(label, name, section_values("eval", name, merged(shared, own), label)))
-    unread = sorted(set(common) - read)
-    if unread:
+    changes = {label: overrides[label] for label in listed if label in overrides}
+    for label, section in (*listed.items(), *changes.items()):
+        if not isinstance(section, Mapping | None):
+            raise ValueError(f"{label}={section}: it is a section, as in {label}.KEY={section}.")
+    listed = {label: section or {} for label, section in listed.items()}
+    plan: list[Planned] = []
+    read: set[str] = set()
+    for label, own in merged(listed, changes).items():
+        if own is None:
+            continue
+        section, changed = listed[label], changes.get(label, {})
+        name = str(own.pop("eval", section.get("eval", label)))
+        config = shelves.read_config("eval", name)
+        known = {f.name for f in fields(config)}
+        values = merged({key: value for key, value in common.items() if key in known}, own)
+        plain = {key: value for key, value in section.items() if key != "eval"}
+        mistaken = unread(config, plain, label).keys() | changed.keys()
+        left_out = unread(config, values, label).keys() - mistaken
+        values = {key: value for key, value in values.items() if key not in left_out}
+        read |= values.keys()
+        plan.append(Planned(label, name, section_values("eval", name, values, label)))
+    for key in sorted(set(common) - read):
         raise ValueError(
-            f"No evaluator of {path.name} has a key '{unread[0]}'.{shelves.suggest(unread[0], list(listed))} "
+            f"No evaluator of {path.name} reads a key '{key}'.{shelves.suggest(key, list(listed))} "
             f"It lists: {', '.join(listed)}."
         )
     return plan

@@ -160,6 +160,10 @@ class Run:
     timeout_minutes: float = at_least(0.05, 30.0)  # without a step or a word of the others, before a run ends
     max_unreadable: float = share(0.01)  # share of images that may be unreadable before the run stops
 
+    def compiles(self, part: Literal["blocks", "colour"]) -> bool:
+        """Whether torch.compile makes this part."""
+        return self.compile in (part, "all")
+
 
 @dataclass
 class Recipe:

@@ -8,6 +8,7 @@ shelf. A dotted name is a module of another package, so a shelf can be added to 
 import ast
 import sys
 from collections.abc import Mapping
+from dataclasses import field
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.resources import files
@@ -35,6 +36,23 @@ def refuse_below(config: Any, **least: float) -> None:
         for number in value if isinstance(value, tuple | list) else (value,):
             if number < low:
                 raise ValueError(f"{key}={number}, but it must be {low} or more.")
+
+
+def only_with(default: Any, **others: bool | tuple[str, ...]) -> Any:
+    """A field of a Config that is read only if other fields are so; given without, it is refused.
+
+    Args:
+        default: of the field.
+        others: by name the values of which one must be there, or whether anything must be.
+    """
+    return field(default=default, metadata={"only_with": others})
+
+
+def with_what(other: str, wanted: bool | tuple[str, ...]) -> str:
+    """What only_with() was told of another field, in words: 'with method=knn', 'without head'."""
+    if isinstance(wanted, bool):
+        return f"{'with' if wanted else 'without'} {other}"
+    return f"with {' or '.join(f'{other}={word}' for word in wanted)}"
 
 
 def names(shelf: str) -> list[str]:

@@ -35,6 +35,7 @@ from dinokit.heads.dpt import DPT
 from dinokit.heads.released import load_depther, save_head
 from dinokit.heads.segmentation import to_size
 from dinokit.log import tell
+from dinokit.shelves import only_with
 
 # max_depth, border cut off, crop of training, strength of brightness, part judged, size at the test
 PROTOCOLS = {
@@ -44,38 +45,44 @@ PROTOCOLS = {
     "sunrgbd": (10.0, "none", (416, 544), 0.25, "none", (480, 640)),
 }
 
+HEAD = ("linear", "dpt")  # methods with a head
+TRAINED: dict[str, Any] = {"method": ("linear", "dpt"), "head": False}  # where one is trained
+
 
 @dataclass
 class Config:
     train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "train"})
     test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "test"})
     method: Literal["linear", "dpt", "mean"] = "linear"  # mean: the training set's, everywhere
-    layers: int = 4  # linear: blocks looked into, 1 or 4
-    norm: bool = False  # whether features are taken after the backbone's final norm
+    layers: int = only_with(4, method=("linear",), head=False)  # blocks looked into, 1 or 4
+    norm: bool = only_with(False, method=HEAD)  # whether features are taken after the backbone's final norm
     protocol: Literal["none", "nyu", "kitti", "sunrgbd"] = "none"  # crops and range of a data set
     min_depth: float = 1e-3  # metres
     max_depth: float = 0.0  # metres: deeper readings are not judged; 0: the protocol's; without one, 10
     resize: int = 0  # pixels of the shorter side, for training and test; 0: as stored
-    crop: tuple[int, ...] = ()  # pixels, height and width; empty: the protocol's, or the backbone's own size
-    augment: bool = True  # false computes features once, of plain windows: minutes on a CPU
-    steps: int = 38_400
-    batch: int = 16
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-    warmup: float = 1 / 3  # share of the steps: 12,800 of 38,400
-    clip: float = 35.0  # largest gradient norm; 0 is off
-    bins: int = 256  # linear
-    features: int = 256  # dpt: channels of the fusion
-    gradient_weight: float = 0.5  # of the gradient loss, beside the scale-invariant one
-    gradient_form: Literal["spatial", "reference"] = (
-        "spatial"  # reference: over the batch, as in DINOv2's code
-    )
+    # pixels, height and width; empty: the protocol's, or the backbone's own size
+    crop: tuple[int, ...] = only_with((), **TRAINED)
+    augment: bool = only_with(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
+    steps: int = only_with(38_400, **TRAINED)
+    batch: int = only_with(16, **TRAINED)
+    lr: float = only_with(1e-4, **TRAINED)
+    weight_decay: float = only_with(0.01, **TRAINED)
+    warmup: float = only_with(1 / 3, **TRAINED)  # share of the steps: 12,800 of 38,400
+    clip: float = only_with(35.0, **TRAINED)  # largest gradient norm; 0 is off
+    bins: int = only_with(256, method=("linear",), head=False)  # depths that are weighed
+    features: int = only_with(256, method=("dpt",), head=False)  # channels of the fusion
+    gradient_weight: float = only_with(0.5, **TRAINED)  # of the gradient loss, beside the scale-invariant one
+    # reference: over the batch, as in DINOv2's code
+    gradient_form: Literal["spatial", "reference"] = only_with("spatial", **TRAINED)
     flip: bool = True  # the test averages over the mirror image
-    head: str = ""  # file of a trained head, one of ours or a released one; nothing is trained
-    hub_range_bug: bool = False  # a linear head from a file gets a range to 80 m, whatever it was trained on
+    head: str = only_with(
+        "", method=HEAD
+    )  # file of a trained head, ours or a released one; nothing is trained
+    # a linear head from a file gets a range to 80 m, whatever it was trained on
+    hub_range_bug: bool = only_with(False, head=True)
     out: str = ""  # folder for the head; a training that was killed goes on from what is there
-    save_every: int = 500  # steps
-    cache_gib: float = 4.0  # most that features may take with augment=false
+    save_every: int = only_with(500, **TRAINED)  # steps
+    cache_gib: float = only_with(4.0, **TRAINED, augment=False)  # most that features may take
     seed: int = 0
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training

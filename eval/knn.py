@@ -19,7 +19,7 @@ from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
 from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
 from dinokit.features import Features, Reading
-from dinokit.shelves import refuse_below
+from dinokit.shelves import only_with, refuse_below
 
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four times that while it is searched
 
@@ -31,7 +31,7 @@ class Config:
     k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; more than there are images means all of them
     temp: float = 0.07  # T
     few_shot: tuple[int, ...] = ()  # training images a class, for further scores
-    tries: int = 1  # draws of these images, averaged
+    tries: int = only_with(1, few_shot=True)  # draws of these images, averaged
     size: int = 0  # pixels; 0: what the backbone was trained on
     resize: int = 0  # pixels of the shorter side before the centre is cut out; 0: 256 / 224 of `size`
     batch: int = 256  # images, for the backbone

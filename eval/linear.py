@@ -34,7 +34,7 @@ from dinokit.features import Part, Reading, device_of
 from dinokit.features.identity import images_stamp
 from dinokit.files import atomic
 from dinokit.log import tell, watch
-from dinokit.shelves import refuse_below
+from dinokit.shelves import only_with, refuse_below
 
 ROWS = 4096  # features judged at a time
 LARGER = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # rates to try where the largest is the best
@@ -53,7 +53,7 @@ class Config:
         default_factory=dict
     )  # of these sets: a file, where their classes have other names
     mode: Literal["cached", "online"] = "cached"  # features once, or of a new random cut every time
-    views: int = 0  # cached: random cuts of a training image; 0: its centre
+    views: int = only_with(0, mode=("cached",))  # random cuts of a training image; 0: its centre
     blocks: tuple[int, ...] = (1, 4)  # class tokens of so many last blocks
     pool: tuple[bool, ...] = (False, True)  # beside them, the mean of the last block's patches
     lr: tuple[float, ...] = (
@@ -75,7 +75,7 @@ class Config:
     step_batch: int = 1024  # images a step, over all processes
     momentum: float = 0.9  # of SGD
     select: Literal["train", "test"] = "train"  # where the best head is chosen: held out of train, or on test
-    held_out: float = 0.1  # share of the training images
+    held_out: float = only_with(0.1, select=("train",))  # share of the training images
     seed: int = 0
     labels: str = ""  # JSON, {image: [class, ...]}: images may have several classes, and mAP is the score
     real: str = ""  # JSON, the classes that are accepted for each test image: ImageNet-ReaL's real.json

@@ -27,7 +27,7 @@ from dinokit.eval._task import split
 from dinokit.features import Features, Reading
 from dinokit.features.identity import images_stamp
 from dinokit.log import watch
-from dinokit.shelves import refuse_below
+from dinokit.shelves import only_with, refuse_below
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Config:
     powers: tuple[float, float] = (-6, 5)  # C goes from 10 to the first of these powers to 10 to the second
     count: int = 45  # values of C
     select: Literal["train", "test"] = "train"  # where C is chosen: test flatters, and is called optimistic
-    held_out: float = 0.1  # share of the training images
+    held_out: float = only_with(0.1, select=("train",), select_on=False)  # share of the training images
     seed: int = 0
     iterations: int = 1000  # of L-BFGS, at most
     tolerance: float = 1e-7  # of the objective per image: largest slope at which it stops

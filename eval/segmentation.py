@@ -35,8 +35,12 @@ from dinokit.features import Map, device_of, frozen, last_blocks, patch_width
 from dinokit.heads.released import load_segmenter, save_head
 from dinokit.heads.segmentation import LinearSegmenter, to_size
 from dinokit.log import watch
+from dinokit.shelves import only_with
 
 Judge = Callable[[Tensor], Tensor]  # an image (C, H, W) -> what is said of each pixel (classes, H, W)
+
+HEAD = ("linear", "ms")  # methods with a head
+TRAINED: dict[str, Any] = {"method": ("linear", "ms"), "head": False}  # where one is trained
 
 
 @dataclass
@@ -45,26 +49,30 @@ class Config:
     test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "test"})
     method: Literal["linear", "ms", "knn", "logreg", "majority"] = "linear"  # majority: one class everywhere
     resize: int = 0  # pixels of the shorter side; 0: as published, 512, or 640 for ms
-    crop: int = 0  # pixels: side of training crops and test windows; 0: as published, 512 or 640
-    stride: int = 0  # pixels between two test windows; 0: as published, 341 or 320
-    augment: bool = True  # linear and ms: false computes features once, of plain windows: minutes on a CPU
-    ratio: tuple[float, ...] = ()  # of random resizing; empty: as published, 0.5 to 2, or 1 to 3 for ms
-    cap: float = 0.75  # most that one class may have of a training crop
-    steps: int = 40_000
-    batch: int = 16  # crops a step
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    warmup: float = 0.0375  # share of the steps: 1,500 of 40,000
+    crop: int = only_with(0, method=HEAD)  # pixels of crops and test windows; 0: as published, 512 or 640
+    stride: int = only_with(0, method=HEAD)  # pixels between two test windows; 0: as published, 341 or 320
+    augment: bool = only_with(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
+    # of random resizing; empty: as published, 0.5 to 2, or 1 to 3 for ms
+    ratio: tuple[float, ...] = only_with((), **TRAINED, augment=True)
+    cap: float = only_with(0.75, **TRAINED, augment=True)  # most that one class may have of a training crop
+    steps: int = only_with(40_000, **TRAINED)
+    batch: int = only_with(16, **TRAINED)  # crops a step
+    lr: float = only_with(1e-3, **TRAINED)
+    weight_decay: float = only_with(1e-4, **TRAINED)
+    warmup: float = only_with(0.0375, **TRAINED)  # share of the steps: 1,500 of 40,000
     scales: tuple[float, ...] = ()  # of the test; empty: 1, or 1 1.32 1.73 2.28 3 for ms
     flip: Literal["auto", "yes", "no"] = "auto"  # whether mirror images are tested too; auto: for ms
-    k: int = 30  # knn: neighbours
-    temp: float = 0.02  # knn: a vote weighs softmax(cosine / temp)
-    bank: int = 100_000  # knn, logreg: training patches
-    c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # logreg: tried on a tenth of the training images
-    head: str = ""  # linear, ms: file of a trained head, one of ours or a released one; nothing is trained
+    k: int = only_with(30, method=("knn",))  # neighbours
+    temp: float = only_with(0.02, method=("knn",))  # a vote weighs softmax(cosine / temp)
+    bank: int = only_with(100_000, method=("knn", "logreg"))  # training patches
+    # tried on a tenth of the training images
+    c: tuple[float, ...] = only_with((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
+    head: str = only_with(
+        "", method=HEAD
+    )  # file of a trained head, ours or a released one; nothing is trained
     out: str = ""  # folder for the head; a training that was killed goes on from what is there
-    save_every: int = 500  # steps
-    cache_gib: float = 4.0  # most that features may take with augment=false
+    save_every: int = only_with(500, **TRAINED)  # steps
+    cache_gib: float = only_with(4.0, **TRAINED, augment=False)  # most that features may take
     seed: int = 0
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
@@ -174,15 +182,9 @@ def _shown(cfg: Config, look: Look, train: Pairs) -> Callable[[int], Iterator[Sh
     if not cfg.augment:
         crop, stride = (cfg.crop, cfg.crop), (cfg.stride, cfg.stride)
         cache = fill_cache(
-            look,
-            train,
-            lambda x, y: _resized(x, y, cfg.resize),
-            crop,
-            stride,
-            IGNORE,
-            cfg.cache_gib,
+            look, train, lambda x, y: _resized(x, y, cfg.resize), crop, stride, IGNORE, cfg.cache_gib,
             cfg.workers,
-        )
+        )  # fmt: skip
         return lambda start: cache.batches(cfg.seed, cfg.batch, start, cfg.steps)
     cut = SegmentationCrops(
         cfg.resize, (cfg.ratio[0], cfg.ratio[1]), cfg.crop, tuple(look.backbone.input.mean), cfg.cap

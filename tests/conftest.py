@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dinokit.backbones.vit import Config, VisionTransformer
+from dinokit.signals import STOPS
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -44,6 +46,15 @@ def golden():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def signals_given_back():
+    """As they were: whoever was told to stop leaves its process deaf to more of it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOPS)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -95,10 +95,30 @@ def test_help_is_given_at_once(words, answer):
         (["eval", "linear", "weights=x", "setps=3"], "there is no key 'setps'. Did you mean 'steps'?"),
         (["eval", "linear", "weights=x", "steps=0"], "steps=0, but it must be 1 or more"),
         (["eval", "linear", "weights=x", "also.a.paht=y"], "also.a.paht: there is no key 'paht'"),
+        (
+            ["eval", "segmentation", "weights=x", "method=majority", "k=7", "lr=0.1", "steps=3"],
+            "dinokit: k: only with method=knn, and here method=majority; lr, steps: only with method=linear "
+            "or method=ms, and here method=majority. Leave out what nothing would read",
+        ),
+        (["eval", "segmentation", "weights=x", "cache_gib=9"], "only without augment, and here augment=true"),
+        (["eval", "depth", "weights=x", "head=f", "steps=3"], "steps: only without head, and here head=f."),
+        (
+            ["eval", "depth", "weights=x", "hub_range_bug=true"],
+            "hub_range_bug: only with head, and here head=.",
+        ),
+        (["eval", "knn", "weights=x", "tries=3"], "tries: only with few_shot, and here few_shot=[]."),
+        (
+            ["train", "scenes_cpu", "evals.linear={every: 9, mode: online, views: 2}"],
+            "evals.linear.views: only with mode=cached, and here evals.linear.mode=online.",
+        ),
+        (
+            ["eval", "all", "weights=x", "recipe=eval_scenes", "depth.method=mean", "depth.lr=1"],
+            "depth.lr: only with method=linear or method=dpt, and here depth.method=mean.",
+        ),
         (["eval", "all", "weights=x"], "recipe must be given"),
         (["eval", "all", "weights=x", "recipe=eval_scene"], "Did you mean 'eval_scenes'?"),
         (["eval", "all", "weights=x", "recipe=eval_scenes", "knn.kk=3"], "knn.kk: there is no key 'kk'"),
-        (["eval", "all", "weights=x", "recipe=eval_scenes", "kn=3"], "has a key 'kn'. Did you mean 'knn'?"),
+        (["eval", "all", "weights=x", "recipe=eval_scenes", "kn=3"], "reads a key 'kn'. Did you mean 'knn'?"),
         (["results", "a=1"], "dinokit results takes folders"),
         (["submit", "profile=gpu"], "Which command? It stands behind --"),
         (["submit", "--", "train", "scenes_cpu"], "profile must be given. There is: cpu, gpu"),

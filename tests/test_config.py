@@ -110,6 +110,21 @@ def test_evaluation_data_given_by_its_path_alone_is_a_folder_with_a_class_a_sub_
     assert (knn["test"]["name"], knn["test"]["path"]) == ("tar", "b")
 
 
+METHODS = {
+    "segmentation": ["linear", "ms", "knn", "logreg", "majority"],
+    "depth": ["linear", "dpt", "mean"],
+}
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, each) for name in METHODS for each in METHODS[name]])
+def test_a_saved_recipe_has_every_default_of_an_evaluator_whatever_its_method_reads(
+    base, tmp_path, name, method
+):
+    recipe = load_recipe(base, [f"evals.{name}={{every: 3, method: {method}}}"])
+    (tmp_path / "saved.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
 def test_all_sources_give_as_many_channels_as_the_backbone_takes(base):
     given = ["backbone.channels=4", "data.name=folder", "data.path=a", "evals.knn.train.path=b"]
     recipe = load_recipe(base, given)

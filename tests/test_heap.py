@@ -77,18 +77,34 @@ def test_holes_fit_the_next_tensor_of_their_size():
     assert float(ran("-c", STEPS, "again")) < 0.85 * float(ran("-c", STEPS))
 
 
-def test_children_begin_as_they_are_told_and_the_parent_stays(monkeypatch):
+@pytest.mark.parametrize(
+    ("there", "then"),
+    [(None, f"{heap.KEY}=0"), ("glibc.malloc.arena_max=2", f"glibc.malloc.arena_max=2:{heap.KEY}=0")],
+)
+def test_children_begin_as_they_are_told_and_the_parent_stays(there, then, monkeypatch):
     code = ["-c", f"import os; print(os.environ.get({heap.VARIABLE!r}))"]
-    monkeypatch.setenv(heap.VARIABLE, "glibc.malloc.arena_max=2")
+    monkeypatch.delenv(heap.VARIABLE, raising=False)
+    if there:
+        monkeypatch.setenv(heap.VARIABLE, there)
 
     def child() -> str:
         return subprocess.run([sys.executable, *code], check=True, capture_output=True, text=True).stdout
 
     with heap.for_children(True):
-        assert child().strip() == f"glibc.malloc.arena_max=2:{heap.KEY}=0"
+        assert child().strip() == then
     with heap.for_children(False):
-        assert child().strip() == "glibc.malloc.arena_max=2"
-    assert os.environ[heap.VARIABLE] == "glibc.malloc.arena_max=2"
+        assert child().strip() == str(there)
+    assert os.environ.get(heap.VARIABLE) == there
+
+
+def test_what_else_the_environment_is_told_stays(monkeypatch):
+    monkeypatch.setenv("DINOKIT_CHANGED", "before")
+    monkeypatch.setenv("DINOKIT_DROPPED", "before")
+    with heap.for_children(True):
+        os.environ["DINOKIT_CHANGED"] = "after"
+        del os.environ["DINOKIT_DROPPED"]
+    assert os.environ["DINOKIT_CHANGED"] == "after"
+    assert "DINOKIT_DROPPED" not in os.environ
 
 
 @pytest.mark.parametrize("keep", [True, False])

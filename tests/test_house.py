@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "config_values": "shelves",
     "curate": "backbones data device features files shelves weights",
     "data": "config distributed shelves",
-    "device": "",
+    "device": "recipe",
     "distributed": "",
     "eval": "backbones data device distributed features files heads log shelves signals weights",
     "heads": "backbones features files",

@@ -7,6 +7,8 @@ FILE = """
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dinokit.shelves import only_with
+
 raise RuntimeError("this file must not be run")
 
 
@@ -24,6 +26,7 @@ class Config:
         "a"  # inside of it
     )
     bare: str = "a # b"
+    hung: int = only_with(3, inside=("b",), long=True, plain=False)  # on others
     wanted: str = "???"
 
 
@@ -43,13 +46,16 @@ def test_a_comment_belongs_to_the_field_that_it_stands_beside_or_above(monkeypat
         "long": "after the bracket",
         "inside": "inside of it",
         "bare": "",
+        "hung": "on others",
         "wanted": "",
     }
     lines = key_lines("eval", "spoken.keys", without=["long"])
     assert lines[0] == f"{'    plain = 3':<32}images"
     assert lines[1].startswith(f"{'    above':<32}a section: above.path=..., above.name= one of dino")
     assert lines[2] == '    inside = "a"'.ljust(32) + "a, b; inside of it"
-    assert lines[3:] == ['    bare = "a # b"', "    wanted (must be given)"]
+    assert lines[3] == '    bare = "a # b"'
+    assert lines[4].split(maxsplit=3)[3] == "on others; only with inside=b and with long and without plain"
+    assert lines[5:] == ["    wanted (must be given)"]
 
 
 @pytest.mark.parametrize("name", names("eval"))

@@ -207,10 +207,44 @@ def test_a_list_gives_every_evaluator_what_it_has_a_key_for(recipe):
     assert (plan[1].values["steps"], plan[1].values["seed"]) == (9, 3)
     assert {each.values["test"]["test_count"] for each in plan} == {20}
     assert plan[0].values["train"]["count"] == 60
-    with pytest.raises(ValueError, match=r"No evaluator of mine\.yaml has a key 'sed'"):
+    with pytest.raises(ValueError, match=r"No evaluator of mine\.yaml reads a key 'sed'"):
         read_list(str(recipe), {"sed": 3})
     with pytest.raises(ValueError, match="there is no key 'stepps'"):
         read_list(str(recipe), {"grid": {"stepps": 3}})
+
+
+def test_another_method_than_the_list_has_takes_what_it_reads_and_leaves_the_rest():
+    def values(overrides):
+        return {each.label: each.values for each in read_list("eval_scenes", overrides)}
+
+    plain, changed = values({}), values({"depth": {"method": "mean"}, "save_every": 9})
+    assert (plain["depth"]["steps"], plain["depth"]["bins"]) == (300, 64)
+    assert changed["depth"] == {
+        **plain["depth"], "method": "mean",
+        "layers": 4, "augment": True, "steps": 38_400, "lr": 1e-4, "bins": 256,
+    }  # fmt: skip
+    assert changed["linear"] == {**plain["linear"], "save_every": 9}
+    assert changed["segmentation"] == plain["segmentation"]  # by its neighbours: nothing is trained
+    with pytest.raises(ValueError, match=r"No evaluator of eval_scenes\.yaml reads a key 'c'"):
+        values({"c": [0.1]})
+
+
+def test_null_takes_a_section_out_of_a_list_and_braces_put_it_back_to_its_defaults(recipe):
+    plan = read_list(str(recipe), {"grid": {}, "knn": None})
+    assert [(each.label, each.name) for each in plan] == [("grid", "linear"), ("retrieval", "retrieval")]
+    assert (plan[0].values["steps"], plan[0].values["blocks"]) == (12_500, (1, 4))
+    assert plan[0].values["train"]["count"] == 60  # what stands in `all` is no part of the section
+    with pytest.raises(ValueError, match=r"knn=7: it is a section, as in knn\.KEY=7\."):
+        read_list(str(recipe), {"knn": 7})
+
+
+def test_what_nothing_reads_of_a_list_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("segmentation: {method: majority, k: 7}\n")
+    for changes in ({}, {"segmentation": {"method": "logreg"}}):
+        with pytest.raises(ValueError, match=r"segmentation\.k: only with method=knn, and here"):
+            read_list(str(path), changes)
+    assert read_list(str(path), {"segmentation": {"method": "knn"}})[0].values["k"] == 7
 
 
 def test_a_whole_list_is_judged_printed_and_kept(recipe, tmp_path, capsys):

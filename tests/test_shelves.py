@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_the_config_that_is_read_without_running_the_file_is_the_real_one(shelf,
 
 def described(item) -> tuple[str, str, str, str, dict[str, str]]:
     return item.name, str(item.type), repr(item.default), repr(item.default_factory), dict(item.metadata)
+
+
+@pytest.mark.parametrize(("shelf", "name"), FILES)
+def test_what_a_field_is_read_with_can_be(shelf, name):
+    there = {item.name: item for item in fields(shelves.read_config(shelf, name))}
+    for item in there.values():
+        for other, wanted in item.metadata.get("only_with", {}).items():
+            assert isinstance(wanted, bool) or set(wanted) < set(get_args(there[other].type))
 
 
 @pytest.mark.parametrize("name", shelves.names("losses"))

@@ -35,7 +35,7 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
     heap.keep_freed(recipe.run.keep_memory)  # as in a process that trains on a CPU, and colours
     source: Source = shelves.build("data.sources", recipe.data) if real else Jpegs()
     places = Places(source, recipe.crops, None, recipe.run.seed, IMAGES)
-    colour = Photometric(recipe.crops, compiled=recipe.run.compile in ("colour", "all"))
+    colour = Photometric(recipe.crops, compiled=recipe.run.compiles("colour"))
     taken = [_round(places, colour, step) for step in range(rounds + 1)][1:]
     rates = {name: IMAGES / median(times[name] for times in taken) for name in taken[0]}
     return {"images_per_second": rates, "loader": _loader_rate(source, recipe, rounds)}

@@ -23,7 +23,7 @@ from dinokit.config import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.data.sources import Picture
-from dinokit.device import DTYPES, peak_memory, pick_device, pick_precision
+from dinokit.device import DTYPES, keeps_memory, peak_memory, pick_device, pick_precision
 from dinokit.train.loop import block_masks
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher
@@ -81,7 +81,7 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
             ours, theirs = context.Pipe()
             # No daemon, for these may have no loader processes. It ends when our end of the pipe is gone.
             child = context.Process(target=_serve, args=(theirs, recipe, rounds, real))
-            with heap.for_children(_keeps(recipe)):
+            with heap.for_children(keeps_memory(recipe.run)):
                 child.start()
             theirs.close()
             pipes.append(ours)
@@ -99,10 +99,6 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
         for pipe, child in zip(pipes, children, strict=True):
             pipe.close()
             child.join()
-
-
-def _keeps(recipe: Recipe) -> bool:
-    return recipe.run.keep_memory and pick_device(recipe.run.device).type == "cpu"
 
 
 def _receive(pipe: Connection) -> Any:
@@ -139,7 +135,7 @@ class Form:
         self.idle = peak_memory(self.device)
         precision = pick_precision(recipe.run.precision, self.device)
         self.recipe = replace(recipe, run=replace(recipe.run, precision=precision))
-        heap.keep_freed(_keeps(recipe))
+        heap.keep_freed(keeps_memory(recipe.run))
         torch.manual_seed(recipe.run.seed)
         self.step = Step(self.recipe, self.device)
         steps = WARM_UP + rounds + 2  # FLOPs are counted on one more, and phases timed on another

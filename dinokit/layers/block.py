@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.layers.attention import Attention, Segments
-from dinokit.layers.linear import LayerScale, after_norm, project
+from dinokit.layers.linear import LayerScale, after_norm, is_bare, is_hooked, project
 
 NORM_EPS = 1e-6  # both generations use it, not PyTorch's 1e-5
 
@@ -133,17 +133,15 @@ class Block(nn.Module):
         rate = self.drop_path if self.training else 0.0
         if read is not None:
             return self._read(rows, segments, rate, read)
-        rows = residual(
-            rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1), self._ours(self.attn)
-        )
-        return residual(
-            rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2), self._ours(self.mlp)
-        )
+        ours, also_ours = self._ours(self.attn, self.ls1), self._ours(self.mlp, self.ls2)
+        rows = residual(rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1), ours)
+        return residual(rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2), also_ours)
 
-    def _ours(self, branch: nn.Module) -> bool:
+    def _ours(self, branch: nn.Module, scale: LayerScale | None) -> bool:
         """Whether nobody else reads what a branch gives: no hook, nor a strange layer's backward pass."""
-        known = type(getattr(branch, "last", None)) is nn.Linear and not branch._forward_hooks
-        return self.training and self.overwrite and known
+        last = getattr(branch, "last", branch)
+        bare = is_bare(last, nn.Linear) and is_bare(scale, LayerScale) and not is_hooked(branch)
+        return self.training and self.overwrite and bare
 
     def _read(self, rows: Tensor, segments: Segments, rate: float, read: Tensor) -> Tensor:
         # All rows are keys and values. What follows needs few of them, so that stochastic depth multiplies by

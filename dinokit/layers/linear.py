@@ -1,8 +1,8 @@
 """The first and the last linear layer of a branch, which keep less than their operations one by one.
 
 What is left out is computed again in the backward pass, for a small part of the product that it meets there.
-The modules are called as they are without a gradient (an export and hooks want to see them), and if something
-else stands in the place of a layer, an adapter say.
+The modules are called as they are without a gradient (an export wants to see them), if somebody has hooks on
+them, and if something else stands in the place of a layer, an adapter say.
 
 T  rows      I, O  channels in and out
 """
@@ -26,6 +26,21 @@ class LayerScale(nn.Module):
         return rows * self.gamma
 
 
+def is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a module is none, or what its kind says and without hooks: its call may be done elsewhere."""
+    return module is None or (type(module) is kind and not is_hooked(module))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what goes through a module, forward or backward."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+
+
 def after_norm(x: Tensor, norm: nn.LayerNorm | None, linear: nn.Linear) -> Tensor:
     """linear(norm(x)); for training, norm(x) is not kept.
 
@@ -39,7 +54,7 @@ def after_norm(x: Tensor, norm: nn.LayerNorm | None, linear: nn.Linear) -> Tenso
     """
     if norm is None:
         return linear(x)
-    if not torch.is_grad_enabled() or type(norm) is not nn.LayerNorm or type(linear) is not nn.Linear:
+    if not torch.is_grad_enabled() or not is_bare(norm, nn.LayerNorm) or not is_bare(linear, nn.Linear):
         return linear(norm(x))
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -64,7 +79,8 @@ def project(x: Tensor, linear: nn.Linear, scale: LayerScale | None, gelu: bool =
     Returns:
         (T, O).
     """
-    if not torch.is_grad_enabled() or x.dtype == torch.float16 or type(linear) is not nn.Linear:
+    bare = is_bare(linear, nn.Linear) and is_bare(scale, LayerScale)
+    if not torch.is_grad_enabled() or x.dtype == torch.float16 or not bare:
         out = linear(F.gelu(x) if gelu else x)
         return out if scale is None else scale(out)
     weight: Tensor = linear.weight

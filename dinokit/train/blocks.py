@@ -36,7 +36,7 @@ def prepare(model: Model, run: Run, device: torch.device) -> None:
     use_kernel(both, run.attention, device, DTYPES[run.precision] or torch.float32)
     for block in student.blocks:
         _checkpoint(block, run)
-    if run.compile in ("blocks", "all"):
+    if run.compiles("blocks"):
         for block in (*student.blocks, *teacher.blocks):
             block.compile(dynamic=False)
 

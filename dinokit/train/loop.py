@@ -12,7 +12,7 @@ from dinokit.config import Recipe
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
-from dinokit.device import pick_device
+from dinokit.device import keeps_memory, pick_device
 from dinokit.distributed import rank, world_size
 from dinokit.log import RunLog, before_and_after
 from dinokit.signals import Stopped, stop_signals
@@ -43,7 +43,7 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
             by a signal of STOPS, the process no longer hears these, for a launcher repeats them.
     """
     device = pick_device(recipe.run.device)
-    heap.keep_freed(recipe.run.keep_memory and device.type == "cpu")
+    heap.keep_freed(keeps_memory(recipe.run))
     with joined(device, recipe.run.timeout_minutes) as watchdog, alone_in(Path(recipe.run.out)):
         return _train(recipe, source, evaluators, device, watchdog)
 

@@ -40,7 +40,7 @@ class Step:
         self.images_at_once = recipe.optim.batch // world_size() // self.parts
         # What is called in a step: the model, or it in DDP.
         self.replica = spread(self.model, recipe, device, self.images_at_once)
-        self.colour = Photometric(recipe.crops, compiled=recipe.run.compile in ("colour", "all"))
+        self.colour = Photometric(recipe.crops, compiled=recipe.run.compiles("colour"))
         self.optimizer = build_optimizer(self.model.student, recipe.optim)
         self.schedules = Schedules(recipe)
         self.dtype = DTYPES[recipe.run.precision]

@@ -36,9 +36,9 @@ def describe(words: Sequence[str]) -> str:
 def settle(command: Command, recipe: Recipe) -> None:
     """Start this process anew, if `run.keep_memory` asks for it; nothing that lasts may stand before."""
     from dinokit import heap
-    from dinokit.device import pick_device
+    from dinokit.device import keeps_memory
 
-    if command.alone and recipe.run.keep_memory and pick_device(recipe.run.device).type == "cpu":
+    if command.alone and keeps_memory(recipe.run):
         heap.begin_again()
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dinokit import judge, shelves
 from dinokit.backbones import Input, Tokens
-from dinokit.config import section_values
+from dinokit.config import section_values, unread
 from dinokit.eval import depth, segmentation, video
 
 
@@ -67,14 +67,19 @@ def sections(root, **more):
     return {s: {"name": "folders", "path": str(root), "split": s, **more} for s in SPLITS}
 
 
-def config(module, name, **values):
-    return module.Config(**section_values("eval", name, {"workers": 0, **values}, name))
+def config(module, name, usual, **values):
+    """Of these settings, and those of the usual ones that are read with them."""
+    done = {"workers": 0, **usual, **values}
+    left_out = unread(module.Config, done, name).keys() - values.keys()
+    return module.Config(
+        **section_values("eval", name, {k: done[k] for k in done if k not in left_out}, name)
+    )
 
 
 def segment(root, **values):
     data = sections(root, classes=["grey", "red", "green"])
     small = {"resize": 32, "crop": 32, "stride": 21, "steps": 60, "batch": 4, "lr": 0.05}
-    return config(segmentation, "segmentation", **{**data, **small, **values})
+    return config(segmentation, "segmentation", {**data, **small}, **values)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def test_several_scales_and_mirrors_average_to_one_answer(blobs):
     vit = shelves.build(
         "backbones", {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 4, "size": 32}
     )
-    values = {"method": "ms", "scales": [1.0, 1.5], "augment": False, "ratio": [1.0, 1.0]}
+    values = {"method": "ms", "scales": [1.0, 1.5], "augment": False}
     scores = segmentation.evaluate(segment(blobs, **values), vit)
     assert 0 < scores["mIoU"] <= 1
     assert vit.training
@@ -109,7 +114,8 @@ def test_several_scales_and_mirrors_average_to_one_answer(blobs):
 
 def depth_config(root, **values):
     small = {"layers": 1, "norm": True, "crop": [32, 40], "steps": 150, "batch": 4, "lr": 0.03, "bins": 32}
-    return config(depth, "depth", **{**sections(root, target="depth"), **small, "max_depth": 5.0, **values})
+    usual = {**sections(root, target="depth"), **small, "max_depth": 5.0}
+    return config(depth, "depth", usual, **values)
 
 
 def test_the_data_of_a_run_on_the_scenes_gives_both_kinds_of_map():
@@ -268,7 +274,7 @@ def test_a_cache_that_would_be_too_large_is_refused_with_its_size(blobs):
 )
 def test_a_number_that_makes_no_sense_is_named(module, name, values, message):
     with pytest.raises(ValueError, match=message):
-        config(module, name, **values)
+        config(module, name, {}, **values)
 
 
 def test_the_published_numbers_are_the_defaults():

@@ -23,7 +23,7 @@ def blobs(n=200, width=6, classes=4, shift=0.0):
 
 
 def config(**values):
-    return Config(**section_values("eval", "logreg", {"workers": 0, "held_out": 0.2, **values}, "logreg"))
+    return Config(**section_values("eval", "logreg", {"workers": 0, **values}, "logreg"))
 
 
 @pytest.mark.parametrize("classes", [3, 4])

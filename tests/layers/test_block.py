@@ -1,5 +1,7 @@
 """Stochastic depth and the feed-forward parts."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -94,10 +96,43 @@ def test_a_branch_whose_result_is_the_sum_has_no_tensor_more():
     assert block.eval()(x, segments).data_ptr() != results[1].data_ptr()
 
 
-def test_hooks_and_layers_of_others_see_what_a_branch_gives():
+def test_layers_of_others_may_read_what_they_gave():
     block = Block(width=8, heads=2, ffn="mlp", layer_scale=1.0, drop_path=0.0)
-    x, segments, seen = torch.randn(12, 8), Segments(((4, 3),)), []
-    block.attn.register_forward_hook(lambda _, __, out: seen.append((out, out.detach().clone())))
+    x, segments = torch.randn(12, 8), Segments(((4, 3),))
     block.mlp.fc2 = torch.nn.Sequential(block.mlp.fc2, torch.nn.Tanh())  # its backward pass reads its result
+    block.ls1 = torch.nn.Tanh()
     block(x, segments).sum().backward()
-    torch.testing.assert_close(*seen[0])
+
+
+PARTS = ["norm1", "attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc2"]
+
+
+@pytest.mark.parametrize(("where", "scale"), [*product(PARTS, (0.0, 1.0)), ("ls1", 1.0), ("ls2", 1.0)])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "register_forward_pre_hook", "register_forward_hook", "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)  # fmt: skip
+def test_hooks_are_called_in_training_and_see_what_the_plain_block_gives(hook, where, scale, generator):
+    """The plain one: modules called one by one, as they are without a gradient, and a sum of its own."""
+    block = Block(width=8, heads=2, ffn="mlp", layer_scale=scale, drop_path=0.0)
+    x, segments, seen = torch.randn(12, 8, generator=generator), Segments(((4, 3),)), []
+    want = block.eval()(x, segments).detach()
+    getattr(block.get_submodule(where), hook)(lambda _, *tensors: seen.append([*flat(tensors)]))
+    given = x.clone().requires_grad_()
+    out = block.train()(given, segments)
+    torch.testing.assert_close(out, want)
+    out.square().sum().backward()
+    ((copies, tensors),) = [zip(*each, strict=True) for each in seen]
+    torch.testing.assert_close(copies, tensors, rtol=0, atol=0)
+
+
+def flat(tensors):
+    """Each tensor in tuples of them, as it is now and as it is kept."""
+    for each in tensors:
+        if isinstance(each, tuple):
+            yield from flat(each)
+        elif isinstance(each, torch.Tensor):
+            yield each.detach().clone(), each

@@ -93,7 +93,7 @@ def test_tokens_are_counted_as_the_blocks_see_them(backbone):
     model = shelves.build("backbones", {"name": "vit", **backbone, "size": 28})
     rows = []
     model.blocks[0].norm1.register_forward_hook(lambda module, args, out: rows.append(out.shape[:-1].numel()))
-    with torch.no_grad():  # for training, a norm is not called as a module
+    with torch.no_grad():
         model([torch.rand(2, 3, 56, 56), torch.rand(5, 3, 28, 28)], [None, None])
     seen = sum(rows)
     assert 2 * tokens_of(model.to("meta"), 56) + 5 * tokens_of(model, 28) == seen

@@ -123,6 +123,7 @@ def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
     same_run(whole, broken)
 
 
+@pytest.mark.usefixtures("signals_given_back")
 @pytest.mark.parametrize("number", STOPS)
 def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, same_run):
     """What says it is the evaluator, which comes last of all that a step is followed by."""
@@ -135,13 +136,8 @@ def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, 
             signal.raise_signal(number)
         return {"x": 0.0}
 
-    before = {each: signal.getsignal(each) for each in STOPS}
-    try:
-        told = train(tiny("told"), [Evaluator("probe", 6, judge)])
-        assert {signal.getsignal(each) for each in STOPS} == {signal.SIG_IGN}  # a scheduler repeats itself
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    told = train(tiny("told"), [Evaluator("probe", 6, judge)])
+    assert {signal.getsignal(each) for each in STOPS} == {signal.SIG_IGN}  # a scheduler repeats itself
     assert len(calls) == 2
     assert "stopped" not in (told / "run.log").read_text()
     same_run(whole, told)
