@@ -23,8 +23,10 @@ def typed(
     """
     _unknown_keys(cls, values, where, besides)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(values)))
-        absent = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        given = OmegaConf.create(dict(values))
+        merged = OmegaConf.merge(OmegaConf.structured(cls), given)
+        # Also what `given` says must be given, in whose place merge() puts a default.
+        absent = sorted({str(key) for some in (given, merged) for key in OmegaConf.missing_keys(some)})
         if absent:
             keys = [join(where, key) for key in absent]
             raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")

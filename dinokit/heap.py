@@ -26,7 +26,7 @@ def keep_freed(on: bool = True) -> None:
         largest_fast, trim_threshold, mmap_max = 1, -1, -4  # from malloc.h
         library.mallopt(largest_fast, 0)
         library.mallopt(mmap_max, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
+        library.mallopt(trim_threshold, -1)  # never
 
 
 def begin_again() -> None:

@@ -158,7 +158,8 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[Planned]:
     Such a recipe has a section for each, called as its evaluator, or with a name of its own and a key `eval`.
     What stands in the section `all`, and an override that begins with none of these names, goes to every
     evaluator that has the key and reads it. An override of a section may change what else is read of it, a
-    `method` say: what the recipe has there for the other one is left out.
+    `method` say: what the recipe has there for the other one is left out. As in a recipe for training, null
+    takes a section out, and {} puts it back to its defaults.
 
     Raises:
         ValueError, LookupError: for an unknown recipe, evaluator, key or value.
@@ -166,16 +167,22 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[Planned]:
     path = shelves.find_recipe(recipe, "eval")
     listed = read_mapping(path)
     common = merged(listed.pop("all", None) or {}, {k: v for k, v in overrides.items() if k not in listed})
+    changes = {label: overrides[label] for label in listed if label in overrides}
+    for label, section in (*listed.items(), *changes.items()):
+        if not isinstance(section, Mapping | None):
+            raise ValueError(f"{label}={section}: it is a section, as in {label}.KEY={section}.")
+    listed = {label: section or {} for label, section in listed.items()}
     plan: list[Planned] = []
     read: set[str] = set()
-    for label, section in listed.items():
-        changed = overrides.get(label) or {}
-        own = merged(section or {}, changed)
-        name = str(own.pop("eval", label))
+    for label, own in merged(listed, changes).items():
+        if own is None:
+            continue
+        section, changed = listed[label], changes.get(label, {})
+        name = str(own.pop("eval", section.get("eval", label)))
         config = shelves.read_config("eval", name)
         known = {f.name for f in fields(config)}
         values = merged({key: value for key, value in common.items() if key in known}, own)
-        plain = {key: value for key, value in (section or {}).items() if key != "eval"}
+        plain = {key: value for key, value in section.items() if key != "eval"}
         mistaken = unread(config, plain, label).keys() | changed.keys()
         left_out = unread(config, values, label).keys() - mistaken
         values = {key: value for key, value in values.items() if key not in left_out}

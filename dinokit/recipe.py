@@ -140,7 +140,7 @@ class Run:
     out: str = ""  # the run's folder; empty is runs/NAME-OF-THE-RECIPE
     seed: int = at_least(0, 0)
     device: str = "auto"  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the device computes in it
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it multiplies faster
     accumulate: int = at_least(
         1, 1
     )  # parts that a step's batch is cut into, one after another (docs/training.md)

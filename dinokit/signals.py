@@ -60,7 +60,8 @@ class Told:
 def stop_signals(between_items: bool = False) -> Iterator[Told]:
     """While open, Ctrl-C or a signal of STOPS asks to save and end; a second Ctrl-C ends at once.
 
-    Launchers and schedulers repeat themselves: that changes nothing, even when the block has been left.
+    Launchers and schedulers repeat themselves: that changes nothing, even when the block has been left. The
+    whole process is meant: a block around this one, which hears nothing meanwhile, is told when it is left.
 
     Args:
         between_items: as Told.
@@ -70,10 +71,14 @@ def stop_signals(between_items: bool = False) -> Iterator[Told]:
     try:
         yield told
     finally:
+        around = before[signal.SIGINT]
+        outermost = not isinstance(around, Told)
         for number, handler in before.items():
             # All has been saved or done, and what is left is to end: with the status that says so.
-            spent = number in STOPS and not {told.agreed, *told.asked}.isdisjoint(STOPS)
+            spent = outermost and number in STOPS and not {told.agreed, *told.asked}.isdisjoint(STOPS)
             signal.signal(number, signal.SIG_IGN if spent else handler)
+        if isinstance(around, Told):
+            around.asked += {told.agreed, *told.asked} - {0}
 
 
 def stop_here(together: bool) -> bool:

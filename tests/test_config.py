@@ -189,6 +189,7 @@ MISTAKES = {
     "backbone=vit": "backbone: Cannot assign str",
     "evals.knn.every=null": "evals.knn.every must be given: the number of steps between two evaluations",
     "optim.steps=???": "optim.steps must be given, as in optim.steps=VALUE.",
+    "teacher.frozen=???": "teacher.frozen must be given, as in teacher.frozen=VALUE.",
     "optim.steps=0": "optim.steps=0: it must be 1 or more.",
     "run.keep=0": "run.keep=0: it must be 1 or more.",
     "optim.warmup=625000": "optim.warmup=625000 leaves nothing of optim.steps=625000. A shorter run",

@@ -229,12 +229,21 @@ def test_another_method_than_the_list_has_takes_what_it_reads_and_leaves_the_res
         values({"c": [0.1]})
 
 
+def test_null_takes_a_section_out_of_a_list_and_braces_put_it_back_to_its_defaults(recipe):
+    plan = read_list(str(recipe), {"grid": {}, "knn": None})
+    assert [(each.label, each.name) for each in plan] == [("grid", "linear"), ("retrieval", "retrieval")]
+    assert (plan[0].values["steps"], plan[0].values["blocks"]) == (12_500, (1, 4))
+    assert plan[0].values["train"]["count"] == 60  # what stands in `all` is no part of the section
+    with pytest.raises(ValueError, match=r"knn=7: it is a section, as in knn\.KEY=7\."):
+        read_list(str(recipe), {"knn": 7})
+
+
 def test_what_nothing_reads_of_a_list_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("segmentation: {method: majority, k: 7}\n")
-    for method in ({}, {"method": "logreg"}):
+    for changes in ({}, {"segmentation": {"method": "logreg"}}):
         with pytest.raises(ValueError, match=r"segmentation\.k: only with method=knn, and here"):
-            read_list(str(path), {"segmentation": method})
+            read_list(str(path), changes)
     assert read_list(str(path), {"segmentation": {"method": "knn"}})[0].values["k"] == 7
 
 

@@ -33,11 +33,21 @@ def test_items_stop_where_that_is_listened_to_and_go_on_where_a_command_asks_for
     assert items() == [0, 1, 2]
 
 
-def test_a_block_within_another_hears_alone_and_then_the_other_hears_again():
+@pytest.mark.parametrize("number", [signal.SIGINT, *STOPS])
+def test_a_block_within_another_hears_alone_and_hands_on_what_it_heard_when_it_is_left(number):
+    before = {signal.getsignal(each) for each in STOPS}
+    with stop_signals(between_items=True) as outer:
+        with stop_signals():
+            assert items(number) == [0, 1, 2]
+            assert not outer.here()
+        assert items() == [0, "stopped"]
+    assert {signal.getsignal(each) for each in STOPS} == ({signal.SIG_IGN} if number in STOPS else before)
+
+
+def test_a_block_around_one_that_was_told_nothing_hears_again():
     with stop_signals(between_items=True):
-        with stop_signals() as inner:
-            assert items(signal.SIGINT) == [0, 1, 2]
-        assert inner.here()
+        with stop_signals():
+            pass
         assert items() == [0, 1, 2]
         assert items(signal.SIGINT) == [0, "stopped"]
 

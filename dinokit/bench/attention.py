@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from dinokit.bench.machine import matmul_rate, seconds
+from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
 from dinokit.config import Recipe
-from dinokit.device import DTYPES, pick_device, pick_precision
+from dinokit.device import DTYPES
 from dinokit.layers.attention import KERNELS, Attention, Kernel, Segments, attend, why_not
 from dinokit.train.activations import tokens_of
 from dinokit.train.student_teacher import build_backbone
@@ -19,8 +19,8 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
     Raises:
         ValueError: if the backbone has an attention of its own.
     """
-    device = pick_device(recipe.run.device)
-    dtype = DTYPES[pick_precision(recipe.run.precision, device)] or torch.float32
+    run = settled(recipe).run
+    device, dtype = torch.device(run.device), DTYPES[run.precision] or torch.float32
     with torch.device("meta"):
         backbone = build_backbone(recipe)
     layers = [module for module in backbone.blocks.modules() if isinstance(module, Attention)]
@@ -42,11 +42,11 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
         work = partial(_run, qkv, layers[0].heads, segments, kernel)
         done[kernel] = reason or 1000 * seconds(work, device, rounds)
     return {
+        **measured_on(run.device, run.precision),
         "milliseconds": done,
         "rows": rows,
         "width": backbone.width,
-        "matmul_fp32": matmul_rate(torch.float32, device),
-        "matmul_bf16": matmul_rate(torch.bfloat16, device),
+        **matmul_rates(device),
     }
 
 

@@ -1,57 +1,59 @@
 """The speed of the data path on one core: decode, cut, colour; and what loader processes hand over."""
 
-import io
 import time
-from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from dinokit import heap, shelves
+from dinokit.bench.machine import matmul_rates, measured_on, medians
+from dinokit.bench.synthetic import Files
 from dinokit.config import Recipe
 from dinokit.data.batch import collate
-from dinokit.data.decode import decode
 from dinokit.data.loader import CROPS, Places, loader
 from dinokit.data.order import generator
 from dinokit.data.photometric import Photometric
-from dinokit.data.sources import Picture, Source
-
-IMAGES = 32  # a round
+from dinokit.data.sources import Source
 
 
 def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
-    """Images per second of each part and of the whole, medians over the rounds, on one thread.
+    """Images per second of each part and of the whole, medians over the rounds, on one thread of the CPU.
 
     Args:
         recipe: its crops, its data and its number of workers.
-        rounds: of 32 images each.
-        real: whether to read the recipe's data; else JPEG files of 500 x 375 pixels in memory.
+        rounds: of optim.batch images each, and the thread's rate of matrix products after each.
+        real: whether to read the recipe's data; else files in memory, as Files has them.
     """
     torch.set_num_threads(1)
     heap.keep_freed(recipe.run.keep_memory)  # as in a process that trains on a CPU, and colours
-    source: Source = shelves.build("data.sources", recipe.data) if real else Jpegs()
-    places = Places(source, recipe.crops, None, recipe.run.seed, IMAGES)
+    source: Source = shelves.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
+    places = Places(source, recipe.crops, None, recipe.run.seed, recipe.optim.batch)
     colour = Photometric(recipe.crops, compiled=recipe.run.compiles("colour"))
-    taken = [_round(places, colour, step) for step in range(rounds + 1)][1:]
-    rates = {name: IMAGES / median(times[name] for times in taken) for name in taken[0]}
-    return {"images_per_second": rates, "loader": _loader_rate(source, recipe, rounds)}
+    _round(places, colour, 0)
+    times, rates = [], []
+    for step in range(1, rounds + 1):
+        times.append(_round(places, colour, step))
+        rates.append(matmul_rates(torch.device("cpu")))
+    return {
+        **measured_on("cpu", "fp32"),
+        "images_per_second": {name: places.batch / took for name, took in medians(times).items()},
+        "loader": _loader_rate(source, recipe, rounds),
+        **medians(rates),
+    }
 
 
 def _round(places: Places, colour: Photometric, step: int) -> dict[str, float]:
     """Seconds that each part takes for the images of a round."""
-    numbers = [(step * IMAGES + i) % len(places.source) for i in range(IMAGES)]
-    rngs = [generator(places.seed, step, place, CROPS) for place in range(IMAGES)]
+    numbers = [(step * places.batch + i) % len(places.source) for i in range(places.batch)]
+    rngs = [generator(places.seed, step, place, CROPS) for place in range(places.batch)]
     marks = [time.perf_counter()]
     pictures = [places.picture(i, rng) for i, rng in zip(numbers, rngs, strict=True)]
     marks.append(time.perf_counter())
     for image, boxes in pictures:
         places.cut(image, boxes)
     marks.append(time.perf_counter())
-    batch = collate([places[step, place] for place in range(IMAGES)])
+    batch = collate([places[step, place] for place in range(places.batch)])
     marks.append(time.perf_counter())
     for crops, rows in ((batch.global_crops, batch.global_colour), (batch.local_crops, batch.local_colour)):
         if len(crops):
@@ -66,8 +68,8 @@ def _loader_rate(source: Source, recipe: Recipe, rounds: int) -> dict[str, float
     begun = time.perf_counter()
     batches = iter(
         loader(
-            source, recipe.crops, None, seed=recipe.run.seed, start_step=0, steps=rounds + 4, batch=IMAGES,
-            workers=recipe.run.workers,
+            source, recipe.crops, None, seed=recipe.run.seed, start_step=0, steps=rounds + 4,
+            batch=recipe.optim.batch, workers=recipe.run.workers,
         )
     )  # fmt: skip
     next(batches)
@@ -75,39 +77,3 @@ def _loader_rate(source: Source, recipe: Recipe, rounds: int) -> dict[str, float
     begun = time.perf_counter()
     handed = sum(batch.images for batch in batches)
     return {"start_s": start, "images_per_second": handed / (time.perf_counter() - begun)}
-
-
-class Jpegs:
-    """Sixteen photo-like JPEG files of 500 x 375 pixels in memory: their detail falls with its frequency."""
-
-    classes: Sequence[str] = ()
-
-    def __init__(self) -> None:
-        self.files = [_jpeg(np.random.default_rng(seed)) for seed in range(16)]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
-        return decode(self.stored(index), self.name(index), 3), -1
-
-    def stored(self, index: int) -> bytes:
-        """The file."""
-        return self.files[index]
-
-    def name(self, index: int) -> str:
-        """For messages."""
-        return f"JPEG {index}"
-
-
-def _jpeg(rng: np.random.Generator) -> bytes:
-    height, width = 375, 500
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    fall = 1 / np.maximum(frequency, 1 / width)  # amplitude over frequency, as in photographs
-    noise = np.fft.rfft2(rng.standard_normal((3, height, width)))
-    pixels = np.fft.irfft2(noise * fall, s=(height, width))
-    pixels = 128 + 55 * pixels / pixels.std()
-    file = io.BytesIO()
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
-    image.save(file, "JPEG", quality=90)
-    return file.getvalue()

@@ -1,12 +1,34 @@
-"""What the machine itself can do."""
+"""What a figure is measured on, and what that can do at most."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 
+from dinokit.config import Recipe
+from dinokit.device import pick_device, pick_precision
+
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is timed
+RATES = {"matmul_fp32": torch.float32, "matmul_bf16": torch.bfloat16}
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with the device and the precision that `auto` is here.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    device = pick_device(recipe.run.device)
+    precision = pick_precision(recipe.run.precision, device)
+    return replace(recipe, run=replace(recipe.run, device=str(device), precision=precision))
+
+
+def measured_on(device: str, precision: str) -> dict[str, Any]:
+    """For a report: these two, and the threads that this process computes with."""
+    return {"device": device, "precision": precision, "threads": torch.get_num_threads()}
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> float:
@@ -31,6 +53,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each column."""
+    return {name: median(row[name] for row in rows) for name in rows[0]}
+
+
+def matmul_rates(device: torch.device) -> dict[str, float]:
+    """matmul_rate() by the name that it has in reports."""
+    return {name: matmul_rate(dtype, device) for name, dtype in RATES.items()}
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -13,22 +13,21 @@ from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 from dinokit import heap, shelves
 from dinokit.bench.clock import Clock
-from dinokit.bench.machine import matmul_rate, once
+from dinokit.bench.machine import matmul_rates, medians, once, settled
+from dinokit.bench.synthetic import Files
 from dinokit.config import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
-from dinokit.data.sources import Picture
-from dinokit.device import DTYPES, keeps_memory, peak_memory, pick_device, pick_precision
+from dinokit.device import keeps_memory, peak_memory
 from dinokit.train.loop import block_masks
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher
 
-# The plainest form of a step: what a reader of the papers would write.
+# Every switch of `run` that is there for speed or memory, at its plainest.
 PLAIN: dict[str, Any] = {
     "logits": "whole", "tokens": "all", "compile": "none", "checkpointing": "none", "attention": "sdpa",
     "keep_memory": False,
@@ -52,7 +51,11 @@ class StepReport:
 
 
 def plain(recipe: Recipe) -> Recipe:
-    """The same step without anything that is there for speed or memory."""
+    """The same step with all logits at once, all tokens of the last block, SDPA, nothing compiled.
+
+    Nothing is checkpointed either, and freed memory goes back. What has no switch stays, such as norms and
+    GELUs that are computed again, gains folded into weights, sums made in place and the fused AdamW.
+    """
     return replace(recipe, run=replace(recipe.run, **PLAIN))
 
 
@@ -62,7 +65,7 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
     Args:
         recipes: one a form.
         rounds: steps a form that count.
-        real: whether to load images of the recipe's data; else the same noise is seen in every step.
+        real: whether to load images of the recipe's data; else two batches of synthetic images, in turn.
 
     Raises:
         ValueError: for a recipe with teacher.frozen, whose step has other phases.
@@ -131,17 +134,16 @@ class Form:
     """One form of a step, its input, and what was measured of it."""
 
     def __init__(self, recipe: Recipe, rounds: int, real: bool) -> None:
-        self.device = pick_device(recipe.run.device)
+        self.recipe = settled(recipe)
+        self.device = torch.device(self.recipe.run.device)
         self.idle = peak_memory(self.device)
-        precision = pick_precision(recipe.run.precision, self.device)
-        self.recipe = replace(recipe, run=replace(recipe.run, precision=precision))
         heap.keep_freed(keeps_memory(recipe.run))
         torch.manual_seed(recipe.run.seed)
         self.step = Step(self.recipe, self.device)
         steps = WARM_UP + rounds + 2  # FLOPs are counted on one more, and phases timed on another
         self.batches = _batches(self.recipe, self.step, steps, real)
         self.seconds: list[float] = []
-        self.rates: list[tuple[float, float]] = []
+        self.rates: list[dict[str, float]] = []
 
     def warm_up(self) -> None:
         """Two steps: the first makes the optimiser's state, the second is like all others."""
@@ -151,15 +153,15 @@ class Form:
     def round(self) -> None:
         """One step that counts, and the machine's rate beside it."""
         self.seconds.append(once(lambda: self.step(next(self.batches)), self.device))
-        self.rates.append((matmul_rate(torch.float32, self.device), matmul_rate(torch.bfloat16, self.device)))
+        self.rates.append(matmul_rates(self.device))
 
     def report(self) -> StepReport:
         """Of the rounds so far."""
         peak = peak_memory(self.device)
         took, images = median(self.seconds), self.recipe.optim.batch
-        fp32, bf16 = (median(rates) for rates in zip(*self.rates, strict=True))
+        rates = medians(self.rates)
         flops = model_flops(self.recipe, next(self.batches))
-        rate = fp32 if DTYPES[self.recipe.run.precision] is None else bf16
+        rate = rates["matmul_fp32" if self.recipe.run.precision == "fp32" else "matmul_bf16"]
         return StepReport(
             images_per_second=images / took,
             milliseconds=self._phases(),
@@ -167,9 +169,8 @@ class Form:
             idle_gib=self.idle,
             model_flops=flops,
             share_of_matmul=flops / took / rate,
-            matmul_fp32=fp32,
-            matmul_bf16=bf16,
             seconds=self.seconds,
+            **rates,
         )
 
     def _phases(self) -> dict[str, float]:
@@ -214,27 +215,8 @@ def model_flops(recipe: Recipe, batch: Batch) -> float:
     return float(counter.get_total_flops())
 
 
-class _Noise:
-    """Images as data sets have them: 500 x 375 pixels."""
-
-    classes: Sequence[str] = ()
-
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
-        rng = np.random.default_rng(index)
-        return rng.integers(0, 256, (375, 500, self.channels), dtype=np.uint8), -1
-
-    def name(self, index: int) -> str:
-        return f"noise {index}"
-
-
 def _batches(recipe: Recipe, step: Step, steps: int, real: bool) -> Iterator[Batch]:
-    source = shelves.build("data.sources", recipe.data) if real else _Noise(len(recipe.crops.mean))
+    source = shelves.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
     made = loader(
         source, recipe.crops, block_masks(recipe, step.model.student.backbone), seed=recipe.run.seed,
         start_step=0, steps=steps if real else 2, batch=recipe.optim.batch,

@@ -75,7 +75,6 @@ def blur(x: Tensor, sigma: Tensor, kernel: int) -> None:
 
 
 def solarize(x: Tensor, _: Tensor, threshold: float) -> None:
-    bright = torch.ge(
-        x, threshold, out=torch.empty_like(x)
-    )  # as 0 and 1: a where() is ten times slower on a CPU
+    # As 0 and 1: a where() is ten times slower on a CPU.
+    bright = torch.ge(x, threshold, out=torch.empty_like(x))
     x.addcmul_(bright, torch.sub(1, x, alpha=2))

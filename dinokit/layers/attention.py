@@ -145,9 +145,8 @@ class _Short(torch.autograd.Function):
         for group, done in zip(segments.split(qkv), segments.split(out), strict=True):
             split = _by_head(group, 3, heads).contiguous()
             q, k, v = split.flatten(1, 2)  # (images * H, tokens, d) each
-            with torch.autocast(
-                q.device.type, enabled=False
-            ):  # it would take the softmax to float32 and back
+            # Autocast would take the softmax to float32 and back.
+            with torch.autocast(q.device.type, enabled=False):
                 scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
                 weights = scores.softmax(dim=-1)
             _by_head(done, 1, heads).copy_(torch.bmm(weights, v).view(1, *split.shape[1:]))

@@ -54,7 +54,7 @@ def sinkhorn_knopp(
         parts: the prototypes of each head in slices; None: as few as go by the rows of `scores`.
     """
     cuts = [slices(s) for s in scores] if parts is None else parts
-    masses = [_logits(s, temp, cut) for s, cut in zip(scores, cuts, strict=True)]
+    masses = [[z.div_(temp) for z in _logits(s, cut)] for s, cut in zip(scores, cuts, strict=True)]
     peaks = _jointly(all_reduce_max, [torch.cat([_peak(part) for part in mass]) for mass in masses])
     rows = [_raise(mass, peak).exp() for mass, peak in zip(masses, peaks, strict=True)]
     columns = peaks
@@ -103,7 +103,7 @@ class Centering(nn.Module):
         if views.new_step:
             self.fold()
         scores = views.teacher(which)
-        mass = _logits(scores, 1.0, views.parts(which))
+        mass = _logits(scores, views.parts(which))
         self.pending = self.pending + torch.cat([part.sum(dim=0) for part in mass])
         self.rows += len(mass[0])
         center = self.center.expand(self.pending.shape)
@@ -128,10 +128,10 @@ def build_targets(kind: Literal["sinkhorn", "centering"], momentum: float) -> nn
     return Sinkhorn() if kind == "sinkhorn" else Centering(momentum)
 
 
-def _logits(scores: Scores, temp: float, parts: Sequence[slice]) -> list[Tensor]:
-    """Logits over a temperature, (R, k) float32 a slice."""
+def _logits(scores: Scores, parts: Sequence[slice]) -> list[Tensor]:
+    """(R, k) float32 a slice."""
     flat = Scores(scores.rows.flatten(0, -2), scores.prototypes)
-    return [flat.logits(part).float().div_(temp) for part in parts]
+    return [flat.logits(part).float() for part in parts]
 
 
 def _cut(column: Tensor, mass: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -37,7 +37,7 @@ def tokens_of(backbone: Backbone, size: int) -> int:
 def _logits(recipe: Recipe, backbone: Backbone, images: int) -> int:
     """Bytes: the teacher's logits stay, in float32, and the student's too if `run.logits` is whole.
 
-    One loss at a time needs three times its student's logits, or those of a chunk, besides.
+    One loss at a time needs three times its student's logits besides, or twice those of a chunk.
     """
     views, whole = recipe.crops.globals.count, recipe.run.logits == "whole"
     heads = [(recipe.heads.cls, images * views, images * (views + recipe.crops.locals.count))]
@@ -47,4 +47,4 @@ def _logits(recipe: Recipe, backbone: Backbone, images: int) -> int:
         heads.append((recipe.heads.patch or recipe.heads.cls, patches, patches))
     stay = sum((taught + whole * asked) * head.prototypes for head, taught, asked in heads)
     most = max(asked * head.prototypes for head, _, asked in heads)
-    return 4 * (stay + 3 * (most if whole else min(most, GPU_CHUNK)))
+    return 4 * (stay + (3 * most if whole else 2 * min(most, GPU_CHUNK)))

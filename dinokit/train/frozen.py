@@ -24,17 +24,17 @@ class FrozenTeacher:
 
     def __init__(self, backbone: Backbone, heads: Network | None) -> None:
         self.backbone, self.heads = backbone, heads
-        self.device = torch.device("cpu")
+        self.device: torch.device | None = None
         self.fingerprint = fingerprint(heads if heads is not None else backbone)
 
     @torch.no_grad()
     def see(self, crops: Tensor) -> Tokens:
-        """Tokens of crops (b, C, h, w); follows them to their device at the first call."""
+        """Tokens of crops (b, C, h, w); follows them to their device and into autocast at the first call."""
         if self.device != crops.device:
             self.device = crops.device
-            self.backbone.to(crops.device)
-            if self.heads is not None:
-                self.heads.to(crops.device)
+            for network in (self.backbone, self.heads):
+                if isinstance(network, nn.Module):  # there may be no heads
+                    _hold_as_computed(network.to(crops.device), crops.device)
         return self.backbone([crops], [None])[0]
 
 
@@ -55,6 +55,14 @@ def read_teacher(recipe: Recipe) -> FrozenTeacher:
     if network is not None:
         _check_heads(recipe, network)
     return FrozenTeacher(backbone, network)
+
+
+def _hold_as_computed(network: nn.Module, device: torch.device) -> None:
+    """Weights in the dtype that autocast would take them to in every step: half the memory, and no casts."""
+    if torch.is_autocast_enabled(device.type):
+        for module in network.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(torch.get_autocast_dtype(device.type))
 
 
 def _network(run: Path, latest: checkpoint.Found) -> Network:

@@ -59,11 +59,10 @@ class Step:
             drop_prototype_gradients(self.optimizer)
         s = self.schedules
         set_rates(self.optimizer, s.rates(step), s.weight_decay(step))
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)  # type: ignore[arg-type]
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else the step was skipped for an overflow: nothing is new
-            self.model.update_teacher(s.momentum(step))
+        # Also after an overflow, when nothing is new: to ask for one would be to wait for the device.
+        self.model.update_teacher(s.momentum(step))
         return values
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:

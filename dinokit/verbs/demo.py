@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinokit import judge
-from dinokit.config import load_recipe
+from dinokit.config import Recipe, load_recipe
 from dinokit.verbs import Command
 from dinokit.verbs.eval import judged as judged_by
 from dinokit.verbs.train import pretrain, settle
@@ -36,7 +36,14 @@ def run(command: Command) -> None:
     if "knn" not in recipe.evals:
         raise ValueError("dinokit demo needs evals.knn.")
     settle(command, recipe)
-    out = pretrain(recipe)
+    from dinokit.signals import stop_signals
+
+    with stop_signals(between_items=True):  # around both: what came at the last step ends the judging
+        _judge(recipe, pretrain(recipe))
+
+
+def _judge(recipe: Recipe, out: str) -> None:
+    """What the run knows, against pixels and the untrained network."""
     import torch
     from rich.console import Console
     from rich.table import Table

@@ -2,13 +2,17 @@
 
 import json
 import multiprocessing
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinokit.__main__ import main
-from dinokit.bench.step import bench_steps, model_flops, plain
+from dinokit.bench.step import Form, bench_steps, model_flops, plain
+from dinokit.bench.synthetic import Files
 from dinokit.config import load_recipe
 from dinokit.data.loader import loader
 from dinokit.data.sources.scenes import Config, build
@@ -18,19 +22,25 @@ from dinokit.train.student_teacher import StudentTeacher
 SMALL = [
     "backbone.width=24", "backbone.depth=2", "backbone.heads=2", "backbone.size=48", "crops.globals.size=48",
     "crops.locals.size=16", "crops.locals.count=2", "heads.cls.prototypes=64", "heads.cls.hidden=16",
-    "heads.cls.bottleneck=8", "run.precision=fp32", "run.workers=0",
+    "heads.cls.bottleneck=8", "run.precision=fp32", "run.workers=0", "run.device=cpu",
 ]  # fmt: skip
 
 
-def printed(capsys, *words):
-    assert main(["bench", *words, *SMALL, "batch=2", "rounds=2", "--json", "--traceback"]) == 0
+def printed(capsys, *words, rounds=2):
+    assert main(["bench", *words, *SMALL, f"rounds={rounds}", "--json", "--traceback"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    return json.loads(line)
+    found = json.loads(line)
+    assert (found["bench"], found["recipe"], found["rounds"]) == (words[0], "small_photos", rounds)
+    assert (found["device"], found["precision"]) == ("cpu", "fp32")
+    assert found["threads"] == torch.get_num_threads()
+    for rates in (found.get("as given", found), found.get("plain", found)):
+        assert min(rates["matmul_fp32"], rates["matmul_bf16"]) > 1e8
+    return found
 
 
 @pytest.mark.slow
 def test_a_step_is_measured_beside_its_plain_form(capsys):
-    found = printed(capsys, "step", "--against", "plain")
+    found = printed(capsys, "step", "batch=2", "--against", "plain")
     assert found["speed_against_plain"] > 0
     for form in ("as given", "plain"):
         report = found[form]
@@ -73,16 +83,73 @@ def test_whatever_goes_wrong_in_the_process_is_told():
 
 
 def test_the_data_path_is_measured_part_by_part(capsys):
-    rates = printed(capsys, "data")["images_per_second"]
+    found = printed(capsys, "data")
+    assert (found["batch"], found["threads"]) == (32, 1)
+    rates = found["images_per_second"]
     assert rates.keys() == {"decode", "cut", "colour", "decode and cut", "all"}
     assert rates["all"] < rates["decode and cut"] < rates["decode"] * 1.5
 
 
+def test_the_data_path_takes_as_many_images_as_are_asked_for(capsys, monkeypatch):
+    read, stored = [], Files.stored
+    monkeypatch.setattr(Files, "stored", lambda files, index: read.append(index) or stored(files, index))
+    assert printed(capsys, "data", "batch=2", rounds=1)["batch"] == 2
+    two = len(read)
+    printed(capsys, "data", "batch=6", rounds=1)
+    assert len(read) - two == 3 * two > 0
+
+
+GRAY = ["crops.hue=0", "crops.saturation=0", "crops.gray=0"]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_that_need_no_data_set_have_the_channels_that_are_asked_for(channels):
+    files = Files(channels)
+    picture, label = files[3]
+    assert (*np.shape(picture), 1)[:3] == (375, 500, channels)
+    assert label == -1
+    assert 20 < np.std(picture) < 60
+    assert files.stored(3) != files.stored(4)
+
+
+def test_the_data_path_follows_the_channels(capsys):
+    mean = ["crops.mean=[0.5]", "crops.std=[0.5]"]
+    assert printed(capsys, "data", *mean, *GRAY, "batch=2", rounds=1)["images_per_second"]["all"] > 0
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["backbone.channels=4", "crops.mean=[0,0,0,0]", "crops.std=[1,1,1,1]", *GRAY]]
+)
+def test_a_step_on_images_that_need_no_data_set_takes_reduced_ones_and_any_channels(more):
+    words = [*SMALL, "data={name: scenes}", "optim.batch=2", "run.keep_memory=false", "crops.decode=reduced"]
+    batches = Form(load_recipe("small_photos", [*words, *more]), 1, real=False).batches
+    assert next(batches).global_crops.shape == (4, 4 if more else 3, 48, 48)
+
+
 def test_attention_and_frozen_features_are_measured(capsys):
-    found = printed(capsys, "attention")
+    found = printed(capsys, "attention", "batch=2")
     assert found["milliseconds"]["sdpa"] > 0
     assert found["rows"] == 2 * 2 * 10 + 2 * 2 * 2
-    assert printed(capsys, "eval")["images_per_second"] > 0
+    found = printed(capsys, "eval")
+    assert found["batch"] == 8
+    assert found["images_per_second"] > 0
+
+
+def test_the_first_line_says_what_it_was_measured_on(capsys):
+    assert main(["bench", "eval", *SMALL, "run.precision=bf16", "batch=2", "rounds=1"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    threads = torch.get_num_threads()
+    assert re.fullmatch(
+        rf"small_photos, batch 2, bf16 on cpu \({threads} threads?\), 1 round; "
+        r"this machine multiplies at \d+ \(fp32\) and \d+ \(bf16\) GFLOP/s",
+        first,
+    )
+    assert re.fullmatch(r"images_per_second [\d,.]+", second)
+
+
+def test_a_frozen_teacher_that_a_recipe_wants_is_asked_for(capsys):
+    assert main(["bench", "eval", "dinov2_distill_vits14"]) == 2
+    assert "teacher.frozen must be given" in capsys.readouterr().err
 
 
 def test_flops_counted_without_data_are_those_of_a_real_step():
@@ -108,10 +175,10 @@ def test_a_step_that_cannot_be_run_is_an_error():
         bench_steps([recipe], 1, real=False)
 
 
-def test_the_plain_form_has_nothing_that_is_there_for_speed():
+def test_the_plain_form_has_every_switch_at_its_plainest():
     run = plain(load_recipe("small_photos", [*SMALL, "data={name: scenes}"])).run
     assert (run.logits, run.tokens, run.compile, run.checkpointing) == ("whole", "all", "none", "none")
-    assert not run.keep_memory
+    assert (run.attention, run.keep_memory) == ("sdpa", False)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +187,20 @@ def test_the_plain_form_has_nothing_that_is_there_for_speed():
         (["bench"], "There is: step, data, attention, eval"),
         (["bench", "stp"], "Did you mean 'step'"),
         (["bench", "step", "batch=x"], "batch=x: it must be a whole number"),
-        (["bench", "step", "input=real"], "input=real: there is: synthetic, data"),
+        (["bench", "step", "input=dta"], "input=dta: there is no such input. Did you mean 'data'?"),
+        (["bench", "step", "bacth=3"], "bacth=3: there is no key 'bacth'. Did you mean 'batch'?"),
+        (["bench", "step", "roundz=3"], "Did you mean 'rounds'?"),
+        (["bench", "step", "inputt=data"], "Did you mean 'input'?"),
+        (["bench", "step", "recpie=scenes_cpu"], "Did you mean 'recipe'?"),
+        (["bench", "step", "bakbone.width=3"], "Did you mean 'backbone'?"),
+        (["bench", "step", "optim.bacth=3"], "Did you mean 'batch'?"),
+        (["bench", "step", "optim.batch=3"], "bench takes the number of images as batch=3"),
+        (["bench", "eval", "input=data"], "input=data: bench eval reads no images"),
+        (["bench", "attention", "input=data"], "images are read by: bench step, bench data."),
+        (["bench", "eval", "data.path=x"], "data.path=x: bench eval reads no images"),
+        (["bench", "data", "data.path=x"], "data.path=x: bench data reads the recipe's data with input=data"),
+        (["bench", "data", "input=data", "data.path=/no/such"], "/no/such"),
+        (["bench", "step", "small_photos", "recipe=scenes_cpu"], "small_photos and recipe=scenes_cpu."),
         (["bench", "data", "--against", "plain"], "only with `dinokit bench step`"),
         (["bench", "step", "smal_photos"], "Did you mean 'small_photos'"),
     ],

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dinokit.bench.clock import Clock
-from dinokit.bench.machine import matmul_rate, seconds, wait
+from dinokit.bench.machine import matmul_rate, medians, seconds, settled, wait
+from dinokit.config import load_recipe
+from dinokit.device import pick_device, pick_precision
 
 CPU = torch.device("cpu")
 
@@ -38,6 +40,18 @@ def test_a_median_is_of_the_calls_after_the_warm_up():
     calls = []
     assert seconds(lambda: calls.append(1), CPU, repeats=3, warm_up=2) >= 0
     assert len(calls) == 5
+
+
+def test_medians_are_of_each_column():
+    assert medians([{"a": 1, "b": 9}, {"a": 7, "b": 2}, {"a": 3, "b": 8}]) == {"a": 3, "b": 8}
+
+
+def test_what_auto_is_here_is_settled_and_the_rest_stays():
+    recipe = load_recipe("scenes_cpu", ["run.device=auto", "run.precision=auto"])
+    run, device = settled(recipe).run, pick_device("auto")
+    assert (run.device, run.precision) == (str(device), pick_precision("auto", device))
+    given = load_recipe("scenes_cpu", ["run.device=cpu", "run.precision=bf16"])
+    assert settled(given) == given
 
 
 def test_the_rate_of_a_machine_is_more_than_a_pocket_calculators():

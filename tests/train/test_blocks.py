@@ -40,9 +40,12 @@ def test_a_fetch_is_seen():
     assert len(fetches.found) == 2
 
 
-@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
-def test_a_step_asks_its_tensors_for_no_number(tiny, targets):
-    recipe = tiny("run", f"losses.dino.targets={targets}", f"losses.ibot.targets={targets}")
+@pytest.mark.parametrize(
+    ("targets", "precision"), [("sinkhorn", "fp32"), ("centering", "fp32"), ("sinkhorn", "fp16")]
+)
+def test_a_step_asks_its_tensors_for_no_number(tiny, targets, precision):
+    words = [f"losses.{name}.targets={targets}" for name in ("dino", "ibot")]
+    recipe = tiny("run", *words, f"run.precision={precision}")
     step = Step(recipe, torch.device("cpu"))
     first, second = batches(recipe, step, 2)
     step(first)  # the optimiser makes its state

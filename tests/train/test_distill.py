@@ -106,6 +106,22 @@ def test_a_step_moves_student_average_and_fresh_heads_but_not_the_teacher(tiny, 
     assert any(not torch.equal(states[5][f"student.backbone.{name}"], kept[name]) for name in kept)
 
 
+def test_a_frozen_teacher_is_held_in_the_dtype_of_the_step_and_says_the_same(tiny, run):
+    words = [f"teacher.frozen={run}", *DISTIL]
+    crops = batch().global_crops
+    whole, held = (read_teacher(tiny("a", *words)) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        want = whole.backbone([crops], [None])[0]
+        seen = held.see(crops)
+        scores = [t.heads.scores(x.cls, x.patches.flatten(0, 1)) for t, x in ((whole, want), (held, seen))]
+    assert torch.equal(seen.cls, want.cls)
+    assert torch.equal(seen.patches, want.patches)
+    for one, two in zip(*scores, strict=True):
+        assert torch.equal(one.logits(), two.logits())
+    assert held.backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert held.backbone.norm.weight.dtype == torch.float32
+
+
 def test_the_average_is_the_average_of_the_student_alone(tiny, teacher):
     step = Step(tiny("a", f"teacher.frozen={teacher}", *DISTIL), torch.device("cpu"))
     before = {name: p.clone() for name, p in step.model.average.named_parameters()}

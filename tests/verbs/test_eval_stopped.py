@@ -148,6 +148,25 @@ def test_a_list_that_is_stopped_goes_on_behind_those_that_have_said_theirs(words
     assert len(Path("out/results.jsonl").read_text().splitlines()) == 4
 
 
+DEMO = [
+    "data.name=looking.sources", "data.split=train", "optim.steps=1", "optim.batch=4", "optim.warmup=0",
+    "teacher.temp_warmup=0", "backbone.depth=1", "heads.cls.prototypes=64", "heads.patch=null",
+    "run.workers=0", "run.device=cpu", "run.precision=fp32", "run.out=run", "evals.knn.workers=0",
+    "evals.knn.every=1",
+]  # fmt: skip
+
+
+def test_a_demo_that_is_told_to_stop_at_its_last_step_does_not_go_on_to_judge(words, folder, capfd):
+    folder("broken")
+    Path("stop").write_text("150 SIGTERM")  # of 80 + 4 + 80: scored, a step, scored again
+    assert main(["demo", *DEMO]) == 130
+    assert looked() <= 80 + 4 + 80 + 60  # the first batch to be judged
+    out, err = capfd.readouterr()
+    assert "k-NN top-1" not in out
+    assert err.endswith("dinokit: interrupted\n")
+    assert Path("run/teacher.safetensors").exists()
+
+
 def started(words, ranks=1):
     """As a shell does it, or a launcher: a process a rank."""
     with socket.socket() as free:
