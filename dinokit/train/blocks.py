@@ -68,7 +68,7 @@ def _checkpoint(block: nn.Module, run: Run) -> None:
 
 
 def _steady(backbone: Backbone, run: Run) -> list[nn.Module]:
-    """The blocks that see the same shapes in every step: of the last, as many rows are read as are masked."""
+    """The blocks that see the same shapes in every step: the last one may give as many rows as are masked."""
     blocks = list(backbone.blocks)
     return blocks[:-1] if run.tokens == "read" and hasattr(backbone, "read") else blocks
 
