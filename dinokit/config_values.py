@@ -60,7 +60,12 @@ def unread(
             there = done[other]
             if not (bool(there) is wanted if isinstance(wanted, bool) else there in wanted):
                 shown = there if isinstance(there, str) else json.dumps(there, default=list)
-                why[key] = f"only {shelves.with_what(other, wanted)}, and here {join(where, other)}={shown}"
+                here = (
+                    f"here {join(where, other)}={shown}"
+                    if there or there is False
+                    else f"{join(where, other)} is not given"
+                )
+                why[key] = f"only {shelves.with_what(other, wanted)}, and {here}"
                 break
     return why
 

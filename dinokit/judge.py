@@ -156,17 +156,18 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[Planned]:
     """The evaluations that a recipe eval_*.yaml lists, in its order, each with its settings checked.
 
     Such a recipe has a section for each, called as its evaluator, or with a name of its own and a key `eval`.
-    What stands in the section `all`, and an override that begins with none of these names, goes to every
-    evaluator that has the key and reads it. An override of a section may change what else is read of it, a
-    `method` say: what the recipe has there for the other one is left out. As in a recipe for training, null
-    takes a section out, and {} puts it back to its defaults.
+    What stands in the section `all` goes to every evaluator that has the key and reads it, beneath its own
+    section. So does an override that begins with none of these names, above it. An override may change what
+    else is read, a `method` say: what the recipe has for the other one is left out. As in a recipe for
+    training, null takes a section out, and {} puts it back to its defaults.
 
     Raises:
         ValueError, LookupError: for an unknown recipe, evaluator, key or value.
     """
     path = shelves.find_recipe(recipe, "eval")
     listed = read_mapping(path)
-    common = merged(listed.pop("all", None) or {}, {k: v for k, v in overrides.items() if k not in listed})
+    everywhere = listed.pop("all", None) or {}
+    typed = {key: value for key, value in overrides.items() if key not in listed}
     changes = {label: overrides[label] for label in listed if label in overrides}
     for label, section in (*listed.items(), *changes.items()):
         if not isinstance(section, Mapping | None):
@@ -174,21 +175,25 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[Planned]:
     listed = {label: section or {} for label, section in listed.items()}
     plan: list[Planned] = []
     read: set[str] = set()
-    for label, own in merged(listed, changes).items():
-        if own is None:
-            continue
-        section, changed = listed[label], changes.get(label, {})
-        name = str(own.pop("eval", section.get("eval", label)))
+    for label, section in listed.items():
+        changed = changes.get(label, {})
+        if label in changes and not changed:  # null or {}
+            if changed is None:
+                continue
+            section = {key: value for key, value in section.items() if key == "eval"}
+        own = merged(section, changed)
+        name = str(own.pop("eval", label))
         config = shelves.read_config("eval", name)
         known = {f.name for f in fields(config)}
-        values = merged({key: value for key, value in common.items() if key in known}, own)
-        plain = {key: value for key, value in section.items() if key != "eval"}
-        mistaken = unread(config, plain, label).keys() | changed.keys()
-        left_out = unread(config, values, label).keys() - mistaken
+        below, above = ({k: v for k, v in keys.items() if k in known} for keys in (everywhere, typed))
+        values = merged(merged(merged(below, section), above), changed)
+        values.pop("eval", None)
+        asked = changed.keys() if changed or above else section.keys()
+        left_out = unread(config, values, label).keys() - asked
         values = {key: value for key, value in values.items() if key not in left_out}
-        read |= values.keys()
+        read |= (below.keys() | above.keys()) & values.keys()
         plan.append(Planned(label, name, section_values("eval", name, values, label)))
-    for key in sorted(set(common) - read):
+    for key in sorted((everywhere.keys() | typed.keys()) - read):
         raise ValueError(
             f"No evaluator of {path.name} reads a key '{key}'.{shelves.suggest(key, list(listed))} "
             f"It lists: {', '.join(listed)}."

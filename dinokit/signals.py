@@ -61,17 +61,19 @@ def stop_signals(between_items: bool = False) -> Iterator[Told]:
     """While open, Ctrl-C or a signal of STOPS asks to save and end; a second Ctrl-C ends at once.
 
     Launchers and schedulers repeat themselves: that changes nothing, even when the block has been left. The
-    whole process is meant: a block around this one, which hears nothing meanwhile, is told when it is left.
+    whole process is meant: a block begins with what the one around it heard, and gives back what it hears.
 
     Args:
         between_items: as Told.
     """
     told = Told(between_items)
     before = {number: signal.signal(number, told) for number in (signal.SIGINT, *STOPS)}
+    around = before[signal.SIGINT]
+    if isinstance(around, Told):
+        told.asked += around.asked
     try:
         yield told
     finally:
-        around = before[signal.SIGINT]
         outermost = not isinstance(around, Told)
         for number, handler in before.items():
             # All has been saved or done, and what is left is to end: with the status that says so.

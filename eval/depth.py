@@ -45,7 +45,7 @@ PROTOCOLS = {
     "sunrgbd": (10.0, "none", (416, 544), 0.25, "none", (480, 640)),
 }
 
-HEAD = ("linear", "dpt")  # methods with a head
+WITH_HEAD = ("linear", "dpt")  # methods with a head
 TRAINED: dict[str, Any] = {"method": ("linear", "dpt"), "head": False}  # where one is trained
 
 
@@ -55,7 +55,8 @@ class Config:
     test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "test"})
     method: Literal["linear", "dpt", "mean"] = "linear"  # mean: the training set's, everywhere
     layers: int = only_with(4, method=("linear",), head=False)  # blocks looked into, 1 or 4
-    norm: bool = only_with(False, method=HEAD)  # whether features are taken after the backbone's final norm
+    # whether features are taken after the backbone's final norm
+    norm: bool = only_with(False, method=WITH_HEAD)
     protocol: Literal["none", "nyu", "kitti", "sunrgbd"] = "none"  # crops and range of a data set
     min_depth: float = 1e-3  # metres
     max_depth: float = 0.0  # metres: deeper readings are not judged; 0: the protocol's; without one, 10
@@ -75,9 +76,8 @@ class Config:
     # reference: over the batch, as in DINOv2's code
     gradient_form: Literal["spatial", "reference"] = only_with("spatial", **TRAINED)
     flip: bool = True  # the test averages over the mirror image
-    head: str = only_with(
-        "", method=HEAD
-    )  # file of a trained head, ours or a released one; nothing is trained
+    # file of a trained head, ours or a released one; nothing is trained
+    head: str = only_with("", method=WITH_HEAD)
     # a linear head from a file gets a range to 80 m, whatever it was trained on
     hub_range_bug: bool = only_with(False, head=True)
     out: str = ""  # folder for the head; a training that was killed goes on from what is there

@@ -47,9 +47,8 @@ class Config:
     k: tuple[int, ...] = (1, 5, 10)  # recall@k, or mP@k of a ground-truth file
     features: Literal["cls", "copy"] = "cls"  # copy: beside it, the generalised mean of the patches
     scales: tuple[float, ...] = (1.0,)  # of `size`: features are averaged over them; [1, 0.7071, 0.5] in DINO
-    power: float = only_with(
-        0.5, whiten=True
-    )  # of the eigenvalues that whitening divides by; 0.5 makes all deviations equal
+    # of the eigenvalues that whitening divides by; 0.5 makes all deviations equal
+    power: float = only_with(0.5, whiten=True)
     size: int = 0  # pixels; 0: what the backbone was trained on
     resize: int = 0  # pixels of the shorter side before the centre is cut out; 0: 256 / 224 of `size`
     batch: int = 256  # images, for the backbone

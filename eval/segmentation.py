@@ -39,7 +39,7 @@ from dinokit.shelves import only_with
 
 Judge = Callable[[Tensor], Tensor]  # an image (C, H, W) -> what is said of each pixel (classes, H, W)
 
-HEAD = ("linear", "ms")  # methods with a head
+WITH_HEAD = ("linear", "ms")  # methods with a head
 TRAINED: dict[str, Any] = {"method": ("linear", "ms"), "head": False}  # where one is trained
 
 
@@ -49,8 +49,8 @@ class Config:
     test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "test"})
     method: Literal["linear", "ms", "knn", "logreg", "majority"] = "linear"  # majority: one class everywhere
     resize: int = 0  # pixels of the shorter side; 0: as published, 512, or 640 for ms
-    crop: int = only_with(0, method=HEAD)  # pixels of crops and test windows; 0: as published, 512 or 640
-    stride: int = only_with(0, method=HEAD)  # pixels between two test windows; 0: as published, 341 or 320
+    crop: int = only_with(0, method=WITH_HEAD)  # pixels of crops and windows; 0: as published, 512 or 640
+    stride: int = only_with(0, method=WITH_HEAD)  # pixels between windows; 0: as published, 341 or 320
     augment: bool = only_with(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
     # of random resizing; empty: as published, 0.5 to 2, or 1 to 3 for ms
     ratio: tuple[float, ...] = only_with((), **TRAINED, augment=True)
@@ -67,9 +67,8 @@ class Config:
     bank: int = only_with(100_000, method=("knn", "logreg"))  # training patches
     # tried on a tenth of the training images
     c: tuple[float, ...] = only_with((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
-    head: str = only_with(
-        "", method=HEAD
-    )  # file of a trained head, ours or a released one; nothing is trained
+    # file of a trained head, ours or a released one; nothing is trained
+    head: str = only_with("", method=WITH_HEAD)
     out: str = ""  # folder for the head; a training that was killed goes on from what is there
     save_every: int = only_with(500, **TRAINED)  # steps
     cache_gib: float = only_with(4.0, **TRAINED, augment=False)  # most that features may take

@@ -29,7 +29,7 @@ def step():
     kept = []
     for _ in range(40):
         x, y = torch.ones(2**20), torch.ones(2**20)
-        kept += [y.relu(), [torch.ones(3) for _ in range(200)]]
+        kept += [y.relu(), [torch.ones(1 + i % 24) for i in range(200)]]
     return held()
 
 before = held()

@@ -53,6 +53,7 @@ def test_what_a_field_is_read_with_can_be(shelf, name):
     there = {item.name: item for item in fields(shelves.read_config(shelf, name))}
     for item in there.values():
         for other, wanted in item.metadata.get("only_with", {}).items():
+            assert other in there
             assert isinstance(wanted, bool) or set(wanted) < set(get_args(there[other].type))
 
 

@@ -44,6 +44,15 @@ def test_a_block_within_another_hears_alone_and_hands_on_what_it_heard_when_it_i
     assert {signal.getsignal(each) for each in STOPS} == ({signal.SIG_IGN} if number in STOPS else before)
 
 
+def test_a_block_within_another_begins_with_what_that_one_heard():
+    with stop_signals():
+        signal.raise_signal(signal.SIGINT)
+        with stop_signals() as inner:
+            assert inner.here()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+
 def test_a_block_around_one_that_was_told_nothing_hears_again():
     with stop_signals(between_items=True):
         with stop_signals():

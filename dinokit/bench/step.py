@@ -17,15 +17,16 @@ import torch
 
 from dinokit import heap, shelves
 from dinokit.bench.clock import Clock
-from dinokit.bench.machine import matmul_rates, medians, once, settled
+from dinokit.bench.machine import matmul_rate, matmul_rates, medians, once, settled
 from dinokit.bench.synthetic import Files
 from dinokit.config import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.device import keeps_memory, peak_memory
+from dinokit.layers.attention import Attention
 from dinokit.train.loop import block_masks
 from dinokit.train.step import Step
-from dinokit.train.student_teacher import StudentTeacher
+from dinokit.train.student_teacher import StudentTeacher, build_backbone
 
 # Every switch of `run` that is there for speed or memory, at its plainest.
 PLAIN: dict[str, Any] = {
@@ -47,6 +48,7 @@ class StepReport:
     share_of_matmul: float  # model FLOP/s over those of a matrix product in the run's precision
     matmul_fp32: float  # FLOP/s
     matmul_bf16: float
+    matmul_fp16: float  # 0: not measured, as the run is in another precision
     seconds: list[float]  # of each round
 
 
@@ -56,7 +58,11 @@ def plain(recipe: Recipe) -> Recipe:
     Nothing is checkpointed either, and freed memory goes back. What has no switch stays, such as norms and
     GELUs that are computed again, gains folded into weights, sums made in place and the fused AdamW.
     """
-    return replace(recipe, run=replace(recipe.run, **PLAIN))
+    with torch.device("meta"):
+        network: Any = build_backbone(recipe)
+    ours = any(isinstance(layer, Attention) for layer in network.modules())
+    kernel = {} if ours else {"attention": recipe.run.attention}  # the network's own
+    return replace(recipe, run=replace(recipe.run, **{**PLAIN, **kernel}))
 
 
 def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[StepReport]:
@@ -153,7 +159,10 @@ class Form:
     def round(self) -> None:
         """One step that counts, and the machine's rate beside it."""
         self.seconds.append(once(lambda: self.step(next(self.batches)), self.device))
-        self.rates.append(matmul_rates(self.device))
+        rates = {**matmul_rates(self.device), "matmul_fp16": 0.0}
+        if self.recipe.run.precision == "fp16":
+            rates["matmul_fp16"] = matmul_rate(torch.float16, self.device)
+        self.rates.append(rates)
 
     def report(self) -> StepReport:
         """Of the rounds so far."""
@@ -161,7 +170,7 @@ class Form:
         took, images = median(self.seconds), self.recipe.optim.batch
         rates = medians(self.rates)
         flops = model_flops(self.recipe, next(self.batches))
-        rate = rates["matmul_fp32" if self.recipe.run.precision == "fp32" else "matmul_bf16"]
+        rate = rates[f"matmul_{self.recipe.run.precision}"]
         return StepReport(
             images_per_second=images / took,
             milliseconds=self._phases(),

@@ -133,14 +133,17 @@ class Block(nn.Module):
         rate = self.drop_path if self.training else 0.0
         if read is not None:
             return self._read(rows, segments, rate, read)
-        ours, also_ours = self._ours(self.attn, self.ls1), self._ours(self.mlp, self.ls2)
-        rows = residual(rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1), ours)
-        return residual(rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2), also_ours)
+        attn_is_ours, mlp_is_ours = self._ours(self.attn, self.ls1), self._ours(self.mlp, self.ls2)
+        rows = residual(
+            rows, segments, rate, lambda x, s: self.attn(x, s, self.ls1, self.norm1), attn_is_ours
+        )
+        return residual(rows, segments, rate, lambda x, _: self.mlp(x, self.ls2, self.norm2), mlp_is_ours)
 
     def _ours(self, branch: nn.Module, scale: LayerScale | None) -> bool:
         """Whether nobody else reads what a branch gives: no hook, nor a strange layer's backward pass."""
-        last = getattr(branch, "last", branch)
-        bare = is_bare(last, nn.Linear) and is_bare(scale, LayerScale) and not is_hooked(branch)
+        last = getattr(branch, "last", None)
+        known = last is not None and is_bare(last, nn.Linear)
+        bare = known and is_bare(scale, LayerScale) and not is_hooked(branch)
         return self.training and self.overwrite and bare
 
     def _read(self, rows: Tensor, segments: Segments, rate: float, read: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Step:
         torch.manual_seed(_mix(self.recipe.run.seed, step, rank()))
         self.optimizer.zero_grad()
         values = self._backward(batch)
-        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # reads its groups, no more
+        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # AdamW keeps to its contract
         values |= {f"grad_{name}": norm for name, norm in clip_gradients(self.model.student, optim).items()}
         if optim.head_freeze == "gradient" and step < optim.head_frozen:
             drop_prototype_gradients(self.optimizer)
@@ -61,7 +61,7 @@ class Step:
         set_rates(self.optimizer, s.rates(step), s.weight_decay(step))
         self.scaler.step(self.optimizer)  # type: ignore[arg-type]
         self.scaler.update()
-        # Also after an overflow, when nothing is new: to ask for one would be to wait for the device.
+        # Also after an overflow, which left the student as it was: to ask for that would wait for the device.
         self.model.update_teacher(s.momentum(step))
         return values
 

@@ -181,6 +181,28 @@ def test_the_plain_form_has_every_switch_at_its_plainest():
     assert (run.attention, run.keep_memory) == ("sdpa", False)
 
 
+def test_the_plain_form_of_a_network_with_its_own_attention_leaves_it():
+    recipe = load_recipe("small_photos", [*SMALL, "data={name: scenes}"])
+    model = {"name": "timm_vit", "model": "vit_tiny_patch16_224", "size": 48}
+    assert plain(replace(recipe, backbone=model)).run.attention == "auto"
+
+
+def test_a_share_in_fp16_is_one_of_the_rate_in_fp16():
+    form = Form(
+        load_recipe(
+            "small_photos",
+            [*SMALL, "data={name: scenes}", "optim.batch=2", "run.keep_memory=false", "run.precision=fp16"],
+        ),
+        1,
+        real=False,
+    )
+    form.warm_up()
+    form.round()
+    report = form.report()
+    flops = report.model_flops / report.seconds[0]
+    assert report.share_of_matmul == pytest.approx(flops / report.matmul_fp16)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
