@@ -104,9 +104,9 @@ def test_help_is_given_at_once(words, answer):
         (["eval", "depth", "weights=x", "head=f", "steps=3"], "steps: only without head, and here head=f."),
         (
             ["eval", "depth", "weights=x", "hub_range_bug=true"],
-            "hub_range_bug: only with head, and here head=.",
+            "hub_range_bug: only with head, and head is not given.",
         ),
-        (["eval", "knn", "weights=x", "tries=3"], "tries: only with few_shot, and here few_shot=[]."),
+        (["eval", "knn", "weights=x", "tries=3"], "tries: only with few_shot, and few_shot is not given."),
         (
             ["train", "scenes_cpu", "evals.linear={every: 9, mode: online, views: 2}"],
             "evals.linear.views: only with mode=cached, and here evals.linear.mode=online.",
