@@ -1,7 +1,7 @@
 """AdamW with PyTorch's fused kernel, and without torch.optim.
 
 torch.optim imports PyTorch's compiler and Triton when it is first used: 0.1 GiB that a process never gives
-back, and a second of every start.
+back, and most of a second of every start.
 """
 
 from collections import defaultdict
