@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dinokit import __version__, shelves
-from dinokit.verbs import parse
+from dinokit import __version__
+from dinokit.commands import parse
+from dinokit.config import registry
 
 FLAGS = {
     "--help": "what a verb takes",
@@ -19,8 +20,8 @@ FLAGS = {
 def overview() -> str:
     """The help: this module's first line, and that of every verb. Imports none of them."""
     lines = [__doc__ or "", ""]
-    for verb in shelves.names("verbs"):
-        source = shelves.locate("verbs", verb).read_text(encoding="utf-8")
+    for verb in registry.names("commands"):
+        source = registry.locate("commands", verb).read_text(encoding="utf-8")
         call, _, what = ((ast.get_docstring(ast.parse(source)) or "").splitlines()[0]).partition(": ")
         lines += [call, f"    {what}"]
     lines += ["", "With any verb:", *(f"    {flag:<13}{what}" for flag, what in FLAGS.items())]
@@ -34,12 +35,12 @@ def answer(argv: Sequence[str], alone: bool = False) -> None:
         print(f"dinokit {__version__}" if "--version" in command.flags else overview())
         return
     verb = argv[0]
-    if verb not in shelves.names("verbs"):
-        have = shelves.names("verbs")
+    if verb not in registry.names("commands"):
+        have = registry.names("commands")
         raise LookupError(
-            f"There is no verb '{verb}'.{shelves.suggest(verb, have)} Verbs are: {', '.join(have)}."
+            f"There is no verb '{verb}'.{registry.suggest(verb, have)} Verbs are: {', '.join(have)}."
         )
-    module = shelves.find("verbs", verb)
+    module = registry.find("commands", verb)
     own: dict[str, str] = getattr(module, "FLAGS", {})
     command = parse(verb, argv[1:], [*FLAGS, "-h", *own])
     command.alone = alone

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dinokit.config import read_mapping
+from dinokit.config.load import read_mapping
 from dinokit.results import Table, best, rank
 
 METRICS = "metrics.jsonl"

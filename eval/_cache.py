@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dinokit.data.dense import Pairs
 from dinokit.data.order import image_at
 from dinokit.data.pair_crops import filled, filled_map
 from dinokit.data.pair_loader import whole_pairs
-from dinokit.data.pairs import Pairs
-from dinokit.distributed import rank, world_size
 from dinokit.eval._fit import Shown
 from dinokit.eval._look import Look
 from dinokit.eval._windows import windows
 from dinokit.features import Map
-from dinokit.log import watch
+from dinokit.runtime.distributed import rank, world_size
+from dinokit.runtime.log import watch
 
 AT_ONCE = 16  # windows for the backbone
 

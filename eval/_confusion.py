@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dinokit.data.pairs import IGNORE
-from dinokit.distributed import all_reduce_sum
+from dinokit.data.dense import IGNORE
+from dinokit.runtime.distributed import all_reduce_sum
 
 
 class Confusion:

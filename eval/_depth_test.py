@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dinokit.data.dense import Pairs
 from dinokit.data.pair_crops import BORDERS, resize_image, resize_map, short_side, to_bytes
 from dinokit.data.pair_loader import whole_pairs
-from dinokit.data.pairs import Pairs
-from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.eval._depth_scores import errors
 from dinokit.heads.segmentation import to_size
-from dinokit.log import watch
+from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
+from dinokit.runtime.log import watch
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinokit.distributed import all_reduce_sum, world_size
 from dinokit.eval._resume import Resume
 from dinokit.features import Map
-from dinokit.log import watch
+from dinokit.runtime.distributed import all_reduce_sum, world_size
+from dinokit.runtime.log import watch
 
 Shown = tuple[list[Map], Tensor]  # what a step is shown: maps of features, and the truth (b, H, W)
 

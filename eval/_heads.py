@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.data.order import hash_key
-from dinokit.distributed import all_reduce_sum, world_size
+from dinokit.runtime.distributed import all_reduce_sum, world_size
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from dinokit import shelves
-from dinokit.backbones import Backbone
+from dinokit.config import registry
 from dinokit.data.sources import Source
 from dinokit.data.views import Cut
-from dinokit.device import DTYPES, pick_precision
 from dinokit.features import (
     Features,
     Reading,
@@ -22,7 +20,9 @@ from dinokit.features import (
     weights_hash,
 )
 from dinokit.features.identity import images_stamp
-from dinokit.log import tell
+from dinokit.models import Backbone
+from dinokit.runtime.device import DTYPES, pick_precision
+from dinokit.runtime.log import tell
 
 WIDE = Reading(4, "mean")  # what the linear grid keeps
 
@@ -70,10 +70,10 @@ def open_source(
         ValueError, LookupError: if it cannot be opened, or has no labels; the message names the key to set.
     """
     if not section or not section.get("name"):
-        raise ValueError(f"{key}.name must be given; there is: {', '.join(shelves.names('data.sources'))}.")
+        raise ValueError(f"{key}.name must be given; there is: {', '.join(registry.names('data.sources'))}.")
     if "channels" in section:
         section = {**section, "channels": backbone.channels}
-    source: Source = shelves.build("data.sources", section)
+    source: Source = registry.build("data.sources", section)
     if labelled and not source.classes:
         hint = f"set {key}.labels=folders" if "labels" in section else "give images with labels"
         hint = f"set {key}.label to the column that has them" if "label" in section else hint

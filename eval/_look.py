@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinokit import shelves
-from dinokit.backbones import Backbone
-from dinokit.data.pairs import Pairs
+from dinokit.config import registry
+from dinokit.data.dense import Pairs
 from dinokit.data.sources import Picture
 from dinokit.features import Map, dense, device_of
+from dinokit.models import Backbone
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def open_pairs(
         ValueError: if there is no section, its maps are of the other kind, or it is empty.
     """
     if not section or not section.get("name"):
-        raise ValueError(f"{split}.name must be given; there is: {', '.join(shelves.names('data.pairs'))}.")
+        raise ValueError(f"{split}.name must be given; there is: {', '.join(registry.names('data.pairs'))}.")
     known = {"channels": backbone.channels, "target": target}
-    has = {item.name for item in fields(shelves.find("data.pairs", section["name"]).Config)}
+    has = {item.name for item in fields(registry.find("data.dense", section["name"]).Config)}
     section = {**section, **{key: value for key, value in known.items() if key in has}}
-    pairs: Pairs = shelves.build("data.pairs", section)
+    pairs: Pairs = registry.build("data.dense", section)
     if bool(pairs.classes) != (target == "mask"):
         have = "classes" if pairs.classes else "depths"
         wanted = "classes" if target == "mask" else "depths"

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from dinokit.backbones import Backbone
-from dinokit.distributed import all_reduce_max, rank
 from dinokit.features import weights_hash
-from dinokit.files import atomic
-from dinokit.signals import Stopped
+from dinokit.models import Backbone
+from dinokit.runtime.distributed import all_reduce_max, rank
+from dinokit.runtime.files import atomic
+from dinokit.runtime.signals import Stopped
 
 # Settings that change nothing that is learnt.
 FREE = ("cache", "out", "save_every", "workers", "test", "max_test", "max_unreadable")

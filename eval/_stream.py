@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone
 from dinokit.data.loader import view_loader
 from dinokit.data.order import hash_key
 from dinokit.data.sources import Source
 from dinokit.data.views import RandomPart
-from dinokit.distributed import rank, world_size
 from dinokit.features import Reading, device_of, frozen, normalised, readable
+from dinokit.models import Backbone
+from dinokit.runtime.distributed import rank, world_size
 
 
 class Order:

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
 from dinokit.data.views import Cut
 from dinokit.eval import _labelled, _truth
 from dinokit.eval._scores import accepted_share, class_scores, mean_average_precision
 from dinokit.features import Features, Reading, device_of
+from dinokit.models import Backbone
 
 
 class Keys(Protocol):

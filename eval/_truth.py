@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinokit.config.registry import suggest
 from dinokit.data.sources import Source
 from dinokit.eval._labelled import few
 from dinokit.features import Features
-from dinokit.shelves import suggest
 
 
 def kept_places(source: Source, features: Features) -> list[int]:

@@ -16,12 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone
+from dinokit.config.registry import only_with
+from dinokit.data.dense import Pairs
 from dinokit.data.pair_crops import DepthCrops
 from dinokit.data.pair_loader import training_pairs
-from dinokit.data.pairs import Pairs
-from dinokit.device import DTYPES, pick_precision
-from dinokit.distributed import rank, world_size
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._depth_scores import gradient, scale_invariant
 from dinokit.eval._depth_test import DepthTest, framed, judge_depth, mean_judge
@@ -34,8 +32,10 @@ from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
 from dinokit.heads.released import load_depther, save_head
 from dinokit.heads.segmentation import to_size
-from dinokit.log import tell
-from dinokit.shelves import only_with
+from dinokit.models import Backbone
+from dinokit.runtime.device import DTYPES, pick_precision
+from dinokit.runtime.distributed import rank, world_size
+from dinokit.runtime.log import tell
 
 # max_depth, border cut off, crop of training, strength of brightness, part judged, size at the test
 PROTOCOLS = {
@@ -51,8 +51,8 @@ TRAINED: dict[str, Any] = {"method": ("linear", "dpt"), "head": False}  # where 
 
 @dataclass
 class Config:
-    train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "train"})
-    test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "test"})
+    train: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "train"})
+    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "test"})
     method: Literal["linear", "dpt", "mean"] = "linear"  # mean: the training set's, everywhere
     layers: int = only_with(4, method=("linear",), head=False)  # blocks looked into, 1 or 4
     # whether features are taken after the backbone's final norm

@@ -13,18 +13,18 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit import shelves
-from dinokit.backbones import Backbone
+from dinokit.config import registry
 from dinokit.data.sources import Source
-from dinokit.device import DTYPES, pick_precision
 from dinokit.features import device_of, extract, spread
+from dinokit.models import Backbone
+from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.weights import load_backbone
 
 
 @dataclass
 class Config:
     test: dict[str, Any] | None = field(
-        default=None, metadata={"shelf": "data.sources", "split": "test", "labels": False}
+        default=None, metadata={"registry": "data.sources", "split": "test", "labels": False}
     )
     against: str = field(default="", metadata={"start": True})  # FILE_OR_RUN; in a run, its start
     size: int = 0  # pixels; 0: what the backbone was trained on
@@ -65,7 +65,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     section = dict(cfg.test or {})
     if "channels" in section:
         section["channels"] = backbone.channels
-    source: Source = spread(shelves.build("data.sources", section), cfg.max_test)
+    source: Source = spread(registry.build("data.sources", section), cfg.max_test)
     size = cfg.size or backbone.input.size
     resize = cfg.resize or round(size * 256 / 224)
     dtype = DTYPES[pick_precision(cfg.precision, device_of(backbone))]

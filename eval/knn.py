@@ -15,19 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.backbones import Backbone
+from dinokit.config.registry import only_with, refuse_below
 from dinokit.data.sources import Source
 from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
 from dinokit.features import Features, Reading
-from dinokit.shelves import only_with, refuse_below
+from dinokit.models import Backbone
 
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four times that while it is searched
 
 
 @dataclass
 class Config:
-    train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "train"})
-    test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "test"})
+    train: dict[str, Any] | None = field(
+        default=None, metadata={"registry": "data.sources", "split": "train"}
+    )
+    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources", "split": "test"})
     k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; more than there are images means all of them
     temp: float = 0.07  # T
     few_shot: tuple[int, ...] = ()  # training images a class, for further scores

@@ -19,10 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone
+from dinokit.config.registry import only_with, refuse_below
 from dinokit.data.views import RandomPart
-from dinokit.device import DTYPES, pick_precision
-from dinokit.distributed import all_reduce_max, rank
 from dinokit.eval._heads import Head, Heads
 from dinokit.eval._labelled import tell_unreadable
 from dinokit.eval._resume import Resume, identity
@@ -32,9 +30,11 @@ from dinokit.eval._task import Task, split
 from dinokit.eval._truth import kept_places
 from dinokit.features import Part, Reading, device_of
 from dinokit.features.identity import images_stamp
-from dinokit.files import atomic
-from dinokit.log import tell, watch
-from dinokit.shelves import only_with, refuse_below
+from dinokit.models import Backbone
+from dinokit.runtime.device import DTYPES, pick_precision
+from dinokit.runtime.distributed import all_reduce_max, rank
+from dinokit.runtime.files import atomic
+from dinokit.runtime.log import tell, watch
 
 ROWS = 4096  # features judged at a time
 LARGER = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # rates to try where the largest is the best
@@ -43,11 +43,13 @@ HUB = {(1, True): "linear_head.pth", (4, True): "linear4_head.pth"}  # the input
 
 @dataclass
 class Config:
-    train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "train"})
-    test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "test"})
+    train: dict[str, Any] | None = field(
+        default=None, metadata={"registry": "data.sources", "split": "train"}
+    )
+    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources", "split": "test"})
     # Further test sets by name; their classes are some of the training set's.
     also: dict[str, Any] | None = field(
-        default=None, metadata={"shelf": "data.sources", "split": "test", "many": True}
+        default=None, metadata={"registry": "data.sources", "split": "test", "many": True}
     )
     maps: dict[str, str] = field(
         default_factory=dict

@@ -18,25 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.backbones import Backbone
-from dinokit.distributed import all_reduce_sum, rank, world_size
+from dinokit.config.registry import only_with, refuse_below
 from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
 from dinokit.eval._resume import Resume, identity
 from dinokit.eval._scores import class_scores
 from dinokit.eval._task import split
 from dinokit.features import Features, Reading
 from dinokit.features.identity import images_stamp
-from dinokit.log import watch
-from dinokit.shelves import only_with, refuse_below
+from dinokit.models import Backbone
+from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
+from dinokit.runtime.log import watch
 
 
 @dataclass
 class Config:
-    train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "train"})
-    test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "test"})
+    train: dict[str, Any] | None = field(
+        default=None, metadata={"registry": "data.sources", "split": "train"}
+    )
+    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources", "split": "test"})
     # Images to choose C on; none: some of the training images.
     select_on: dict[str, Any] | None = field(
-        default=None, metadata={"shelf": "data.sources", "split": "test", "optional": True}
+        default=None, metadata={"registry": "data.sources", "split": "test", "optional": True}
     )
     powers: tuple[float, float] = (-6, 5)  # C goes from 10 to the first of these powers to 10 to the second
     count: int = 45  # values of C

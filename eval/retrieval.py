@@ -17,31 +17,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.backbones import Backbone
+from dinokit.config.registry import only_with, refuse_below
 from dinokit.data.sources import Source
 from dinokit.data.views import Boxes, Whole
 from dinokit.eval import _labelled, _revisited
 from dinokit.eval._truth import places_by_name
 from dinokit.features import Features, Part, Reading
-from dinokit.shelves import only_with, refuse_below
+from dinokit.models import Backbone
 
 ROWS = 256  # queries ranked at a time
 
 
 @dataclass
 class Config:
-    test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "test"})
+    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources", "split": "test"})
     # Images that look for test images; none: each test image looks for the others.
     query: dict[str, Any] | None = field(
-        default=None, metadata={"shelf": "data.sources", "split": "test", "optional": True}
+        default=None, metadata={"registry": "data.sources", "split": "test", "optional": True}
     )
     # Images beside the test images that nobody looks for.
     distractors: dict[str, Any] | None = field(
-        default=None, metadata={"shelf": "data.sources", "split": "train", "optional": True}
+        default=None, metadata={"registry": "data.sources", "split": "train", "optional": True}
     )
     # Images that features are whitened by; none: they are not.
     whiten: dict[str, Any] | None = field(
-        default=None, metadata={"shelf": "data.sources", "split": "train", "optional": True}
+        default=None, metadata={"registry": "data.sources", "split": "train", "optional": True}
     )
     truth: str = ""  # of Revisited Oxford or Paris; test.path then is the folder of its images
     k: tuple[int, ...] = (1, 5, 10)  # recall@k, or mP@k of a ground-truth file

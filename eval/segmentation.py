@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.backbones import Backbone
+from dinokit.config.registry import only_with
+from dinokit.data.dense import IGNORE, Pairs
 from dinokit.data.pair_crops import SegmentationCrops, resize_image, resize_map, short_side, to_bytes
 from dinokit.data.pair_loader import training_pairs, whole_pairs
-from dinokit.data.pairs import IGNORE, Pairs
-from dinokit.device import DTYPES, pick_precision
-from dinokit.distributed import rank, world_size
 from dinokit.eval._bank import fill_bank, grid_to_image, neighbour_judge, patch_rows, regression_judge
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._confusion import Confusion
@@ -34,8 +32,10 @@ from dinokit.eval._windows import slide
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width
 from dinokit.heads.released import load_segmenter, save_head
 from dinokit.heads.segmentation import LinearSegmenter, to_size
-from dinokit.log import watch
-from dinokit.shelves import only_with
+from dinokit.models import Backbone
+from dinokit.runtime.device import DTYPES, pick_precision
+from dinokit.runtime.distributed import rank, world_size
+from dinokit.runtime.log import watch
 
 Judge = Callable[[Tensor], Tensor]  # an image (C, H, W) -> what is said of each pixel (classes, H, W)
 
@@ -45,8 +45,8 @@ TRAINED: dict[str, Any] = {"method": ("linear", "ms"), "head": False}  # where o
 
 @dataclass
 class Config:
-    train: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "train"})
-    test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.pairs", "split": "test"})
+    train: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "train"})
+    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "test"})
     method: Literal["linear", "ms", "knn", "logreg", "majority"] = "linear"  # majority: one class everywhere
     resize: int = 0  # pixels of the shorter side; 0: as published, 512, or 640 for ms
     crop: int = only_with(0, method=WITH_HEAD)  # pixels of crops and windows; 0: as published, 512 or 640

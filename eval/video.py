@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit import shelves
-from dinokit.backbones import Backbone
+from dinokit.config import registry
 from dinokit.data.pair_crops import to_pair
 from dinokit.data.videos import Video
-from dinokit.device import DTYPES, pick_precision
-from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.eval._look import Look
 from dinokit.eval._outlines import contour, region
 from dinokit.eval._resume import identity
 from dinokit.features import device_of, frozen, last_blocks, patch_width
-from dinokit.files import write_text
-from dinokit.log import watch
+from dinokit.models import Backbone
+from dinokit.runtime.device import DTYPES, pick_precision
+from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
+from dinokit.runtime.files import write_text
+from dinokit.runtime.log import watch
 
 BLOCK = 512  # patches that ask at a time
 MULTIPLE = 64  # pixels: what the longer side is cut down to a multiple of, where the patch divides it
@@ -38,7 +38,7 @@ MULTIPLE = 64  # pixels: what the longer side is cut down to a multiple of, wher
 @dataclass
 class Config:
     test: dict[str, Any] | None = field(
-        default=None, metadata={"shelf": "data.videos", "split": "test", "labels": False}
+        default=None, metadata={"registry": "data.videos", "split": "test", "labels": False}
     )
     size: int = 480  # pixels of the shorter side
     frames: int = 7  # looked back to, besides the first
@@ -70,8 +70,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     dtype = DTYPES[pick_precision(cfg.precision, device_of(backbone))]
     look = Look(backbone, last_blocks(backbone, 1), True, dtype)
     if not cfg.test:
-        raise ValueError(f"test.name must be given; there is: {', '.join(shelves.names('data.videos'))}.")
-    videos: list[Video] = shelves.build("data.videos", cfg.test)
+        raise ValueError(f"test.name must be given; there is: {', '.join(registry.names('data.videos'))}.")
+    videos: list[Video] = registry.build("data.videos", cfg.test)
     sums = torch.zeros(3, dtype=torch.float64)
     share = videos[rank() :: world_size()]
     with frozen(backbone), torch.no_grad():

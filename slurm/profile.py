@@ -8,8 +8,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from dinokit.config import read_mapping, section_values
-from dinokit.shelves import find_yaml
+from dinokit.config.load import read_mapping, section_values
+from dinokit.config.registry import find_yaml
 
 YEAR = 8766.0  # hours
 

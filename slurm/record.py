@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dinokit.files import write_text
+from dinokit.runtime.files import write_text
 
 JOBS = Path("runs/jobs")  # from the folder where the command is given
 NAME = "job.json"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from dinokit.config import run_of
+from dinokit.config.load import run_of
 
 INSTALLED = {"site-packages", "dist-packages"}
 APART = ("configs", "eval", "slurm")  # packages of dinokit that lie beside dinokit/ in a checkout

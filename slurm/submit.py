@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from submitit import SlurmExecutor, SlurmJob
 from submitit.core.utils import FailedJobError
 
-from dinokit.shelves import suggest
+from dinokit.config.registry import suggest
 from dinokit.slurm.profile import Config
 
 LAST = 30  # seconds before the limit when a job that did not listen is requeued

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinokit.backbones.vit import Config, VisionTransformer
-from dinokit.signals import STOPS
+from dinokit.models.vit import Config, VisionTransformer
+from dinokit.runtime.signals import STOPS
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dinokit import shelves
 from dinokit.__main__ import main
-from dinokit.signals import STOPS
+from dinokit.config import registry
+from dinokit.runtime.signals import STOPS
 from dinokit.weights import save_backbone
 
 QUICK = """
@@ -240,7 +240,7 @@ def test_heads_of_two_files_in_one_folder_do_not_meet(tmp_path, monkeypatch, cap
     for side in ("train", "test"):
         words += [f"{side}.{key}" for key in ("name=scenes", f"split={side}", "count=40", "size=32")]
     for name in ("step_1", "step_2"):
-        save_backbone(tmp_path / f"{name}.safetensors", shelves.build("backbones", section), section)
+        save_backbone(tmp_path / f"{name}.safetensors", registry.build("models", section), section)
         assert main(["eval", "linear", f"weights={name}.safetensors", *words]) == 0, capsys.readouterr().err
     kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*.pth"))
     assert kept == ["step_1_linear/linear_head.pth", "step_2_linear/linear_head.pth"]

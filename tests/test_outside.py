@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dinokit.backbones import Input, Tokens
+from dinokit.models import Input, Tokens
 
 
 @dataclass
@@ -101,17 +101,17 @@ EVALUATOR = """
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinokit import shelves
+from dinokit.config import registry
 
 
 @dataclass
 class Config:
-    test: dict[str, Any] | None = field(default=None, metadata={"shelf": "data.sources", "split": "test"})
+    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources", "split": "test"})
     factor: float = 2.0
 
 
 def evaluate(cfg, backbone):
-    images = len(shelves.build("data.sources", cfg.test))
+    images = len(registry.build("data.sources", cfg.test))
     return {"images": cfg.factor * images, "width": float(backbone.width)}
 """
 

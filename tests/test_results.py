@@ -9,7 +9,7 @@ import pytest
 
 from dinokit import results
 from dinokit.__main__ import main
-from dinokit.judge import read_list
+from dinokit.evaluation import read_list
 
 
 def line(weights="runs/a", name="knn", settings=None, digest="aa", path="photos", **scores):

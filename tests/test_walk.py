@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from dinokit import shelves
 from dinokit.__main__ import main
-from dinokit.config import load_recipe
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
 from dinokit.eval.knn import vote
 from dinokit.features import extract
 from dinokit.weights import load_backbone
@@ -52,7 +52,7 @@ def test_the_recipe_it_saved_is_the_recipe_it_ran(run):
 def test_the_walk_by_hand(run):
     """Source, weights, features, vote: four calls from files to classes."""
     recipe = load_recipe(run / "recipe.yaml")
-    source = shelves.build("data.sources", {**recipe.data, "split": "train"})
+    source = registry.build("data.sources", {**recipe.data, "split": "train"})
     features = extract(load_backbone(run), source, resize=64, size=64, batch=32, workers=0)
     votes = vote(features.x, features.x, features.y, k=1, temp=0.07, classes=10)
     assert torch.equal(votes.argmax(dim=1), features.y)  # each image is its own nearest neighbour

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
-from dinokit.config import Recipe
-from dinokit.device import DTYPES
-from dinokit.layers.attention import KERNELS, Attention, Kernel, Segments, attend, why_not
+from dinokit.config.load import Recipe
+from dinokit.models.attention import KERNELS, Attention, Kernel, Segments, attend, why_not
+from dinokit.runtime.device import DTYPES
 from dinokit.train.activations import tokens_of
 from dinokit.train.student_teacher import build_backbone
 

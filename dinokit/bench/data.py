@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from dinokit import heap, shelves
 from dinokit.bench.machine import matmul_rates, measured_on, medians
 from dinokit.bench.synthetic import Files
-from dinokit.config import Recipe
+from dinokit.config import registry
+from dinokit.config.load import Recipe
 from dinokit.data.batch import collate
 from dinokit.data.loader import CROPS, Places, loader
 from dinokit.data.order import generator
 from dinokit.data.photometric import Photometric
 from dinokit.data.sources import Source
+from dinokit.runtime import allocator
 
 
 def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
         real: whether to read the recipe's data; else files in memory, as Files has them.
     """
     torch.set_num_threads(1)
-    heap.keep_freed(recipe.run.keep_memory)  # as in a process that trains on a CPU, and colours
-    source: Source = shelves.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
+    allocator.keep_freed(recipe.run.keep_memory)  # as in a process that trains on a CPU, and colours
+    source: Source = registry.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
     places = Places(source, recipe.crops, None, recipe.run.seed, recipe.optim.batch)
     colour = Photometric(recipe.crops, compiled=recipe.run.compiles("colour"))
     _round(places, colour, 0)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
-from dinokit.config import Recipe
-from dinokit.device import DTYPES
+from dinokit.config.load import Recipe
 from dinokit.features.frozen import frozen, normalised
+from dinokit.runtime.device import DTYPES
 from dinokit.train.student_teacher import build_backbone
 
 

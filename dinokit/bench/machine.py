@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dinokit.config import Recipe
-from dinokit.device import pick_device, pick_precision
+from dinokit.config.load import Recipe
+from dinokit.runtime.device import pick_device, pick_precision
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is timed
 RATES = {"matmul_fp32": torch.float32, "matmul_bf16": torch.bfloat16}

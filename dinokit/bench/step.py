@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from dinokit import heap, shelves
 from dinokit.bench.clock import Clock
 from dinokit.bench.machine import matmul_rate, matmul_rates, medians, once, settled
 from dinokit.bench.synthetic import Files
-from dinokit.config import Recipe
+from dinokit.config import registry
+from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
-from dinokit.device import keeps_memory, peak_memory
-from dinokit.layers.attention import Attention
+from dinokit.models.attention import Attention
+from dinokit.runtime import allocator
+from dinokit.runtime.device import keeps_memory, peak_memory
 from dinokit.train.loop import block_masks
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher, build_backbone
@@ -90,7 +91,7 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
             ours, theirs = context.Pipe()
             # No daemon, for these may have no loader processes. It ends when our end of the pipe is gone.
             child = context.Process(target=_serve, args=(theirs, recipe, rounds, real))
-            with heap.for_children(keeps_memory(recipe.run)):
+            with allocator.for_children(keeps_memory(recipe.run)):
                 child.start()
             theirs.close()
             pipes.append(ours)
@@ -143,7 +144,7 @@ class Form:
         self.recipe = settled(recipe)
         self.device = torch.device(self.recipe.run.device)
         self.idle = peak_memory(self.device)
-        heap.keep_freed(keeps_memory(recipe.run))
+        allocator.keep_freed(keeps_memory(recipe.run))
         torch.manual_seed(recipe.run.seed)
         self.step = Step(self.recipe, self.device)
         steps = WARM_UP + rounds + 2  # FLOPs are counted on one more, and phases timed on another
@@ -225,7 +226,7 @@ def model_flops(recipe: Recipe, batch: Batch) -> float:
 
 
 def _batches(recipe: Recipe, step: Step, steps: int, real: bool) -> Iterator[Batch]:
-    source = shelves.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
+    source = registry.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
     made = loader(
         source, recipe.crops, block_masks(recipe, step.model.student.backbone), seed=recipe.run.seed,
         start_step=0, steps=steps if real else 2, batch=recipe.optim.batch,

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.curate.components import Components
 from dinokit.curate.hashing import RECORD, near, records
 from dinokit.curate.sets import ImageSet
 from dinokit.curate.settings import Config
 from dinokit.curate.stages import Share, save
-from dinokit.files import write_text
+from dinokit.runtime.files import write_text
 
 SHARD = 4096  # images whose hashes make a file
 
@@ -157,7 +157,7 @@ def _hash_all(one: ImageSet, folder: Path, processes: int, share: Share) -> None
 
 
 def _hash_shard(section: Mapping[str, Any], n: int, folder: Path, number: int) -> None:
-    _write(shelves.build("data.sources", section), number, n, folder)
+    _write(registry.build("data.sources", section), number, n, folder)
 
 
 def _write(source: Any, number: int, n: int, folder: Path) -> None:

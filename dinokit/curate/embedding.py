@@ -10,8 +10,8 @@ from dinokit.curate.sets import ImageSet
 from dinokit.curate.settings import Embed
 from dinokit.curate.stages import Share, save
 from dinokit.curate.vectors import Vectors
-from dinokit.device import DTYPES, pick_device, pick_precision
 from dinokit.features import Extraction, Part, Wanted, fingerprint, open_store
+from dinokit.runtime.device import DTYPES, pick_device, pick_precision
 from dinokit.weights import load_backbone
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from dinokit.curate.settings import Index
 from dinokit.curate.vectors import CHUNK, Vectors
-from dinokit.files import atomic, write_text
+from dinokit.runtime.files import atomic, write_text
 
 Found = tuple[np.ndarray, np.ndarray]  # (q, k) float32 similarities, falling; (q, k) int64 rows, -1 for none
 ITERATIONS = 10  # of the k-means that learns the lists, as faiss has it

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dinokit import shelves
-from dinokit.backbones import Backbone
+from dinokit.config import registry
 from dinokit.curate.index import Searcher
 from dinokit.curate.settings import Index
 from dinokit.curate.vectors import Vectors
@@ -17,6 +16,7 @@ from dinokit.data.names import Names
 from dinokit.data.sources import Picture, Source
 from dinokit.data.sources._files import ImageFiles
 from dinokit.features import Wanted, extract_to, fingerprint, open_store
+from dinokit.models import Backbone
 
 
 class Lookup:
@@ -106,7 +106,7 @@ class Lookup:
         """The image, or None if it is not to be had any more."""
         try:
             if self._source is None:
-                self._source = shelves.build("data.sources", self.store.about["data"])
+                self._source = registry.build("data.sources", self.store.about["data"])
             place = self._rows[number] if self._images is None else self._images[number]
             return self._source[int(place)][0]
         except (OSError, ValueError, IndexError, LookupError):

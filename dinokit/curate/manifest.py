@@ -11,7 +11,7 @@ from PIL import Image
 from dinokit.curate.seeds import Config as Seeds
 from dinokit.curate.sets import ImageSet
 from dinokit.curate.stages import key_of
-from dinokit.files import atomic
+from dinokit.runtime.files import atomic
 
 HEADER = ("path", "from", "rule", "query", "rank", "similarity", "cluster")
 

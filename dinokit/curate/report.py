@@ -15,7 +15,7 @@ from dinokit.curate.page import bars, figure, page, row, section, table
 from dinokit.curate.sets import ImageSet
 from dinokit.curate.settings import Config
 from dinokit.curate.stages import in_words
-from dinokit.files import write_text
+from dinokit.runtime.files import write_text
 
 WIDE = 8  # pictures of a row
 

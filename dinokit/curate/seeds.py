@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.shelves import refuse_below
+from dinokit.config.registry import refuse_below
 
 
 @dataclass

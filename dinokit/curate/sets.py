@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.curate.vectors import Vectors
 from dinokit.data.names import Names
 from dinokit.data.sources import Picture, Source
@@ -28,7 +28,7 @@ class ImageSet:
             ValueError, LookupError: if there is no such thing, or pictures and embeddings differ in number.
         """
         self.label, self.section = label, section
-        self.source: Source | None = shelves.build("data.sources", section) if section else None
+        self.source: Source | None = registry.build("data.sources", section) if section else None
         self.given, self._names, self._files = _read(label, embeddings, token)
         assert self.source is not None or self.given is not None, label
         if self.source is not None and self.given is not None and len(self.source) != len(self.given):

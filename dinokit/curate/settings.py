@@ -6,7 +6,7 @@ The defaults are those of DINOv2 (arXiv 2304.07193, section 3 and appendix A) wh
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinokit.shelves import refuse_below
+from dinokit.config.registry import refuse_below
 
 STAGES = (
     "hash", "embed", "index", "neighbours", "dedup", "overlap", "clusters", "survivors", "search", "retrieve",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dinokit.curate.settings import STAGES
-from dinokit.files import PARTS, atomic, write_text
+from dinokit.runtime.files import PARTS, atomic, write_text
 
 Told = Callable[[str], None]
 

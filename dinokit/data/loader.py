@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dinokit.config import CropGroup, Crops
+from dinokit.config.load import CropGroup, Crops
 from dinokit.data import photometric
 from dinokit.data.batch import Batch, Sample, collate, stack
 from dinokit.data.crops import CropBoxes, MultiCrop, size_of

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.config import Masks
+from dinokit.config.load import Masks
 from dinokit.data.order import hash_key, permute
 
 ATTEMPTS = 10  # boxes tried before a mask stays as it is

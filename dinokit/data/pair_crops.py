@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from dinokit.data.crops import to_tensor
-from dinokit.data.pairs import IGNORE
+from dinokit.data.dense import IGNORE
 from dinokit.data.sources import Picture
 
 Pair = tuple[Tensor, Tensor]  # image (C, H, W) float32 in [0, 1], map (H, W)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dinokit.data.dense import Pairs
 from dinokit.data.order import generator, image_at
 from dinokit.data.pair_crops import Pair, to_bytes, to_pair
-from dinokit.data.pairs import Pairs
 from dinokit.data.sources import Picture
 from dinokit.data.workers import UNREADABLE, Steps, data_loader
 

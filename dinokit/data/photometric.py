@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinokit.config import CropGroup, Crops
+from dinokit.config.load import CropGroup, Crops
 from dinokit.data import colours
 
 # Columns of a row of parameters.

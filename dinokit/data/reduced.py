@@ -7,7 +7,7 @@ are moved to its nearest pixels. What it spares and what it changes: docs/perfor
 
 import numpy as np
 
-from dinokit.config import Crops
+from dinokit.config.load import Crops
 from dinokit.data.crops import Box, CropBoxes, MultiCrop, size_of
 from dinokit.data.decode import decode, jpeg_size
 from dinokit.data.sources import Picture

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dinokit.distributed import cores, memory
+from dinokit.runtime.distributed import cores, memory
 
 MOST_WORKERS = 16
 IN_FLIGHT = 0.25  # share of this process's memory that batches which wait may take

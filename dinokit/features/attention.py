@@ -9,8 +9,8 @@ on the way, and only the class token's row of weights is computed of them: O(T *
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones import Backbone
 from dinokit.features.frozen import frozen
+from dinokit.models import Backbone
 
 
 @torch.inference_mode()

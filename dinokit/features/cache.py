@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from dinokit.distributed import all_reduce_max, rank
 from dinokit.features.halfway import Halfway, forget, read, write
 from dinokit.features.vectors import Features
+from dinokit.runtime.distributed import all_reduce_max, rank
 
 LAYOUT = 1  # of an entry; one more whenever features come to mean something else
 LIMIT = 20 * 2**30  # bytes of all entries

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.backbones import Backbone, Tokens
 from dinokit.features.frozen import device_of, frozen, normalised
+from dinokit.models import Backbone, Tokens
 
 # Blocks that depth heads look into: those of the released heads, by the backbone's depth.
 SPREAD = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
@@ -128,7 +128,7 @@ def _tokens(backbone: Backbone, x: Tensor, blocks: Sequence[int], norm: bool) ->
         what = "other blocks than its last" if norm else "features before its final norm"
         raise ValueError(
             f"{type(backbone).__name__} cannot show {what}: give it a method `layers` "
-            f"(dinokit/backbones/__init__.py), or ask for the last block alone, after the norm."
+            f"(dinokit/models/__init__.py), or ask for the last block alone, after the norm."
         )
     return backbone.layers(x, blocks) if norm else backbone.layers(x, blocks, norm=False)
 

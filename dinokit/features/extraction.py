@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import dinokit
-from dinokit.backbones import Backbone
 from dinokit.data.sources import Source
 from dinokit.data.whole import WholeBatch, whole_loader
 from dinokit.features.folder import begin
@@ -25,6 +24,7 @@ from dinokit.features.parquet import ParquetShard
 from dinokit.features.shards import NpyShard, in_words
 from dinokit.features.store import Store, missing, open_store
 from dinokit.features.wanted import Wanted, blocks_of, fit_of, layers_of, row_of, rows_of
+from dinokit.models import Backbone
 
 Told = Callable[[int, Sequence[str]], None]  # how many more images are done, and what is wrong with some
 

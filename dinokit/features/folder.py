@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from dinokit.files import PARTS, atomic, write_text
+from dinokit.runtime.files import PARTS, atomic, write_text
 
 FREE = ("weights", "data", "dinokit")  # where things lay, and who wrote; what they were is held elsewhere
 

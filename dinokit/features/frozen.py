@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones import Backbone, Tokens
+from dinokit.models import Backbone, Tokens
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def last_layers(backbone: Backbone, crops: Tensor, count: int) -> list[Tokens]:
     if not hasattr(backbone, "layers"):
         raise ValueError(
             f"{type(backbone).__name__} shows its last block alone, and {count} were asked for: give it a "
-            f"method `layers` (dinokit/backbones/__init__.py), or ask for one."
+            f"method `layers` (dinokit/models/__init__.py), or ask for one."
         )
     if count > depth:
         raise ValueError(f"{count} blocks were asked for, but the backbone has {depth}.")

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinokit.distributed import rank, world_size
-from dinokit.files import atomic
-from dinokit.signals import Stopped
+from dinokit.runtime.distributed import rank, world_size
+from dinokit.runtime.files import atomic
+from dinokit.runtime.signals import Stopped
 
 EVERY = 60.0  # seconds between two files
 

@@ -6,9 +6,9 @@ from hashlib import blake2b, sha256
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones import Backbone, Input
 from dinokit.data.sources import Source
 from dinokit.features.vectors import Part
+from dinokit.models import Backbone, Input
 
 PLAIN = bool, int, float, str, tuple, Input, torch.dtype, type(None)
 

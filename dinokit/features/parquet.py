@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dinokit.features.layout import RECORD
-from dinokit.files import atomic
+from dinokit.runtime.files import atomic
 
 
 class ParquetShard:

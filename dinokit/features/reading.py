@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone
 from dinokit.features.frozen import last_layers
+from dinokit.models import Backbone
 
 GEM_POWER, GEM_LEAST = 4.0, 1e-6  # of DINO's copy detection
 

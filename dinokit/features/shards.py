@@ -9,7 +9,7 @@ import numpy as np
 
 from dinokit.features.layout import RECORD, shard_path
 from dinokit.features.npy import GrowingArray
-from dinokit.files import atomic
+from dinokit.runtime.files import atomic
 
 
 class NpyShard:

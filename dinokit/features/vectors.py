@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone
 from dinokit.data.loader import EvalBatch, view_loader
 from dinokit.data.sources import Picture, Source
 from dinokit.data.views import Cut, Middle
-from dinokit.distributed import all_reduce_sum, rank, world_size
 from dinokit.features.frozen import device_of, frozen, normalised
 from dinokit.features.halfway import Halfway
 from dinokit.features.reading import Reading
-from dinokit.log import watch
+from dinokit.models import Backbone
+from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
+from dinokit.runtime.log import watch
 
 CLASS_TOKEN = Reading()
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone, Tokens
 from dinokit.data.whole import Fit
 from dinokit.features.frozen import device_of, frozen
 from dinokit.features.layout import TOKENS
+from dinokit.models import Backbone, Tokens
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones import Backbone
 from dinokit.features import dense
 from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
 from dinokit.heads.segmentation import LinearSegmenter, to_size
+from dinokit.models import Backbone
 
 
 class Depther(nn.Module):

@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones import Backbone
 from dinokit.features import last_blocks, spread_blocks
-from dinokit.files import atomic
 from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
 from dinokit.heads.models import Depther, Segmenter
 from dinokit.heads.segmentation import LinearSegmenter
+from dinokit.models import Backbone
+from dinokit.runtime.files import atomic
 
 PREFIX = "decode_head."
 LEAST = 1e-3  # metres

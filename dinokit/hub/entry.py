@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dinokit.backbones.vit import SIZES, Config, VisionTransformer
 from dinokit.hub.official import DINO, DINOv2, LinearClassifier
 from dinokit.hub.released import DINOV2, RELEASED, Released
+from dinokit.models.vit import SIZES, Config, VisionTransformer
 from dinokit.weights import fill, load_backbone
 from dinokit.weights.checkpoint import open_checkpoint
 from dinokit.weights.found import MEAN, STD

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones.vit import VisionTransformer
+from dinokit.models.vit import VisionTransformer
 
 Features = dict[str, Tensor | None]
 

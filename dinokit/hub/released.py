@@ -15,7 +15,7 @@ class Released:
     name: str  # of the entry point
     parameters: int  # of the backbone
     url: str  # of its file
-    size: str  # a key of SIZES in dinokit.backbones.vit
+    size: str  # a key of SIZES in dinokit.models.vit
     values: Mapping[str, object] = field(default_factory=dict)  # of the vit's Config, besides
     licence: str = LICENCE
 

@@ -16,8 +16,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from dinokit.layers.head import Scores, slices
 from dinokit.losses._targets import Targets, Which, sinkhorn_knopp
+from dinokit.models.head import Scores, slices
 
 
 @dataclass

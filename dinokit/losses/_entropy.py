@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinokit.layers.head import Scores
 from dinokit.losses._targets import Targets
+from dinokit.models.head import Scores
 
 
 def cross_entropy(student: Scores, targets: Targets, pairs: Tensor, weight: Tensor, temp: float) -> Tensor:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from dinokit.distributed import all_reduce_max, all_reduce_sum
-from dinokit.layers.head import Scores, slices
+from dinokit.models.head import Scores, slices
+from dinokit.runtime.distributed import all_reduce_max, all_reduce_sum
 
 if TYPE_CHECKING:
     from dinokit.losses import Views

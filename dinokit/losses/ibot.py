@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from dinokit.layers.head import Scores
 from dinokit.losses import Views
 from dinokit.losses._entropy import cross_entropy
 from dinokit.losses._targets import Targets, build_targets
+from dinokit.models.head import Scores
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.distributed import all_gather_rows, rank
 from dinokit.losses import Views
+from dinokit.runtime.distributed import all_gather_rows, rank
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 import torch
 
-from dinokit.backbones import Backbone
-from dinokit.config import Recipe
-from dinokit.layers.head import GPU_CHUNK
+from dinokit.config.load import Recipe
+from dinokit.models import Backbone
+from dinokit.models.head import GPU_CHUNK
 from dinokit.train.student_teacher import build_backbone
 
 # Bytes a token and a unit of width that a transformer block keeps in 16-bit, attention weights not stored:

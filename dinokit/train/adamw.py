@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinokit.distributed import local
+from dinokit.runtime.distributed import local
 
 
 class AdamW:

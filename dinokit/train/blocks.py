@@ -10,11 +10,11 @@ from torch import nn
 from torch.compiler import config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from dinokit.backbones import Backbone
-from dinokit.config import Run
-from dinokit.device import DTYPES
-from dinokit.layers.attention import use_kernel
-from dinokit.layers.block import Block
+from dinokit.config.load import Run
+from dinokit.models import Backbone
+from dinokit.models.attention import use_kernel
+from dinokit.models.block import Block
+from dinokit.runtime.device import DTYPES
 from dinokit.train.start import Model
 
 # What `selective` keeps of a block: results that cost a matrix product with weights, or a fused attention.

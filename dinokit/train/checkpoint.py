@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from dinokit.distributed import gather_objects, of_first, rank, world_size
-from dinokit.files import atomic, remove, sync_folder
+from dinokit.runtime.distributed import gather_objects, of_first, rank, world_size
+from dinokit.runtime.files import atomic, remove, sync_folder
 
 MARK = "complete.json"
 PATTERN = "step_*"

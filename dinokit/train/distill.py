@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinokit import shelves
-from dinokit.backbones import Tokens
-from dinokit.config import Recipe
+from dinokit.config import registry
+from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
-from dinokit.distributed import local
-from dinokit.layers.head import Scores
 from dinokit.losses import Views
+from dinokit.models import Tokens
+from dinokit.models.head import Scores
+from dinokit.runtime.distributed import local
 from dinokit.train.frozen import read_teacher
 from dinokit.train.student_teacher import Network, both_scores, build_head, read
 
@@ -137,7 +137,7 @@ class Distillation(nn.Module):
 
 def _losses(recipe: Recipe) -> nn.ModuleList:
     return nn.ModuleList(
-        shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
+        registry.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
     )
 
 

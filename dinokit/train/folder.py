@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from dinokit.backbones import Backbone
-from dinokit.config import Recipe, load_recipe, to_yaml
-from dinokit.device import pick_precision
-from dinokit.distributed import gather_objects, of_first, rank, world_size
-from dinokit.files import PARTS, atomic, remove, write_text
+from dinokit.config.load import Recipe, load_recipe, to_yaml
+from dinokit.models import Backbone
+from dinokit.runtime.device import pick_precision
+from dinokit.runtime.distributed import gather_objects, of_first, rank, world_size
+from dinokit.runtime.files import PARTS, atomic, remove, write_text
 from dinokit.train.hold import LOCK
 from dinokit.weights import save_backbone
 

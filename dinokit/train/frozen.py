@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones import Backbone, Tokens
-from dinokit.config import Recipe, load_recipe
+from dinokit.config.load import Recipe, load_recipe
 from dinokit.features import fingerprint
-from dinokit.layers.head import PrototypeHead
+from dinokit.models import Backbone, Tokens
+from dinokit.models.head import PrototypeHead
 from dinokit.train import checkpoint
 from dinokit.train.state import MODEL
 from dinokit.train.student_teacher import Network

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from dinokit.distributed import job_number, of_first, rank
+from dinokit.runtime.distributed import job_number, of_first, rank
 
 LOCK = ".lock"  # in the run's folder, while the run is at work
 LEASE = 120.0  # seconds; a file server gives up the locks of a machine that is gone after 90 or so (NFS 4)

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from dinokit import heap
-from dinokit.backbones import Backbone
-from dinokit.config import Recipe
+from dinokit.config.load import Recipe
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import Source
-from dinokit.device import keeps_memory, pick_device
-from dinokit.distributed import rank, world_size
-from dinokit.log import RunLog, before_and_after
-from dinokit.signals import Stopped, stop_signals
+from dinokit.models import Backbone
+from dinokit.runtime import allocator
+from dinokit.runtime.device import keeps_memory, pick_device
+from dinokit.runtime.distributed import rank, world_size
+from dinokit.runtime.log import RunLog, before_and_after
+from dinokit.runtime.signals import Stopped, stop_signals
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, Found
 from dinokit.train.folder import open_run, with_precision
@@ -43,7 +43,7 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
             by a signal of STOPS, the process no longer hears these, for a launcher repeats them.
     """
     device = pick_device(recipe.run.device)
-    heap.keep_freed(keeps_memory(recipe.run))
+    allocator.keep_freed(keeps_memory(recipe.run))
     with joined(device, recipe.run.timeout_minutes) as watchdog, alone_in(Path(recipe.run.out)):
         return _train(recipe, source, evaluators, device, watchdog)
 

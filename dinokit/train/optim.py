@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone
-from dinokit.config import Optim
-from dinokit.distributed import full, local
+from dinokit.config.load import Optim
+from dinokit.models import Backbone
+from dinokit.runtime.distributed import full, local
 from dinokit.train.adamw import AdamW
 from dinokit.train.student_teacher import Network
 

@@ -21,10 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from dinokit.backbones import Backbone
-from dinokit.config import Recipe
-from dinokit.device import DTYPES
-from dinokit.distributed import full, launch, world_size
+from dinokit.config.load import Recipe
+from dinokit.models import Backbone
+from dinokit.runtime.device import DTYPES
+from dinokit.runtime.distributed import full, launch, world_size
 from dinokit.train.activations import activations
 from dinokit.train.parts import FULL
 from dinokit.train.start import Model

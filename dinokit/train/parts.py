@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dinokit import shelves
-from dinokit.config import Recipe
+from dinokit.config import registry
+from dinokit.config.load import Recipe
 
 FULL = 0.9  # of a GPU's memory: more than this is not planned for
 
@@ -49,7 +49,7 @@ def _most_demanding(recipe: Recipe) -> tuple[str, int]:
     need = {
         name: 1
         if section.get("distributed")
-        else getattr(shelves.read_config("losses", name), "least_images", 1)
+        else getattr(registry.read_config("losses", name), "least_images", 1)
         for name, section in recipe.losses.items()
     }
     name = max(need, key=lambda key: need[key])

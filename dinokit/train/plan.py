@@ -2,7 +2,7 @@
 
 import torch
 
-from dinokit.config import Recipe
+from dinokit.config.load import Recipe
 from dinokit.data.photometric import Photometric
 from dinokit.train.activations import activations
 from dinokit.train.loop import block_masks

@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import dinokit
-from dinokit.config import Recipe
+from dinokit.config.load import Recipe
 from dinokit.data.sources import Source
-from dinokit.device import pick_device
-from dinokit.distributed import Launch, gather_objects, launch, of_first, rank, world_size
-from dinokit.signals import Stopped
+from dinokit.runtime.device import pick_device
+from dinokit.runtime.distributed import Launch, gather_objects, launch, of_first, rank, world_size
+from dinokit.runtime.signals import Stopped
 from dinokit.train.watchdog import Watchdog
 
 FAILED = "failed"  # the store's key for who failed first

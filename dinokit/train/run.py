@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Backbone
-from dinokit.config import Recipe
+from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
-from dinokit.device import memory_share, peak_memory
-from dinokit.distributed import all_reduce_sum, gather_objects, of_first, rank, world_size
-from dinokit.log import RunLog
+from dinokit.models import Backbone
+from dinokit.runtime.device import memory_share, peak_memory
+from dinokit.runtime.distributed import all_reduce_sum, gather_objects, of_first, rank, world_size
+from dinokit.runtime.log import RunLog
 from dinokit.train.blocks import as_written
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.finite import check_finite

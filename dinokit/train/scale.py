@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dinokit.config import Recipe
+from dinokit.config.load import Recipe
 from dinokit.train.parallel import GIB, STATE_BYTES, fits_whole
 from dinokit.train.parts import FULL, parts_of_step
 from dinokit.train.student_teacher import Network

@@ -2,7 +2,7 @@
 
 import math
 
-from dinokit.config import Recipe
+from dinokit.config.load import Recipe
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-from dinokit.backbones import Backbone
-from dinokit.config import Recipe, load_recipe, to_yaml
-from dinokit.distributed import rank
+from dinokit.config.load import Recipe, load_recipe, to_yaml
 from dinokit.features import fingerprint
+from dinokit.models import Backbone
+from dinokit.runtime.distributed import rank
 from dinokit.train.distill import Distillation
 from dinokit.train.student_teacher import StudentTeacher
 from dinokit.weights import save_backbone

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dinokit.distributed import local
+from dinokit.runtime.distributed import local
 from dinokit.train.adamw import AdamW
 
 MODEL, OPTIMIZER = "model.", "optimizer."

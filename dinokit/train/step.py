@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinokit.config import Recipe
+from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.photometric import Photometric
-from dinokit.device import DTYPES
-from dinokit.distributed import rank, world_size
+from dinokit.runtime.device import DTYPES
+from dinokit.runtime.distributed import rank, world_size
 from dinokit.train import state
 from dinokit.train.blocks import prepare
 from dinokit.train.distill import GUIDE

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinokit import shelves
-from dinokit.backbones import Backbone, Input
-from dinokit.config import Head, Recipe
+from dinokit.config import registry
+from dinokit.config.load import Head, Recipe
 from dinokit.data.batch import Batch
-from dinokit.distributed import local
-from dinokit.layers.head import PrototypeHead, Scores
 from dinokit.losses import Views
+from dinokit.models import Backbone, Input
+from dinokit.models.head import PrototypeHead, Scores
+from dinokit.runtime.distributed import local
 
 
 class Network(nn.Module):
@@ -84,7 +84,7 @@ class StudentTeacher(nn.Module):
         self.all_tokens = recipe.run.tokens == "all"
         self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = nn.ModuleList(
-            shelves.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
+            registry.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
         )
 
     @property
@@ -157,7 +157,7 @@ def build_backbone(recipe: Recipe) -> Backbone:
             token.
     """
     crops = recipe.crops
-    backbone: Backbone = shelves.build("backbones", recipe.architecture)
+    backbone: Backbone = registry.build("models", recipe.architecture)
     if backbone.channels != len(crops.mean):
         raise ValueError(
             f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for "

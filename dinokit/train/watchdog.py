@@ -7,7 +7,7 @@ import threading
 import time
 from typing import IO, Self
 
-from dinokit.distributed import rank
+from dinokit.runtime.distributed import rank
 
 BEFORE = 0.5  # seconds before the end in which it is said why
 

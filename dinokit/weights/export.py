@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinokit.backbones import Backbone
-from dinokit.backbones.vit import VisionTransformer
-from dinokit.files import aside, remove
+from dinokit.models import Backbone
+from dinokit.models.vit import VisionTransformer
+from dinokit.runtime.files import aside, remove
 from dinokit.weights.formats import dinov2, huggingface, onnx, timm
 from dinokit.weights.written import TOLERANCE, Written, difference
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dinokit.backbones import Backbone
-from dinokit.backbones.vit import Config, interpolate_grid
+from dinokit.models import Backbone
+from dinokit.models.vit import Config, interpolate_grid
 from dinokit.weights.coverage import Coverage, compare, first
 from dinokit.weights.reader import read, shapes
 

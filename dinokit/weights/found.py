@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dinokit.backbones import Input
-from dinokit.backbones.vit import Config
+from dinokit.models import Input
+from dinokit.models.vit import Config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as every released file was trained
 HEAD = 64  # channels of an attention head, in every released file

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dinokit.shelves import suggest
+from dinokit.config.registry import suggest
 
 NAME = "teacher.safetensors"  # of the weights in a run's folder
 OTHERS = (  # of the weights in a folder of Hugging Face or timm, in the order in which they are looked for

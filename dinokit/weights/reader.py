@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import dinokit
-from dinokit import shelves
-from dinokit.backbones import Backbone, Input
-from dinokit.backbones.vit import Config, VisionTransformer
+from dinokit.config import registry
+from dinokit.models import Backbone, Input
+from dinokit.models.vit import Config, VisionTransformer
 from dinokit.weights.checkpoint import Checkpoint, open_checkpoint
 from dinokit.weights.coverage import Coverage, Shape, compare, first
 from dinokit.weights.formats import dino, dinov2, huggingface, native, timm
@@ -158,10 +158,12 @@ def _vit(section: dict[str, Any], meta: bool) -> Backbone:
 
 
 def _of_a_shelf(name: str, section: dict[str, Any]) -> Backbone:
-    from dinokit.config import section_values  # needs omegaconf, which readers of released files may lack
+    from dinokit.config.load import (
+        section_values,  # needs omegaconf, which readers of released files may lack
+    )
 
-    values = section_values("backbones", name, section, "backbone")  # its tuples left JSON as lists
-    backbone: Backbone = shelves.build("backbones", {"name": name, **values})
+    values = section_values("models", name, section, "backbone")  # its tuples left JSON as lists
+    backbone: Backbone = registry.build("models", {"name": name, **values})
     return backbone
 
 

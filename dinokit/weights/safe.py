@@ -55,7 +55,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from dinokit.files import atomic
+    from dinokit.runtime.files import atomic
 
     try:
         with atomic(path) as part:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinokit.backbones.vit import VisionTransformer
+from dinokit.models.vit import VisionTransformer
 from dinokit.weights.found import anatomy
 
 TOLERANCE = (

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinokit.__main__ import main
 from dinokit.bench.step import Form, bench_steps, model_flops, plain
 from dinokit.bench.synthetic import Files
-from dinokit.config import load_recipe
+from dinokit.config.load import load_recipe
 from dinokit.data.loader import loader
 from dinokit.data.sources.scenes import Config, build
 from dinokit.train.loop import block_masks

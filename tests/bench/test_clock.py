@@ -7,8 +7,8 @@ import torch
 
 from dinokit.bench.clock import Clock
 from dinokit.bench.machine import matmul_rate, medians, seconds, settled, wait
-from dinokit.config import load_recipe
-from dinokit.device import pick_device, pick_precision
+from dinokit.config.load import load_recipe
+from dinokit.runtime.device import pick_device, pick_precision
 
 CPU = torch.device("cpu")
 

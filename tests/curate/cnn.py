@@ -5,7 +5,7 @@
 
 writes OUT.npy, (images, 320) float16: the mean over places of the last stage's maps of the picture's middle
 square, shown with SIDE (224) pixels a side; a row of NaN where one cannot be read. Rows are in the order of
-`data.name=folder`; OUT.txt names them. The packages are those of tests/backbones/efficientnet.py, which
+`data.name=folder`; OUT.txt names them. The packages are those of tests/models/efficientnet.py, which
 judges the same network by the evaluators.
 """
 
@@ -17,7 +17,7 @@ import torch
 from backbones.efficientnet import load_net, maps
 from PIL import Image, ImageOps
 
-from dinokit import shelves
+from dinokit.config import registry
 
 BATCH, WIDTH = 50, 320
 
@@ -33,7 +33,7 @@ def embedded(net: torch.nn.Module, pictures: list[Image.Image], side: int) -> np
 
 def make(folder: Path, out: Path, side: int) -> None:
     net = load_net()
-    source = shelves.build("data.sources", {"name": "folder", "path": str(folder)})
+    source = registry.build("data.sources", {"name": "folder", "path": str(folder)})
     done = np.full((len(source), WIDTH), np.nan, np.float16)
     for start in range(0, len(source), BATCH):
         pictures = {}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dinokit import shelves
 from dinokit.__main__ import main
-from dinokit.backbones import Input
+from dinokit.config import registry
 from dinokit.data.sources.scenes import Config, build
+from dinokit.models import Input
 from dinokit.weights import save_backbone
 
 SECTION = {"name": "vit", "size": 32, "width": 24, "depth": 1, "heads": 2, "patch": 8, "layer_scale": 1.0}
@@ -26,7 +26,7 @@ def scenes():
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
-    backbone = shelves.build("backbones", SECTION)
+    backbone = registry.build("models", SECTION)
     backbone.input = Input(32, (0.5,) * 3, (0.25,) * 3)
     path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
     save_backbone(path, backbone, SECTION)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinokit import shelves
+from dinokit.config import registry
 
 SOUGHT, DRAWS, SEEDS = "tf_flowers", 5, 20
 COUNTS = {
@@ -22,7 +22,7 @@ COUNTS = {
 def make(data: Path, out: Path) -> None:
     rng = np.random.default_rng(0)
     for name, count in COUNTS.items():
-        source = shelves.build("data.sources", {"name": "parquet", "path": str(data / f"{name}.parquet")})
+        source = registry.build("data.sources", {"name": "parquet", "path": str(data / f"{name}.parquet")})
         order = rng.permutation(len(source))
         into = {"pool": order[:count]}
         if name == SOUGHT:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.curate.copies import Fate
 
 PHOTOS, COPIED, LEAKED, OWN = 400, 120, (80, 160), 100
@@ -23,7 +23,7 @@ KINDS = ("exact", "jpeg", "half", "colour", "crop")
 
 def make(photos: Path, out: Path) -> None:
     rng = np.random.default_rng(0)
-    source = shelves.build("data.sources", {"name": "parquet", "path": str(photos)})
+    source = registry.build("data.sources", {"name": "parquet", "path": str(photos)})
     for folder in ("pool", "test"):
         (out / folder).mkdir(parents=True)
     for number, place in enumerate(rng.permutation(len(source))[: PHOTOS + OWN].tolist()):

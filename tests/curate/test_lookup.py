@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dinokit import shelves
 from dinokit.__main__ import main
+from dinokit.config import registry
 from dinokit.curate.lookup import Lookup
 from dinokit.curate.page import contact_sheet
 from dinokit.weights import save_backbone
@@ -54,7 +54,7 @@ def test_a_long_name_below_a_picture_stays_within_its_column():
 def test_where_copies_have_weights_of_their_own_those_are_searched(heap, weights, curate, capsys, tmp_path):
     section = {"name": "vit", "size": 32, "width": 16, "depth": 1, "heads": 2, "patch": 8}
     torch.manual_seed(6)
-    save_backbone(tmp_path / "copies.safetensors", shelves.build("backbones", section), section)
+    save_backbone(tmp_path / "copies.safetensors", registry.build("models", section), section)
     two = f"weights={weights}", f"dedup.weights={tmp_path / 'copies.safetensors'}"
     curate(*two, f"pool.path={heap / 'heap'}", f"out={tmp_path / 'out'}")
     photo = heap / "heap" / "07.png"
@@ -77,6 +77,6 @@ def test_what_cannot_be_searched_is_said(heap, weights, curate, capsys, tmp_path
     assert (status, "holds no features: give the folder that" in said) == (2, True)
     section = {"name": "vit", "size": 32, "width": 24, "depth": 1, "heads": 2, "patch": 8}
     torch.manual_seed(5)
-    save_backbone(heap / "other.safetensors", shelves.build("backbones", section), section)
+    save_backbone(heap / "other.safetensors", registry.build("models", section), section)
     status, _, said = answer(capsys, f"index={heap / 'out'}", f"weights={heap / 'other.safetensors'}", photo)
     assert (status, "not the weights that made the index" in said) == (2, True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinokit import shelves
 from dinokit.__main__ import main
+from dinokit.config import registry
 from dinokit.curate import dedup
 
 
@@ -36,7 +36,7 @@ def test_of_each_photo_one_stays_and_none_that_is_in_the_test_set(heap, weights,
     assert numbers(rows) == list(range(32))
     assert not any("half" in row["path"] for row in rows)  # the largest stays
     assert {row["rule"] for row in rows} == {"all"}
-    source = shelves.build("data.sources", {"name": "manifest", "path": str(out / "manifest.csv")})
+    source = registry.build("data.sources", {"name": "manifest", "path": str(out / "manifest.csv")})
     assert len(source) == 32
     assert source[5][0].size == (128, 128)
     page = (out / "report.html").read_text()
@@ -94,7 +94,7 @@ def test_images_of_a_parquet_or_tar_pool_become_files(tmp_path, scenes, weights,
     rows = manifest(out)
     assert len(rows) == 6
     assert {row["rule"] for row in rows} == {"balance"}
-    source = shelves.build(
+    source = registry.build(
         "data.sources", {"name": "manifest", "path": str(tmp_path / "out" / "manifest.csv")}
     )
     first = np.asarray(source[0][0])

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from dinokit import shelves
+from dinokit.config import registry
 
 COUNT, OTHERS, SEEDS, SIDE = 24_000, 800, 50, 64
 
 
 def photos(path, rng, count, **more):
-    source = shelves.build("data.sources", {"name": "parquet", "path": str(path), **more})
+    source = registry.build("data.sources", {"name": "parquet", "path": str(path), **more})
     for number in rng.permutation(len(source))[:count]:
         yield ImageOps.fit(source[int(number)][0].convert("RGB"), (SIDE, SIDE))
 

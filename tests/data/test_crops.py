@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dinokit.config import CropGroup, Crops
+from dinokit.config.load import CropGroup, Crops
 from dinokit.data.crops import ATTEMPTS, MultiCrop, center_crop, random_box, resize, size_of, to_tensor
 from dinokit.data.order import generator
 from dinokit.data.sources import Picture

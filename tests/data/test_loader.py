@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinokit.config import CropGroup, Crops, Masks
+from dinokit.config.load import CropGroup, Crops, Masks
 from dinokit.data.batch import Batch
 from dinokit.data.loader import EvalBatch, loader, view_loader
 from dinokit.data.masks import BlockMasks

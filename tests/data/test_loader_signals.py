@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import signal, sys, time
 import numpy as np
-from dinokit.config import CropGroup, Crops
+from dinokit.config.load import CropGroup, Crops
 from dinokit.data.loader import loader
 
 

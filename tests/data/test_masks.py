@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dinokit.config import Masks
+from dinokit.config.load import Masks
 from dinokit.data.masks import BlockMasks
 from dinokit.data.order import generator
 

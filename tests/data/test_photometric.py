@@ -9,7 +9,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
-from dinokit.config import CropGroup, Crops
+from dinokit.config.load import CropGroup, Crops
 from dinokit.data import photometric as ph
 from dinokit.data.order import generator
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinokit.config import CropGroup, Crops, load_recipe
+from dinokit.config.load import CropGroup, Crops, load_recipe
 from dinokit.data.batch import Batch
 from dinokit.data.crops import Box, CropBoxes, MultiCrop, size_of
 from dinokit.data.decode import decode, jpeg_size

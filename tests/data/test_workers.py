@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dinokit.config import CropGroup, Crops
+from dinokit.config.load import CropGroup, Crops
 from dinokit.data import workers as module
 from dinokit.data.loader import loader
 from dinokit.data.workers import data_loader
-from dinokit.distributed import memory
+from dinokit.runtime.distributed import memory
 
 GIB = 2**30
 

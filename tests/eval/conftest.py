@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinokit.backbones import Input, Tokens
+from dinokit.models import Input, Tokens
 
 HUES = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 

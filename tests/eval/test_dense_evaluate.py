@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinokit import judge, shelves
-from dinokit.backbones import Input, Tokens
-from dinokit.config import section_values, unread
+from dinokit import evaluation
+from dinokit.config import registry
+from dinokit.config.load import section_values, unread
 from dinokit.eval import depth, segmentation, video
+from dinokit.models import Input, Tokens
 
 
 class Colours(nn.Module):
@@ -102,8 +103,8 @@ def test_colours_are_segmented_by_colour_and_the_majority_is_far_below(blobs, me
 
 
 def test_several_scales_and_mirrors_average_to_one_answer(blobs):
-    vit = shelves.build(
-        "backbones", {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 4, "size": 32}
+    vit = registry.build(
+        "models", {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 4, "size": 32}
     )
     values = {"method": "ms", "scales": [1.0, 1.5], "augment": False}
     scores = segmentation.evaluate(segment(blobs, **values), vit)
@@ -125,16 +126,16 @@ def test_the_data_of_a_run_on_the_scenes_gives_both_kinds_of_map():
         ("segmentation", segmentation, {"method": "majority"}),
     ):
         given = section_values("eval", name, {"workers": 0, **values}, name)
-        scores = module.evaluate(module.Config(**judge.with_data(name, given, data)), Colours())
+        scores = module.evaluate(module.Config(**evaluation.with_data(name, given, data)), Colours())
         assert (scores["images_train"], scores["images_test"]) == (6, 4)
     with pytest.raises(ValueError, match=r"train.path \(a folder with images/"):
-        judge.with_data("depth", section_values("eval", "depth", {}, "depth"), {**data, "name": "tar"})
+        evaluation.with_data("depth", section_values("eval", "depth", {}, "depth"), {**data, "name": "tar"})
 
 
 @pytest.mark.parametrize(("lr", "dead"), [(0.1, True), (1e-4, False)])
 def test_a_head_whose_last_rectifier_died_is_told_of(blobs, capsys, lr, dead):
-    vit = shelves.build(
-        "backbones", {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 4, "size": 32}
+    vit = registry.build(
+        "models", {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 4, "size": 32}
     )
     few = {"method": "dpt", "features": 8, "steps": 4, "augment": False, "warmup": 0.0, "clip": 0.0}
     depth.evaluate(depth_config(blobs, **few, lr=lr), vit)
@@ -238,7 +239,7 @@ def _scores(text):
 
 
 def test_what_cannot_be_judged_is_said(blobs):
-    backbone = shelves.build("backbones", {"name": "pixels"})
+    backbone = registry.build("models", {"name": "pixels"})
     with pytest.raises(ValueError, match=r"Pixels gives 0 patch features .*=raw_patches"):
         segmentation.evaluate(segment(blobs, method="knn"), backbone)
     data = {"name": "folders", "path": str(blobs), "classes": ["grey", "red", "green"]}

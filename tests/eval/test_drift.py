@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dinokit.backbones.vit import Config as ViT
-from dinokit.backbones.vit import build
 from dinokit.eval.drift import Config, drift, evaluate
+from dinokit.models.vit import Config as ViT
+from dinokit.models.vit import build
 from dinokit.weights import save_backbone
 
 

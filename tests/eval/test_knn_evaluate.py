@@ -9,11 +9,11 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from dinokit import shelves
-from dinokit.backbones import Input, Tokens
-from dinokit.config import section_values
+from dinokit.config import registry
+from dinokit.config.load import section_values
 from dinokit.data.crops import center_crop
 from dinokit.eval.knn import Config, evaluate
+from dinokit.models import Input, Tokens
 
 SPLITS = ("train", "test")
 
@@ -116,7 +116,7 @@ def test_a_cut_takes_so_many_images(colours):
 def test_a_vit_is_judged_on_the_built_in_scenes_as_the_definition_says():
     torch.manual_seed(0)
     sizes = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 32}
-    vit = shelves.build("backbones", {"name": "vit", "layer_scale": 1.0, **sizes})
+    vit = registry.build("models", {"name": "vit", "layer_scale": 1.0, **sizes})
     halves = {
         split: {"name": "scenes", "size": 32, "count": 60, "test_count": 20, "split": split}
         for split in SPLITS
@@ -124,7 +124,7 @@ def test_a_vit_is_judged_on_the_built_in_scenes_as_the_definition_says():
     scores = evaluate(config(**halves, k=[10]), vit)
     x, y = {}, {}
     for split, section in halves.items():
-        source = shelves.build("data.sources", section)
+        source = registry.build("data.sources", section)
         crops = torch.stack([center_crop(source[i][0], 37, 32) for i in range(len(source))])
         with torch.no_grad():
             x[split] = vit.eval()([(crops / 255 - 0.5) / 0.5], [None])[0].cls.double().numpy()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinokit.config import section_values
+from dinokit.config.load import section_values
 from dinokit.eval._stream import Order, cached_batches
 from dinokit.eval._task import split
 from dinokit.eval.linear import Config, evaluate
@@ -197,7 +197,7 @@ import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import Mean
-from dinokit.config import section_values
+from dinokit.config.load import section_values
 from dinokit.eval import linear
 torch.set_num_threads(1)
 values, stop = json.loads(sys.argv[2]), int(sys.argv[3])
@@ -244,7 +244,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
 from conftest import Mean
-from dinokit.config import section_values
+from dinokit.config.load import section_values
 from dinokit.eval import linear, logreg, retrieval
 values, rank = json.loads(sys.argv[2]), int(sys.argv[4])
 if rank >= 0:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from dinokit.config import section_values
+from dinokit.config.load import section_values
 from dinokit.eval import logreg
 from dinokit.eval.logreg import Config, evaluate, solve
 
@@ -119,7 +119,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
 from conftest import Mean
-from dinokit.config import section_values
+from dinokit.config.load import section_values
 from dinokit.eval import logreg
 torch.set_num_threads(1)
 rank = int(sys.argv[4])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from dinokit.config import section_values
+from dinokit.config.load import section_values
 from dinokit.eval._revisited import Query, read_truth, scores_of
 from dinokit.eval.retrieval import Config, evaluate, labelled_scores, whitening
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from dinokit import shelves
-from dinokit.backbones.raw_patches import Config, RawPatches
+from dinokit.config import registry
 from dinokit.eval._bank import Bank, grid_to_image, neighbour_judge, patch_counts, regression_judge
 from dinokit.eval._outlines import contour, outline, region, thickened
 from dinokit.eval.video import _neighbourhood, propagate
 from dinokit.features import dense, last_blocks, spread_blocks
+from dinokit.models.raw_patches import Config, RawPatches
 
 
 def test_labels_are_handed_on_as_defined():
@@ -106,7 +106,7 @@ def test_a_patch_of_a_padded_image_lies_where_its_pixels_are():
 def test_dense_maps_are_the_tokens_of_the_padded_image(norm):
     torch.manual_seed(0)
     sizes = {"width": 24, "depth": 4, "heads": 2, "patch": 8, "size": 32, "registers": 2}
-    vit = shelves.build("backbones", {"name": "vit", "layer_scale": 1.0, **sizes}).eval()
+    vit = registry.build("models", {"name": "vit", "layer_scale": 1.0, **sizes}).eval()
     images = torch.randint(0, 256, (2, 3, 21, 37), dtype=torch.uint8)
     blocks = spread_blocks(vit, 2)
     got = dense(vit, images, blocks, norm=norm)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from dinokit.data.pairs import IGNORE
+from dinokit.data.dense import IGNORE
 from dinokit.eval._confusion import Confusion
 from dinokit.eval._depth_scores import CROPS, errors, gradient, scale_invariant
 from dinokit.eval._windows import slide, windows

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dinokit import shelves
-from dinokit.backbones import Input
+from dinokit.config import registry
+from dinokit.models import Input
 from dinokit.weights import save_backbone
 
 SECTION = {
@@ -18,7 +18,7 @@ SECTION = {
 @pytest.fixture
 def vit():
     torch.manual_seed(0)
-    backbone = shelves.build("backbones", SECTION)
+    backbone = registry.build("models", SECTION)
     backbone.input = Input(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     for block in backbone.blocks:
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)

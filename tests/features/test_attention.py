@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from dinokit import shelves
-from dinokit.backbones import timm_vit
+from dinokit.config import registry
 from dinokit.features.attention import attention
+from dinokit.models import timm_vit
 
 
 @pytest.fixture(params=["vit", "timm", "timm with norms"])
@@ -60,7 +60,7 @@ def test_nothing_of_the_backbone_is_changed(vit):
 def test_what_has_no_such_block_says_so(vit):
     with pytest.raises(ValueError, match="block=3: the backbone has 3 blocks"):
         attention(vit, torch.randn(1, 3, 32, 32), 3)
-    pixels = shelves.build("backbones", {"name": "pixels"})
+    pixels = registry.build("models", {"name": "pixels"})
     with pytest.raises(ValueError, match="block=-1: the backbone has 0 blocks"):
         attention(pixels, torch.randn(1, 3, 32, 32))
     vit.blocks[2].attn.qkv = torch.nn.Identity()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.eval._labelled import features_of
 from dinokit.eval.knn import Config
 from dinokit.features import Features, Reading, cached, kept, spread, weights_hash
@@ -31,12 +31,12 @@ def folder(tmp_path):
 
 def opened(folder, **values):
     section = {"name": "folder", "path": str(folder), "labels": "folders", **values}
-    return shelves.build("data.sources", section)
+    return registry.build("data.sources", section)
 
 
 def vit(**values):
     torch.manual_seed(0)
-    return shelves.build("backbones", {**VIT, **values}).eval()
+    return registry.build("models", {**VIT, **values}).eval()
 
 
 class Watched(nn.Module):
@@ -76,7 +76,7 @@ KILLED = """
 import os, signal, sys
 from functools import partial
 import torch
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.eval._labelled import features_of
 from dinokit.eval.knn import Config
 from dinokit.features import Reading, cache
@@ -85,7 +85,7 @@ cache.Halfway = partial(cache.Halfway, every=0.0)
 images, kept, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.manual_seed(0)
 shape = {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 8, "size": 16}
-net = shelves.build("backbones", shape).eval()
+net = registry.build("models", shape).eval()
 calls = 0
 def count(*_):
     global calls
@@ -93,7 +93,7 @@ def count(*_):
     if calls == stop:
         os.kill(os.getpid(), signal.SIGKILL)
 net.register_forward_pre_hook(count)
-source = shelves.build("data.sources", {"name": "folder", "path": images, "labels": "folders"})
+source = registry.build("data.sources", {"name": "folder", "path": images, "labels": "folders"})
 cfg = Config(cache=kept, workers=0, batch=2, max_unreadable=1.0)
 done = features_of(cfg, "train", net, source, Reading())
 torch.save({"x": done.x, "y": done.y, "lost": done.unreadable, "calls": calls}, kept + ".pt")
@@ -245,5 +245,5 @@ def test_above_the_limit_what_was_longest_unused_goes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["scenes"])
 def test_built_in_scenes_have_a_stamp_of_their_settings(name):
-    a, b, c = (shelves.build("data.sources", {"name": name, "count": 5, "seed": seed}) for seed in (0, 0, 1))
+    a, b, c = (registry.build("data.sources", {"name": name, "count": 5, "seed": seed}) for seed in (0, 0, 1))
     assert images_stamp(a) == images_stamp(b) != images_stamp(c)

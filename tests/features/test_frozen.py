@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dinokit.backbones import timm_vit, vit
 from dinokit.features import last_layers
+from dinokit.models import timm_vit, vit
 
 
 @pytest.fixture(params=["vit", "timm_vit"])

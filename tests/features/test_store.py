@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.data.crops import center_crop, resize, to_tensor
 from dinokit.features import Extraction, Wanted, extract_to, normalised, open_store
 from dinokit.features.layout import shard_size
@@ -16,7 +16,7 @@ from dinokit.features.wanted import blocks_of
 
 
 def folder(path):
-    return shelves.build("data.sources", {"name": "folder", "path": str(path)})
+    return registry.build("data.sources", {"name": "folder", "path": str(path)})
 
 
 def shown(image, fit: str) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_labels_and_what_was_done_are_told(vit, photos, tmp_path):
     for i, image in enumerate(sorted(path.iterdir())):
         (path / "ab"[i % 2]).mkdir(exist_ok=True)
         image.rename(path / "ab"[i % 2] / image.name)
-    source = shelves.build("data.sources", {"name": "folder", "path": str(path), "labels": "folders"})
+    source = registry.build("data.sources", {"name": "folder", "path": str(path), "labels": "folders"})
     store = extract_to(tmp_path / "out", vit, source, Wanted(("patch",), fit="pad"))
     assert store.labels.tolist() == [0, 0, 0, 1, 1, 1]
     about = json.loads((tmp_path / "out" / "store.json").read_text())
@@ -173,7 +173,7 @@ def test_parquet_holds_the_same_numbers(vit, photos, tmp_path):
 
 
 def test_what_a_backbone_has_not_is_refused_before_an_image_is_read(vit, photos, tmp_path):
-    pixels = shelves.build("backbones", {"name": "pixels"})
+    pixels = registry.build("models", {"name": "pixels"})
     source = folder(photos(2, 0, 1))
     for wanted, words in [
         (Wanted(("patch",)), "tokens=patch: this backbone has none"),

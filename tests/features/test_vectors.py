@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinokit.backbones import Input, Tokens
 from dinokit.features import extract, frozen, spread
+from dinokit.models import Input, Tokens
 
 
 class Squares:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Dinov2Config, DPTConfig, DPTForDepthEstimation
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.features import Map
 from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
@@ -23,7 +23,7 @@ from dinokit.heads.segmentation import LinearSegmenter
 def vit():
     torch.manual_seed(0)
     sizes = {"width": 48, "depth": 12, "heads": 2, "patch": 14, "size": 28}
-    return shelves.build("backbones", {"name": "vit", "layer_scale": 1.0, **sizes}).eval()
+    return registry.build("models", {"name": "vit", "layer_scale": 1.0, **sizes}).eval()
 
 
 def maps(count, width=48, grid=(4, 6)):

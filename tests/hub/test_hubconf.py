@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinokit.backbones import Input
-from dinokit.backbones.vit import Config, VisionTransformer
 from dinokit.features import dense
 from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
@@ -21,6 +19,8 @@ from dinokit.heads.segmentation import to_size
 from dinokit.hub.entry import cached, fetch
 from dinokit.hub.official import DINO, DINOv2, LinearClassifier
 from dinokit.hub.released import RELEASED
+from dinokit.models import Input
+from dinokit.models.vit import Config, VisionTransformer
 from dinokit.weights import save_backbone
 from dinokit.weights.written import section_of
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dinokit.layers.head import Scores
 from dinokit.losses import Views
 from dinokit.losses.dino import Config, DINOLoss, dino
+from dinokit.models.head import Scores
 
 
 def by_hand(student: list, teacher: list, temp: float) -> float:

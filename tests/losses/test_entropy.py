@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from dinokit.layers import head
-from dinokit.layers.head import Scores
 from dinokit.losses import Views, dino, ibot
 from dinokit.losses._entropy import cross_entropy
 from dinokit.losses._targets import sinkhorn_knopp
+from dinokit.models import head
+from dinokit.models.head import Scores
 
 
 @pytest.fixture(params=[1, 40, 10**6])

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from dinokit.layers.head import Scores
 from dinokit.losses import Views
 from dinokit.losses._targets import Centering, sinkhorn_knopp
 from dinokit.losses.dino import dino
 from dinokit.losses.ibot import ibot
 from dinokit.losses.koleo import koleo
+from dinokit.models.head import Scores
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

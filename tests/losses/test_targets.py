@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dinokit.layers.head import Scores
 from dinokit.losses import Views, _targets
 from dinokit.losses._targets import Centering, sinkhorn_knopp
+from dinokit.models.head import Scores
 
 
 def scores_of(logits: torch.Tensor) -> Scores:

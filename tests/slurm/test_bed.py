@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dinokit.config import load_recipe
+from dinokit.config.load import load_recipe
 from dinokit.data.sources import scenes
 from dinokit.features import Wanted, extract_to, open_store
 from dinokit.slurm.snapshot import copy_code

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 WHERE = """
 import importlib
-for module in ("eval", "eval.knn", "slurm", "configs", "losses.koleo", "verbs.train", "shelves"):
+for module in ("eval", "eval.knn", "slurm", "configs", "losses.koleo", "commands.train", "config.registry"):
     print(importlib.import_module(f"dinokit.{module}").__file__)
 print(importlib.import_module("mine.loss").__file__)
-from dinokit.shelves import names, recipe_names
+from dinokit.config.registry import names, recipe_names
 assert "knn" in names("eval") and "scenes_cpu" in recipe_names()
 """
 

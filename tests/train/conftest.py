@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinokit import shelves
-from dinokit.config import load_recipe
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
 from dinokit.train import loop
 
 TINY = """
@@ -142,7 +142,7 @@ class Together:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["dinokit.train.loop", "dinokit.backbones.vit"])
+        self.context.set_forkserver_preload(["dinokit.train.loop", "dinokit.models.vit"])
 
     def start(self, world: int, job: str, *arguments: object) -> list:
         with socket.socket() as probe:
@@ -206,6 +206,6 @@ def cut_short(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(loop.Run, "advance", advance)
             with pytest.raises(KeyboardInterrupt):
-                loop.train(recipe, shelves.build("data.sources", recipe.data))
+                loop.train(recipe, registry.build("data.sources", recipe.data))
 
     return run

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from dinokit import shelves
-from dinokit.config import load_recipe
-from dinokit.distributed import gather_objects, rank, world_size
-from dinokit.signals import Stopped
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
+from dinokit.runtime.distributed import gather_objects, rank, world_size
+from dinokit.runtime.signals import Stopped
 from dinokit.train import loop
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.loop import Evaluator
@@ -31,7 +31,7 @@ def train(recipe, overrides, judge=None):
     """A run. `judge` names one of the evaluators below."""
     recipe = load_recipe(recipe, overrides)
     evaluators = [Evaluator("probe", 2, globals()[judge])] if judge else []
-    loop.train(recipe, shelves.build("data.sources", recipe.data), evaluators)
+    loop.train(recipe, registry.build("data.sources", recipe.data), evaluators)
 
 
 def several_runs(recipe, runs):

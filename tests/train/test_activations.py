@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dinokit import shelves
-from dinokit.config import load_recipe
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
 from dinokit.data.loader import loader
-from dinokit.layers import head
+from dinokit.models import head
 from dinokit.train import activations
 from dinokit.train.activations import tokens_of
 from dinokit.train.loop import block_masks
@@ -21,7 +21,7 @@ SMALL = [
 def seen(recipe):
     """A model and its batch, the crops as floats."""
     model = StudentTeacher(recipe).train()
-    source, masks = shelves.build("data.sources", recipe.data), block_masks(recipe, model.student.backbone)
+    source, masks = registry.build("data.sources", recipe.data), block_masks(recipe, model.student.backbone)
     batch = next(iter(loader(source, recipe.crops, masks, seed=0, start_step=0, steps=1, batch=8, workers=0)))
     batch.global_crops, batch.local_crops = batch.global_crops / 255, batch.local_crops / 255
     return model, batch
@@ -65,7 +65,7 @@ def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, ch
     ],
 )
 def test_tokens_are_counted_as_the_blocks_see_them(backbone):
-    model = shelves.build("backbones", {"name": "vit", **backbone, "size": 28})
+    model = registry.build("models", {"name": "vit", **backbone, "size": 28})
     rows = []
     model.blocks[0].norm1.register_forward_hook(lambda module, args, out: rows.append(out.shape[:-1].numel()))
     with torch.no_grad():

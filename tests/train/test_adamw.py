@@ -83,7 +83,7 @@ def test_a_training_step_does_not_import_the_compiler():
     words = """
 import sys
 import torch
-from dinokit.config import load_recipe
+from dinokit.config.load import load_recipe
 from dinokit.bench.step import Form
 
 small = ["backbone.width=16", "backbone.heads=2", "heads.cls.prototypes=8", "run.device=cpu", "optim.batch=2"]

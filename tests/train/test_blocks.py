@@ -5,7 +5,7 @@ import torch
 from torch.compiler import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.data.loader import loader
 from dinokit.data.sources.scenes import Config, build
 from dinokit.train import loop
@@ -141,5 +141,5 @@ def test_an_evaluation_is_not_compiled(tiny, graphs):
         return {"x": 0.0}
 
     recipe = tiny("run", "run.compile=blocks", "optim.steps=2", "optim.warmup=0")
-    loop.train(recipe, shelves.build("data.sources", recipe.data), [Evaluator("probe", 1, judge)])
+    loop.train(recipe, registry.build("data.sources", recipe.data), [Evaluator("probe", 1, judge)])
     assert len(graphs) == 2

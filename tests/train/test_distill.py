@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinokit import shelves
-from dinokit.config import load_recipe
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
 from dinokit.data.batch import Batch
 from dinokit.features import fingerprint
-from dinokit.layers.head import Scores
 from dinokit.losses import Views
 from dinokit.losses._targets import sinkhorn_knopp
+from dinokit.models.head import Scores
 from dinokit.train import loop
 from dinokit.train.distill import Distillation
 from dinokit.train.frozen import read_teacher
@@ -24,7 +24,7 @@ DISTIL = ("masks=null", "backbone.drop_path=0")
 
 
 def train(recipe):
-    return loop.train(recipe, shelves.build("data.sources", recipe.data))
+    return loop.train(recipe, registry.build("data.sources", recipe.data))
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def teacher(tiny, tmp_path):
     recipe = tiny("x")
     section = {**recipe.backbone, "width": 36, "depth": 3, "heads": 3}
     torch.manual_seed(5)
-    backbone = shelves.build("backbones", section)
+    backbone = registry.build("models", section)
     backbone.input = type(backbone.input)(32, tuple(recipe.crops.mean), tuple(recipe.crops.std))
     path = tmp_path / "teacher.safetensors"
     save_backbone(path, backbone, section)

@@ -10,10 +10,21 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from dinokit.config import CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher, section_values
+from dinokit.config.load import (
+    CropGroup,
+    Crops,
+    Head,
+    Heads,
+    Masks,
+    Optim,
+    Recipe,
+    Run,
+    Teacher,
+    section_values,
+)
 from dinokit.data.batch import Batch
 from dinokit.data.photometric import draw
-from dinokit.distributed import all_reduce_sum, full, rank, world_size
+from dinokit.runtime.distributed import all_reduce_sum, full, rank, world_size
 from dinokit.train.step import Step
 
 SWITCHES = [
@@ -39,7 +50,7 @@ def crops_of(globals_: torch.Tensor, locals_: torch.Tensor | None, images: int) 
 
 
 def backbone_section(**values) -> dict:
-    return {"name": "vit", **section_values("backbones", "vit", values, "backbone")}
+    return {"name": "vit", **section_values("models", "vit", values, "backbone")}
 
 
 def losses_section(**losses) -> dict:

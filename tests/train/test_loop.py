@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dinokit import shelves
-from dinokit.signals import STOPS
+from dinokit.config import registry
+from dinokit.runtime.signals import STOPS
 from dinokit.train import loop
 from dinokit.train.checkpoint import latest
 from dinokit.train.finite import TrainingError
@@ -25,7 +25,7 @@ from dinokit.train.unreadable import TooManyUnreadableError
 
 
 def train(recipe, evaluators=()):
-    return loop.train(recipe, shelves.build("data.sources", recipe.data), evaluators)
+    return loop.train(recipe, registry.build("data.sources", recipe.data), evaluators)
 
 
 def test_a_run_leaves_what_it_promises(tiny, records):
@@ -180,7 +180,7 @@ def test_a_folder_with_other_things_is_left_alone(tiny, photos):
 def test_pictures_without_files_cannot_be_decoded_reduced_and_leave_no_folder_behind(tiny, tmp_path):
     recipe = tiny("a", "crops.decode=reduced")
     with pytest.raises(ValueError, match="decodes JPEG files"):
-        loop.train(recipe, shelves.build("data.sources", {"name": "scenes", "size": 32, "count": 10}))
+        loop.train(recipe, registry.build("data.sources", {"name": "scenes", "size": 32, "count": 10}))
     assert not (tmp_path / "a").exists()
 
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from dinokit import shelves
-from dinokit.config import load_recipe
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
 from dinokit.train import loop
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.loop import Evaluator
 
 
 def train(recipe, evaluators=()):
-    return loop.train(recipe, shelves.build("data.sources", recipe.data), evaluators)
+    return loop.train(recipe, registry.build("data.sources", recipe.data), evaluators)
 
 
 def die(*_, **__):

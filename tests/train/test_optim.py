@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from dinokit.config import Crops, Head, Heads, Optim, Recipe, section_values
+from dinokit.config.load import Crops, Head, Heads, Optim, Recipe, section_values
 from dinokit.train.optim import (
     build_optimizer,
     clip_gradients,
@@ -23,7 +23,7 @@ def network(**backbone) -> Network:
     values = {"width": 16, "depth": DEPTH, "heads": 2, "patch": 8, "size": 32, "registers": 1, **backbone}
     recipe = Recipe(
         name="x",
-        backbone={"name": "vit", **section_values("backbones", "vit", values, "backbone")},
+        backbone={"name": "vit", **section_values("models", "vit", values, "backbone")},
         heads=Heads(
             cls=Head(prototypes=6, hidden=8, bottleneck=4), patch=Head(prototypes=5, hidden=8, bottleneck=4)
         ),

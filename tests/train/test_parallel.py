@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.train import loop
 from dinokit.train.parallel import choose, synced, whole_backbone
 from dinokit.train.parts import parts_of_step
@@ -15,7 +15,7 @@ CENTRES = ["losses.dino.targets=centering", "losses.ibot.targets=centering"]
 
 
 def train(recipe, evaluators=()):
-    return loop.train(recipe, shelves.build("data.sources", recipe.data), evaluators)
+    return loop.train(recipe, registry.build("data.sources", recipe.data), evaluators)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dinokit.distributed import cores, first_host, launch
+from dinokit.runtime.distributed import cores, first_host, launch
 from dinokit.train.checkpoint import newest
 
 NEITHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dinokit.config import load_recipe
-from dinokit.distributed import local
+from dinokit.config.load import load_recipe
+from dinokit.runtime.distributed import local
 from dinokit.train.parallel import STATE_BYTES, choose, shard
 from dinokit.train.plan import plan
 from dinokit.train.scale import Cluster, gathered, held, kind_and_cut, sent

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dinokit.config import Optim, Recipe, Teacher
+from dinokit.config.load import Optim, Recipe, Teacher
 from dinokit.train.schedule import Schedules, cosine
 
 

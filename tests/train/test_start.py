@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinokit import shelves
 from dinokit.__main__ import main
-from dinokit.config import load_recipe
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
 from dinokit.features import fingerprint
 from dinokit.train import loop
 from dinokit.train.start import begin, build_model
@@ -23,12 +23,12 @@ def old(tiny, tmp_path):
     torch.manual_seed(7)
     section = {**tiny("x").backbone, "size": 64}
     path = tmp_path / "old.safetensors"
-    save_backbone(path, shelves.build("backbones", section), section)
+    save_backbone(path, registry.build("models", section), section)
     return path
 
 
 def train(recipe):
-    return loop.train(recipe, shelves.build("data.sources", recipe.data))
+    return loop.train(recipe, registry.build("data.sources", recipe.data))
 
 
 def test_student_and_teacher_begin_with_the_file(tiny, old):

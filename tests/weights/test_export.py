@@ -12,10 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from dinokit.backbones import Input
-from dinokit.backbones.pixels import Config as PixelsConfig
-from dinokit.backbones.pixels import Pixels
-from dinokit.backbones.vit import interpolate_grid
+from dinokit.models import Input
+from dinokit.models.pixels import Config as PixelsConfig
+from dinokit.models.pixels import Pixels
+from dinokit.models.vit import interpolate_grid
 from dinokit.weights import load_backbone
 from dinokit.weights.export import export
 from dinokit.weights.formats.onnx import Positions

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinokit.backbones.vit import Config, VisionTransformer
+from dinokit.models.vit import Config, VisionTransformer
 from dinokit.weights import fill, load_backbone
 
 SMALL = {"size": 32, "width": 128, "depth": 2, "heads": 2, "patch": 8, "layer_scale": 1.0}

@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from dinokit.backbones import Input
-from dinokit.backbones.vit import VisionTransformer
+from dinokit.models import Input
+from dinokit.models.vit import VisionTransformer
 from dinokit.weights import describe, load_backbone
 from dinokit.weights.reader import read
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dinokit.shelves import suggest
+from dinokit.config.registry import suggest
 
 _NONE = ("", "-1")  # what stands for "no label" in the formats that have a place for one anyway
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dinokit.config.registry import suggest
 from dinokit.data.sources._paths import wrong_kind
-from dinokit.shelves import suggest
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dinokit import shelves
+from dinokit.config import registry
 
 _READERS = {".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest"}
 
@@ -25,7 +25,7 @@ def existing(path: str) -> Path:
     have = sorted(item.name for item in parent.iterdir() if not item.name.startswith("."))
     raise ValueError(
         f"path='{path}': there is no such file or folder, looked for from {Path.cwd()}. The nearest folder "
-        f"that is there is {parent}, which has no '{missing}'.{shelves.suggest(missing, have)} "
+        f"that is there is {parent}, which has no '{missing}'.{registry.suggest(missing, have)} "
         f"It holds: {_few(have)}."
     )
 

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from dinokit.data.sources._scenes_render import Renderer, Scene
-from dinokit.data.sources._scenes_shapes import NAMES
+from dinokit.data.scenes.render import Renderer, Scene
+from dinokit.data.scenes.shapes import NAMES
 from dinokit.data.sources._stamp import stamp_of
 
 

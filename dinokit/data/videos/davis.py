@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dinokit.config.registry import suggest
 from dinokit.data.decode import decode, decode_map
 from dinokit.data.sources import Picture
 from dinokit.data.videos import Video
-from dinokit.shelves import suggest
 
 NOTHING = 255  # the number of pixels that belong to no object and are not the background either
 

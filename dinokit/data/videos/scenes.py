@@ -6,11 +6,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from dinokit.config.registry import refuse_below
+from dinokit.data.scenes.render import Renderer, Scene
+from dinokit.data.scenes.shapes import NAMES
 from dinokit.data.sources import Picture
-from dinokit.data.sources._scenes_render import Renderer, Scene
-from dinokit.data.sources._scenes_shapes import NAMES
 from dinokit.data.videos import Video
-from dinokit.shelves import refuse_below
 
 
 @dataclass

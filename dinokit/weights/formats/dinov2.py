@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinokit.backbones.vit import VisionTransformer
+from dinokit.models.vit import VisionTransformer
 from dinokit.weights.checkpoint import Checkpoint, open_checkpoint
 from dinokit.weights.formats._names import backbone_tensors, is_vit
 from dinokit.weights.found import HEAD, Found, anatomy, found_vit

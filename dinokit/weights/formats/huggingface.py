@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Input
-from dinokit.backbones.vit import VisionTransformer
-from dinokit.files import write_text
-from dinokit.layers.block import NORM_EPS
+from dinokit.models import Input
+from dinokit.models.block import NORM_EPS
+from dinokit.models.vit import VisionTransformer
+from dinokit.runtime.files import write_text
 from dinokit.weights.checkpoint import Checkpoint
 from dinokit.weights.formats._names import groups
 from dinokit.weights.found import Found, anatomy, found_vit, shown_size

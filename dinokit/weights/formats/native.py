@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 import dinokit
-from dinokit.backbones import Backbone, Input
+from dinokit.models import Backbone, Input
 from dinokit.weights.checkpoint import Checkpoint
 from dinokit.weights.found import Found
 from dinokit.weights.safe import write_tensors

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.backbones.vit import VisionTransformer
-from dinokit.layers.linear import LayerScale, project
+from dinokit.models.linear import LayerScale, project
+from dinokit.models.vit import VisionTransformer
 from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
 
 LARGEST = 2**31 - 2**20  # bytes in one file of protobuf, with room for the graph; more weights lie beside it
@@ -102,7 +102,7 @@ class Graph(nn.Module):
 
 
 class Positions(nn.Module):
-    """interpolate_grid() of dinokit.backbones.vit for any grid, as plain arithmetic."""
+    """interpolate_grid() of dinokit.models.vit for any grid, as plain arithmetic."""
 
     places: Tensor
     grid: Tensor

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinokit.backbones import Input
-from dinokit.backbones.vit import VisionTransformer
-from dinokit.files import write_text
+from dinokit.models import Input
+from dinokit.models.vit import VisionTransformer
+from dinokit.runtime.files import write_text
 from dinokit.weights.checkpoint import Checkpoint
 from dinokit.weights.formats._names import backbone_tensors, is_vit
 from dinokit.weights.found import Found, anatomy, found_vit, shown_size

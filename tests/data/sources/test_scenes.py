@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from dinokit import shelves
-from dinokit.data.sources._scenes_shapes import AREA, NAMES, REACH, outline
+from dinokit.config import registry
+from dinokit.data.scenes.shapes import AREA, NAMES, REACH, outline
 from dinokit.data.sources.scenes import Config, Scene, Scenes, build
 
 
@@ -206,8 +206,8 @@ def test_an_item_is_a_square_picture_and_its_class(size: int) -> None:
 
 
 def test_a_recipe_can_name_it() -> None:
-    assert isinstance(shelves.build("data.sources", {"name": "scenes", "size": 32, "count": 2}), Scenes)
-    assert shelves.read_config("data.sources", "scenes")().count == Config().count
+    assert isinstance(registry.build("data.sources", {"name": "scenes", "size": 32, "count": 2}), Scenes)
+    assert registry.read_config("data.sources", "scenes")().count == Config().count
 
 
 @pytest.mark.parametrize("index", [-1, 4])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinokit.data.sources._scenes_shapes import NAMES
+from dinokit.data.scenes.shapes import NAMES
 from dinokit.data.sources.scenes import Config, Scene, build
 
 TRAIN, TEST = 1000, 300

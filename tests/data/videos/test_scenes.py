@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dinokit import shelves
+from dinokit.config import registry
 from dinokit.data.sources.scenes import Config as Images
 from dinokit.data.sources.scenes import build as images
 
@@ -9,7 +9,7 @@ BUILD = {"name": "scenes", "videos": 3, "frames": 5, "size": 64}
 
 
 def videos(**values):
-    return shelves.build("data.videos", {**BUILD, **values})
+    return registry.build("data.videos", {**BUILD, **values})
 
 
 def pixels(video, index):

@@ -7,15 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dinokit import __version__, shelves
-from dinokit.backbones import Input
+from dinokit import __version__
+from dinokit.config import registry
+from dinokit.models import Input
 from dinokit.weights import describe, load_backbone, save_backbone
 
 VIT = {"name": "vit", "width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 32}
 TOY = """
 from dataclasses import dataclass
 from torch import nn
-from dinokit.backbones import Input
+from dinokit.models import Input
 @dataclass
 class Config:
     channels: int = 3
@@ -32,7 +33,7 @@ RECIPE = "name: small\nbackbone: {name: vit}\n"
 @pytest.fixture
 def vit():
     torch.manual_seed(0)
-    backbone = shelves.build("backbones", VIT)
+    backbone = registry.build("models", VIT)
     backbone.input = Input(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     return backbone
 
@@ -114,7 +115,7 @@ def test_a_tuple_in_the_section_is_a_tuple_again(tmp_path, monkeypatch):
     (package / "toy.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     section = {"name": "my_models.toy", "channels": 3, "grid": (2, 5)}
-    save_backbone(tmp_path / "toy.safetensors", shelves.build("backbones", section), section)
+    save_backbone(tmp_path / "toy.safetensors", registry.build("models", section), section)
     assert load_backbone(tmp_path / "toy.safetensors").grid == (2, 5)
 
 

@@ -1,0 +1,148 @@
+"""What `dinokit extract` does once its settings are read: here, in more processes, or in a launcher's."""
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dinokit.commands import part_of
+from dinokit.config import registry
+from dinokit.features import Extraction, Wanted, open_store
+from dinokit.features.layout import shard_range
+from dinokit.features.parquet import unreadable_names
+from dinokit.features.store import missing
+from dinokit.runtime.device import DTYPES, pick_device, pick_precision
+from dinokit.runtime.distributed import launch
+from dinokit.runtime.files import write_text
+from dinokit.weights import load_backbone
+
+if TYPE_CHECKING:
+    from dinokit.commands.extract import Config
+
+Told = Callable[[int, Sequence[str]], None]
+
+
+def begin(config: "Config") -> tuple[int, int]:
+    """Make the folder or take it up. Returns how many images there are, and how many are done.
+
+    Raises:
+        ValueError, LookupError: for what cannot be extracted, or other features in the folder.
+    """
+    world = launch().world
+    if config.processes > 1 and world > 1:
+        raise ValueError(
+            f"processes={config.processes}, but a launcher started {world} processes already: leave out one."
+        )
+    extraction = _make(config, torch.device("cpu"), clean=world == 1 and not config.part)
+    images, size = len(extraction.source), extraction.about["shard"]
+    lost = sum(len(shard_range(n, size, images)) for n in missing(extraction.out, extraction.about))
+    return images, images - lost
+
+
+def compute(config: "Config", told: Told) -> None:
+    """Everything that is missing, or this process's part of it."""
+    ours = launch()
+    if config.processes > 1:
+        _share_out(config, told)
+    else:
+        _work(config, ours.rank, ours.world, ours.local_rank, told)
+
+
+def end(config: "Config") -> dict[str, Any]:
+    """What there is now; names the unreadable images in OUT/unreadable.txt."""
+    out = Path(config.out)
+    about = json.loads((out / "store.json").read_text(encoding="utf-8"))
+    if (launch().world > 1 or config.part) and missing(out, about):  # others are still at work
+        return {"complete": False}
+    if config.format == "parquet":
+        names = list(unreadable_names(out))
+    else:
+        store = open_store(out)
+        names = [name for name, good in zip(store.iter_names(), store.valid, strict=True) if not good]
+    write_text(out / "unreadable.txt", "".join(f"{name}\n" for name in names))
+    shapes = {token: said["shape"] for token, said in about["tokens"].items()}
+    return {"images": about["images"], "unreadable": len(names), **shapes}
+
+
+def _make(config: "Config", device: torch.device, clean: bool) -> Extraction:
+    backbone = load_backbone(config.weights).to(device)
+    section = dict(config.data or {})
+    if "channels" in section:
+        section["channels"] = backbone.channels
+    source = registry.build("data.sources", section)
+    wanted = Wanted(
+        tuple(config.tokens), config.layers, config.fit, config.size, config.resize, config.dtype,
+        config.format, config.shard,
+    )  # fmt: skip
+    told = {"weights": config.weights, "data": section, "precision": config.precision}
+    return Extraction(Path(config.out), backbone, source, wanted, told, clean)
+
+
+def _work(config: "Config", rank: int, world: int, local_rank: int, told: Told) -> None:
+    device = pick_device(config.device)
+    if device.type == "cuda" and ":" not in config.device:
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    precision = DTYPES[pick_precision(config.precision, device)]
+    extraction = _make(config, device, clean=False)
+    number, of = part_of(config.part)
+    extraction.run(config.batch, config.workers, precision, told, number + of * rank, of * world)
+
+
+def _share_out(config: "Config", told: Told) -> None:
+    """Start the processes and pass on what they tell.
+
+    Raises:
+        RuntimeError: if one fails; the others are ended, and what is done stays.
+    """
+    context = multiprocessing.get_context("spawn")
+    links: dict[Any, Any] = {}
+    try:
+        for rank in range(config.processes):
+            ours, theirs = context.Pipe(duplex=False)
+            links[ours] = context.Process(target=_child, args=(config, rank, theirs))
+            links[ours].start()
+            theirs.close()
+        while links:
+            ready: list[Any] = list(wait(list(links)))
+            for link in ready:
+                try:
+                    images, wrong = link.recv()
+                except EOFError:
+                    child = links.pop(link)
+                    child.join()
+                    if child.exitcode:
+                        raise _died(child.exitcode) from None
+                    continue
+                if images < 0:
+                    raise RuntimeError(wrong[0])
+                told(images, wrong)
+    finally:
+        for child in links.values():
+            child.terminate()
+        for child in links.values():
+            child.join()
+
+
+def _child(config: "Config", rank: int, link: "Connection[Any, Any]") -> None:
+    torch.set_num_threads(max(torch.get_num_threads() // config.processes, 1))
+    try:
+        _work(config, rank, config.processes, rank, lambda images, wrong: link.send((images, list(wrong))))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, LookupError, OSError, RuntimeError) as error:
+        with suppress(BrokenPipeError):  # whoever started this process is gone
+            link.send((-1, [str(error)]))
+
+
+def _died(code: int) -> RuntimeError:
+    how = f"by signal {-code}" if code < 0 else f"with status {code}"
+    return RuntimeError(
+        f"One of the processes ended {how}; out of memory is the usual reason: try a smaller batch, or fewer "
+        f"processes. What is done stays, and the same command goes on."
+    )

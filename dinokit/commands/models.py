@@ -1,0 +1,98 @@
+"""dinokit models [PATTERN | identify FILE]: what is released, or what a file of weights holds.
+
+A list has names, parameters, patch, licence, whether the file lies in torch.hub's cache, and its URL.
+identify says which format a file is of, which backbone is in it, and whether every tensor has its place;
+heads=N says how many attention heads there are, for a file that does not.
+
+dinokit models 'dinov2*'
+dinokit models identify dinov2_vits14_pretrain.pth
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+from dinokit.commands import Command
+from dinokit.config.load import parse_overrides
+from dinokit.config.registry import suggest
+from dinokit.hub.released import RELEASED
+
+
+def run(command: Command) -> None:
+    values = parse_overrides(command.settings)
+    if command.words[:1] == ["identify"]:
+        heads = values.pop("heads", None)
+        _refuse(values, ["heads"])
+        _identify(Command(command.words[1:], []).one_word("file of weights"), heads)
+        return
+    _refuse(values, [])
+    if len(command.words) > 1:
+        near = suggest(command.words[0], ["identify"])
+        raise ValueError(
+            f"'{' '.join(command.words)}' is more than one pattern.{near} dinokit models --help."
+        )
+    pattern = command.words[0] if command.words else "*"
+    names = [name for name in RELEASED if fnmatch(name, pattern)]
+    if not names:
+        raise LookupError(
+            f"No released model is called '{pattern}'.{suggest(pattern, list(RELEASED))} There is: "
+            f"{', '.join(RELEASED)}."
+        )
+    _list(names)
+
+
+def describe(words: Sequence[str]) -> str:
+    return f"models: {', '.join(RELEASED)}"
+
+
+def _list(names: Sequence[str]) -> None:
+    from dinokit.hub.entry import cached
+
+    print(f"{'name':<19}{'parameters':>14}  patch  {'licence':<12}{'here':<6}source")
+    for name in names:
+        model = RELEASED[name]
+        here = "yes" if cached(model.url).is_file() else "no"
+        print(f"{name:<19}{model.parameters:>14,}  {model.patch:>5}  {model.licence:<12}{here:<6}{model.url}")
+    print("DINOv2's have a linear classifier of ImageNet-1k besides: NAME_lc, with layers=1 or layers=4; and")
+    print(
+        "those without registers depth heads: NAME_ld (linear), NAME_dd (DPT), of indoor or outdoor images, "
+        "and segmentation heads: NAME_seg, of ADE20K or VOC2012."
+    )
+    print(
+        f"In Python: torch.hub.load(DINOKIT, '{names[0]}', source='local'), DINOKIT being a clone of dinokit."
+    )
+
+
+def _identify(source: str, heads: Any) -> None:
+    if heads is not None and not (isinstance(heads, int) and heads > 0):
+        raise ValueError(f"heads={heads} is no number of attention heads.")
+    from dinokit.weights.reader import build, coverage, read, refusal
+
+    file, found = read(source, heads=heads, values=False)
+    backbone = build(file.path, found)
+    done = coverage(backbone, found)
+    count = sum(parameter.numel() for parameter in backbone.parameters())
+    shown = found.input
+    print(f"{'file':<13}{file.path}")
+    print(f"{'format':<13}{found.format}")
+    print(f"{'backbone':<13}{', '.join(f'{key}={value}' for key, value in found.section.items())}")
+    print(f"{'parameters':<13}{count:,}")
+    print(f"{'input':<13}{shown.size} pixels, mean {_list_of(shown.mean)}, std {_list_of(shown.std)}")
+    print(f"{'coverage':<13}{done}")
+    if found.beside:
+        print(f"{'also there':<13}{', '.join(found.beside)}")
+    for note in found.notes:
+        print(f"{'note':<13}{note}")
+    if not done.complete:
+        raise ValueError(refusal(file.path, found, done))
+
+
+def _list_of(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _refuse(values: dict[str, Any], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            there = f" There is: {', '.join(known)}." if known else " There are none here."
+            raise ValueError(f"There is no key '{key}'.{suggest(key, known)}{there}")

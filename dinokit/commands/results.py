@@ -1,0 +1,77 @@
+"""dinokit results DIR...: what evaluators found, as tables over runs and checkpoints, best first.
+
+Every results.jsonl in these folders and below is read; the best of each column is bold. So is every
+metrics.jsonl, for what the evaluators said while a run was trained: at its last step and at its best.
+
+dinokit results runs
+dinokit results runs/photos runs/try --json
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from dinokit import results, results_training
+from dinokit.commands import Command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEAST = (
+    16  # characters of a line for names of weights and for settings, however many scores stand beside them
+)
+
+FLAGS = {"--json": "print each table as a JSON object on a line of its own"}
+
+
+def run(command: Command) -> None:
+    if command.settings:
+        raise ValueError(f"dinokit results takes folders, and not '{command.settings[0]}'.")
+    folders = command.words or ["runs"]
+    trained = results_training.tables(folders)
+    lines, broken = results.read(folders, needed=not trained)
+    for where in broken:
+        print(f"dinokit: passed over what is no result: {where}", file=sys.stderr)
+    tables = results.tables(lines) + trained
+    if "--json" in command.flags:
+        for table in tables:
+            print(json.dumps(asdict(table)))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        _show(console, table)
+
+
+def _show(console: "Console", table: results.Table) -> None:
+    from rich.table import Table
+
+    shown = Table(title=table.title, title_justify="left")
+    told = any(settings for _, settings, _ in table.rows)
+    shown.add_column("weights", overflow="fold", min_width=LEAST)
+    if told:
+        shown.add_column("settings", overflow="fold", min_width=LEAST)
+    cells = [
+        [_cell(v, best) for v, best in zip(values, table.best, strict=True)] for _, _, values in table.rows
+    ]
+    for number, column in enumerate(table.columns):
+        longest = max(len(_number(values[number])) for _, _, values in table.rows)
+        shown.add_column(
+            column, justify="right", overflow="fold", min_width=max(longest, min(len(column), 8))
+        )
+    for (weights, settings, _), scores in zip(table.rows, cells, strict=True):
+        shown.add_row(weights, *([settings] if told else []), *scores)
+    wide = console.options.update(max_width=10_000)
+    least = console.measure(shown, options=wide).minimum
+    console.print(shown, width=max(console.width, least), crop=False)  # a score is never cut short
+
+
+def _cell(value: float | None, best: float | None) -> str:
+    text = _number(value)
+    return f"[bold]{text}[/bold]" if text and value == best else text
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

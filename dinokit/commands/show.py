@@ -1,0 +1,47 @@
+"""dinokit show RECIPE [key=value ...]: the whole recipe, its size, memory and learning rate; runs nothing.
+
+Every default is filled in; the output is a recipe itself: dinokit show scenes_cpu > mine.yaml
+
+With nodes=N gpus=N (of a node), also what it needs on such a cluster: memory of a GPU, bytes sent in a step,
+and, with images_per_second=N as measured on one GPU, the speed to expect. gpu_gib=80 (memory of a GPU),
+gpu_gbyte=300 (GB/s inside a node) and node_gbit=400 (Gbit/s of a node's network) are assumed otherwise.
+
+dinokit show dinov2_vitg14 data.path=LIST nodes=12 gpus=8 images_per_second=35
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dinokit import evaluation
+from dinokit.commands import Command
+from dinokit.config import registry
+from dinokit.config.load import load_recipe, to_yaml
+
+CLUSTER = {"nodes": int, "gpus": int, "images_per_second": float, "gpu_gib": float, "gpu_gbyte": float,
+           "node_gbit": float}  # fmt: skip
+
+
+def run(command: Command) -> None:
+    given = [text for text in command.settings if text.partition("=")[0] in CLUSTER]
+    rest = [text for text in command.settings if text not in given]
+    recipe = load_recipe(command.one_word("recipe", registry.recipe_names()), rest, evaluation.architecture)
+    cluster = dict(_number(text) for text in given)
+    from dinokit.train.plan import plan
+    from dinokit.train.scale import Cluster
+
+    lines = plan(recipe, Cluster(**cluster) if cluster else None)
+    print(to_yaml(recipe, template=True))
+    for key, value in lines.items():
+        print(f"# {key}: {value}")
+
+
+def describe(words: Sequence[str]) -> str:
+    return f"recipes: {', '.join(registry.recipe_names())}"
+
+
+def _number(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key, CLUSTER[key](value.replace("_", ""))
+    except ValueError:
+        raise ValueError(f"{text}: {key} is a number, such as {key}=8.") from None

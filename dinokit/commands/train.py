@@ -1,0 +1,79 @@
+"""dinokit train RECIPE [key=value ...]: pretrain, or go on with the run in run.out.
+
+RECIPE is a name in configs/ or the path of a YAML file. The same command goes on with an interrupted run.
+
+dinokit train scenes_cpu data.name=folder data.path=PHOTOS
+dinokit train small_photos data.path=PHOTOS run.out=runs/photos
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dinokit import evaluation
+from dinokit.commands import Command
+from dinokit.config import registry
+from dinokit.config.load import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from dinokit.data.sources import Source
+    from dinokit.train.loop import Evaluator
+
+SHARES = RESUMES = True
+
+
+def run(command: Command) -> None:
+    word = command.one_word("recipe", registry.recipe_names())
+    recipe = load_recipe(word, command.settings, evaluation.architecture)
+    settle(command, recipe)
+    pretrain(recipe)
+
+
+def describe(words: Sequence[str]) -> str:
+    names = ", ".join(registry.recipe_names())
+    return f"recipes: {names}\ndinokit show RECIPE prints every key with its value"
+
+
+def settle(command: Command, recipe: Recipe) -> None:
+    """Start this process anew, if `run.keep_memory` asks for it; nothing that lasts may stand before."""
+    from dinokit.runtime import allocator
+    from dinokit.runtime.device import keeps_memory
+
+    if command.alone and keeps_memory(recipe.run):
+        allocator.begin_again()
+
+
+def pretrain(recipe: Recipe) -> str:
+    """Train a recipe on its data with its evaluators. Returns the run's folder."""
+    from dinokit.train import loop
+
+    source = registry.build("data.sources", recipe.data)
+    return str(loop.train(recipe, source, _evaluators(recipe, source)))
+
+
+def _evaluators(recipe: Recipe, source: "Source") -> list["Evaluator"]:
+    from functools import partial
+
+    from dinokit.runtime.distributed import launch
+    from dinokit.train.loop import Evaluator
+
+    done = []
+    for name, section in recipe.evals.items():
+        values = {key: value for key, value in section.items() if key != "every"}
+        sources = evaluation.source_fields(name)
+        unlabelled = evaluation.needs_labels(name) and not source.classes
+        if any(values[key] is None for key in sources) and unlabelled:
+            text = (
+                f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To watch the "
+                f"run by it, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}."
+            )
+            if launch().rank == 0:
+                print(text, file=sys.stderr)
+            continue
+        values = evaluation.with_data(name, values, recipe.data)
+        if "max_unreadable" in values:  # what the run may lack, an evaluator may
+            values["max_unreadable"] = max(values["max_unreadable"], recipe.run.max_unreadable)
+        if recipe.backbone.get("weights"):
+            values = evaluation.with_start(name, values, f"{recipe.run.out}/start.safetensors")
+        done.append(Evaluator(name, section["every"], partial(evaluation.run_evaluator, name, values)))
+    return done

@@ -1,0 +1,1 @@
+"""Recipes: dataclasses, reading, checks; and registries of names."""

@@ -1,0 +1,74 @@
+"""The keys of a file on a shelf with what they mean, for --help: its Config, and the comments beside it."""
+
+import ast
+import json
+import tokenize
+from collections.abc import Collection
+from dataclasses import MISSING, Field, fields
+from textwrap import fill
+from typing import Any, Literal, get_args, get_origin
+
+from dinokit.config import registry
+
+WIDTH, COLUMN = 110, 32  # characters of a line, and where the meaning begins
+
+
+def key_lines(shelf: str, name: str, without: Collection[str] = ()) -> list[str]:
+    """A line, or a few, for each key of shelf/name but those in `without`; the file is read and not run.
+
+    Raises:
+        LookupError: if there is no such file, or it defines no Config.
+    """
+    said = comments(shelf, name)
+    known = [f for f in fields(registry.read_config(shelf, name)) if f.name not in without]
+    return [key_line(_default(f), _meaning(f, said[f.name])) for f in known]
+
+
+def key_line(key: str, meaning: str) -> str:
+    """`key = default`, and beside it, or below if that is long, what it means."""
+    left = f"    {key}"
+    beside = len(left) < COLUMN - 1
+    if not meaning:
+        return left
+    text = fill(meaning, WIDTH, initial_indent=" " * COLUMN, subsequent_indent=" " * COLUMN)
+    return f"{left}{text[len(left) :]}" if beside else f"{left}\n{text}"
+
+
+def comments(shelf: str, name: str) -> dict[str, str]:
+    """What stands beside each field of a file's Config, or on lines of its own above it."""
+    path = registry.locate(shelf, name)
+    with path.open("rb") as file:
+        words = list(tokenize.tokenize(file.readline))
+    beside = {w.start[0]: w.string.lstrip("# ") for w in words if w.type == tokenize.COMMENT}
+    alone = {w.start[0] for w in words if w.type == tokenize.COMMENT and not w.line[: w.start[1]].strip()}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    done = {}
+    for node in config.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            first = node.lineno
+            while first - 1 in alone:
+                first -= 1
+            lines = range(first, (node.end_lineno or node.lineno) + 1)
+            done[node.target.id] = " ".join(beside[line] for line in lines if line in beside)
+    return done
+
+
+def _default(item: "Field[Any]") -> str:
+    if item.default_factory is not MISSING:
+        return item.name
+    if item.default in (MISSING, "???"):
+        return f"{item.name} (must be given)"
+    return item.name if item.default is None else f"{item.name} = {json.dumps(item.default, default=list)}"
+
+
+def _meaning(item: "Field[Any]", said: str) -> str:
+    options = get_args(item.type) if get_origin(item.type) is Literal else ()
+    if "registry" in item.metadata:
+        have = ", ".join(registry.names(item.metadata["registry"]))
+        inside = f"{item.name}.NAME" if "many" in item.metadata else item.name
+        options = (f"a section: {inside}.path=..., {inside}.name= one of {have}, and what that takes",)
+        return ". ".join(filter(None, [options[0], said]))
+    others = [registry.with_what(*pair) for pair in item.metadata.get("only_with", {}).items()]
+    when = f"only {' and '.join(others)}" if others else ""
+    return "; ".join(filter(None, [", ".join(map(str, options)), said, when]))

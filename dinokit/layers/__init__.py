@@ -1,1 +1,0 @@
-"""What backbones and heads are made of."""

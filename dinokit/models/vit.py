@@ -1,0 +1,250 @@
+"""The Vision Transformers of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193).
+
+Parameter names are those of the released files, so these load with strict=True.
+
+    b  images of a group    N  patches an image    R  registers    D  width    M  side of the stored grid
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinokit.models import Input, Tokens
+from dinokit.models.attention import Segments
+from dinokit.models.block import NORM_EPS, Block
+
+SIZES = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+    "giant2": {"width": 1536, "depth": 40, "heads": 24},
+}
+
+
+@dataclass
+class Config:
+    channels: int = 3
+    size: int = 224  # pixels: the image side whose patch grid the positional embedding stores
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    patch: int = 16  # pixels
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    layer_scale: float = 1e-5  # at the start; 0: none, as in DINO
+    drop_path: float = 0.0  # share of images that a residual branch leaves out
+    drop_path_uniform: bool = True  # the same rate in every block; else a line from 0 to drop_path
+    registers: int = 0  # extra tokens (Darcet et al., arXiv 2309.16588)
+    mask_token: bool = True
+    pos_offset: float = 0.1  # 0.1 as in the files without registers, 0 as in those with
+    pos_antialias: bool = False  # False as in the files without registers, True as in those with
+
+
+def interpolate_grid(grid: Tensor, height: int, width: int, offset: float, antialias: bool) -> Tensor:
+    """A positional grid (1, M, M, D) for another patch grid, (1, height, width, D), bicubic in float32.
+
+    An offset makes the sampling scale (side + offset) / M, not side / M: DINO's guard against a rounding
+    error, which the released weights without registers were trained with, so their features need it.
+    """
+    side = grid.shape[1]
+    if offset:
+        size, scale = None, [(height + offset) / side, (width + offset) / side]
+    else:
+        size, scale = (height, width), None
+    x = grid.float().permute(0, 3, 1, 2)
+    x = F.interpolate(x, size=size, scale_factor=scale, mode="bicubic", antialias=antialias)
+    assert x.shape[-2:] == (height, width), f"{tuple(x.shape[-2:])} for {(height, width)}"
+    return x.permute(0, 2, 3, 1)
+
+
+class PatchEmbed(nn.Module):
+    """An image cut in squares, each mapped linearly; (b, C, h, w) -> (b, N, D), row by row."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, C, h, w) -> (b, N, D)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT with a class token, optional registers, mask token and LayerScale."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        if cfg.size % cfg.patch:
+            raise ValueError(f"backbone.size={cfg.size} is no multiple of backbone.patch={cfg.patch}.")
+        if cfg.width % cfg.heads:
+            raise ValueError(
+                f"backbone.width={cfg.width} cannot be shared by backbone.heads={cfg.heads} heads."
+            )
+        self.width, self.patch, self.channels = cfg.width, cfg.patch, cfg.channels
+        self.offset, self.antialias = cfg.pos_offset, cfg.pos_antialias
+        self.side = cfg.size // cfg.patch  # M
+        self.input = Input(cfg.size, (0.5,) * cfg.channels, (0.5,) * cfg.channels)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, cfg.width))
+        self.registers = cfg.registers
+        if cfg.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, cfg.registers, cfg.width))
+        if cfg.mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, cfg.width))
+        self.patch_embed = PatchEmbed(cfg.channels, cfg.width, cfg.patch)
+        share = [1.0 if cfg.drop_path_uniform else i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
+        self.blocks = nn.ModuleList(
+            Block(cfg.width, cfg.heads, cfg.ffn, cfg.layer_scale, cfg.drop_path * s) for s in share
+        )
+        self.norm = nn.LayerNorm(cfg.width, eps=NORM_EPS)
+        self._init_weights(v2=cfg.mask_token)
+
+    def _init_weights(self, v2: bool) -> None:
+        # DINO starts the class token like the positions; DINOv2 starts it, and the registers, near zero.
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6 if v2 else 0.02)
+        if self.registers:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+        """Features of groups of crops of different sizes, in one pass without padding.
+
+        Args:
+            crops: one (b, C, h, w) a group, normalised; h and w multiples of the patch.
+            masks: for each group (b, N) bool, True where the mask token replaces the patch, or None.
+
+        Returns:
+            One Tokens a group.
+
+        Raises:
+            ValueError: if a side is no multiple of the patch, or a mask is given and there is no mask token.
+        """
+        rows, segments = self._embed(crops, masks)
+        for block in self.blocks:
+            rows = block(rows, segments)
+        return [self._tokens(x) for x in segments.split(self.norm(rows))]
+
+    def read(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """As Backbone."""
+        rows, segments = self._embed(crops, masks)
+        for block in self.blocks[:-1]:
+            rows = block(rows, segments)
+        tokens, first = segments.groups[0][1], 1 + self.registers
+        grid = tokens - first  # N
+        places = patches // grid * tokens + first + patches % grid
+        places = torch.cat([segments.starts(rows.device)[:-1].long(), places])
+        rows = self.norm(self.blocks[-1](rows, segments, places))
+        *cls, some = rows.split([*(images for images, _ in segments.groups), len(patches)])
+        return cls, some
+
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
+        """What the official DINOv2 backbones return for x (b, C, h, w) and masks (b, N) bool or None."""
+        rows, segments = self._embed([x], [masks])
+        for block in self.blocks:
+            rows = block(rows, segments)
+        tokens = self._tokens(segments.split(self.norm(rows))[0])
+        return {
+            "x_norm_clstoken": tokens.cls,
+            "x_norm_regtokens": tokens.registers,
+            "x_norm_patchtokens": tokens.patches,
+            "x_prenorm": segments.split(rows)[0],
+            "masks": masks,
+        }
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Outputs of some blocks, in the order of the blocks, whatever the order asked; the official API.
+
+        Args:
+            x: (b, C, h, w).
+            n: the last n blocks, or the numbers of the blocks, from 0.
+            reshape: patches as (b, D, h / patch, w / patch), else (b, N, D).
+            return_class_token: give (patches, class token (b, D)) a block.
+            norm: apply the final norm to each.
+
+        Raises:
+            ValueError: if there is no such block.
+        """
+        depth = len(self.blocks)
+        wanted = range(depth - n, depth) if isinstance(n, int) else n
+        outs = [self._tokens(self.norm(rows) if norm else rows) for rows in self._after(x, wanted)]
+        grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
+        patches = [
+            o.patches.transpose(1, 2).unflatten(2, grid).contiguous() if reshape else o.patches for o in outs
+        ]
+        if return_class_token:
+            return tuple(zip(patches, (o.cls for o in outs), strict=True))
+        return tuple(patches)
+
+    def layers(self, crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
+        """As Backbone."""
+        return [self._tokens(self.norm(rows) if norm else rows) for rows in self._after(crops, blocks)]
+
+    def _after(self, x: Tensor, blocks: Sequence[int]) -> Iterator[Tensor]:
+        """Rows (b, 1 + R + N, D) after each of `blocks`, in the order of depth, before the final norm.
+
+        Raises:
+            ValueError: if there is no such block.
+        """
+        depth, wanted = len(self.blocks), set(blocks)
+        if not wanted <= set(range(depth)):
+            raise ValueError(f"Blocks {sorted(wanted)} are not all there: they are 0 to {depth - 1}.")
+        rows, segments = self._embed([x], [None])
+        for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+            rows = block(rows, segments)
+            if i in wanted:
+                yield segments.split(rows)[0]
+
+    def _embed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
+        groups = [self._embed_group(x, mask) for x, mask in zip(crops, masks, strict=True)]
+        segments = Segments(tuple((x.shape[0], x.shape[1]) for x in groups))
+        return torch.cat([x.flatten(0, 1) for x in groups]), segments
+
+    def _embed_group(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        b, _, h, w = x.shape
+        if h % self.patch or w % self.patch:
+            near = [max(side // self.patch, 1) * self.patch for side in (h, w)]
+            raise ValueError(
+                f"an image of {h} x {w} pixels cannot be cut into patches of {self.patch}: make both sides a "
+                f"multiple of {self.patch}, such as {near[0]} x {near[1]}."
+            )
+        patches = self.patch_embed(x)  # (b, N, D)
+        if mask is not None:
+            if not hasattr(self, "mask_token"):
+                raise ValueError("masks need a mask token: set backbone.mask_token=true.")
+            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+        position = self._positions(h // self.patch, w // self.patch)  # (1, 1 + N, D)
+        parts = [(self.cls_token + position[:, :1]).expand(b, -1, -1), patches + position[:, 1:]]
+        if self.registers:  # they have no position
+            parts.insert(1, self.register_tokens.expand(b, -1, -1))
+        return torch.cat(parts, dim=1)  # (b, 1 + R + N, D)
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        if (height, width) == (self.side, self.side):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side))
+        grid = interpolate_grid(grid, height, width, self.offset, self.antialias).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
+
+    def _tokens(self, x: Tensor) -> Tokens:
+        r = 1 + self.registers
+        return Tokens(cls=x[:, 0], registers=x[:, 1:r], patches=x[:, r:])
+
+
+build = VisionTransformer

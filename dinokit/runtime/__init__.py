@@ -1,0 +1,1 @@
+"""What every process needs: distributed, signals, files, log, device."""

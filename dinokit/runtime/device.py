@@ -1,0 +1,91 @@
+"""What a run computes on and in."""
+
+import sys
+import time
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dinokit.config.recipe import Run
+
+Precision = Literal["bf16", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `run.device`.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in have.items() if there))
+    if not have.get(name.split(":", maxsplit=1)[0], False):
+        there = ", ".join(kind for kind, is_there in have.items() if is_there)
+        raise ValueError(f"There is no device {name} here; there is: {there}. auto takes the first.")
+    return torch.device(name)
+
+
+def pick_precision(name: Precision | Literal["auto"], device: torch.device) -> Precision:
+    """The precision of `run.precision`; auto is bf16 where the device multiplies faster in it, else fp32.
+
+    On CUDA without bf16, auto is fp16. A CPU is tried, once a process.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and _multiplies_faster(torch.bfloat16, torch.float32) else "fp32"
+
+
+@cache
+def _multiplies_faster(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a CPU core multiplies matrices faster in one dtype than in another.
+
+    Its instructions do not tell: with AVX-512-BF16 and no AMX, bf16 had twice the rate of fp32 on an AMD EPYC
+    and half of it on an Intel Xeon. Seconds are those of one thread, of which other programs take none.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a, b = (min(_seconds_of_product(dtype) for _ in range(4)) for dtype in (one, other))
+    finally:
+        torch.set_num_threads(threads)
+    return a < b
+
+
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    x = torch.ones(384, 384, dtype=dtype)
+    begun = time.thread_time()
+    torch.mm(x, x)
+    return time.thread_time() - begun
+
+
+def keeps_memory(run: Run) -> bool:
+    """Whether a run's process keeps what a step frees (allocator.py): on a CPU, if `run.keep_memory`."""
+    return run.keep_memory and pick_device(run.device).type == "cpu"
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has held at most: on a GPU of CUDA, or in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:  # of Linux: the other count has what the process was before it ran this program
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 2**20
+    resource = import_module("resource")  # Windows has none
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30)
+
+
+def memory_share(device: torch.device) -> float:
+    """peak_memory() over what the GPU has; 0 where there is none."""
+    if device.type != "cuda":
+        return 0.0
+    return peak_memory(device) * 2**30 / torch.cuda.get_device_properties(device).total_memory

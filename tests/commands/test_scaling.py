@@ -1,0 +1,74 @@
+"""dinokit scaling: what is trained, by how many, on which core; and what is made of the speeds."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+
+from dinokit.__main__ import main
+from dinokit.commands.scaling import speeds
+
+WATCHED = """
+import os
+from dataclasses import dataclass
+from dinokit.data.sources import scenes
+
+@dataclass
+class Config:
+    pass
+
+class Watched(scenes.Scenes):
+    def __getitem__(self, index):
+        core, = os.sched_getaffinity(0)
+        with open(os.environ["WATCHED"], "a") as file:
+            file.write(f"{os.getpid()} {core} {os.environ.get('WORLD_SIZE', '1')}\\n")
+        return super().__getitem__(index)
+
+def build(cfg):
+    return Watched(scenes.Config(size=64))
+"""
+SMALL = [
+    "backbone.width=24", "backbone.depth=1", "heads.cls.hidden=16", "heads.cls.bottleneck=8",
+    "optim.batch=8", "run.precision=fp32",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_one_process_then_two_apart_then_two_together_share_the_same_batch(tmp_path, monkeypatch, capsys):
+    (tmp_path / "watched").mkdir()
+    (tmp_path / "watched/__init__.py").touch()
+    (tmp_path / "watched/scenes.py").write_text(WATCHED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("WATCHED", str(tmp_path / "reads"))
+    watched = ["scenes_cpu", *SMALL, "data.name=watched.scenes"]
+    assert main(["scaling", *watched, "--steps", "6", "--rounds", "1"]) == 0
+
+    reads = Counter(tuple(map(int, line.split())) for line in (tmp_path / "reads").read_text().splitlines())
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    assert sorted((world, core, count) for (_, core, world), count in reads.items()) == [
+        (1, first, 6 * 4), (1, first, 6 * 8), (1, second, 6 * 4),  # apart, alone, apart
+        (2, first, 6 * 4), (2, second, 6 * 4),  # together
+    ]  # fmt: skip
+
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["processes"] == 2
+    assert found["ratio"] == found["several"] / found["one"]
+    assert found["ceiling"] == found["apart"] / found["one"]
+    assert found["reached"] == found["several"] / found["apart"]
+
+
+def test_speeds_of_runs_side_by_side_are_added_up_behind_the_warm_up(tmp_path):
+    for name, rates in {"a": [1, 2, 3, 4, 5], "b": [10, 20, 30, 40, 60]}.items():
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": i + 1, "images_per_second": rate}) for i, rate in enumerate(rates)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    assert speeds([tmp_path / "a"]) == [4, 5]
+    assert speeds([tmp_path / "a", tmp_path / "b"]) == [44, 65]
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_trained(capsys):
+    assert main(["scaling", "scenes_cpu", "optim.batch=31", "--processes", "2"]) == 2
+    assert "optim.batch=31 images cannot be shared out evenly over 2 processes" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""The shipped recipes: every one can be read, and the published ones say what was published.
+
+The numbers are those of the papers and of the released configurations, in the form in which these give them:
+epochs times steps an epoch, GPUs times images a GPU.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from dinokit.config import registry
+from dinokit.config.load import Recipe, load_recipe
+from dinokit.config.registry import recipe_names
+from dinokit.models.head import PrototypeHead
+
+ROOT = Path(__file__).parent.parent
+V1_EPOCH = 1_281_167 // (8 * 64)  # steps: the images of ImageNet-1k, on 8 GPUs of 64
+EPOCH = 1_250  # steps of DINOv2's nominal epoch
+
+DINOV2 = {
+    "losses.dino.weight": 1.0, "losses.ibot.weight": 1.0, "losses.koleo.weight": 0.1,
+    "losses.dino.student_temp": 0.1, "losses.ibot.student_temp": 0.1,
+    "teacher.temp": (0.04, 0.07), "teacher.temp_warmup": 30 * EPOCH,
+    "crops.globals.count": 2, "crops.globals.size": 224, "crops.globals.scale": (0.32, 1.0),
+    "crops.globals.blur": (1 - 1.0, 1 - 0.1), "crops.globals.solarize": (0.0, 0.2),
+    "crops.locals.count": 8, "crops.locals.scale": (0.05, 0.32), "crops.locals.blur": (0.5,),
+    "crops.blur_sigma": (0.1, 2.0), "crops.blur_kernel": 9,
+    "masks.images": 0.5, "masks.patches": (0.1, 0.5),
+    "optim.lr_batch": 1024, "optim.lr_rule": "sqrt", "optim.min_lr": 1e-6, "optim.betas": (0.9, 0.999),
+    "optim.clip": 3.0, "optim.clip_per": "part", "optim.patch_lr": 0.2,
+    "optim.head_frozen": EPOCH, "optim.head_freeze": "lr",
+    "heads.cls.hidden": 2048, "heads.cls.layers": 3, "heads.cls.norm_last_layer": False,
+    "backbone.layer_scale": 1e-5, "backbone.drop_path_uniform": True,
+}  # fmt: skip
+LONG = DINOV2 | {
+    "optim.steps": 500 * EPOCH, "optim.warmup": 80 * EPOCH, "optim.batch": 3072, "optim.lr": 2e-4,
+    "optim.weight_decay": (0.04, 0.2), "optim.layer_decay": 1.0, "teacher.momentum": (0.994, 1.0),
+    "losses.dino.targets": "sinkhorn", "losses.ibot.targets": "sinkhorn",
+    "heads.cls.prototypes": 2**17, "heads.cls.bottleneck": 384,
+    "heads.patch.prototypes": 2**17, "heads.patch.bottleneck": 256,
+    "backbone.patch": 14, "backbone.ffn": "swiglu", "backbone.drop_path": 0.4, "crops.locals.size": 7 * 14,
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "dinov1_vits16_in1k": {
+        "optim.steps": 100 * V1_EPOCH, "optim.warmup": 10 * V1_EPOCH, "optim.batch": 8 * 64,
+        "optim.lr": 5e-4, "optim.lr_batch": 256, "optim.lr_rule": "linear", "optim.min_lr": 1e-6,
+        "optim.weight_decay": (0.04, 0.4), "optim.clip": 3.0, "optim.clip_per": "tensor",
+        "optim.head_frozen": V1_EPOCH, "optim.head_freeze": "gradient",
+        "optim.layer_decay": 1.0, "optim.patch_lr": 1.0,
+        "teacher.momentum": (0.996, 1.0), "teacher.temp": (0.04, 0.04),
+        "heads.cls.prototypes": 2**16, "heads.cls.bottleneck": 256, "heads.cls.norm_last_layer": True,
+        "losses.dino.targets": "centering", "losses.dino.center_momentum": 0.9,
+        "losses.dino.student_temp": 0.1,
+        "backbone.drop_path": 0.1, "backbone.drop_path_uniform": False, "backbone.layer_scale": 0.0,
+        "crops.globals.scale": (0.4, 1.0), "crops.globals.blur": (1.0, 0.1),
+        "crops.globals.solarize": (0.0, 0.2),
+        "crops.locals.count": 8, "crops.locals.size": 96, "crops.locals.scale": (0.05, 0.4),
+        "crops.locals.blur": (0.5,),
+    },
+    "dinov2_vitl16_short": DINOV2 | {
+        "optim.steps": 100 * EPOCH, "optim.warmup": 10 * EPOCH, "optim.batch": 32 * 64, "optim.lr": 4e-3,
+        "optim.weight_decay": (0.04, 0.4), "optim.layer_decay": 0.9, "teacher.momentum": (0.992, 1.0),
+        "losses.dino.targets": "centering", "losses.ibot.targets": "centering",
+        "heads.cls.prototypes": 2**16, "heads.cls.bottleneck": 256, "heads.patch": None,
+        "backbone.patch": 16, "backbone.ffn": "mlp", "backbone.drop_path": 0.3, "crops.locals.size": 6 * 16,
+    },
+    "dinov2_distill_vits14": {key: value for key, value in LONG.items() if not key.startswith("masks.")} | {
+        "optim.batch": 2048, "optim.lr": 1e-3, "optim.lr_batch": 2048, "masks": None,
+        "backbone.width": 384, "backbone.depth": 12, "backbone.heads": 6, "backbone.ffn": "mlp",
+        "backbone.drop_path": 0.0,
+    },
+    "dinov2_vitl14": LONG,
+    "dinov2_vitg14": LONG,
+}  # fmt: skip
+PEAK_LR = {
+    "dinov1_vits16_in1k": 1e-3,
+    "dinov2_vitl16_short": 5.657e-3,
+    "dinov2_distill_vits14": 1e-3,
+    "dinov2_vitl14": 3.464e-4,
+    "dinov2_vitg14": 3.464e-4,
+}
+
+
+def stated(name: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / f"{name}.yaml"))
+
+
+def load(name: str, *overrides: str) -> Recipe:
+    asked = {"data": "path", "teacher": "frozen", "backbone": "weights"}
+    given = [f"{part}.{key}=somewhere" for part, key in asked.items() if stated(name)[part].get(key) == "???"]
+    return load_recipe(name, [*given, *overrides], look=lambda _: {"name": "vit", "patch": 14, "size": 518})
+
+
+def value_of(tree: object, key: str) -> object:
+    for part in key.split("."):
+        tree = tree[part] if isinstance(tree, dict) else getattr(tree, part)
+    return tree
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_crop_is_a_whole_number_of_patches(name):
+    recipe = load(name)
+    sides = [group.size for group in (recipe.crops.globals, recipe.crops.locals) if group.count]
+    assert all(side % recipe.backbone["patch"] == 0 for side in sides)
+    assert recipe.backbone["size"] == recipe.crops.globals.size
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_runs_with_the_published_numbers(name):
+    recipe = load(name)
+    runs_with = {key: value_of(recipe, key) for key in PUBLISHED[name]}
+    assert runs_with == {
+        key: pytest.approx(value, rel=1e-12, abs=1e-12) if isinstance(value, float | tuple) else value
+        for key, value in PUBLISHED[name].items()
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_number_stands_in_the_recipe_and_does_not_hang_on_a_default(name):
+    text = stated(name)
+    for key in PUBLISHED[name]:
+        value_of(text, key)
+
+
+@pytest.mark.parametrize("name", PEAK_LR)
+def test_the_peak_learning_rate_is_the_published_one(name):
+    assert load(name).optim.peak_lr == pytest.approx(PEAK_LR[name], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "count"),
+    [
+        ("dinov1_vits16_in1k", [], 21_665_664),
+        ("dinov2_vits14_in1k", ["backbone.size=518"], 22_056_576),
+        ("dinov2_vitl14", ["backbone.size=518", "backbone.ffn=mlp"], 304_368_640),
+        ("dinov2_vitg14", ["backbone.size=518"], 1_136_480_768),
+    ],
+)
+def test_the_backbone_has_as_many_parameters_as_the_released_one(name, overrides, count):
+    """The released positional embeddings are for 518 pixels, and the released ViT-L has an MLP."""
+    with torch.device("meta"):
+        backbone = registry.build("models", load(name, *overrides).backbone)
+    assert sum(p.numel() for p in backbone.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "count"),
+    [
+        ("dinov1_vits16_in1k", "cls", 22_352_128),
+        ("dinov2_vitl16_short", "cls", 23_662_848),
+        ("dinov2_vitg14", "cls", 58_593_664),
+        ("dinov2_vitg14", "patch", 41_554_176),
+    ],
+)
+def test_a_head_has_as_many_parameters_as_the_original(name, part, count):
+    recipe = load(name)
+    with torch.device("meta"):
+        head = PrototypeHead(recipe.backbone["width"], **asdict(getattr(recipe.heads, part)))
+    assert sum(p.numel() for p in head.parameters()) == count
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_head_of_a_recipe_gives_its_origin_cost_result_and_command(name):
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert "arXiv" in head or "Ours" in head
+    assert "cost" in head.lower()
+    assert "result" in head.lower()
+    assert f"dinokit train {name}" in head
+
+
+def test_the_documented_recipes_are_those_that_there_are():
+    rows = [
+        line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("| [`")
+    ]
+    assert sorted(row.split("`")[1] for row in rows) == recipe_names()

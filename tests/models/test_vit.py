@@ -1,0 +1,166 @@
+"""What the ViT promises beside its recorded features."""
+
+import math
+
+import pytest
+import torch
+
+from dinokit.models.vit import SIZES, Config, VisionTransformer, interpolate_grid
+
+PUBLISHED = [
+    ({**SIZES["tiny"], "patch": 16}, 1, 5_524_416),
+    ({**SIZES["tiny"], "patch": 8}, 1, 5_526_720),
+    ({**SIZES["small"], "patch": 16}, 1, 21_665_664),
+    ({**SIZES["small"], "patch": 8}, 1, 21_670_272),
+    ({**SIZES["base"], "patch": 16}, 1, 85_798_656),
+    ({**SIZES["base"], "patch": 8}, 1, 85_807_872),
+    ({**SIZES["small"], "patch": 14}, 2, 22_056_576),
+    ({**SIZES["base"], "patch": 14}, 2, 86_580_480),
+    ({**SIZES["large"], "patch": 14}, 2, 304_368_640),
+    ({**SIZES["giant2"], "patch": 14, "ffn": "swiglu"}, 2, 1_136_480_768),
+    ({**SIZES["small"], "patch": 14, "registers": 4}, 2, 22_058_112),
+    ({**SIZES["giant2"], "patch": 14, "ffn": "swiglu", "registers": 4}, 2, 1_136_486_912),
+]
+
+
+@pytest.mark.parametrize(("values", "generation", "count"), PUBLISHED)
+def test_it_has_as_many_parameters_as_the_published_ones(values, generation, count):
+    more = {"size": 518} if generation == 2 else {"size": 224, "layer_scale": 0.0, "mask_token": False}
+    with torch.device("meta"):
+        vit = VisionTransformer(Config(**values, **more))
+    assert sum(p.numel() for p in vit.parameters()) == count
+
+
+def small(**values) -> VisionTransformer:
+    defaults = {"size": 32, "width": 24, "depth": 2, "heads": 3, "patch": 8, "layer_scale": 1.0}
+    return VisionTransformer(Config(**{**defaults, **values})).eval()
+
+
+@torch.no_grad()
+def test_groups_in_one_pass_are_groups_one_by_one(generator):
+    vit = small(registers=2)
+    crops = [
+        torch.randn(b, 3, h, w, generator=generator) for b, h, w in ((2, 32, 32), (3, 16, 24), (1, 48, 8))
+    ]
+    masks = [torch.rand(2, 16, generator=generator) < 0.4, None, None]
+    together = vit(crops, masks)
+    for x, mask, tokens in zip(crops, masks, together, strict=True):
+        (alone,) = vit([x], [mask])
+        for name in ("cls", "registers", "patches"):
+            torch.testing.assert_close(getattr(tokens, name), getattr(alone, name))
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_what_is_read_is_what_a_call_gives_with_the_same_gradients(ffn, generator):
+    vit = small(registers=2, ffn=ffn)
+    crops = [torch.randn(b, 3, h, w, generator=generator) for b, h, w in ((3, 32, 32), (2, 16, 24))]
+    masks = [torch.rand(3, 16, generator=generator) < 0.4, None]
+    places = torch.tensor([0, 5, 15, 16, 40, 47])
+    grads = []
+    cls, patches = vit.read(crops, masks, places)
+    whole = vit(crops, masks)
+    for got, tokens in zip(cls, whole, strict=True):
+        torch.testing.assert_close(got, tokens.cls)
+    torch.testing.assert_close(patches, whole[0].patches.flatten(0, 1)[places])
+    for seen in (torch.cat([*cls, patches]), torch.cat([*(t.cls for t in whole), patches_of(whole, places)])):
+        vit.zero_grad()
+        seen.square().sum().backward()
+        grads.append([p.grad for p in vit.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+def patches_of(groups, places):
+    return groups[0].patches.flatten(0, 1)[places]
+
+
+def test_the_last_block_computes_little_more_than_what_is_read(generator):
+    vit, rows = small(), []
+    vit.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    crops = [torch.randn(3, 3, 32, 32, generator=generator), torch.randn(5, 3, 16, 16, generator=generator)]
+    vit.read(crops, [None, None], torch.tensor([7, 30]))
+    assert rows == [3 + 5 + 2]
+
+
+@torch.no_grad()
+def test_what_is_under_a_mask_is_not_seen(generator):
+    vit = small()
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True  # row 1, column 1 of the 4 x 4 grid
+    x = torch.randn(1, 3, 32, 32, generator=generator)
+    y = x.clone()
+    y[:, :, 8:16, 8:16] = 0
+    torch.testing.assert_close(vit([x], [mask])[0].patches, vit([y], [mask])[0].patches)
+    assert not torch.allclose(vit([x], [None])[0].patches, vit([y], [None])[0].patches)
+
+
+def cubic(x: float) -> float:
+    """Keys' kernel with a = -0.75, which PyTorch uses without antialias."""
+    x, a = abs(x), -0.75
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def by_hand(line: list[float], count: int, offset: float) -> list[float]:
+    """Bicubic resampling of a line, sampled at the scale that an offset makes."""
+    side, out = len(line), []
+    for i in range(count):
+        at = (i + 0.5) * side / (count + offset) - 0.5
+        low = math.floor(at)
+        out.append(sum(line[min(max(low + k, 0), side - 1)] * cubic(at - low - k) for k in range(-1, 3)))
+    return out
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("count", [3, 5, 16])
+def test_positions_are_resampled_at_the_scale_of_the_offset(count, offset, generator):
+    line = torch.randn(7, generator=generator)
+    grid = line.view(1, 7, 1, 1).expand(1, 7, 7, 1)
+    got = interpolate_grid(grid, count, 7, offset, antialias=False)
+    torch.testing.assert_close(got[0, :, 3, 0], torch.tensor(by_hand(line.tolist(), count, offset)))
+
+
+@pytest.mark.parametrize(("offset", "antialias"), [(0.1, False), (0.0, True)])
+def test_every_size_gets_its_own_grid(offset, antialias):
+    grid = torch.randn(1, 37, 37, 1)
+    for side in range(1, 147):
+        assert interpolate_grid(grid, side, 147 - side, offset, antialias).shape == (1, side, 147 - side, 1)
+
+
+def test_the_stored_size_uses_the_stored_positions():
+    vit = small()
+    assert vit._positions(4, 4) is vit.pos_embed
+    assert vit._positions(2, 8).shape == vit.pos_embed.shape  # as many patches, another grid
+    assert not torch.equal(vit._positions(2, 8), vit.pos_embed)
+
+
+def test_layers_come_in_their_own_order_and_unknown_ones_are_named(generator):
+    vit = small(depth=3)
+    x = torch.randn(2, 3, 32, 16, generator=generator)
+    a, b = vit.get_intermediate_layers(x, [2, 0], reshape=True)
+    assert a.shape == (2, 24, 4, 2)
+    torch.testing.assert_close(b, vit.get_intermediate_layers(x, 1, reshape=True)[0])
+    with pytest.raises(ValueError, match="they are 0 to 2"):
+        vit.get_intermediate_layers(x, [3])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 33}, "size=33 is no multiple of backbone.patch=8"),
+        ({"heads": 5}, "cannot be shared by backbone.heads=5"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        small(**values)
+
+
+def test_an_image_that_cannot_be_cut_names_a_size_that_can():
+    with pytest.raises(ValueError, match=r"35 x 32 pixels .* such as 32 x 32"):
+        small()([torch.zeros(1, 3, 35, 32)], [None])
+
+
+def test_many_channels_are_seen(generator):
+    vit = small(channels=5)
+    assert vit([torch.randn(2, 5, 32, 32, generator=generator)], [None])[0].cls.shape == (2, 24)

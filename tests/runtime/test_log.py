@@ -1,0 +1,108 @@
+"""What a run writes down."""
+
+import contextlib
+import json
+import os
+import pty
+import sys
+import threading
+import time
+
+import pytest
+
+from dinokit.runtime.log import RunLog, watch
+
+
+def records(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_goes_on_drops_what_it_will_write_again(tmp_path):
+    with RunLog(tmp_path, steps=10, start=0) as log:
+        for step in (2, 4, 6):
+            log.step(step, {"dino": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "di')  # killed while it wrote
+    with RunLog(tmp_path, steps=10, start=4) as log:
+        log.step(6, {"dino": 2.0})
+    assert records(tmp_path) == [{"step": 2, "dino": 1.0}, {"step": 4, "dino": 1.0}, {"step": 6, "dino": 2.0}]
+
+
+def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
+    with RunLog(tmp_path, steps=10, start=0) as log:
+        log.say("hello [red]")
+        log.step(5, {"dino": 1.23456, "lr": 0.001})
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "hello [red]"
+    assert out[1].startswith("step 5/10  dino 1.235  lr 0.001  left 0:00:0")
+    written = (tmp_path / "run.log").read_text().splitlines()
+    assert [line.split("  ", 1)[1] for line in written] == out
+
+
+def fail_after_a_line(folder):
+    with RunLog(folder, steps=10, start=0) as log:
+        log.say("before")
+        raise RuntimeError
+
+
+def test_the_log_is_kept_when_the_run_fails(tmp_path):
+    with pytest.raises(RuntimeError):
+        fail_after_a_line(tmp_path)
+    assert "before" in (tmp_path / "run.log").read_text()
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch):
+    """Standard output and error are a terminal of 60 columns; gives what tells what was written since."""
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    read = []
+
+    def reader():  # a terminal that nobody reads is full after a few thousand characters
+        with contextlib.suppress(OSError):  # how the other end's closing shows
+            while text := os.read(ours, 1 << 16):
+                read.append(text)
+
+    thread = threading.Thread(target=reader, daemon=True)
+    thread.start()
+    with os.fdopen(theirs, "w", encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "stderr", file)
+
+        def written():
+            file.flush()
+            time.sleep(0.1)
+            text = b"".join(read).decode()
+            read.clear()
+            return text
+
+        yield written
+        monkeypatch.undo()
+    thread.join()
+    os.close(ours)
+
+
+def test_many_values_leave_the_bar_its_place_in_a_narrow_window(tmp_path, monkeypatch):
+    names = [f"value_of_loss_{i}" for i in range(8)]
+    with terminal(monkeypatch) as written, RunLog(tmp_path, steps=10, start=0) as log:
+        log.step(3, dict.fromkeys(names, 1.23456))
+        log.view.refresh()
+        said = written()
+    assert "3/10" in said
+    assert all(name in said for name in names)
+
+
+def test_while_an_evaluator_shows_its_bar_that_of_the_run_is_away(tmp_path, monkeypatch):
+    with terminal(monkeypatch) as written, RunLog(tmp_path, steps=10, start=0) as log:
+        log.step(3, {"dino": 1.0})
+        with log.paused():
+            written()
+            for _ in watch(range(2), 2, "features"):
+                time.sleep(0.4)  # longer than a bar waits before it is drawn again
+            during = written()
+        log.view.refresh()
+        after = written()
+    assert "features" in during
+    assert "3/10" not in during
+    assert "3/10" in after

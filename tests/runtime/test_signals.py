@@ -1,0 +1,85 @@
+"""Who is told to stop: the block that is open, and nobody else, before it, behind it or around it."""
+
+import signal
+
+import pytest
+
+from dinokit.runtime.log import watch
+from dinokit.runtime.signals import STOPS, Stopped, stop_signals
+
+pytestmark = pytest.mark.usefixtures("signals_given_back")
+
+
+def items(number=None, at=0):
+    """The items of three that are seen, when the signal comes with item `at`."""
+    seen = []
+    try:
+        for each in watch(range(3), 3, "items"):
+            seen.append(each)
+            if number and each == at:
+                signal.raise_signal(number)
+    except Stopped:
+        seen.append("stopped")
+    return seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *STOPS])
+def test_items_stop_where_that_is_listened_to_and_go_on_where_a_command_asks_for_itself(number):
+    with stop_signals() as told:
+        assert items(number) == [0, 1, 2]
+    assert told.anywhere()
+    with stop_signals(between_items=True):
+        assert items(number, at=1) == [0, 1, "stopped"]
+    assert items() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *STOPS])
+def test_a_block_within_another_hears_alone_and_hands_on_what_it_heard_when_it_is_left(number):
+    before = {signal.getsignal(each) for each in STOPS}
+    with stop_signals(between_items=True) as outer:
+        with stop_signals():
+            assert items(number) == [0, 1, 2]
+            assert not outer.here()
+        assert items() == [0, "stopped"]
+    assert {signal.getsignal(each) for each in STOPS} == ({signal.SIG_IGN} if number in STOPS else before)
+
+
+def test_a_block_within_another_begins_with_what_that_one_heard():
+    with stop_signals():
+        signal.raise_signal(signal.SIGINT)
+        with stop_signals() as inner:
+            assert inner.here()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+
+def test_a_block_around_one_that_was_told_nothing_hears_again():
+    with stop_signals(between_items=True):
+        with stop_signals():
+            pass
+        assert items() == [0, 1, 2]
+        assert items(signal.SIGINT) == [0, "stopped"]
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with stop_signals(between_items=True):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signal.SIGINT)
+    assert not isinstance(caught.value, Stopped)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_scheduler_that_repeats_itself_changes_nothing_when_the_block_is_left(number):
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    with stop_signals():
+        signal.raise_signal(number)
+    assert {signal.getsignal(each) for each in STOPS} == {signal.SIG_IGN}
+    assert signal.getsignal(signal.SIGINT) == ctrl_c
+
+
+def test_a_block_that_was_told_nothing_leaves_all_as_it_was():
+    before = [signal.getsignal(each) for each in (signal.SIGINT, *STOPS)]
+    with stop_signals():
+        pass
+    assert [signal.getsignal(each) for each in (signal.SIGINT, *STOPS)] == before

@@ -1,0 +1,168 @@
+"""The rules that keep the house plain, each as a test that names the culprit."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PYTHON = sorted(path for top in ("dinokit", "eval", "slurm") for path in (ROOT / top).rglob("*.py"))
+FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
+
+# A room is a file or folder right below dinokit/, or eval/, or slurm/. It imports those in its row alone.
+MAY_IMPORT = {
+    "__init__": "",
+    "__main__": "commands config",
+    "bench": "config data features models runtime train",
+    "commands": "bench config curate data evaluation features hub models results results_training runtime "
+                "slurm train weights",
+    "config": "",
+    "curate": "config data features models runtime weights",
+    "data": "config runtime",
+    "eval": "config data features heads models runtime weights",
+    "evaluation": "config features models runtime weights",
+    "features": "data models runtime",
+    "heads": "features models runtime",
+    "hub": "heads models weights",
+    "losses": "models runtime",
+    "models": "config",
+    "results": "",
+    "results_training": "config results",
+    "runtime": "config",
+    "slurm": "config runtime",
+    "train": "config data features losses models runtime weights",
+    "weights": "config models runtime",
+}  # fmt: skip
+
+# Packages beyond the core, each with the files that are its door: nobody else misses one that is not there.
+CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
+DOORS = {
+    "faiss": "dinokit/curate/index.py",
+    "omegaconf": "dinokit/config/*.py",
+    "onnxruntime": "dinokit/weights/formats/onnx.py",
+    "onnxscript": "dinokit/weights/formats/onnx.py",
+    "pyarrow": "dinokit/*parquet.py",
+    "submitit": "slurm/submit.py",
+    "tifffile": "dinokit/data/decode.py",
+    "timm": "dinokit/*/timm*.py",
+    "torchvision": "dinokit/data/*",
+    "transformers": "dinokit/weights/formats/huggingface.py",
+    "xformers": "dinokit/models/attention.py",
+}
+
+
+def parse(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Every imported name in full: 'a.b' for `import a.b`, 'a.b.c' for `from a.b import c`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def room_of(file: str) -> str:
+    parts = Path(file).with_suffix("").parts
+    return parts[1] if parts[0] == "dinokit" else parts[0]
+
+
+def uses(tree: ast.Module, name: str) -> list[int]:
+    """The lines where a plain or dotted name, such as 'print' or 'os.environ', stands."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)]
+    return [node.lineno for node in nodes if ast.unparse(node) == name]
+
+
+def test_the_readers_below_see_what_they_look_for() -> None:
+    tree = ast.parse(
+        "import a.b\nfrom c import d, e\nfrom . import f\ndef g():\n    import h\n    os.environ['x']"
+    )
+    assert sorted(imports(tree)) == ["..f", "a.b", "c.d", "c.e", "h"]
+    assert uses(tree, "os.environ") == [6]
+    assert "dinokit/config/load.py" in FILES
+    assert "eval/__init__.py" in FILES
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_only_from_the_floors_below(file: str) -> None:
+    room = room_of(file)
+    assert room in MAY_IMPORT, f"{file}: say in MAY_IMPORT what the new room '{room}' may import"
+    names = list(imports(parse(file)))
+    assert not [name for name in names if name.startswith(".")], f"{file}: imports are written in full"
+    rooms = {name.split(".")[1] for name in names if name.startswith("dinokit.")} & set(MAY_IMPORT)
+    wrong = rooms - {room} - set(MAY_IMPORT[room].split())
+    assert not wrong, f"{file} imports {sorted(wrong)}; '{room}' may import: {MAY_IMPORT[room] or 'nothing'}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_package_enters_through_its_own_door(file: str) -> None:
+    packages = {name.split(".")[0] for name in imports(parse(file))} - {"dinokit", *sys.stdlib_module_names}
+    strangers = packages - CORE - set(DOORS)
+    assert not strangers, f"{file} imports {sorted(strangers)}, which have no door"
+    wrong = sorted(name for name in packages & set(DOORS) if not fnmatch(file, DOORS[name]))
+    assert not wrong, (
+        f"{file} imports {wrong}; their doors are {[DOORS[name] or 'none yet' for name in wrong]}"
+    )
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("eval/")])
+def test_an_evaluator_never_imports_another(file: str) -> None:
+    siblings = [name for name in imports(parse(file)) if re.match(r"dinokit\.eval\.[^_]", name)]
+    assert not siblings, f"{file} imports {siblings}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_has_one_reason_to_be_opened(file: str) -> None:
+    lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+    assert lines <= 250, f"{file} has {lines} lines, more than 250"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_function_fits_on_a_page(file: str) -> None:
+    functions = [n for n in ast.walk(parse(file)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f.name: n for f in functions if (n := (f.end_lineno or 0) - f.lineno + 1) > 60}
+    assert not long, f"{file}: functions of more than 60 lines: {long}"
+
+
+def test_no_class_inherits_from_one_of_ours() -> None:
+    classes = [(file, n) for file in FILES for n in ast.walk(parse(file)) if isinstance(n, ast.ClassDef)]
+    ours = {node.name for _, node in classes if "Protocol" not in [ast.unparse(base) for base in node.bases]}
+    wrong = [
+        f"{file}: {n.name}" for file, n in classes if ours & {ast.unparse(b).split(".")[-1] for b in n.bases}
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) not in ("__main__", "commands")])
+def test_only_the_command_line_prints(file: str) -> None:
+    assert not uses(parse(file), "print"), f"{file} prints on lines {uses(parse(file), 'print')}"
+
+
+ENVIRONMENT = (
+    "dinokit/runtime/distributed.py",
+    "dinokit/runtime/allocator.py",
+)  # rank; allocator
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file not in ENVIRONMENT])
+def test_only_two_files_read_the_environment(file: str) -> None:
+    tree = parse(file)
+    lines = [line for name in ("os.environ", "os.getenv", "environ", "getenv") for line in uses(tree, name)]
+    assert not lines, f"{file} reads the environment on lines {lines}"
+
+
+def test_the_packages_of_the_wheel_are_the_folders_on_disk() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = set()
+    for package, folder in settings["package-dir"].items():
+        holding = {path.parent for path in (ROOT / folder).rglob("*.py")}
+        found |= {".".join([package, *path.relative_to(ROOT / folder).parts]) for path in holding}
+    assert set(settings["packages"]) == found
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in settings["package-dir"].values())
