@@ -121,7 +121,7 @@ def test_an_evaluator_never_imports_another(file: str) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_has_one_reason_to_be_opened(file: str) -> None:
     lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
-    assert lines <= 250, f"{file} has {lines} lines, more than 250"
+    assert lines <= 400, f"{file} has {lines} lines, more than 400"
 
 
 @pytest.mark.parametrize("file", FILES)
