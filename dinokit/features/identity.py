@@ -6,7 +6,7 @@ from hashlib import blake2b, sha256
 import torch
 from torch import Tensor, nn
 
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.features.vectors import Part
 from dinokit.models import Backbone, Input
 
@@ -48,7 +48,7 @@ def weights_hash(backbone: Backbone) -> str:
     return done.hexdigest()
 
 
-def images_stamp(source: Source) -> str | None:
+def images_stamp(source: ImageSource) -> str | None:
     """A text that is another whenever an image of the source may be; None if it gives no such text."""
     if isinstance(source, Part):
         inner = images_stamp(source.source)
