@@ -30,19 +30,16 @@ def koleo(x: Tensor, eps: float = 1e-8, distributed: bool = False) -> Tensor:
     Args:
         x: B >= 2, or any B if there are other processes and `distributed`.
         eps: added to a distance.
-        distributed: look for the nearest among the rows of all processes, B alike in each. The mean of all
-            processes' losses, and of its gradients, is then that of one process with all rows.
+        distributed: search among the rows of all processes; B must be the same in each. The mean of the
+            losses of all processes, and of their gradients, is then that of one process with all rows.
     """
     x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
     bank = all_gather_rows(x) if distributed else x  # (world * B, D)
     with torch.no_grad():
-        own = rank() * len(x) if distributed else 0  # where in the bank this process's rows begin
-        # Class tokens begin so alike that cosines differ in their last bit; from their middle, they do not.
-        middle = bank.mean(dim=0)
-        away = bank - middle
-        near = torch.addmm(away.square().sum(dim=1), x - middle, away.T, beta=-0.5)  # less far, larger
-        near.diagonal(own).fill_(-torch.inf)
-        nearest = near.argmax(dim=1)  # (B,)
+        dots = x @ bank.T  # cosines
+        first = rank() * len(x) if distributed else 0  # the row of the bank where this process's rows begin
+        dots.diagonal(first).fill_(-torch.inf)  # a row is not its own neighbour
+        nearest = dots.argmax(dim=1)  # (B,)
     distance = (x - bank[nearest]).norm(dim=-1)  # (B,)
     return -(distance + eps).log().mean()
 
