@@ -14,12 +14,12 @@ from dinokit.features import (
     cached,
     device_of,
     extract,
+    fingerprint,
     halfway,
     kept,
     spread,
-    weights_hash,
 )
-from dinokit.features.identity import images_stamp
+from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.log import tell
@@ -157,7 +157,7 @@ def features_of(
     stamp = images_stamp(source) if cfg.cache else None
     if cfg.cache and stamp:
         view = (resize, size) if cut is None else (size, cut, draw)
-        depends_on = weights_hash(backbone), backbone.input, stamp, view, precision, device.type
+        depends_on = fingerprint(backbone, settings=True), backbone.input, stamp, view, precision, device.type
         done = _from_wider(cfg.cache, depends_on, backbone, reading)
         entry = (*depends_on, reading)
         done = done or cached(cfg.cache, entry, device, partial(make, halfway=halfway(cfg.cache, entry)))

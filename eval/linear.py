@@ -29,7 +29,7 @@ from dinokit.eval._stream import Order, cached_batches, online_batches
 from dinokit.eval._task import Task, split
 from dinokit.eval._truth import kept_places
 from dinokit.features import Part, Reading, device_of
-from dinokit.features.identity import images_stamp
+from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import all_reduce_max, rank

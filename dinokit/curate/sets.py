@@ -9,7 +9,7 @@ from dinokit.curate.vectors import Vectors
 from dinokit.data.names import Names
 from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.features import open_store
-from dinokit.features.identity import images_stamp
+from dinokit.features.fingerprint import images_stamp
 
 
 class ImageSet:

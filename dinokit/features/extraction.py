@@ -16,9 +16,9 @@ from torch import Tensor
 import dinokit
 from dinokit.data.sources import ImageSource
 from dinokit.data.whole import WholeBatch, whole_loader
+from dinokit.features.fingerprint import fingerprint
 from dinokit.features.folder import begin
 from dinokit.features.frozen import device_of, frozen, normalised
-from dinokit.features.identity import fingerprint
 from dinokit.features.layout import FORMAT, RECORD, shard_range, shard_size
 from dinokit.features.parquet import ParquetShard
 from dinokit.features.shards import NpyShard, in_words

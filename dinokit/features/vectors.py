@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from dinokit.data.loader import EvalBatch, view_loader
 from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.data.views import CenterCrop, Transform
+from dinokit.features.fingerprint import images_stamp
 from dinokit.features.frozen import device_of, frozen, normalised
 from dinokit.features.halfway import Halfway
 from dinokit.features.reading import Reading
@@ -50,6 +52,12 @@ class Part:
     def name(self, index: int) -> str:
         """As the source calls it."""
         return self.source.name(self.places[index])
+
+    def stamp(self) -> str | None:
+        """The source's stamp with a hash of the places; None if the source has no stamp."""
+        stamp = images_stamp(self.source)
+        places = blake2b(repr(list(self.places)).encode(), digest_size=16).hexdigest()
+        return None if stamp is None else f"{stamp} {places}"
 
 
 def spread(source: ImageSource, count: int) -> ImageSource:
