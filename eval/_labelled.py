@@ -6,20 +6,20 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from dinokit.config import registry
-from dinokit.data.sources import Source
-from dinokit.data.views import Cut
+from dinokit.data.sources import ImageSource
+from dinokit.data.views import Transform
 from dinokit.features import (
     Features,
     Reading,
     cached,
     device_of,
     extract,
+    fingerprint,
     halfway,
     kept,
     spread,
-    weights_hash,
 )
-from dinokit.features.identity import images_stamp
+from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.log import tell
@@ -56,7 +56,7 @@ def refuse_overlap(train: Mapping[str, Any] | None, test: Mapping[str, Any] | No
 
 def open_source(
     section: Mapping[str, Any] | None, key: str, backbone: Backbone, limit: int = 0, labelled: bool = True
-) -> Source:
+) -> ImageSource:
     """The source of a section, in the backbone's channels.
 
     Args:
@@ -73,7 +73,7 @@ def open_source(
         raise ValueError(f"{key}.name must be given; there is: {', '.join(registry.names('data.sources'))}.")
     if "channels" in section:
         section = {**section, "channels": backbone.channels}
-    source: Source = registry.build("data.sources", section)
+    source: ImageSource = registry.build("data.sources", section)
     if labelled and not source.classes:
         hint = f"set {key}.labels=folders" if "labels" in section else "give images with labels"
         hint = f"set {key}.label to the column that has them" if "label" in section else hint
@@ -91,7 +91,7 @@ def one_class(name: str) -> ValueError:
     )
 
 
-def shared_classes(train: Source, test: Source) -> list[str]:
+def shared_classes(train: ImageSource, test: ImageSource) -> list[str]:
     """The classes, which must be the same.
 
     Raises:
@@ -126,9 +126,9 @@ def features_of(
     cfg: Keys,
     key: str,
     backbone: Backbone,
-    source: Source,
+    source: ImageSource,
     reading: Reading,
-    cut: Cut | None = None,
+    cut: Transform | None = None,
     draw: int = 0,
     labelled: bool = True,
 ) -> Features:
@@ -157,7 +157,7 @@ def features_of(
     stamp = images_stamp(source) if cfg.cache else None
     if cfg.cache and stamp:
         view = (resize, size) if cut is None else (size, cut, draw)
-        depends_on = weights_hash(backbone), backbone.input, stamp, view, precision, device.type
+        depends_on = fingerprint(backbone, settings=True), backbone.input, stamp, view, precision, device.type
         done = _from_wider(cfg.cache, depends_on, backbone, reading)
         entry = (*depends_on, reading)
         done = done or cached(cfg.cache, entry, device, partial(make, halfway=halfway(cfg.cache, entry)))

@@ -24,7 +24,7 @@ from dinokit.eval._resume import Resume, identity
 from dinokit.eval._scores import class_scores
 from dinokit.eval._task import split
 from dinokit.features import Features, Reading
-from dinokit.features.identity import images_stamp
+from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 from dinokit.runtime.log import watch

@@ -8,13 +8,15 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
 from dinokit.data.loader import EvalBatch, view_loader
-from dinokit.data.sources import Picture, Source
-from dinokit.data.views import Cut, Middle
+from dinokit.data.sources import ImageLike, ImageSource
+from dinokit.data.views import CenterCrop, Transform
+from dinokit.features.fingerprint import images_stamp
 from dinokit.features.frozen import device_of, frozen, normalised
 from dinokit.features.halfway import Halfway
 from dinokit.features.reading import Reading
@@ -37,22 +39,28 @@ class Features:
 class Part:
     """Some images of a source: those at `places`, in that order."""
 
-    def __init__(self, source: Source, places: Sequence[int]) -> None:
+    def __init__(self, source: ImageSource, places: Sequence[int]) -> None:
         self.source, self.places = source, places
         self.classes = source.classes
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         return self.source[self.places[index]]
 
     def name(self, index: int) -> str:
         """As the source calls it."""
         return self.source.name(self.places[index])
 
+    def stamp(self) -> str | None:
+        """The source's stamp with a hash of the places; None if the source has no stamp."""
+        stamp = images_stamp(self.source)
+        places = blake2b(repr(list(self.places)).encode(), digest_size=16).hexdigest()
+        return None if stamp is None else f"{stamp} {places}"
 
-def spread(source: Source, count: int) -> Source:
+
+def spread(source: ImageSource, count: int) -> ImageSource:
     """`count` images of a source: one drawn from each of so many equal parts, the same every time.
 
     A fixed stride would meet one class alone where the classes go round and round. 0, or more than there are,
@@ -66,14 +74,14 @@ def spread(source: Source, count: int) -> Source:
 
 def extract(
     backbone: Backbone,
-    source: Source,
+    source: ImageSource,
     resize: int,
     size: int,
     batch: int = 256,
     workers: int = 0,
     precision: torch.dtype | None = None,
     reading: Reading = CLASS_TOKEN,
-    cut: Cut | None = None,
+    cut: Transform | None = None,
     draw: int = 0,
     halfway: Halfway | None = None,
 ) -> Features:
@@ -107,7 +115,7 @@ def extract(
     y, seen = torch.zeros(2, len(source), dtype=torch.int64, device=device)
     share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is the whole
     done = halfway.take_up(x, y, seen) if halfway else 0
-    order, cut = _InTurn(share[done:], batch, draw), cut or Middle(resize, size)
+    order, cut = _InTurn(share[done:], batch, draw), cut or CenterCrop(resize, size)
     views = view_loader(source, cut, size, order, workers, backbone.channels)
     views = watch(views, math.ceil(done / batch) + len(order), "features", math.ceil(done / batch))
     with frozen(backbone), torch.inference_mode(), halfway.kept(x, y) if halfway else nullcontext():
@@ -126,7 +134,9 @@ def extract(
     return _together(source, x, y, seen, precision)
 
 
-def _together(source: Source, x: Tensor, y: Tensor, seen: Tensor, precision: torch.dtype | None) -> Features:
+def _together(
+    source: ImageSource, x: Tensor, y: Tensor, seen: Tensor, precision: torch.dtype | None
+) -> Features:
     """What all processes have, each zeros where it looked at no image: (N, W), (N,) and (N,)."""
     x, y, whole = all_reduce_sum(x), all_reduce_sum(y), all_reduce_sum(seen) > 0
     lost = [source.name(int(i)) for i in (~whole).nonzero()]
@@ -162,14 +172,14 @@ def _refuse_broken(x: Tensor, precision: torch.dtype | None) -> None:
         )
 
 
-def readable(source: Source, part: EvalBatch) -> Tensor:
+def readable(source: ImageSource, part: EvalBatch) -> Tensor:
     """(b,) bool. A batch gives the names of unreadable images, not their places; they have no label."""
     names = set(part.unreadable)
     lost = [bool(names) and source.name(int(i)) in names for i in part.indices]
     return ~(torch.tensor(lost) & (part.labels < 0))
 
 
-def _first_reason(source: Source) -> str:
+def _first_reason(source: ImageSource) -> str:
     try:
         source[0]
     except (OSError, ValueError) as error:

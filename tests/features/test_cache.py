@@ -12,9 +12,8 @@ from torch import nn
 from dinokit.config import registry
 from dinokit.eval._labelled import features_of
 from dinokit.eval.knn import Config
-from dinokit.features import Features, Reading, cached, kept, spread, weights_hash
+from dinokit.features import Features, Reading, cached, fingerprint, images_stamp, kept, spread
 from dinokit.features import cache as cache_module
-from dinokit.features.identity import images_stamp
 
 CPU = torch.device("cpu")
 VIT = {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 8, "size": 16, "layer_scale": 1.0}
@@ -170,19 +169,24 @@ def test_some_of_the_images_are_not_taken_for_all(tmp_path, folder):
     assert asked(tmp_path, vit(), spread(opened(folder), 3))[1] == 3
 
 
+def full(backbone):
+    return fingerprint(backbone, settings=True)
+
+
 def test_other_weights_or_another_network_with_the_same_weights_are_told_apart():
     a, b = vit(), vit()
-    assert weights_hash(a) == weights_hash(b)
-    assert weights_hash(a) == weights_hash(b.train())
-    assert weights_hash(vit(heads=4)) != weights_hash(a)
+    assert full(a) == full(b)
+    assert full(a) == full(b.train())
+    assert full(vit(heads=4)) != full(a)
+    assert fingerprint(vit(heads=4)) == fingerprint(a)
     with torch.no_grad():
         b.blocks[3].mlp.fc2.bias[0] += 1e-7
-    assert weights_hash(b) != weights_hash(a)
+    assert full(b) != full(a)
     c = vit()
     c.register_buffer("middle", torch.zeros(3), persistent=False)
-    before = weights_hash(c)
+    before = full(c)
     c.middle += 1
-    assert weights_hash(c) != before  # in no file of weights, and yet what it says depends on it
+    assert full(c) != before  # in no file of weights, and yet what it says depends on it
 
 
 def test_the_class_token_is_cut_out_of_what_the_linear_grid_kept(tmp_path, folder):
