@@ -239,7 +239,7 @@ UNKNOWN = {
     "data.name=fodler": "data.name: 'fodler' is not in the registry 'data.sources', which has: ",
     "backbone.name=vitt": "backbone.name: 'vitt' is not in the registry 'models', which has: ",
     "evals.knnn.every=3": "'knnn' is not in the registry 'eval', which has: ",
-    "evals.knn.test.name=tarr": "evals.knn.test.name: 'tarr' is not in the registry 'data.sources', which has",
+    "evals.knn.test.name=tarr": "evals.knn.test.name: 'tarr' is not in the registry 'data.sources'",
     "data.name=my_package.lmdb": "data.name: 'my_package.lmdb' (wanted for the registry 'data.sources') ",
     "data.name=_files": "data.name: '_files' is not in the registry 'data.sources'",
 }
