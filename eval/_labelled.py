@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from dinokit.config import registry
-from dinokit.data.sources import Source
-from dinokit.data.views import Cut
+from dinokit.data.sources import ImageSource
+from dinokit.data.views import Transform
 from dinokit.features import (
     Features,
     Pooling,
@@ -55,7 +55,7 @@ def refuse_overlap(train: Mapping[str, Any] | None, test: Mapping[str, Any] | No
 
 def open_source(
     section: Mapping[str, Any] | None, key: str, backbone: Backbone, limit: int = 0, labelled: bool = True
-) -> Source:
+) -> ImageSource:
     """The source of a section, in the backbone's channels.
 
     Args:
@@ -72,7 +72,7 @@ def open_source(
         raise ValueError(f"{key}.name must be given; there is: {', '.join(registry.names('data.sources'))}.")
     if "channels" in section:
         section = {**section, "channels": backbone.channels}
-    source: Source = registry.build("data.sources", section)
+    source: ImageSource = registry.build("data.sources", section)
     if labelled and not source.classes:
         hint = f"set {key}.labels=folders" if "labels" in section else "give images with labels"
         hint = f"set {key}.label to the column that has them" if "label" in section else hint
@@ -90,7 +90,7 @@ def one_class(name: str) -> ValueError:
     )
 
 
-def shared_classes(train: Source, test: Source) -> list[str]:
+def shared_classes(train: ImageSource, test: ImageSource) -> list[str]:
     """The classes, which must be the same.
 
     Raises:
@@ -125,9 +125,9 @@ def features_of(
     cfg: Keys,
     key: str,
     backbone: Backbone,
-    source: Source,
+    source: ImageSource,
     reading: Pooling,
-    cut: Cut | None = None,
+    cut: Transform | None = None,
     draw: int = 0,
     labelled: bool = True,
 ) -> Features:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import only_with, refuse_below
-from dinokit.data.views import RandomPart
+from dinokit.data.views import RandomResizedCrop
 from dinokit.eval._heads import Head, Heads
 from dinokit.eval._labelled import tell_unreadable
 from dinokit.eval._resume import Resume, identity
@@ -204,7 +204,7 @@ def _cached(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int, lost
     kept = (centre.x[is_held], y[is_held]) if len(held) else None
     views = [centre.x]
     if cfg.views:
-        cut = RandomPart(cfg.size or task.backbone.input.size, cfg.seed)
+        cut = RandomResizedCrop(cfg.size or task.backbone.input.size, cfg.seed)
         views = [task.features("train", task.train, cut, draw).x for draw in range(cfg.views)]
     order = Order(len(rows), cfg.step_batch, cfg.seed)
     return cached_batches(views, y, rows, order, start, cfg.steps), kept
@@ -220,7 +220,7 @@ def _online(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int, lost
         lost[held] = 1
         lost[held[kept_places(part, done)]] = 0
     device = device_of(task.backbone)
-    cut = RandomPart(cfg.size or task.backbone.input.size, cfg.seed)
+    cut = RandomResizedCrop(cfg.size or task.backbone.input.size, cfg.seed)
     batches = online_batches(
         task.backbone, task.train, fit, cut, task.reading,
         task.target_of(task.train), Order(len(fit), cfg.step_batch, cfg.seed), start, cfg.steps,

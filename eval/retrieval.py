@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config.registry import only_with, refuse_below
-from dinokit.data.sources import Source
-from dinokit.data.views import Boxes, Whole
+from dinokit.data.sources import ImageSource
+from dinokit.data.views import Boxes, ResizeLongerSide
 from dinokit.eval import _labelled, _revisited
 from dinokit.eval._truth import places_by_name
 from dinokit.features import Features, Pooling, Subset
@@ -174,7 +174,7 @@ def _look(
     cfg: Config,
     backbone: Backbone,
     key: str,
-    source: Source,
+    source: ImageSource,
     labelled: bool = True,
     boxes: Boxes | None = None,
 ) -> Features:
@@ -184,7 +184,7 @@ def _look(
     seen = []
     for scale in cfg.scales:
         if cfg.truth:
-            cut = Whole(round(size * scale), backbone.patch, boxes or {})
+            cut = ResizeLongerSide(round(size * scale), backbone.patch, boxes or {})
             one = replace(cfg, size=backbone.patch, resize=backbone.patch, batch=1)  # shapes differ
         else:
             cut, side = None, max(1, round(size * scale / backbone.patch)) * backbone.patch

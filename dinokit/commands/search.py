@@ -17,7 +17,7 @@ from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import refuse_below
 
 if TYPE_CHECKING:
-    from dinokit.data.sources import Picture
+    from dinokit.data.sources import ImageLike
 
 
 @dataclass
@@ -47,7 +47,7 @@ def run(command: Command) -> None:
     lookup = Lookup(Path(cfg.index))
     backbone = load_backbone(cfg.weights or lookup.weights).to(pick_device(cfg.device))
     similarity, found = lookup.search(lookup.embed(backbone, command.words), cfg.k)
-    tiles: list[tuple[Picture | None, str]] = []
+    tiles: list[tuple[ImageLike | None, str]] = []
     for file, values, numbers in zip(command.words, similarity.tolist(), found.tolist(), strict=True):
         print(f"{file}\n rank  similarity  image")
         tiles.append((Image.open(file), Path(file).name))

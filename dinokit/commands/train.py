@@ -16,7 +16,7 @@ from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from dinokit.data.sources import Source
+    from dinokit.data.sources import ImageSource
     from dinokit.train.loop import Evaluator
 
 SHARES = RESUMES = True
@@ -51,7 +51,7 @@ def pretrain(recipe: Recipe) -> str:
     return str(loop.train(recipe, source, _evaluators(recipe, source)))
 
 
-def _evaluators(recipe: Recipe, source: "Source") -> list["Evaluator"]:
+def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
     from functools import partial
 
     from dinokit.runtime.distributed import launch

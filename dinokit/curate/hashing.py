@@ -12,7 +12,7 @@ from hashlib import blake2b
 import numpy as np
 from PIL import Image
 
-from dinokit.data.sources import Picture, Source
+from dinokit.data.sources import ImageLike, ImageSource
 
 SIDE, KEPT = 64, 16  # pixels of the thumbnail; frequencies kept along each side
 WORDS = KEPT * KEPT // 64
@@ -22,7 +22,7 @@ FLAT = 2.0  # standard deviation in grey levels below which a thumbnail shows no
 _PAIRS = 1 << 20  # compared at a time
 
 
-def records(source: Source, places: range) -> tuple[np.ndarray, list[str]]:
+def records(source: ImageSource, places: range) -> tuple[np.ndarray, list[str]]:
     """(m,) RECORD of the images at `places`, and a sentence for each that cannot be read."""
     done, wrong = np.zeros(len(places), RECORD), []
     for number, place in enumerate(places):
@@ -35,7 +35,7 @@ def records(source: Source, places: range) -> tuple[np.ndarray, list[str]]:
     return done, wrong
 
 
-def record(picture: Picture) -> tuple[np.ndarray, np.ndarray, int, bool]:
+def record(picture: ImageLike) -> tuple[np.ndarray, np.ndarray, int, bool]:
     """The RECORD of one image. A flat one has a hash of zeros: it has no near copies."""
     array = np.asarray(picture)
     digest = blake2b(f"{array.shape} {array.dtype}".encode(), digest_size=16)
@@ -44,7 +44,7 @@ def record(picture: Picture) -> tuple[np.ndarray, np.ndarray, int, bool]:
     return np.frombuffer(digest.digest(), "<u8"), perceptual(picture), pixels, True
 
 
-def perceptual(picture: Picture) -> np.ndarray:
+def perceptual(picture: ImageLike) -> np.ndarray:
     """(4,) uint64: one bit a frequency, the mean's always 0."""
     thumb = _thumbnail(picture)
     if thumb.std() < FLAT:
@@ -105,7 +105,7 @@ def _runs(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield order[part], order[part + step]
 
 
-def _thumbnail(picture: Picture) -> np.ndarray:
+def _thumbnail(picture: ImageLike) -> np.ndarray:
     """(64, 64) float64 grey levels."""
     if isinstance(picture, Image.Image):
         grey = picture.convert("L")

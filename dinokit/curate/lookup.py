@@ -13,7 +13,7 @@ from dinokit.curate.index import Searcher
 from dinokit.curate.settings import Index
 from dinokit.curate.vectors import Vectors
 from dinokit.data.names import Names
-from dinokit.data.sources import Picture, Source
+from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.data.sources._files import ImageFiles
 from dinokit.features import ExtractSpec, extract_to, fingerprint, open_store
 from dinokit.models import Backbone
@@ -60,7 +60,7 @@ class Lookup:
         self._rows = np.flatnonzero(self.store.valid)
         self._searcher = Searcher(Vectors(self.store.files(self.token), self._rows), index, cfg)
         self._names = Names.of(self.store.iter_names())
-        self._source: Source | None = None
+        self._source: ImageSource | None = None
 
     @property
     def weights(self) -> str:
@@ -102,7 +102,7 @@ class Lookup:
         """Of an image that was found."""
         return self._names[int(self._rows[number])]
 
-    def picture(self, number: int) -> Picture | None:
+    def picture(self, number: int) -> ImageLike | None:
         """The image, or None if it is not to be had any more."""
         try:
             if self._source is None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from dinokit.curate.sets import ImageSet
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 
 SIDE = 112  # pixels of a picture
 BARS = 200  # bars of a diagram at most
@@ -99,7 +99,7 @@ def _tile(one: ImageSet, number: int, caption: str, asks: bool) -> str:
     return f"<figure{' class=asks' * asks} title='{escape(name, quote=True)}'>{shown}{words}</figure>"
 
 
-def small(picture: Picture, side: int) -> Image.Image:
+def small(picture: ImageLike, side: int) -> Image.Image:
     """In RGB, no side longer than `side`; of more than three channels the first, of 16 bits the upper 8."""
     if not isinstance(picture, Image.Image):
         array = picture[..., :3] if picture.shape[2] >= 3 else picture[..., :1].repeat(3, axis=2)
@@ -109,7 +109,7 @@ def small(picture: Picture, side: int) -> Image.Image:
 
 
 def contact_sheet(
-    pictures: Sequence[tuple[Picture | None, str]], side: int = 192, across: int = 6
+    pictures: Sequence[tuple[ImageLike | None, str]], side: int = 192, across: int = 6
 ) -> Image.Image:
     """Pictures with a line of text below each; a grey square where there is none."""
     text = 16

@@ -7,7 +7,7 @@ from typing import Any
 from dinokit.config import registry
 from dinokit.curate.vectors import Vectors
 from dinokit.data.names import Names
-from dinokit.data.sources import Picture, Source
+from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.features import open_store
 from dinokit.features.fingerprint import images_stamp
 
@@ -28,7 +28,7 @@ class ImageSet:
             ValueError, LookupError: if there is no such thing, or pictures and embeddings differ in number.
         """
         self.label, self.section = label, section
-        self.source: Source | None = registry.build("data.sources", section) if section else None
+        self.source: ImageSource | None = registry.build("data.sources", section) if section else None
         self.given, self._names, self._files = _read(label, embeddings, token)
         assert self.source is not None or self.given is not None, label
         if self.source is not None and self.given is not None and len(self.source) != len(self.given):
@@ -48,7 +48,7 @@ class ImageSet:
             return self.source.name(number)
         return self._names[number] if self._names is not None else f"row {number}"
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> ImageLike:
         """The image.
 
         Raises:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dinokit.data.loader import EvalBatch, view_loader
-from dinokit.data.sources import Picture, Source
-from dinokit.data.views import Cut, Middle
+from dinokit.data.sources import ImageLike, ImageSource
+from dinokit.data.views import CenterCrop, Transform
 from dinokit.features.fingerprint import images_stamp
 from dinokit.features.tokens import Pooling, device_of, frozen, normalised
 from dinokit.models import Backbone
@@ -40,14 +40,14 @@ class Features:
 class Subset:
     """The images of a source at `indices`, in that order."""
 
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
         self.classes = source.classes
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         return self.source[self.indices[index]]
 
     def name(self, index: int) -> str:
@@ -61,7 +61,7 @@ class Subset:
         return None if stamp is None else f"{stamp} {indices}"
 
 
-def spread(source: Source, count: int) -> Source:
+def spread(source: ImageSource, count: int) -> ImageSource:
     """A subset of `count` images: one drawn from each of `count` equal ranges, the same in every call.
 
     A fixed step could select one class only, where classes alternate. 0, or more than the source has, selects
@@ -75,14 +75,14 @@ def spread(source: Source, count: int) -> Source:
 
 def extract(
     backbone: Backbone,
-    source: Source,
+    source: ImageSource,
     resize: int,
     size: int,
     batch: int = 256,
     workers: int = 0,
     precision: torch.dtype | None = None,
     pooling: Pooling = CLASS_TOKEN,
-    cut: Cut | None = None,
+    cut: Transform | None = None,
     draw: int = 0,
     partial: PartialResult | None = None,
 ) -> Features:
@@ -116,7 +116,7 @@ def extract(
     share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is complete
     rows = _Rows(len(source), pooling.width(backbone), device, partial)
     order = _Batches(share[rows.processed :], batch, draw)
-    views = view_loader(source, cut or Middle(resize, size), size, order, workers, backbone.channels)
+    views = view_loader(source, cut or CenterCrop(resize, size), size, order, workers, backbone.channels)
     finished = math.ceil(rows.processed / batch)
     try:
         with frozen(backbone), torch.inference_mode():
@@ -167,7 +167,7 @@ class _Rows:
             self._partial.append({**rows, "processed": self.processed})
         self._unsaved, self._saved_at = [], time.monotonic()
 
-    def gather(self, source: Source, precision: torch.dtype | None) -> Features:
+    def gather(self, source: ImageSource, precision: torch.dtype | None) -> Features:
         """The rows of all processes, without those of unreadable images."""
         x, y, valid = all_reduce_sum(self.x), all_reduce_sum(self.y), all_reduce_sum(self.valid) > 0
         unreadable = [source.name(int(i)) for i in (~valid).nonzero()]
@@ -207,14 +207,14 @@ def _check_finite(x: Tensor, precision: torch.dtype | None) -> None:
         )
 
 
-def readable(source: Source, batch: EvalBatch) -> Tensor:
+def readable(source: ImageSource, batch: EvalBatch) -> Tensor:
     """(b,) bool. A batch has the names of unreadable images, not their numbers; they have no label."""
     names = set(batch.unreadable)
     unreadable = [bool(names) and source.name(int(i)) in names for i in batch.indices]
     return ~(torch.tensor(unreadable) & (batch.labels < 0))
 
 
-def _first_reason(source: Source) -> str:
+def _first_reason(source: ImageSource) -> str:
     try:
         source[0]
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import dinokit
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.data.whole import WholeBatch, whole_loader
 from dinokit.features.fingerprint import fingerprint
 from dinokit.features.folder import begin
@@ -30,7 +30,7 @@ Told = Callable[[int, Sequence[str]], None]  # how many more images are done, an
 
 
 def extract_to(
-    out: str | Path, backbone: Backbone, source: Source, wanted: ExtractSpec | None = None, **how: Any
+    out: str | Path, backbone: Backbone, source: ImageSource, wanted: ExtractSpec | None = None, **how: Any
 ) -> Store:
     """Write the features of all images of a source, or go on with a store that was begun.
 
@@ -71,7 +71,7 @@ class Extraction:
         self,
         out: Path,
         backbone: Backbone,
-        source: Source,
+        source: ImageSource,
         wanted: ExtractSpec,
         told: dict[str, Any] | None = None,
         clean: bool = True,

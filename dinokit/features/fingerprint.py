@@ -6,7 +6,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone, Input
 
 PLAIN = bool, int, float, str, tuple, Input, torch.dtype, type(None)
@@ -46,7 +46,7 @@ def _attributes(module: nn.Module) -> str:
     return f"{type(module).__qualname__} {[(key, value) for key, value in plain if key != 'training']}"
 
 
-def images_stamp(source: Source) -> str | None:
+def images_stamp(source: ImageSource) -> str | None:
     """A text that changes whenever an image of the source may have changed; None if the source has none."""
     stamp = getattr(source, "stamp", None)
     text = stamp() if stamp is not None else None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinokit.data.whole import Fit
+from dinokit.data.whole import FitTransform
 from dinokit.features.layout import TOKENS
 from dinokit.features.tokens import device_of, frozen
 from dinokit.models import Backbone, Tokens
@@ -67,7 +67,7 @@ def blocks_of(layers: str | Sequence[int], backbone: Backbone) -> list[int]:
     return blocks
 
 
-def fit_of(wanted: ExtractSpec, backbone: Backbone) -> Fit:
+def fit_of(wanted: ExtractSpec, backbone: Backbone) -> FitTransform:
     """How images are shown.
 
     Raises:
@@ -77,7 +77,7 @@ def fit_of(wanted: ExtractSpec, backbone: Backbone) -> Fit:
     if unknown or not wanted.tokens:
         raise ValueError(f"tokens={','.join(wanted.tokens)}: there is {', '.join(TOKENS)}.")
     size = wanted.size or (backbone.input.size if wanted.fit == "crop" else 0)
-    fit = Fit(wanted.fit, size, wanted.resize or round(size * 256 / 224), backbone.patch)
+    fit = FitTransform(wanted.fit, size, wanted.resize or round(size * 256 / 224), backbone.patch)
     if fit.how == "crop" and (fit.size < 1 or fit.size % fit.patch):
         near = max(round(fit.size / fit.patch), 1) * fit.patch
         raise ValueError(
@@ -109,7 +109,7 @@ def row_of(token: str, layers: list[Tokens]) -> Tensor:
 
 
 def rows_of(
-    wanted: ExtractSpec, backbone: Backbone, blocks: list[int], fit: Fit
+    wanted: ExtractSpec, backbone: Backbone, blocks: list[int], fit: FitTransform
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of an image's row of each token; of a patch's row, if grids differ.
 

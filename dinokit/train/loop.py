@@ -9,7 +9,7 @@ import torch
 from dinokit.config.load import Recipe
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
 from dinokit.runtime import allocator
 from dinokit.runtime.device import keeps_memory, pick_device
@@ -32,7 +32,7 @@ from dinokit.train.watchdog import Watchdog
 __all__ = ["Evaluator", "Run", "block_masks", "train"]
 
 
-def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) -> Path:
+def train(recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = ()) -> Path:
     """Run a recipe on a source of images, or go on with the run that is in its folder. Returns the folder.
 
     Raises:
@@ -49,7 +49,11 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
 
 
 def _train(
-    recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], device: torch.device, watchdog: Watchdog
+    recipe: Recipe,
+    source: ImageSource,
+    evaluators: Sequence[Evaluator],
+    device: torch.device,
+    watchdog: Watchdog,
 ) -> Path:
     out = Path(recipe.run.out)
     agree(recipe, source, out)

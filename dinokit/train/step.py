@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dinokit.config.load import Recipe
+from dinokit.data.augment import Photometric
 from dinokit.data.batch import Batch
-from dinokit.data.photometric import Photometric
 from dinokit.runtime.device import DTYPES
 from dinokit.runtime.distributed import rank, world_size
 from dinokit.train import state

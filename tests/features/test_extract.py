@@ -206,10 +206,10 @@ def test_a_spread_meets_every_class_about_equally_in_whatever_order_they_lie(ord
     counts = Counter(subset[i][1] for i in range(len(subset)))
     assert len(subset) == 1000
     assert subset.indices == sorted(set(subset.indices))
-    assert part.name(7) == f"square-{subset.indices[7]}"
+    assert subset.name(7) == f"square-{subset.indices[7]}"
     assert len(counts) == 10
     assert all(60 <= n <= 140 for n in counts.values())
-    assert spread(Labels(n=10_000), 1000).places == subset.indices
+    assert spread(Labels(n=10_000), 1000).indices == subset.indices
 
 
 @pytest.mark.parametrize("count", [0, 23, 24])

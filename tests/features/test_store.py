@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinokit.config import registry
-from dinokit.data.crops import center_crop, resize, to_tensor
+from dinokit.data.transforms import center_crop, resize, to_tensor
 from dinokit.features import Extraction, ExtractSpec, extract_to, normalised, open_store
 from dinokit.features.layout import shard_size
 from dinokit.features.npy import GrowingArray
