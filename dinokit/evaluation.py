@@ -121,12 +121,12 @@ def load_judged(weights: str | None, made: Mapping[str, Any] | None, device: str
 
 def describe_judged(weights: str | None, backbone: "Backbone") -> dict[str, Any]:
     """What a result says of the backbone and of where it was judged."""
-    from dinokit.features import device_of, weights_hash
+    from dinokit.features import device_of, fingerprint
     from dinokit.weights import describe
 
     trained = re.search(r"^name: (.+)$", describe(weights)["recipe"] if weights else "", re.MULTILINE)
     return {
-        "weights_hash": weights_hash(backbone),
+        "fingerprint": fingerprint(backbone, settings=True),
         "recipe": trained[1] if trained else "",
         "device": str(device_of(backbone)),
     }

@@ -1,6 +1,6 @@
 """results.jsonl: what evaluators found, one JSON line each, and how it was found.
 
-A line has `eval`, `weights`, then the scores by name, and `about`: weights_hash, recipe (that trained the
+A line has `eval`, `weights`, then the scores by name, and `about`: fingerprint, recipe (that trained the
 weights), data (the evaluator's sources), settings, transform, seed, software, device, seconds, time. Lines
 are only ever added. Of lines about the same thing the last one counts.
 """
@@ -150,7 +150,7 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _table(title: str, lines: Sequence[Mapping[str, Any]]) -> Table:
-    newest = {(line["weights"], line["about"].get("weights_hash"), _settings(line)): line for line in lines}
+    newest = {(line["weights"], _fingerprint_of(line), _settings(line)): line for line in lines}
     kept = list(newest.values())
     columns = list(dict.fromkeys(key for line in kept for key in line if _is_score(key, line[key])))
     settings = [dict(_settings(line)) for line in kept]
@@ -205,10 +205,16 @@ def _data_of(line: Mapping[str, Any]) -> str:
 
 
 def _weights_of(line: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
-    """The name, with the start of the hash where several weights had the same name."""
-    hashes = {other["about"].get("weights_hash") for other in lines if other["weights"] == line["weights"]}
-    tag = f" [{str(line['about'].get('weights_hash'))[:6]}]" if len(hashes) > 1 else ""
+    """The name, with the start of the fingerprint if several weights have the same name."""
+    fingerprints = {_fingerprint_of(other) for other in lines if other["weights"] == line["weights"]}
+    tag = f" [{str(_fingerprint_of(line))[:6]}]" if len(fingerprints) > 1 else ""
     return f"{line['weights']}{tag}"
+
+
+def _fingerprint_of(line: Mapping[str, Any]) -> str | None:
+    """Of the weights; older lines call it weights_hash."""
+    about = line["about"]
+    return about.get("fingerprint") or about.get("weights_hash")
 
 
 def _version(package: str) -> str:

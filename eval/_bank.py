@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.data.dense import IGNORE, Pairs
-from dinokit.data.pair_crops import resize_image, resize_map, short_side
+from dinokit.data.dense import IGNORE, DenseSource
+from dinokit.data.dense_transforms import resize_image, resize_map, shorter_side_to
 from dinokit.data.pair_loader import whole_pairs
 from dinokit.eval._look import Look
-from dinokit.features.dense import padding
+from dinokit.features.tokens import padding
 from dinokit.runtime.log import watch
 
 BLOCK = 1024  # queries at a time: with 100,000 patches in the bank, a block of cosines is 400 MiB
@@ -29,7 +29,7 @@ class Bank:
     image: Tensor  # (N,) int64: the number of the image
 
 
-def fill_bank(look: Look, pairs: Pairs, resize: int, most: int, workers: int, seed: int) -> Bank:
+def fill_bank(look: Look, pairs: DenseSource, resize: int, most: int, workers: int, seed: int) -> Bank:
     """Patches of all pairs that have a judged pixel; of each image an equal share of at most `most` patches.
 
     Raises:
@@ -41,7 +41,7 @@ def fill_bank(look: Look, pairs: Pairs, resize: int, most: int, workers: int, se
     for pair in watch(
         whole_pairs(pairs, range(len(pairs)), workers), len(pairs), "patches of training images"
     ):
-        size = short_side(pair.image, resize)
+        size = shorter_side_to(pair.image, resize)
         x = patch_rows(look, resize_image(pair.image.float() / 255, *size))
         counts = patch_counts(resize_map(pair.target, *size), look.backbone.patch, len(pairs.classes))
         kept = counts.sum(dim=1).nonzero().flatten()

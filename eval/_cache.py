@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dinokit.data.dense import Pairs
-from dinokit.data.order import image_at
-from dinokit.data.pair_crops import filled, filled_map
+from dinokit.data.dense import DenseSource
+from dinokit.data.dense_transforms import pad_image, pad_map
 from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.sampler import image_at
 from dinokit.eval._fit import Shown
 from dinokit.eval._look import Look
 from dinokit.eval._windows import windows
@@ -40,7 +40,7 @@ class Cache:
 
 def fill_cache(
     look: Look,
-    pairs: Pairs,
+    pairs: DenseSource,
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     crop: tuple[int, int],
     stride: tuple[int, int],
@@ -74,8 +74,8 @@ def fill_cache(
         image, target = prepare(pair.image, pair.target)
         for top, left, bottom, right in windows(*target.shape, crop, stride):
             window = image[:, top:bottom, left:right].float() / 255
-            images.append(filled(window, crop, colour))
-            truths.append(filled_map(target[top:bottom, left:right], crop, nothing))
+            images.append(pad_image(window, crop, colour))
+            truths.append(pad_map(target[top:bottom, left:right], crop, nothing))
             if len(images) == AT_ONCE:
                 parts.append(_shown(look, images))
                 images = []

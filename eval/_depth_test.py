@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dinokit.data.dense import Pairs
-from dinokit.data.pair_crops import BORDERS, resize_image, resize_map, short_side, to_bytes
+from dinokit.data.dense import DenseSource
+from dinokit.data.dense_transforms import BORDERS, resize_image, resize_map, shorter_side_to, to_uint8
 from dinokit.data.pair_loader import whole_pairs
 from dinokit.eval._depth_scores import errors
 from dinokit.heads.segmentation import to_size
@@ -38,11 +38,11 @@ def framed(image: Tensor, depth: Tensor, border: str, resize: int) -> tuple[Tens
     image, depth = image[:, top:bottom, left:right], depth[top:bottom, left:right]
     if not resize:
         return image, depth
-    size = short_side(image, resize)
-    return to_bytes(resize_image(image.float() / 255, *size)), resize_map(depth, *size)
+    size = shorter_side_to(image, resize)
+    return to_uint8(resize_image(image.float() / 255, *size)), resize_map(depth, *size)
 
 
-def mean_judge(cfg: DepthTest, train: Pairs, device: torch.device) -> Callable[[Tensor], Tensor]:
+def mean_judge(cfg: DepthTest, train: DenseSource, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Says of every pixel the mean depth of all training pixels.
 
     Raises:
@@ -59,7 +59,7 @@ def mean_judge(cfg: DepthTest, train: Pairs, device: torch.device) -> Callable[[
 
 @torch.no_grad()
 def judge_depth(
-    cfg: DepthTest, judge: Callable[[Tensor], Tensor], test: Pairs, device: torch.device
+    cfg: DepthTest, judge: Callable[[Tensor], Tensor], test: DenseSource, device: torch.device
 ) -> dict[str, float]:
     """Means over the test images of each one's errors; `judge` gives of an image (C, H, W) its depth (H, W).
 
@@ -73,7 +73,7 @@ def judge_depth(
         image, truth = framed(pair.image, pair.target, cfg.border, 0)
         image = image.float() / 255
         if any(cfg.size) or cfg.resize:
-            image = resize_image(image, *(cfg.size if any(cfg.size) else short_side(image, cfg.resize)))
+            image = resize_image(image, *(cfg.size if any(cfg.size) else shorter_side_to(image, cfg.resize)))
         given = judge(image)
         if cfg.flip:
             given = (given + judge(image.flip(-1)).flip(-1)) / 2

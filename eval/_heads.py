@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.data.order import hash_key
+from dinokit.data.sampler import hash_key
 from dinokit.runtime.distributed import all_reduce_sum, world_size
 
 

@@ -6,25 +6,24 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from dinokit.config import registry
-from dinokit.data.sources import Source
-from dinokit.data.views import Cut
+from dinokit.data.sources import ImageSource
+from dinokit.data.views import Transform
 from dinokit.features import (
     Features,
-    Reading,
+    Pooling,
     cached,
     device_of,
     extract,
-    halfway,
-    kept,
+    fingerprint,
+    load_cached,
     spread,
-    weights_hash,
 )
-from dinokit.features.identity import images_stamp
+from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.log import tell
 
-WIDE = Reading(4, "mean")  # what the linear grid keeps
+WIDE = Pooling(4, "mean")  # what the linear grid keeps
 
 
 class Keys(Protocol):
@@ -56,7 +55,7 @@ def refuse_overlap(train: Mapping[str, Any] | None, test: Mapping[str, Any] | No
 
 def open_source(
     section: Mapping[str, Any] | None, key: str, backbone: Backbone, limit: int = 0, labelled: bool = True
-) -> Source:
+) -> ImageSource:
     """The source of a section, in the backbone's channels.
 
     Args:
@@ -73,7 +72,7 @@ def open_source(
         raise ValueError(f"{key}.name must be given; there is: {', '.join(registry.names('data.sources'))}.")
     if "channels" in section:
         section = {**section, "channels": backbone.channels}
-    source: Source = registry.build("data.sources", section)
+    source: ImageSource = registry.build("data.sources", section)
     if labelled and not source.classes:
         hint = f"set {key}.labels=folders" if "labels" in section else "give images with labels"
         hint = f"set {key}.label to the column that has them" if "label" in section else hint
@@ -91,7 +90,7 @@ def one_class(name: str) -> ValueError:
     )
 
 
-def shared_classes(train: Source, test: Source) -> list[str]:
+def shared_classes(train: ImageSource, test: ImageSource) -> list[str]:
     """The classes, which must be the same.
 
     Raises:
@@ -126,9 +125,9 @@ def features_of(
     cfg: Keys,
     key: str,
     backbone: Backbone,
-    source: Source,
-    reading: Reading,
-    cut: Cut | None = None,
+    source: ImageSource,
+    reading: Pooling,
+    cut: Transform | None = None,
     draw: int = 0,
     labelled: bool = True,
 ) -> Features:
@@ -139,7 +138,7 @@ def features_of(
         key: what the images are, for messages.
         backbone: what sees them.
         source: the images.
-        reading: what is kept of the tokens.
+        reading: how tokens become a row of features.
         cut: what is shown of an image in place of its centre.
         draw: its number, for a `cut` that draws.
         labelled: whether every image must have a label.
@@ -157,10 +156,10 @@ def features_of(
     stamp = images_stamp(source) if cfg.cache else None
     if cfg.cache and stamp:
         view = (resize, size) if cut is None else (size, cut, draw)
-        depends_on = weights_hash(backbone), backbone.input, stamp, view, precision, device.type
+        depends_on = fingerprint(backbone, settings=True), backbone.input, stamp, view, precision, device.type
         done = _from_wider(cfg.cache, depends_on, backbone, reading)
         entry = (*depends_on, reading)
-        done = done or cached(cfg.cache, entry, device, partial(make, halfway=halfway(cfg.cache, entry)))
+        done = done or cached(cfg.cache, entry, device, lambda partly: make(partial=partly))
     else:
         done = make()
     if cut is None:  # other cuts of the same images would say the same
@@ -187,12 +186,12 @@ def tell_unreadable(key: str, names: Sequence[str], count: int, most: float) -> 
 
 
 def _from_wider(
-    folder: str, depends_on: tuple[Any, ...], backbone: Backbone, reading: Reading
+    folder: str, depends_on: tuple[Any, ...], backbone: Backbone, reading: Pooling
 ) -> Features | None:
     """Class tokens of the last block, cut out of features of the linear grid if those were made before."""
-    if reading != Reading():
+    if reading != Pooling():
         return None
-    done = kept(folder, (*depends_on, WIDE), device_of(backbone))
+    done = load_cached(folder, (*depends_on, WIDE), device_of(backbone))
     if done is not None:
         done.x = done.x[:, (WIDE.blocks - 1) * backbone.width : WIDE.blocks * backbone.width].contiguous()
     return done

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dinokit.config import registry
-from dinokit.data.dense import Pairs
-from dinokit.data.sources import Picture
+from dinokit.data.dense import DenseSource
+from dinokit.data.sources import ImageLike
 from dinokit.features import Map, dense, device_of
 from dinokit.models import Backbone
 
@@ -37,7 +37,7 @@ class Look:
 
 def open_pairs(
     section: Mapping[str, Any] | None, split: str, target: str, backbone: Backbone, most: int
-) -> Pairs:
+) -> DenseSource:
     """The source `section`, with maps of `target`; at most `most` pairs of it, evenly spread; 0 means all.
 
     Raises:
@@ -48,7 +48,7 @@ def open_pairs(
     known = {"channels": backbone.channels, "target": target}
     has = {item.name for item in fields(registry.find("data.dense", section["name"]).Config)}
     section = {**section, **{key: value for key, value in known.items() if key in has}}
-    pairs: Pairs = registry.build("data.dense", section)
+    pairs: DenseSource = registry.build("data.dense", section)
     if bool(pairs.classes) != (target == "mask"):
         have = "classes" if pairs.classes else "depths"
         wanted = "classes" if target == "mask" else "depths"
@@ -61,7 +61,7 @@ def open_pairs(
 class _Few:
     """Some pairs of a source: one drawn from each of so many equal parts, the same every time."""
 
-    def __init__(self, pairs: Pairs, count: int) -> None:
+    def __init__(self, pairs: DenseSource, count: int) -> None:
         n, draw = len(pairs), random.Random(0)
         self.pairs, self.classes = pairs, pairs.classes
         self.places = [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)]
@@ -69,7 +69,7 @@ class _Few:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[Picture, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         return self.pairs[self.places[index]]
 
     def name(self, index: int) -> str:

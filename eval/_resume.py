@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dinokit.features import weights_hash
+from dinokit.features import fingerprint
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_max, rank
 from dinokit.runtime.files import atomic
@@ -22,7 +22,7 @@ FREE = ("cache", "out", "save_every", "workers", "test", "max_test", "max_unread
 def identity(values: Mapping[str, Any], backbone: Backbone) -> str:
     """What a training is: its settings, but for those that change nothing that is learnt, and the weights."""
     kept = {key: value for key, value in values.items() if key not in FREE}
-    return json.dumps({**kept, "weights": weights_hash(backbone)}, sort_keys=True, default=list)
+    return json.dumps({**kept, "weights": fingerprint(backbone, settings=True)}, sort_keys=True, default=list)
 
 
 class Resume:

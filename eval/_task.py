@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dinokit.data.sources import Source
-from dinokit.data.views import Cut
+from dinokit.data.sources import ImageSource
+from dinokit.data.views import Transform
 from dinokit.eval import _labelled, _truth
 from dinokit.eval._scores import accepted_share, class_scores, mean_average_precision
-from dinokit.features import Features, Reading, device_of
+from dinokit.features import Features, Pooling, device_of
 from dinokit.models import Backbone
 
 
@@ -39,7 +39,7 @@ class Task:
         ValueError, LookupError: if the data do not fit together; the message names the key to set.
     """
 
-    def __init__(self, cfg: Keys, backbone: Backbone, reading: Reading) -> None:
+    def __init__(self, cfg: Keys, backbone: Backbone, reading: Pooling) -> None:
         self.cfg, self.backbone, self.reading = cfg, backbone, reading
         _labelled.refuse_overlap(cfg.train, cfg.test)
         self.several = bool(cfg.labels)  # classes an image
@@ -52,19 +52,21 @@ class Task:
             else _labelled.shared_classes(self.train, self.test)
         )
 
-    def features(self, key: str, source: Source, cut: Cut | None = None, draw: int = 0) -> Features:
+    def features(
+        self, key: str, source: ImageSource, cut: Transform | None = None, draw: int = 0
+    ) -> Features:
         """Of the images of a source, each with a label unless images have several."""
         return _labelled.features_of(
             self.cfg, key, self.backbone, source, self.reading, cut, draw, not self.several
         )
 
-    def target(self, source: Source, features: Features) -> Tensor:
+    def target(self, source: ImageSource, features: Features) -> Tensor:
         """What is true of the images: (N,) int64, or (N, C) bool if they have several classes."""
         if not self.several:
             return features.y
         return self._sets(self.table, source, self.cfg.labels, features)
 
-    def target_of(self, source: Source) -> Callable[[Tensor, Tensor], Tensor]:
+    def target_of(self, source: ImageSource) -> Callable[[Tensor, Tensor], Tensor]:
         """From the labels (b,) and the numbers (b,) of images to what is true of them."""
         if not self.several:
             return lambda labels, places: labels
@@ -94,7 +96,7 @@ class Task:
         done = self.features(f"also.{name}", source)
         return class_scores(classify(done.x)[:, chosen], done.y)
 
-    def _sets(self, table: Any, source: Source, path: str, features: Features) -> Tensor:
+    def _sets(self, table: Any, source: ImageSource, path: str, features: Features) -> Tensor:
         places = _truth.kept_places(source, features)
         return _truth.many_hot(table, source, places, self.classes, path).to(device_of(self.backbone))
 

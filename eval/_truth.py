@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import suggest
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.eval._labelled import few
 from dinokit.features import Features
 
 
-def kept_places(source: Source, features: Features) -> list[int]:
+def kept_places(source: ImageSource, features: Features) -> list[int]:
     """The numbers of a source's images that could be read, in the order of the features."""
     lost = set(features.unreadable)
     return [i for i in range(len(source)) if not lost or source.name(i) not in lost]
 
 
-def places_by_name(source: Source, names: Sequence[str], path: str) -> list[int]:
+def places_by_name(source: ImageSource, names: Sequence[str], path: str) -> list[int]:
     """The numbers of the images that are called so, but for their folders and suffixes.
 
     Raises:
@@ -70,7 +70,9 @@ def words_of(table: Any, path: str) -> list[str]:
     return [str(word) for word in (sorted(words) if numbers else sorted(map(str, words)))]
 
 
-def many_hot(table: Any, source: Source, places: Sequence[int], classes: Sequence[str], path: str) -> Tensor:
+def many_hot(
+    table: Any, source: ImageSource, places: Sequence[int], classes: Sequence[str], path: str
+) -> Tensor:
     """Which classes each image has.
 
     Args:
@@ -119,7 +121,7 @@ def _entry(table: Any, name: str, path: str) -> list[Any]:
     raise ValueError(f"{path} says nothing of {name}; it names {', '.join(list(table)[:3])} ...")
 
 
-def class_map(source: Source, key: str, path: str, classes: Sequence[str]) -> list[int]:
+def class_map(source: ImageSource, key: str, path: str, classes: Sequence[str]) -> list[int]:
     """For each class of another test set, the class of the training set that it is.
 
     Args:

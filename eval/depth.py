@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import only_with
-from dinokit.data.dense import Pairs
-from dinokit.data.pair_crops import DepthCrops
+from dinokit.data.dense import DenseSource
+from dinokit.data.dense_transforms import DepthTransform
 from dinokit.data.pair_loader import training_pairs
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._depth_scores import gradient, scale_invariant
@@ -133,7 +133,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
                 judge = mean_judge(how, train, device_of(backbone))
             else:
                 window = tuple(cfg.crop) or (crop if any(crop) else (backbone.input.size,) * 2)
-                shape = DepthCrops(
+                shape = DepthTransform(
                     cfg.resize,
                     border,
                     (window[0], window[1]),
@@ -157,7 +157,7 @@ def _judge(look: Look, head: LinearDepth | DPT) -> Callable[[Tensor], Tensor]:
 
 
 def _trained(
-    cfg: Config, backbone: Backbone, train: Pairs, shape: DepthCrops, resume: Resume
+    cfg: Config, backbone: Backbone, train: DenseSource, shape: DepthTransform, resume: Resume
 ) -> Callable[[Tensor], Tensor]:
     count = 4 if cfg.method == "dpt" else cfg.layers
     look = _look(cfg, backbone, last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count))
@@ -195,7 +195,9 @@ def _trained(
     return _judge(look, head)
 
 
-def _shown(cfg: Config, look: Look, train: Pairs, shape: DepthCrops) -> Callable[[int], Iterator[Shown]]:
+def _shown(
+    cfg: Config, look: Look, train: DenseSource, shape: DepthTransform
+) -> Callable[[int], Iterator[Shown]]:
     if not cfg.augment:
 
         def prepare(image: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config import registry
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.features import device_of, extract, spread
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
@@ -65,7 +65,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     section = dict(cfg.test or {})
     if "channels" in section:
         section["channels"] = backbone.channels
-    source: Source = spread(registry.build("data.sources", section), cfg.max_test)
+    source: ImageSource = spread(registry.build("data.sources", section), cfg.max_test)
     size = cfg.size or backbone.input.size
     resize = cfg.resize or round(size * 256 / 224)
     dtype = DTYPES[pick_precision(cfg.precision, device_of(backbone))]

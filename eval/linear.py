@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import only_with, refuse_below
-from dinokit.data.views import RandomPart
+from dinokit.data.views import RandomResizedCrop
 from dinokit.eval._heads import Head, Heads
 from dinokit.eval._labelled import tell_unreadable
 from dinokit.eval._resume import Resume, identity
@@ -28,8 +28,8 @@ from dinokit.eval._scores import mean_average_precision
 from dinokit.eval._stream import Order, cached_batches, online_batches
 from dinokit.eval._task import Task, split
 from dinokit.eval._truth import kept_places
-from dinokit.features import Part, Reading, device_of
-from dinokit.features.identity import images_stamp
+from dinokit.features import Pooling, Subset, device_of
+from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import all_reduce_max, rank
@@ -119,7 +119,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         ValueError, LookupError: if the data cannot be judged; the message names the key to set.
     """
     pool: Literal["mean", "none"] = "mean" if any(cfg.pool) else "none"
-    task = Task(cfg, backbone, Reading(max(cfg.blocks), pool))
+    task = Task(cfg, backbone, Pooling(max(cfg.blocks), pool))
     test = task.features("test", task.test)
     y = task.target(task.test, test)
     axes = (sorted(set(axis)) for axis in (cfg.blocks, cfg.pool, cfg.lr))
@@ -204,7 +204,7 @@ def _cached(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int, lost
     kept = (centre.x[is_held], y[is_held]) if len(held) else None
     views = [centre.x]
     if cfg.views:
-        cut = RandomPart(cfg.size or task.backbone.input.size, cfg.seed)
+        cut = RandomResizedCrop(cfg.size or task.backbone.input.size, cfg.seed)
         views = [task.features("train", task.train, cut, draw).x for draw in range(cfg.views)]
     order = Order(len(rows), cfg.step_batch, cfg.seed)
     return cached_batches(views, y, rows, order, start, cfg.steps), kept
@@ -214,13 +214,13 @@ def _online(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int, lost
     """Batches of images that are cut and seen anew. As `_cached`, but images are lost as they are met."""
     kept = None
     if len(held):
-        part = Part(task.train, held.tolist())
+        part = Subset(task.train, held.tolist())
         done = task.features("train", part)
         kept = done.x, task.target(part, done)
         lost[held] = 1
         lost[held[kept_places(part, done)]] = 0
     device = device_of(task.backbone)
-    cut = RandomPart(cfg.size or task.backbone.input.size, cfg.seed)
+    cut = RandomResizedCrop(cfg.size or task.backbone.input.size, cfg.seed)
     batches = online_batches(
         task.backbone, task.train, fit, cut, task.reading,
         task.target_of(task.train), Order(len(fit), cfg.step_batch, cfg.seed), start, cfg.steps,

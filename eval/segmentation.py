@@ -18,8 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config.registry import only_with
-from dinokit.data.dense import IGNORE, Pairs
-from dinokit.data.pair_crops import SegmentationCrops, resize_image, resize_map, short_side, to_bytes
+from dinokit.data.dense import IGNORE, DenseSource
+from dinokit.data.dense_transforms import (
+    SegmentationTransform,
+    resize_image,
+    resize_map,
+    shorter_side_to,
+    to_uint8,
+)
 from dinokit.data.pair_loader import training_pairs, whole_pairs
 from dinokit.eval._bank import fill_bank, grid_to_image, neighbour_judge, patch_rows, regression_judge
 from dinokit.eval._cache import fill_cache
@@ -137,7 +143,7 @@ def _look(cfg: Config, backbone: Backbone) -> Look:
     return Look(backbone, last_blocks(backbone, 4 if cfg.method == "ms" else 1), True, dtype)
 
 
-def _through_head(cfg: Config, backbone: Backbone, train: Pairs, resume: Resume) -> Judge:
+def _through_head(cfg: Config, backbone: Backbone, train: DenseSource, resume: Resume) -> Judge:
     """Logits of an image at its own size, by a head that is trained here or read from a file."""
     look = _look(cfg, backbone)
     if cfg.head:
@@ -158,7 +164,7 @@ def _through_head(cfg: Config, backbone: Backbone, train: Pairs, resume: Resume)
     return lambda image: slide(image, cfg.crop, cfg.stride, logits)
 
 
-def _trained(cfg: Config, look: Look, train: Pairs, resume: Resume) -> LinearSegmenter:
+def _trained(cfg: Config, look: Look, train: DenseSource, resume: Resume) -> LinearSegmenter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         head = LinearSegmenter(patch_width(look.backbone) * len(look.blocks), len(train.classes))
@@ -177,7 +183,7 @@ def _trained(cfg: Config, look: Look, train: Pairs, resume: Resume) -> LinearSeg
     return head
 
 
-def _shown(cfg: Config, look: Look, train: Pairs) -> Callable[[int], Iterator[Shown]]:
+def _shown(cfg: Config, look: Look, train: DenseSource) -> Callable[[int], Iterator[Shown]]:
     if not cfg.augment:
         crop, stride = (cfg.crop, cfg.crop), (cfg.stride, cfg.stride)
         cache = fill_cache(
@@ -185,7 +191,7 @@ def _shown(cfg: Config, look: Look, train: Pairs) -> Callable[[int], Iterator[Sh
             cfg.workers,
         )  # fmt: skip
         return lambda start: cache.batches(cfg.seed, cfg.batch, start, cfg.steps)
-    cut = SegmentationCrops(
+    cut = SegmentationTransform(
         cfg.resize, (cfg.ratio[0], cfg.ratio[1]), cfg.crop, tuple(look.backbone.input.mean), cfg.cap
     )
 
@@ -200,15 +206,15 @@ def _shown(cfg: Config, look: Look, train: Pairs) -> Callable[[int], Iterator[Sh
 
 
 def _resized(image: Tensor, ids: Tensor, resize: int) -> tuple[Tensor, Tensor]:
-    size = short_side(image, resize)
-    return to_bytes(resize_image(image.float() / 255, *size)), resize_map(ids, *size)
+    size = shorter_side_to(image, resize)
+    return to_uint8(resize_image(image.float() / 255, *size)), resize_map(ids, *size)
 
 
 def _side_by_side(maps: list[Map]) -> Tensor:
     return torch.cat([m.patches for m in maps], dim=1)
 
 
-def _through_patches(cfg: Config, backbone: Backbone, train: Pairs) -> tuple[Judge, dict[str, float]]:
+def _through_patches(cfg: Config, backbone: Backbone, train: DenseSource) -> tuple[Judge, dict[str, float]]:
     """Shares of the classes at the pixels of an image, by judging its patches one by one."""
     look = _look(cfg, backbone)
     bank = fill_bank(look, train, cfg.resize, cfg.bank, cfg.workers, cfg.seed)
@@ -223,7 +229,7 @@ def _through_patches(cfg: Config, backbone: Backbone, train: Pairs) -> tuple[Jud
     )
 
 
-def _majority(train: Pairs, workers: int, device: torch.device) -> Judge:
+def _majority(train: DenseSource, workers: int, device: torch.device) -> Judge:
     counts = torch.zeros(len(train.classes), dtype=torch.int64)
     for pair in watch(whole_pairs(train, range(len(train)), workers), len(train), "training masks"):
         counts += pair.target[pair.target != IGNORE].long().bincount(minlength=len(counts))
@@ -232,7 +238,7 @@ def _majority(train: Pairs, workers: int, device: torch.device) -> Judge:
 
 
 @torch.no_grad()
-def _test(cfg: Config, judge: Judge, test: Pairs, device: torch.device) -> dict[str, float]:
+def _test(cfg: Config, judge: Judge, test: DenseSource, device: torch.device) -> dict[str, float]:
     confusion = Confusion(len(test.classes), device)
     flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
     share = range(rank(), len(test), world_size())
@@ -240,7 +246,7 @@ def _test(cfg: Config, judge: Judge, test: Pairs, device: torch.device) -> dict[
         image = pair.image.float() / 255
         total = torch.zeros((), device=device)
         for scale in cfg.scales:
-            resized = resize_image(image, *short_side(image, round(cfg.resize * scale)))
+            resized = resize_image(image, *shorter_side_to(image, round(cfg.resize * scale)))
             for flip in flips:
                 said = judge(resized.flip(-1) if flip else resized)
                 said = to_size((said.flip(-1) if flip else said)[None], *pair.target.shape)[0]

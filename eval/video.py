@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config import registry
-from dinokit.data.pair_crops import to_pair
+from dinokit.data.dense_transforms import to_tensors
 from dinokit.data.videos import Video
 from dinokit.eval._look import Look
 from dinokit.eval._outlines import contour, region
@@ -160,7 +160,7 @@ def propagate(x: Tensor, past: Tensor, shares: Tensor, near: Tensor | None, k: i
 
 def _patches(cfg: Config, look: Look, video: Video, index: int) -> tuple[Tensor, tuple[int, int]]:
     """Features (N, D) on the unit sphere, and the grid."""
-    image = to_pair(video.frame(index, look.backbone.channels), np.zeros((1, 1)))[0]
+    image = to_tensors(video.frame(index, look.backbone.channels), np.zeros((1, 1)))[0]
     patch = look.backbone.patch
     step = MULTIPLE if MULTIPLE % patch == 0 and cfg.size % patch == 0 else patch
     short = min(image.shape[1:])

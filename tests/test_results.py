@@ -14,7 +14,7 @@ from dinokit.evaluation import read_list
 
 def line(weights="runs/a", name="knn", settings=None, digest="aa", path="photos", **scores):
     settings = {"test": {"name": "folder", "path": path}, "k": [20], "workers": 3, **(settings or {})}
-    return results.record(name, weights, scores, settings, {"weights_hash": digest})
+    return results.record(name, weights, scores, settings, {"fingerprint": digest})
 
 
 def test_a_line_says_what_was_found_and_how():
@@ -24,8 +24,15 @@ def test_a_line_says_what_was_found_and_how():
     assert about["data"] == {"test": {"name": "folder", "path": "photos"}}
     assert about["settings"] == {"k": [20]}  # how many workers there were decides nothing
     assert {"python", "torch", "dinokit"} <= set(about["software"])
-    assert about["weights_hash"] == "aa"
+    assert about["fingerprint"] == "aa"
     assert about["time"]
+
+
+def test_old_lines_call_the_fingerprint_weights_hash():
+    old = results.record("knn", "runs/a", {"top1": 0.1}, {}, {"weights_hash": "aa"})
+    new = results.record("knn", "runs/a", {"top1": 0.2}, {}, {"fingerprint": "aa"})
+    (table,) = results.tables([old, new])
+    assert [values for _, _, values in table.rows] == [[0.2]]
 
 
 def test_what_the_evaluator_sets_of_a_source_is_not_told_as_a_setting():
@@ -278,7 +285,7 @@ def test_a_whole_list_is_judged_printed_and_kept(recipe, tmp_path, capsys):
         len(list((tmp_path / "cache").iterdir())) == 2
     )  # the class tokens of train and of test, for all three
     assert {each["weights"] for each in kept} == {"backbone.name=pixels"}
-    assert len({each["about"]["weights_hash"] for each in kept}) == 1
+    assert len({each["about"]["fingerprint"] for each in kept}) == 1
     assert kept[0]["about"]["transform"]["size"] == 64
 
 
@@ -287,5 +294,5 @@ def test_one_that_cannot_judge_does_not_keep_the_others_from_it(recipe, tmp_path
     assert main(["eval", "all", *words, "grid.blocks=[2]"]) == 2
     said = capsys.readouterr()
     assert [json.loads(text)["eval"] for text in said.out.splitlines()] == ["knn", "retrieval"]
-    assert "grid: Pixels shows its last block alone" in said.err
+    assert "grid: Pixels gives its last block only" in said.err
     assert "1 of 3 evaluators could not judge: grid" in said.err

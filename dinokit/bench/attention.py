@@ -7,7 +7,7 @@ import torch
 
 from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
 from dinokit.config.load import Recipe
-from dinokit.models.attention import KERNELS, Attention, Kernel, Segments, attend, why_not
+from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, attend, why_not
 from dinokit.runtime.device import DTYPES
 from dinokit.train.activations import tokens_of
 from dinokit.train.student_teacher import build_backbone
@@ -33,7 +33,7 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
         for group in (recipe.crops.globals, recipe.crops.locals)
         if group.count
     ]
-    segments = Segments(tuple(groups))
+    segments = PackedBatch(tuple(groups))
     rows = sum(images * tokens for images, tokens in groups)
     qkv = torch.randn(rows, 3 * backbone.width, device=device).to(dtype).requires_grad_()
     done: dict[str, Any] = {}
@@ -50,6 +50,6 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
     }
 
 
-def _run(qkv: torch.Tensor, heads: int, segments: Segments, kernel: Kernel) -> None:
+def _run(qkv: torch.Tensor, heads: int, segments: PackedBatch, kernel: Kernel) -> None:
     qkv.grad = None
     attend(qkv, heads, segments, kernel).sum().backward()

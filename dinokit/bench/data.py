@@ -10,12 +10,12 @@ from dinokit.bench.machine import matmul_rates, measured_on, medians
 from dinokit.bench.synthetic import Files
 from dinokit.config import registry
 from dinokit.config.load import Recipe
+from dinokit.data.augment import Photometric
 from dinokit.data.batch import collate
-from dinokit.data.loader import CROPS, Places, loader
-from dinokit.data.order import generator
-from dinokit.data.photometric import Photometric
-from dinokit.data.sources import Source
-from dinokit.runtime import allocator
+from dinokit.data.loader import CROPS, TrainDataset, loader
+from dinokit.data.sampler import generator
+from dinokit.data.sources import ImageSource
+from dinokit.runtime.device import keep_freed_memory
 
 
 def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
@@ -27,9 +27,11 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
         real: whether to read the recipe's data; else files in memory, as Files has them.
     """
     torch.set_num_threads(1)
-    allocator.keep_freed(recipe.run.keep_memory)  # as in a process that trains on a CPU, and colours
-    source: Source = registry.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
-    places = Places(source, recipe.crops, None, recipe.run.seed, recipe.optim.batch)
+    keep_freed_memory(recipe.run)  # as in a process that trains on a CPU
+    source: ImageSource = (
+        registry.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
+    )
+    places = TrainDataset(source, recipe.crops, None, recipe.run.seed, recipe.optim.batch)
     colour = Photometric(recipe.crops, compiled=recipe.run.compiles("colour"))
     _round(places, colour, 0)
     times, rates = [], []
@@ -44,7 +46,7 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
     }
 
 
-def _round(places: Places, colour: Photometric, step: int) -> dict[str, float]:
+def _round(places: TrainDataset, colour: Photometric, step: int) -> dict[str, float]:
     """Seconds that each part takes for the images of a round."""
     numbers = [(step * places.batch + i) % len(places.source) for i in range(places.batch)]
     rngs = [generator(places.seed, step, place, CROPS) for place in range(places.batch)]
@@ -64,7 +66,7 @@ def _round(places: Places, colour: Photometric, step: int) -> dict[str, float]:
     return {"decode": decode_, "cut": cut, "colour": coloured, "decode and cut": both, "all": both + coloured}
 
 
-def _loader_rate(source: Source, recipe: Recipe, rounds: int) -> dict[str, float]:
+def _loader_rate(source: ImageSource, recipe: Recipe, rounds: int) -> dict[str, float]:
     """What the loader hands over when nobody takes its time: the start, s, and images per second after it."""
     begun = time.perf_counter()
     batches = iter(

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dinokit.data.decode import decode
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 
 
 class Files:
@@ -22,7 +22,7 @@ class Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         return decode(self.stored(index), self.name(index), self.channels), -1
 
     def stored(self, index: int) -> bytes:

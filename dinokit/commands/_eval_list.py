@@ -18,11 +18,11 @@ class Said:
     Args:
         folder: of the results; None keeps nothing.
         plan: the list, as it is before paths of this machine are filled in.
-        weights_hash: of what is judged.
+        fingerprint: of what is judged.
     """
 
-    def __init__(self, folder: Path | None, plan: Sequence[Planned], weights_hash: str) -> None:
-        same = [(each.label, each.name, each.values) for each in plan], weights_hash
+    def __init__(self, folder: Path | None, plan: Sequence[Planned], fingerprint: str) -> None:
+        same = [(each.label, each.name, each.values) for each in plan], fingerprint
         tag = blake2b(repr(same).encode(), digest_size=6).hexdigest()
         self.path = folder / f".list_{tag}.json" if folder is not None and len(plan) > 1 else None
         self.lines: dict[str, dict[str, Any]] = {}

@@ -118,7 +118,7 @@ def _judge_all(
     from dinokit.commands._eval_list import Said
     from dinokit.runtime.distributed import rank, world_size
 
-    failed, said = [], Said(folder, plan, about["weights_hash"])
+    failed, said = [], Said(folder, plan, about["fingerprint"])
     for each in plan:
         try:
             if each.label not in said.lines:

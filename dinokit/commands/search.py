@@ -17,7 +17,7 @@ from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import refuse_below
 
 if TYPE_CHECKING:
-    from dinokit.data.sources import Picture
+    from dinokit.data.sources import ImageLike
 
 
 @dataclass
@@ -46,7 +46,7 @@ def run(command: Command) -> None:
     index = ImageSearch(Path(cfg.index))
     backbone = load_backbone(cfg.weights or index.weights).to(pick_device(cfg.device))
     similarity, found = index.search(index.embed(backbone, command.words), cfg.k)
-    tiles: list[tuple[Picture | None, str]] = []
+    tiles: list[tuple[ImageLike | None, str]] = []
     for file, values, numbers in zip(command.words, similarity.tolist(), found.tolist(), strict=True):
         print(f"{file}\n rank  similarity  image")
         tiles.append((Image.open(file), Path(file).name))

@@ -21,7 +21,7 @@ from dinokit.curate.dedup import Components, Status, representatives, save_statu
 from dinokit.curate.image_sets import ImageSet
 from dinokit.curate.settings import Config
 from dinokit.curate.stages import Share, save
-from dinokit.data.sources import Picture, Source
+from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.runtime.files import write_text
 
 SHARD = 4096  # images whose hashes are written to one file
@@ -192,7 +192,7 @@ def _read_records(image_set: ImageSet, folder: Path) -> np.ndarray:
     return np.concatenate([np.load(folder / f"{number:05d}.npy") for number in shards])
 
 
-def hash_images(source: Source, images: range) -> tuple[np.ndarray, list[str]]:
+def hash_images(source: ImageSource, images: range) -> tuple[np.ndarray, list[str]]:
     """(m,) RECORDs of images, and an error message for each that cannot be read."""
     records, errors = np.zeros(len(images), RECORD), []
     for row, image in enumerate(images):
@@ -205,7 +205,7 @@ def hash_images(source: Source, images: range) -> tuple[np.ndarray, list[str]]:
     return records, errors
 
 
-def hash_image(picture: Picture) -> tuple[np.ndarray, np.ndarray, int, bool]:
+def hash_image(picture: ImageLike) -> tuple[np.ndarray, np.ndarray, int, bool]:
     """The RECORD of one image."""
     array = np.asarray(picture)
     digest = blake2b(f"{array.shape} {array.dtype}".encode(), digest_size=16)
@@ -214,7 +214,7 @@ def hash_image(picture: Picture) -> tuple[np.ndarray, np.ndarray, int, bool]:
     return np.frombuffer(digest.digest(), "<u8"), perceptual_hash(picture), pixels, True
 
 
-def perceptual_hash(picture: Picture) -> np.ndarray:
+def perceptual_hash(picture: ImageLike) -> np.ndarray:
     """(4,) uint64: one bit a frequency, 0 for the mean. A flat image has a zero hash: no near duplicates."""
     grey = _grey_thumbnail(picture)
     if grey.std() < FLAT:
@@ -224,7 +224,7 @@ def perceptual_hash(picture: Picture) -> np.ndarray:
     return np.packbits(bits.ravel()).view("<u8")
 
 
-def _grey_thumbnail(picture: Picture) -> np.ndarray:
+def _grey_thumbnail(picture: ImageLike) -> np.ndarray:
     """(64, 64) float64 grey levels."""
     if isinstance(picture, Image.Image):
         grey = picture.convert("L")

@@ -12,9 +12,8 @@ from dinokit.config import registry
 from dinokit.curate.settings import Embed
 from dinokit.curate.stages import Share, save
 from dinokit.data.names import Names
-from dinokit.data.sources import Picture, Source
-from dinokit.features import Extraction, Part, Wanted, fingerprint, open_store
-from dinokit.features.identity import images_stamp
+from dinokit.data.sources import ImageLike, ImageSource
+from dinokit.features import Extraction, ExtractSpec, Subset, fingerprint, images_stamp, open_store
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
 from dinokit.weights import load_backbone
 
@@ -119,7 +118,7 @@ class ImageSet:
             ValueError, LookupError: if it cannot be opened, or has not one embedding for each image.
         """
         self.label, self.section = label, section
-        self.source: Source | None = registry.build("data.sources", section) if section else None
+        self.source: ImageSource | None = registry.build("data.sources", section) if section else None
         self.embeddings, self._names, self._files = _read_embeddings(label, embeddings, token)
         assert self.source is not None or self.embeddings is not None, label
         if (
@@ -143,7 +142,7 @@ class ImageSet:
             return self.source.name(number)
         return self._names[number] if self._names is not None else f"row {number}"
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> ImageLike:
         """The image.
 
         Raises:
@@ -232,12 +231,12 @@ class Embedder:
     def extract(self, image_set: ImageSet, images: np.ndarray, folder: Path, share: Share) -> None:
         """Write the embeddings of some images of a set into a store, or this process's share of them."""
         assert image_set.source is not None
-        wanted = Wanted(tokens=(self.cfg.token,), size=self.cfg.size)
-        about = {"weights": self.weights, "data": image_set.section, "precision": self.cfg.precision}
+        spec = ExtractSpec(tokens=(self.cfg.token,), size=self.cfg.size)
+        metadata = {"weights": self.weights, "data": image_set.section, "precision": self.cfg.precision}
         source = image_set.source
         if len(images) < len(image_set):
-            source = Part(source, images.tolist())
-        work = Extraction(folder, self.backbone, source, wanted, about, clean=share.of == 1)
+            source = Subset(source, images.tolist())
+        work = Extraction(folder, self.backbone, source, spec, metadata, clean=share.of == 1)
         precision = DTYPES[pick_precision(self.cfg.precision, pick_device(self.cfg.device))]
         work.run(self.cfg.batch, self.cfg.workers, precision, rank=share.number, world=share.of)
 
@@ -278,7 +277,7 @@ def read_embeddings(image_set: ImageSet, images: np.ndarray, folder: Path, token
     return Embeddings(Vectors(store.files(token), rows), embedded)
 
 
-def thumbnail(picture: Picture, side: int) -> Image.Image:
+def thumbnail(picture: ImageLike, side: int) -> Image.Image:
     """An RGB image, no side longer than `side` pixels.
 
     Of more than three channels the first three are shown, of 16 bits the upper 8.

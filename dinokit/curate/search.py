@@ -14,9 +14,9 @@ from dinokit.curate.image_sets import Vectors, thumbnail
 from dinokit.curate.index import Searcher
 from dinokit.curate.settings import Index
 from dinokit.data.names import Names
-from dinokit.data.sources import Picture, Source
+from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.data.sources._files import ImageFiles
-from dinokit.features import Wanted, extract_to, fingerprint, open_store
+from dinokit.features import ExtractSpec, extract_to, fingerprint, open_store
 from dinokit.models import Backbone
 
 
@@ -57,7 +57,7 @@ class ImageSearch:
         self._rows = np.flatnonzero(self.store.valid)
         self._searcher = Searcher(Vectors(self.store.files(self.token), self._rows), index, cfg)
         self._names = Names.of(self.store.iter_names())
-        self._source: Source | None = None
+        self._source: ImageSource | None = None
 
     @property
     def weights(self) -> str:
@@ -84,7 +84,7 @@ class ImageSearch:
         for number in range(len(files)):
             source[number]  # raises the reader's error if it cannot be read
         transform = about["transform"]
-        wanted = Wanted(
+        spec = ExtractSpec(
             (self.token,),
             about["layers"],
             transform["fit"],
@@ -93,7 +93,7 @@ class ImageSearch:
             "float32",
         )
         with TemporaryDirectory() as folder:
-            features = extract_to(folder, backbone, source, wanted)[self.token][:]
+            features = extract_to(folder, backbone, source, spec)[self.token][:]
         return Vectors([features]).chunk(0, len(features))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +104,7 @@ class ImageSearch:
         """The name of an image that was found."""
         return self._names[int(self._rows[number])]
 
-    def picture(self, number: int) -> Picture | None:
+    def picture(self, number: int) -> ImageLike | None:
         """An image that was found, or None if it can no longer be read."""
         try:
             if self._source is None:
@@ -123,7 +123,7 @@ def _finished_stage(stages: Path, name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def contact_sheet(
-    pictures: Sequence[tuple[Picture | None, str]], side: int = 192, columns: int = 6
+    pictures: Sequence[tuple[ImageLike | None, str]], side: int = 192, columns: int = 6
 ) -> Image.Image:
     """Pictures with a caption below each; a grey square in place of None."""
     text = 16

@@ -13,7 +13,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2", ".pbm", ".pgm",
@@ -41,7 +41,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return image.size if isinstance(image, JpegImageFile) else None
 
 
-def decode(data: bytes, name: str, channels: int, part: int = 1) -> Picture:
+def decode(data: bytes, name: str, channels: int, part: int = 1) -> ImageLike:
     """The image in `data`, with `channels` channels.
 
     With 3 channels it is RGB and with 1 it is grey, converted if need be as Pillow's `convert` does: a
@@ -127,7 +127,7 @@ def _numbers(array: np.ndarray, name: str) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _pillow(image: ImageFile, channels: int) -> Picture:
+def _pillow(image: ImageFile, channels: int) -> ImageLike:
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
         array = np.array(image)
@@ -162,7 +162,7 @@ def _planes(data: bytes, order: str) -> np.ndarray:
     return np.array(image)  # (H, W, C) uint8
 
 
-def _tiff(data: bytes, channels: int) -> Picture:
+def _tiff(data: bytes, channels: int) -> ImageLike:
     try:
         image = Image.open(BytesIO(data))
     except UnidentifiedImageError:

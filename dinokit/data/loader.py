@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data import photometric
+from dinokit.data import augment
 from dinokit.data.batch import Batch, Sample, collate, stack
-from dinokit.data.crops import CropBoxes, MultiCrop, size_of
 from dinokit.data.masks import BlockMasks
-from dinokit.data.order import generator, hash_key, image_at, permute
 from dinokit.data.reduced import read_reduced
-from dinokit.data.sources import Picture, Source
-from dinokit.data.views import Cut
+from dinokit.data.sampler import generator, hash_key, image_at, permute
+from dinokit.data.sources import ImageLike, ImageSource
+from dinokit.data.transforms import CropBoxes, MultiCrop, size_of
+from dinokit.data.views import Transform
 from dinokit.data.workers import UNREADABLE, Steps, data_loader
 
 CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
@@ -37,7 +37,7 @@ class EvalBatch(NamedTuple):
 
 
 def loader(
-    source: Source, crops: Crops, masks: BlockMasks | None, *, seed: int, start_step: int, steps: int,
+    source: ImageSource, crops: Crops, masks: BlockMasks | None, *, seed: int, start_step: int, steps: int,
     batch: int, rank: int = 0, world: int = 1, parts: int = 1, workers: int = -1, pin: bool = False,
 ) -> Iterable[Batch]:  # fmt: skip
     """This process's part of the batches of steps `start_step` to `steps` - 1.
@@ -59,7 +59,7 @@ def loader(
         pin: whether to put batches into page-locked memory, for a GPU.
 
     Raises:
-        ValueError: if the batch cannot be shared out, the source is empty, or as Places.
+        ValueError: if the batch cannot be shared out, the source is empty, or as TrainDataset.
         RuntimeError: while iterating, if a worker dies (or ConnectionError, if it dies while it hands a batch
             over), or if no readable image is found for a place.
     """
@@ -75,13 +75,18 @@ def loader(
     places = [start + rank * own + i for start in range(0, batch, part) for i in range(own)]
     pixels = sum(group.count * group.size**2 for group in (crops.globals, crops.locals)) * len(crops.mean)
     return data_loader(
-        Places(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers, pin,
-        batch_bytes=pixels * len(places),  # of 8 bits
+        TrainDataset(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers,
+        pin, batch_bytes=pixels * len(places),  # of 8 bits
     )  # fmt: skip
 
 
 def view_loader(
-    source: Source, cut: Cut, size: int, order: Iterable[list[tuple[int, int]]], workers: int, channels: int
+    source: ImageSource,
+    cut: Transform,
+    size: int,
+    order: Iterable[list[tuple[int, int]]],
+    workers: int,
+    channels: int,
 ) -> Iterable[EvalBatch]:
     """Views of images in the order of the caller: for each batch, (image, number of the draw) of each place.
 
@@ -91,14 +96,16 @@ def view_loader(
     return data_loader(_Views(source, cut), order, blank, workers, pin=False)
 
 
-class Places(Dataset[Sample]):
+class TrainDataset(Dataset[Sample]):
     """The samples of a run, by (step, place).
 
     Raises:
         ValueError: if crops.decode=reduced and the source has no files to decode.
     """
 
-    def __init__(self, source: Source, crops: Crops, masks: BlockMasks | None, seed: int, batch: int) -> None:
+    def __init__(
+        self, source: ImageSource, crops: Crops, masks: BlockMasks | None, seed: int, batch: int
+    ) -> None:
         if crops.decode == "reduced" and not hasattr(source, "stored"):
             raise ValueError(
                 f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} gives "
@@ -136,7 +143,7 @@ class Places(Dataset[Sample]):
             f"{', '.join(list(unreadable)[-3:])}: {list(unreadable.values())[-1]}"
         )
 
-    def picture(self, index: int, rng: np.random.Generator) -> tuple[Picture, CropBoxes]:
+    def picture(self, index: int, rng: np.random.Generator) -> tuple[ImageLike, CropBoxes]:
         """An image, decoded, and where in it its crops lie."""
         if self.crops.decode == "reduced":
             source: Any = self.source
@@ -155,9 +162,9 @@ class Places(Dataset[Sample]):
                 yield other
 
     def _colour(self, group: CropGroup, rng: np.random.Generator) -> Tensor:
-        rows = np.zeros((group.count, photometric.COLUMNS), dtype=np.float32)
+        rows = np.zeros((group.count, augment.COLUMNS), dtype=np.float32)
         for crop in range(group.count):
-            rows[crop] = photometric.draw(self.crops, group, crop, rng)
+            rows[crop] = augment.draw(self.crops, group, crop, rng)
         return torch.from_numpy(rows)
 
     def _masks(self, step: int, place: int) -> Tensor | None:
@@ -172,7 +179,7 @@ class Places(Dataset[Sample]):
 class _Views(Dataset[tuple[int, Tensor | None, int, str]]):
     """Number, view, label and name of each image; no view if the image is unreadable."""
 
-    def __init__(self, source: Source, cut: Cut) -> None:
+    def __init__(self, source: ImageSource, cut: Transform) -> None:
         self.source, self.cut = source, cut
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[int, Tensor | None, int, str]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.config.load import Masks
-from dinokit.data.order import hash_key, permute
+from dinokit.data.sampler import hash_key, permute
 
 ATTEMPTS = 10  # boxes tried before a mask stays as it is
 LEAST_AREA = 4.0  # patches in a box

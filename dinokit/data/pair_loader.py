@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dinokit.data.dense import Pairs
-from dinokit.data.order import generator, image_at
-from dinokit.data.pair_crops import Pair, to_bytes, to_pair
-from dinokit.data.sources import Picture
+from dinokit.data.dense import DenseSource
+from dinokit.data.dense_transforms import Pair, to_tensors, to_uint8
+from dinokit.data.sampler import generator, image_at
+from dinokit.data.sources import ImageLike
 from dinokit.data.workers import UNREADABLE, Steps, data_loader
 
-Cut = Callable[[Picture, np.ndarray, np.random.Generator], Pair]
+DenseTransform = Callable[[ImageLike, np.ndarray, np.random.Generator], Pair]
 PAIR = 3  # stream of random numbers of one place
 
 
@@ -39,7 +39,7 @@ class WholePair(NamedTuple):
 
 
 def training_pairs(
-    pairs: Pairs, cut: Cut, *, seed: int, start: int, steps: int, batch: int,
+    pairs: DenseSource, cut: DenseTransform, *, seed: int, start: int, steps: int, batch: int,
     rank: int = 0, world: int = 1, workers: int = -1,
 ) -> Iterator[PairBatch]:  # fmt: skip
     """This process's part of the batches of steps `start` to `steps` - 1.
@@ -67,7 +67,7 @@ def training_pairs(
         yield PairBatch(torch.stack([row[0] for row in good]), torch.stack([row[1] for row in good]))
 
 
-def whole_pairs(pairs: Pairs, indices: Sequence[int], workers: int = -1) -> Iterator[WholePair]:
+def whole_pairs(pairs: DenseSource, indices: Sequence[int], workers: int = -1) -> Iterator[WholePair]:
     """Pairs by number, one at a time, in that order.
 
     Raises:
@@ -79,7 +79,7 @@ def whole_pairs(pairs: Pairs, indices: Sequence[int], workers: int = -1) -> Iter
 
 
 class _Cuts(Dataset[tuple[Any, ...] | str]):
-    def __init__(self, pairs: Pairs, cut: Cut, seed: int, batch: int) -> None:
+    def __init__(self, pairs: DenseSource, cut: DenseTransform, seed: int, batch: int) -> None:
         self.pairs, self.cut, self.seed, self.batch = pairs, cut, seed, batch
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[Any, ...] | str:
@@ -93,15 +93,15 @@ class _Cuts(Dataset[tuple[Any, ...] | str]):
 
 
 class _Wholes(Dataset[tuple[Any, ...] | str]):
-    def __init__(self, pairs: Pairs) -> None:
+    def __init__(self, pairs: DenseSource) -> None:
         self.pairs = pairs
 
     def __getitem__(self, index: int) -> tuple[Any, ...] | str:
         try:
-            image, target = to_pair(*self.pairs[index])
+            image, target = to_tensors(*self.pairs[index])
         except UNREADABLE as error:
             return _complaint(error, self.pairs.name(index))
-        return index, to_bytes(image), target
+        return index, to_uint8(image), target
 
 
 def _complaint(error: BaseException, name: str) -> str:

@@ -8,9 +8,9 @@ are moved to its nearest pixels. What it spares and what it changes: docs/perfor
 import numpy as np
 
 from dinokit.config.load import Crops
-from dinokit.data.crops import Box, CropBoxes, MultiCrop, size_of
 from dinokit.data.decode import decode, jpeg_size
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
+from dinokit.data.transforms import Box, CropBoxes, MultiCrop, size_of
 
 # The factor that is left to our own resizing. Its filter then passes only what lies below half of the
 # frequencies that libjpeg kept, where the two agree; at 1 the error is two to four times as large.
@@ -19,7 +19,7 @@ LEAST = 2.0
 
 def read_reduced(
     data: bytes, name: str, cut: MultiCrop, rng: np.random.Generator
-) -> tuple[Picture, CropBoxes]:
+) -> tuple[ImageLike, CropBoxes]:
     """The image in a file, as small as its crops allow, and where in it they lie.
 
     Args:

@@ -5,28 +5,28 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dinokit.data.crops import ATTEMPTS, center_crop, random_box, resize, to_tensor
-from dinokit.data.order import generator
-from dinokit.data.sources import Picture
+from dinokit.data.sampler import generator
+from dinokit.data.sources import ImageLike
+from dinokit.data.transforms import ATTEMPTS, center_crop, random_box, resize, to_tensor
 
-Cut = Callable[[Picture, int, int], Tensor]  # image, its number, number of the draw -> (C, size, size)
+Transform = Callable[[ImageLike, int, int], Tensor]  # (image, its index, draw) -> (C, size, size)
 Boxes = Mapping[int, tuple[float, float, float, float]]  # by image: left, top, right, bottom, in pixels
 _STREAM = 7  # of random numbers; training's are the first three
 
 
 @dataclass(frozen=True)
-class Middle:
+class CenterCrop:
     """The shorter side brought to `resize`, then the middle; the same in every draw."""
 
     resize: int  # pixels
     size: int  # pixels
 
-    def __call__(self, image: Picture, index: int, draw: int) -> Tensor:
+    def __call__(self, image: ImageLike, index: int, draw: int) -> Tensor:
         return center_crop(image, self.resize, self.size)
 
 
 @dataclass(frozen=True)
-class RandomPart:
+class RandomResizedCrop:
     """A random box, resized, and mirrored half the time: how DINO and DINOv2 train their linear classifiers.
 
     Which box is a function of (seed, draw, index) alone.
@@ -38,7 +38,7 @@ class RandomPart:
     ratio: tuple[float, float] = (0.75, 4 / 3)  # of width to height
     flip: float = 0.5  # probability
 
-    def __call__(self, image: Picture, index: int, draw: int) -> Tensor:
+    def __call__(self, image: ImageLike, index: int, draw: int) -> Tensor:
         pixels = to_tensor(image)
         height, width = pixels.shape[2:]
         mirror, *draws = generator(self.seed, draw, index, _STREAM).random(1 + 2 * ATTEMPTS + 2).tolist()
@@ -48,7 +48,7 @@ class RandomPart:
 
 
 @dataclass(frozen=True)
-class Whole:
+class ResizeLongerSide:
     """All of an image, or of its box, the longer side brought to `longest`, then cut to whole patches.
 
     Images of different shapes cannot share a batch.
@@ -58,7 +58,7 @@ class Whole:
     patch: int  # pixels
     boxes: Boxes = field(default_factory=dict)
 
-    def __call__(self, image: Picture, index: int, draw: int) -> Tensor:
+    def __call__(self, image: ImageLike, index: int, draw: int) -> Tensor:
         pixels = to_tensor(image)
         if index in self.boxes:
             left, top, right, bottom = (round(edge) for edge in self.boxes[index])

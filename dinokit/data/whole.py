@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinokit.data.batch import stack
-from dinokit.data.crops import center_crop, resize, to_tensor
-from dinokit.data.sources import Picture, Source
+from dinokit.data.sources import ImageLike, ImageSource
+from dinokit.data.transforms import center_crop, resize, to_tensor
 from dinokit.data.workers import UNREADABLE, data_loader
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitTransform:
     """How an image becomes one that can be cut in patches.
 
     crop: the shorter side to `resize`, and of that the middle, `size` x `size`. pad, resize: the whole image,
@@ -32,7 +32,7 @@ class Fit:
     resize: int  # pixels; read by crop alone
     patch: int  # pixels
 
-    def __call__(self, image: Picture) -> Tensor:
+    def __call__(self, image: ImageLike) -> Tensor:
         """(C, h, w) uint8, or float32 in [0, 1]."""
         if self.how == "crop":
             return center_crop(image, self.resize, self.size)
@@ -57,7 +57,7 @@ class WholeBatch:
 
 
 def whole_loader(
-    source: Source, fit: Fit, ranges: Iterable[range], batch: int, workers: int, pin: bool
+    source: ImageSource, fit: FitTransform, ranges: Iterable[range], batch: int, workers: int, pin: bool
 ) -> Iterable[WholeBatch]:
     """The images of each range in order, `batch` at a time; no batch has images of two ranges."""
     return data_loader(_Fitted(source, fit), _Batches(list(ranges), batch), _collate, workers, pin)
@@ -66,7 +66,7 @@ def whole_loader(
 class _Fitted(Dataset[tuple[int, Tensor | None, int, str]]):
     """Number, pixels, label, and what is wrong with each image; no pixels if it is unreadable."""
 
-    def __init__(self, source: Source, fit: Fit) -> None:
+    def __init__(self, source: ImageSource, fit: FitTransform) -> None:
         self.source, self.fit = source, fit
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, int, str]:

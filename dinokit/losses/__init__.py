@@ -17,7 +17,7 @@ from functools import cached_property
 from torch import Tensor
 
 from dinokit.losses._targets import Targets, Which, sinkhorn_knopp
-from dinokit.models.head import Scores, slices
+from dinokit.models.head import LazyLogits, slices
 
 
 @dataclass
@@ -27,17 +27,17 @@ class Views:
     `scores.logits()` gives all logits; loss and gradient without them is what losses/_entropy.py is for.
     """
 
-    student_cls: Scores  # (G+L, B, K) of the class token, global crops first
-    teacher_cls: Scores  # (G, B, K)
+    student_cls: LazyLogits  # (G+L, B, K) of the class token, global crops first
+    teacher_cls: LazyLogits  # (G, B, K)
     student_feature: Tensor  # (G, B, D) class token of the backbone, after its final norm
-    student_patch: Scores  # (M, K') of masked patches; M may be 0
-    teacher_patch: Scores  # (M, K') of the same places in the unmasked crops
+    student_patch: LazyLogits  # (M, K') of masked patches; M may be 0
+    teacher_patch: LazyLogits  # (M, K') of the same places in the unmasked crops
     mask_weight: Tensor  # (M,) one over the number of masked patches in the same crop
     teacher_temp: float
     new_step: bool  # the first forward pass of an optimiser step; only then may kept statistics move on
     whole_logits: bool = False  # compute losses from all logits at once, as they are written in the papers
 
-    def teacher(self, which: Which) -> Scores:
+    def teacher(self, which: Which) -> LazyLogits:
         """The teacher's scores by one of the heads."""
         return self.teacher_cls if which == "cls" else self.teacher_patch
 

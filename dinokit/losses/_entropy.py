@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from dinokit.losses._targets import Targets
-from dinokit.models.head import Scores
+from dinokit.models.head import LazyLogits
 
 
-def cross_entropy(student: Scores, targets: Targets, pairs: Tensor, weight: Tensor, temp: float) -> Tensor:
+def cross_entropy(
+    student: LazyLogits, targets: Targets, pairs: Tensor, weight: Tensor, temp: float
+) -> Tensor:
     """The sum over s, t, b of pairs[s, t] * weight[b] * H(targets[t, b], softmax(student[s, b] / temp)).
 
     H(p, q) is -sum(p log q) over the prototypes. Returns (), float32; its gradient goes to the student alone.
@@ -46,7 +48,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         norm = rows.new_full(rows.shape[:2], -torch.inf, dtype=torch.float32)  # (S, b)
         inner = weight.new_zeros(len(weight), *pairs.shape)  # (b, S, T)
-        scores = Scores(rows, prototypes)
+        scores = LazyLogits(rows, prototypes)
         for part, target in _by_slice(targets):
             z = scores.logits(part).float().div_(temp)  # (S, b, k)
             inner += torch.einsum("sbk,tbk->bst", z, target)
@@ -60,7 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows, prototypes, pairs, weight, norm, *targets = ctx.saved_tensors
         share = (pairs.sum(dim=1)[:, None] * weight).log() - norm  # (S, b)
         pulls = (pairs.T[:, :, None] * weight)[..., None]  # (T, S, b, 1)
-        scores, flat, scale = Scores(rows, prototypes), rows.flatten(0, 1), grad / ctx.temp
+        scores, flat, scale = LazyLogits(rows, prototypes), rows.flatten(0, 1), grad / ctx.temp
         grad_rows = torch.zeros_like(flat, dtype=torch.float32)
         grad_prototypes = torch.empty_like(prototypes)
         for part, target in _by_slice(targets):

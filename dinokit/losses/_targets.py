@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from dinokit.models.head import Scores, slices
+from dinokit.models.head import LazyLogits, slices
 from dinokit.runtime.distributed import all_reduce_max, all_reduce_sum
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Targets:
 
 @torch.no_grad()
 def sinkhorn_knopp(
-    scores: Sequence[Scores],
+    scores: Sequence[LazyLogits],
     temp: float,
     iterations: int = 3,
     parts: Sequence[Sequence[slice]] | None = None,
@@ -128,9 +128,9 @@ def build_targets(kind: Literal["sinkhorn", "centering"], momentum: float) -> nn
     return Sinkhorn() if kind == "sinkhorn" else Centering(momentum)
 
 
-def _logits(scores: Scores, parts: Sequence[slice]) -> list[Tensor]:
+def _logits(scores: LazyLogits, parts: Sequence[slice]) -> list[Tensor]:
     """(R, k) float32 a slice."""
-    flat = Scores(scores.rows.flatten(0, -2), scores.prototypes)
+    flat = LazyLogits(scores.rows.flatten(0, -2), scores.prototypes)
     return [flat.logits(part).float() for part in parts]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dinokit.losses import Views
 from dinokit.losses._entropy import cross_entropy
 from dinokit.losses._targets import Targets, build_targets
-from dinokit.models.head import Scores
+from dinokit.models.head import LazyLogits
 
 
 @dataclass
@@ -54,7 +54,7 @@ class IBOTLoss(nn.Module):
         if views.whole_logits:
             student, teacher = views.student_patch.logits(), targets.probabilities()
             return ibot(student, teacher, views.mask_weight, crops, self.student_temp)
-        one = Scores(views.student_patch.rows[None], views.student_patch.prototypes)
+        one = LazyLogits(views.student_patch.rows[None], views.student_patch.prototypes)
         pairs = views.mask_weight.new_ones(1, 1)
         return cross_entropy(one, targets, pairs, views.mask_weight / crops, self.student_temp)
 

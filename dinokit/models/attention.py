@@ -1,6 +1,6 @@
 """Attention over crops of different sizes in one pass; the only file that knows an attention kernel.
 
-The tokens of a step are laid end to end as rows, and a Segments remembers which rows are one image. Norms,
+The tokens of a step are laid end to end as rows, and a PackedBatch remembers which rows are one image. Norms,
 MLPs and residuals work row by row and never ask; only attend() does.
 
     T  rows: the sum over groups of images * tokens      H  attention heads
@@ -27,7 +27,7 @@ from dinokit.models.linear import LayerScale, after_norm, project
 
 
 @dataclass(frozen=True)
-class Segments:
+class PackedBatch:
     """How rows (T, D) are made of groups of images with equally many tokens."""
 
     groups: tuple[tuple[int, int], ...]  # (images, tokens an image) of each group, in the order of the rows
@@ -50,7 +50,7 @@ Kernel = Literal["auto", "sdpa", "xformers", "varlen"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 
-def attend(qkv: Tensor, heads: int, segments: Segments, kernel: Kernel = "auto") -> Tensor:
+def attend(qkv: Tensor, heads: int, segments: PackedBatch, kernel: Kernel = "auto") -> Tensor:
     """Softmax attention inside each image, never across two.
 
     Args:
@@ -72,7 +72,7 @@ def attend(qkv: Tensor, heads: int, segments: Segments, kernel: Kernel = "auto")
         q, k, v = _by_head(segments.split(qkv)[0], 3, heads).contiguous()  # (images, H, tokens, d) each
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
     alone = zip(segments.split(qkv), segments.groups, strict=True)
-    return torch.cat([attend(x.flatten(0, 1), heads, Segments((group,)), kernel) for x, group in alone])
+    return torch.cat([attend(x.flatten(0, 1), heads, PackedBatch((group,)), kernel) for x, group in alone])
 
 
 def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str:
@@ -83,7 +83,7 @@ def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str:
         return f"it needs CUDA, and this is {device.type}"
     try:
         x = torch.zeros(16, 3 * 32, device=device, dtype=dtype, requires_grad=True)
-        attend(x, 1, Segments(((2, 8),)), kernel).sum().backward()
+        attend(x, 1, PackedBatch(((2, 8),)), kernel).sum().backward()
     except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
         return str(error).strip().splitlines()[0]
     return ""
@@ -109,7 +109,7 @@ def use_kernel(network: nn.Module, kernel: Kernel, device: torch.device, dtype: 
         layer.kernel = kernel
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: PackedBatch) -> Tensor:
     ops = import_module("xformers.ops")
     lengths = [tokens for images, tokens in segments.groups for _ in range(images)]
     mask = ops.fmha.BlockDiagonalMask.from_seqlens(lengths, device=q.device)
@@ -117,7 +117,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return out[0]
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: PackedBatch) -> Tensor:
     starts = segments.starts(q.device)
     longest = max(tokens for _, tokens in segments.groups)
     varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
@@ -130,7 +130,7 @@ def _by_head(group: Tensor, parts: int, heads: int) -> Tensor:
     return group.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def _is_short(qkv: Tensor, segments: Segments) -> bool:
+def _is_short(qkv: Tensor, segments: PackedBatch) -> bool:
     # The fused CPU kernel's backward is made for long sequences: at 17 to 197 tokens in bf16 the two plain
     # products took a fifth of its time on an AVX-512 machine, and their scores are small.
     return qkv.device.type == "cpu" and max(tokens for _, tokens in segments.groups) <= 256
@@ -140,7 +140,7 @@ class _Short(torch.autograd.Function):
     """Attention as two plain products a group; results are written where they belong, without a copy more."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, segments: Segments) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, heads: int, segments: PackedBatch) -> Tensor:
         out, kept = qkv.new_empty(len(qkv), qkv.shape[1] // 3), []
         for group, done in zip(segments.split(qkv), segments.split(out), strict=True):
             split = _by_head(group, 3, heads).contiguous()
@@ -191,7 +191,7 @@ class Attention(nn.Module):
     def forward(
         self,
         rows: Tensor,
-        segments: Segments,
+        segments: PackedBatch,
         scale: LayerScale | None = None,
         norm: nn.LayerNorm | None = None,
         read: Tensor | None = None,

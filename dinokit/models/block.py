@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.models.attention import Attention, Segments
+from dinokit.models.attention import Attention, PackedBatch
 from dinokit.models.linear import LayerScale, after_norm, is_bare, is_hooked, project
 
 NORM_EPS = 1e-6  # both generations use it, not PyTorch's 1e-5
@@ -60,9 +60,9 @@ class SwiGLU(nn.Module):
 
 def residual(
     rows: Tensor,
-    segments: Segments,
+    segments: PackedBatch,
     rate: float,
-    branch: Callable[[Tensor, Segments], Tensor],
+    branch: Callable[[Tensor, PackedBatch], Tensor],
     overwrite: bool = False,
 ) -> Tensor:
     """Rows + branch(rows), the branch computed on a random subset of the images of each group only.
@@ -93,11 +93,11 @@ def residual(
         kept.append((keep, tokens))
         start += images * tokens
     places = torch.cat(index)  # (T',)
-    out = branch(rows.index_select(0, places), Segments(tuple(kept))) * torch.cat(scale)
+    out = branch(rows.index_select(0, places), PackedBatch(tuple(kept))) * torch.cat(scale)
     return rows.index_add(0, places, out.to(rows.dtype))
 
 
-def gains(segments: Segments, rate: float, read: Tensor) -> Tensor:
+def gains(segments: PackedBatch, rate: float, read: Tensor) -> Tensor:
     """What residual() would multiply the branch of the rows `read` (t,) by: 0 or the scale, (t, 1)."""
     parts = []
     for images, tokens in segments.groups:
@@ -128,7 +128,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width) if ffn == "mlp" else SwiGLU(width)
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else None
 
-    def forward(self, rows: Tensor, segments: Segments, read: Tensor | None = None) -> Tensor:
+    def forward(self, rows: Tensor, segments: PackedBatch, read: Tensor | None = None) -> Tensor:
         """(T, D) -> (T, D); or, of `read` (t,), these rows of it alone: (t, D)."""
         rate = self.drop_path if self.training else 0.0
         if read is not None:
@@ -146,7 +146,7 @@ class Block(nn.Module):
         bare = known and is_bare(scale, LayerScale) and not is_hooked(branch)
         return self.training and self.overwrite and bare
 
-    def _read(self, rows: Tensor, segments: Segments, rate: float, read: Tensor) -> Tensor:
+    def _read(self, rows: Tensor, segments: PackedBatch, rate: float, read: Tensor) -> Tensor:
         # All rows are keys and values. What follows needs few of them, so that stochastic depth multiplies by
         # zero here: rows left out would have to be counted, for which a GPU would be waited for.
         out = self.attn(rows, segments, self.ls1, self.norm1, read)

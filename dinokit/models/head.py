@@ -14,26 +14,26 @@ CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 
 
 @dataclass
-class Scores:
+class LazyLogits:
     """Prototype logits that are not computed yet: rows on the unit sphere, and what meets them there."""
 
     rows: Tensor  # (..., w)
     prototypes: Tensor  # (K, w)
 
-    def by_crop(self, images: int) -> "Scores":
+    def by_crop(self, images: int) -> "LazyLogits":
         """The rows (crops * images, w), crop after crop, as (crops, images, w)."""
-        return Scores(self.rows.unflatten(0, (-1, images)), self.prototypes)
+        return LazyLogits(self.rows.unflatten(0, (-1, images)), self.prototypes)
 
-    def detach(self) -> "Scores":
+    def detach(self) -> "LazyLogits":
         """The same, without a gradient."""
-        return Scores(self.rows.detach(), self.prototypes.detach())
+        return LazyLogits(self.rows.detach(), self.prototypes.detach())
 
     def logits(self, part: slice = slice(None)) -> Tensor:
         """Logits (..., K) of all prototypes, or of a part of them."""
         return F.linear(self.rows, self.prototypes[part])
 
 
-def slices(*scores: Scores) -> list[slice]:
+def slices(*scores: LazyLogits) -> list[slice]:
     """The prototypes, which these have alike, in slices whose logits are few for whoever has most rows."""
     rows = max(s.rows.shape[:-1].numel() for s in scores)
     return _chunks(len(scores[0].prototypes), rows, scores[0].rows.device)
@@ -108,8 +108,8 @@ class PrototypeHead(nn.Module):
         self.mlp = nn.Sequential(*steps[:-1]) if layers > 1 else steps[0]
         self.last_layer = Prototypes(bottleneck, prototypes, norm_last_layer)
 
-    def forward(self, x: Tensor) -> Scores:
+    def forward(self, x: Tensor) -> LazyLogits:
         """(..., D) -> the scores of (..., w), in the dtype that the MLP computes in."""
         x = self.mlp(x)
         unit = F.normalize(x.float(), dim=-1)  # in half precision the least length would be zero
-        return Scores(unit.to(x.dtype), self.last_layer(x.dtype))
+        return LazyLogits(unit.to(x.dtype), self.last_layer(x.dtype))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.models import Input, Tokens
-from dinokit.models.attention import Segments
+from dinokit.models.attention import PackedBatch
 from dinokit.models.block import NORM_EPS, Block
 
 SIZES = {
@@ -211,9 +211,9 @@ class VisionTransformer(nn.Module):
             if i in wanted:
                 yield segments.split(rows)[0]
 
-    def _embed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Segments]:
+    def _embed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, PackedBatch]:
         groups = [self._embed_group(x, mask) for x, mask in zip(crops, masks, strict=True)]
-        segments = Segments(tuple((x.shape[0], x.shape[1]) for x in groups))
+        segments = PackedBatch(tuple((x.shape[0], x.shape[1]) for x in groups))
         return torch.cat([x.flatten(0, 1) for x in groups]), segments
 
     def _embed_group(self, x: Tensor, mask: Tensor | None) -> Tensor:

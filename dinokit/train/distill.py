@@ -27,7 +27,7 @@ from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
 from dinokit.losses import Views
 from dinokit.models import Tokens
-from dinokit.models.head import Scores
+from dinokit.models.head import LazyLogits
 from dinokit.runtime.distributed import local
 from dinokit.train.frozen import read_teacher
 from dinokit.train.student_teacher import Network, both_scores, build_head, read
@@ -45,7 +45,7 @@ class Guide(nn.Module):
         if recipe.heads.patch is not None:
             self.ibot_head = build_head(width, recipe.heads.patch)
 
-    def forward(self, cls: Tensor, patches: Tensor) -> tuple[Scores, Scores]:
+    def forward(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
         """Of class tokens (C, D) and patches (M, D), by the patches' own head or the same."""
         return both_scores(self.dino_head, None if self.shared else self.ibot_head, cls, patches)
 
@@ -113,7 +113,7 @@ class Distillation(nn.Module):
                 values |= self._guide(views, teacher, seen)
         return values
 
-    def _guide(self, views: Views, teacher: tuple[Scores, Scores], seen: Tokens) -> dict[str, Tensor]:
+    def _guide(self, views: Views, teacher: tuple[LazyLogits, LazyLogits], seen: Tokens) -> dict[str, Tensor]:
         """The losses with the teacher as its own student; those that heads have no part in are left out."""
         images = views.teacher_cls.rows.shape[1]
         own = replace(

@@ -9,10 +9,9 @@ import torch
 from dinokit.config.load import Recipe
 from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
-from dinokit.runtime import allocator
-from dinokit.runtime.device import keeps_memory, pick_device
+from dinokit.runtime.device import keep_freed_memory, pick_device
 from dinokit.runtime.distributed import rank, world_size
 from dinokit.runtime.log import RunLog, before_and_after
 from dinokit.runtime.signals import Stopped, stop_signals
@@ -32,7 +31,7 @@ from dinokit.train.watchdog import Watchdog
 __all__ = ["Evaluator", "Run", "block_masks", "train"]
 
 
-def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) -> Path:
+def train(recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = ()) -> Path:
     """Run a recipe on a source of images, or go on with the run that is in its folder. Returns the folder.
 
     Raises:
@@ -43,13 +42,17 @@ def train(recipe: Recipe, source: Source, evaluators: Sequence[Evaluator] = ()) 
             by a signal of STOPS, the process no longer hears these, for a launcher repeats them.
     """
     device = pick_device(recipe.run.device)
-    allocator.keep_freed(keeps_memory(recipe.run))
+    keep_freed_memory(recipe.run)
     with joined(device, recipe.run.timeout_minutes) as watchdog, alone_in(Path(recipe.run.out)):
         return _train(recipe, source, evaluators, device, watchdog)
 
 
 def _train(
-    recipe: Recipe, source: Source, evaluators: Sequence[Evaluator], device: torch.device, watchdog: Watchdog
+    recipe: Recipe,
+    source: ImageSource,
+    evaluators: Sequence[Evaluator],
+    device: torch.device,
+    watchdog: Watchdog,
 ) -> Path:
     out = Path(recipe.run.out)
     agree(recipe, source, out)

@@ -3,7 +3,7 @@
 import torch
 
 from dinokit.config.load import Recipe
-from dinokit.data.photometric import Photometric
+from dinokit.data.augment import Photometric
 from dinokit.train.activations import activations
 from dinokit.train.loop import block_masks
 from dinokit.train.parallel import STATE_BYTES

@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 import dinokit
 from dinokit.config.load import Recipe
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.runtime.device import pick_device
 from dinokit.runtime.distributed import Launch, gather_objects, launch, of_first, rank, world_size
 from dinokit.runtime.signals import Stopped
@@ -86,7 +86,7 @@ def joined(device: torch.device, minutes: float) -> Iterator[Watchdog]:
         raise
 
 
-def agree(recipe: Recipe, source: Source, out: Path) -> None:
+def agree(recipe: Recipe, source: ImageSource, out: Path) -> None:
     """Compare what every process would train on, and whether all see the same `run.out`.
 
     Raises:
@@ -120,7 +120,7 @@ def agree(recipe: Recipe, source: Source, out: Path) -> None:
         )
 
 
-def seen_here(recipe: Recipe, source: Source) -> dict[str, Any]:
+def seen_here(recipe: Recipe, source: ImageSource) -> dict[str, Any]:
     """What must be the same in every process, in words that can be compared and shown."""
     return {
         "host": socket.gethostname(),
@@ -132,7 +132,7 @@ def seen_here(recipe: Recipe, source: Source) -> dict[str, Any]:
     }
 
 
-def images_of(source: Source) -> dict[str, Any]:
+def images_of(source: ImageSource) -> dict[str, Any]:
     """What must stay the same of the images when a run goes on, as well."""
     n = len(source)
     names = [source.name(i * n // NAMES) for i in range(min(NAMES, n))]

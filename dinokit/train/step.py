@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dinokit.config.load import Recipe
+from dinokit.data.augment import Photometric
 from dinokit.data.batch import Batch
-from dinokit.data.photometric import Photometric
 from dinokit.runtime.device import DTYPES
 from dinokit.runtime.distributed import rank, world_size
 from dinokit.train import state
@@ -53,13 +53,13 @@ class Step:
         torch.manual_seed(_mix(self.recipe.run.seed, step, rank()))
         self.optimizer.zero_grad()
         values = self._backward(batch)
-        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # AdamW keeps to its contract
+        self.scaler.unscale_(self.optimizer)
         values |= {f"grad_{name}": norm for name, norm in clip_gradients(self.model.student, optim).items()}
         if optim.head_freeze == "gradient" and step < optim.head_frozen:
             drop_prototype_gradients(self.optimizer)
         s = self.schedules
         set_rates(self.optimizer, s.rates(step), s.weight_decay(step))
-        self.scaler.step(self.optimizer)  # type: ignore[arg-type]
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         # Also after an overflow, which left the student as it was: to ask for that would wait for the device.
         self.model.update_teacher(s.momentum(step))

@@ -15,7 +15,7 @@ from dinokit.config.load import Head, Recipe
 from dinokit.data.batch import Batch
 from dinokit.losses import Views
 from dinokit.models import Backbone, Input
-from dinokit.models.head import PrototypeHead, Scores
+from dinokit.models.head import LazyLogits, PrototypeHead
 from dinokit.runtime.distributed import local
 
 
@@ -32,20 +32,20 @@ class Network(nn.Module):
         if recipe.heads.patch is not None:
             self.ibot_head = build_head(self.backbone.width, recipe.heads.patch)
 
-    def scores(self, cls: Tensor, patches: Tensor) -> tuple[Scores, Scores]:
+    def scores(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
         """Of class tokens (C, D) and masked patches (M, D), by the patches' own head or the same."""
         return both_scores(self.dino_head, None if self.shared else self.ibot_head, cls, patches)
 
 
 def both_scores(
     head: nn.Module, patch_head: nn.Module | None, cls: Tensor, patches: Tensor
-) -> tuple[Scores, Scores]:
+) -> tuple[LazyLogits, LazyLogits]:
     """Of class tokens (C, D) and patches (M, D), by two heads, or in one pass by the first."""
     if patch_head is not None:
         return head(cls), patch_head(patches)
-    both: Scores = head(torch.cat([cls, patches]))
+    both: LazyLogits = head(torch.cat([cls, patches]))
     rows = both.rows.split([len(cls), len(patches)])
-    return Scores(rows[0], both.prototypes), Scores(rows[1], both.prototypes)
+    return LazyLogits(rows[0], both.prototypes), LazyLogits(rows[1], both.prototypes)
 
 
 class Read(NamedTuple):

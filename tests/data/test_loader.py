@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from dinokit.config.load import CropGroup, Crops, Masks
+from dinokit.data.augment import Photometric
 from dinokit.data.batch import Batch
 from dinokit.data.loader import EvalBatch, loader, view_loader
 from dinokit.data.masks import BlockMasks
-from dinokit.data.order import image_at
-from dinokit.data.photometric import Photometric
-from dinokit.data.views import Middle
+from dinokit.data.sampler import image_at
+from dinokit.data.views import CenterCrop
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
@@ -238,7 +238,7 @@ def test_what_workers_receive_can_be_pickled() -> None:
 
 def middles(source: Plain, batch: int, workers: int) -> Iterable[EvalBatch]:
     order = [[(i, 0) for i in range(j, min(j + batch, len(source)))] for j in range(0, len(source), batch)]
-    return view_loader(source, Middle(40, 32), 32, order, workers, channels=3)
+    return view_loader(source, CenterCrop(40, 32), 32, order, workers, channels=3)
 
 
 def test_images_for_evaluation_come_in_order_with_their_labels() -> None:

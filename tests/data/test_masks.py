@@ -7,7 +7,7 @@ import pytest
 
 from dinokit.config.load import Masks
 from dinokit.data.masks import BlockMasks
-from dinokit.data.order import generator
+from dinokit.data.sampler import generator
 
 
 def step_of(cfg: Masks, grid: tuple[int, int], total: int, seed: int = 0, step: int = 0) -> np.ndarray:

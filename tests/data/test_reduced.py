@@ -13,12 +13,12 @@ from PIL import Image
 
 from dinokit.config.load import CropGroup, Crops, load_recipe
 from dinokit.data.batch import Batch
-from dinokit.data.crops import Box, CropBoxes, MultiCrop, size_of
 from dinokit.data.decode import decode, jpeg_size
 from dinokit.data.loader import loader
-from dinokit.data.order import generator
 from dinokit.data.reduced import LEAST, moved, read_reduced, smallest_part
-from dinokit.data.sources import Picture, folder, scenes
+from dinokit.data.sampler import generator
+from dinokit.data.sources import ImageLike, folder, scenes
+from dinokit.data.transforms import Box, CropBoxes, MultiCrop, size_of
 from dinokit.train.folder import differences
 
 CUT = MultiCrop(Crops())  # 2 x 224 and 8 x 96, as DINO and DINOv2 have them
@@ -47,7 +47,7 @@ def whole(data: bytes, cut: MultiCrop, place: int) -> tuple[torch.Tensor, torch.
     return cut(image, cut.draw(*size_of(image), generator(0, 0, place, 0)))
 
 
-def read(data: bytes, cut: MultiCrop, place: int) -> tuple[Picture, CropBoxes]:
+def read(data: bytes, cut: MultiCrop, place: int) -> tuple[ImageLike, CropBoxes]:
     return read_reduced(data, "x", cut, generator(0, 0, place, 0))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dinokit.config import registry
 from dinokit.config.load import section_values
-from dinokit.data.crops import center_crop
+from dinokit.data.transforms import center_crop
 from dinokit.eval.knn import Config, evaluate
 from dinokit.models import Input, Tokens
 

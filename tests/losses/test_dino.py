@@ -7,7 +7,7 @@ import torch
 
 from dinokit.losses import Views
 from dinokit.losses.dino import Config, DINOLoss, dino
-from dinokit.models.head import Scores
+from dinokit.models.head import LazyLogits
 
 
 def by_hand(student: list, teacher: list, temp: float) -> float:
@@ -52,7 +52,7 @@ def test_a_crop_is_never_asked_to_predict_itself(generator):
 
 def views(student: torch.Tensor, teacher: torch.Tensor, new_step: bool = True) -> Views:
     none, eye = torch.zeros(0, 1), torch.eye(student.shape[-1])
-    one, two, no_patch = (Scores(x, eye) for x in (student, teacher, teacher[0, :0]))
+    one, two, no_patch = (LazyLogits(x, eye) for x in (student, teacher, teacher[0, :0]))
     return Views(one, two, none, no_patch, no_patch, none, teacher_temp=0.05, new_step=new_step)
 
 

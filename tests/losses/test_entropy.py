@@ -9,7 +9,7 @@ from dinokit.losses import Views, dino, ibot
 from dinokit.losses._entropy import cross_entropy
 from dinokit.losses._targets import sinkhorn_knopp
 from dinokit.models import head
-from dinokit.models.head import Scores
+from dinokit.models.head import LazyLogits
 
 
 @pytest.fixture(params=[1, 40, 10**6])
@@ -21,7 +21,7 @@ def chunk(request, monkeypatch):
 def make(shape, k, generator, grad=False):
     rows = torch.nn.functional.normalize(torch.randn(*shape, 8, generator=generator), dim=-1)
     prototypes = torch.randn(k, 8, generator=generator) / 3
-    return Scores(rows.requires_grad_(grad), prototypes.requires_grad_(grad))
+    return LazyLogits(rows.requires_grad_(grad), prototypes.requires_grad_(grad))
 
 
 def both_ways(build, views):

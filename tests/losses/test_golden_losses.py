@@ -8,13 +8,13 @@ from dinokit.losses._targets import Centering, sinkhorn_knopp
 from dinokit.losses.dino import dino
 from dinokit.losses.ibot import ibot
 from dinokit.losses.koleo import koleo
-from dinokit.models.head import Scores
+from dinokit.models.head import LazyLogits
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def scores_of(logits: torch.Tensor) -> Scores:
-    return Scores(logits, torch.eye(logits.shape[1]))
+def scores_of(logits: torch.Tensor) -> LazyLogits:
+    return LazyLogits(logits, torch.eye(logits.shape[1]))
 
 
 def balanced(logits: torch.Tensor, temp: float) -> torch.Tensor:

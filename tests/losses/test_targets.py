@@ -7,11 +7,11 @@ import torch
 
 from dinokit.losses import Views, _targets
 from dinokit.losses._targets import Centering, sinkhorn_knopp
-from dinokit.models.head import Scores
+from dinokit.models.head import LazyLogits
 
 
-def scores_of(logits: torch.Tensor) -> Scores:
-    return Scores(logits, torch.eye(logits.shape[1]))
+def scores_of(logits: torch.Tensor) -> LazyLogits:
+    return LazyLogits(logits, torch.eye(logits.shape[1]))
 
 
 def balanced(logits: torch.Tensor, temp: float, iterations: int = 3) -> torch.Tensor:

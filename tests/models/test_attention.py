@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinokit.models.attention import KERNELS, Attention, Segments, attend, use_kernel, why_not
+from dinokit.models.attention import KERNELS, Attention, PackedBatch, attend, use_kernel, why_not
 
 
-def masked_softmax(qkv: torch.Tensor, heads: int, segments: Segments) -> torch.Tensor:
+def masked_softmax(qkv: torch.Tensor, heads: int, segments: PackedBatch) -> torch.Tensor:
     """Every row looks at every row, and those of other images are struck out."""
     image = torch.cat(
         [torch.arange(b).repeat_interleave(n) + 1000 * g for g, (b, n) in enumerate(segments.groups)]
@@ -39,7 +39,7 @@ def test_no_row_looks_at_another_image_whatever_computes_it(where, kernel, group
     reason = why_not(kernel, device, dtype)
     if reason:
         pytest.skip(reason)
-    segments, draw = Segments(tuple(groups)), torch.Generator().manual_seed(seed)
+    segments, draw = PackedBatch(tuple(groups)), torch.Generator().manual_seed(seed)
     rows = sum(images * tokens for images, tokens in groups)
     qkv = torch.randn(rows, 3 * heads * 32, generator=draw).to(device, dtype).requires_grad_()
     exact = qkv.detach().double().cpu().requires_grad_()
@@ -53,7 +53,7 @@ def test_no_row_looks_at_another_image_whatever_computes_it(where, kernel, group
 
 
 def test_the_starts_of_images_are_where_their_rows_begin():
-    assert Segments(((2, 3), (1, 4))).starts(torch.device("cpu")).tolist() == [0, 3, 6, 10]
+    assert PackedBatch(((2, 3), (1, 4))).starts(torch.device("cpu")).tolist() == [0, 3, 6, 10]
 
 
 @pytest.mark.parametrize("kernel", ["xformers", "varlen"])

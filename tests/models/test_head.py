@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.parametrizations import weight_norm
 
 from dinokit.models import head
-from dinokit.models.head import CPU_CHUNK, PrototypeHead, Prototypes, Scores, slices
+from dinokit.models.head import CPU_CHUNK, LazyLogits, PrototypeHead, Prototypes, slices
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_half_precision_features_of_length_zero_stay_finite():
 
 @pytest.mark.parametrize("rows", [(0,), (3, 5), (7,)])
 def test_slices_are_all_prototypes_once_and_small_for_whoever_has_most_rows(rows):
-    scores = Scores(torch.zeros(*rows, 2), torch.zeros(CPU_CHUNK // 3, 2))
-    parts = slices(Scores(torch.zeros(2, 2), scores.prototypes), scores)
+    scores = LazyLogits(torch.zeros(*rows, 2), torch.zeros(CPU_CHUNK // 3, 2))
+    parts = slices(LazyLogits(torch.zeros(2, 2), scores.prototypes), scores)
     covered = [i for part in parts for i in range(part.start, part.stop)]
     assert covered == list(range(len(scores.prototypes)))
     assert all((part.stop - part.start) * math.prod(rows) <= CPU_CHUNK for part in parts)

@@ -12,7 +12,7 @@ from dinokit.data.batch import Batch
 from dinokit.features import fingerprint
 from dinokit.losses import Views
 from dinokit.losses._targets import sinkhorn_knopp
-from dinokit.models.head import Scores
+from dinokit.models.head import LazyLogits
 from dinokit.train import loop
 from dinokit.train.distill import Distillation
 from dinokit.train.frozen import read_teacher
@@ -209,7 +209,7 @@ def test_fresh_heads_come_to_tell_apart_what_the_teacher_does(tiny, teacher):
 
     before = nats_told(guide, *draw(2000))
     optimizer = torch.optim.AdamW(guide.parameters(), lr=2e-3)
-    none, weight = Scores(torch.zeros(1, 1, 32), torch.eye(32)), torch.full((256,), 1 / 256)
+    none, weight = LazyLogits(torch.zeros(1, 1, 32), torch.eye(32)), torch.full((256,), 1 / 256)
     for _ in range(120):
         tokens = draw(256)[0]
         said = guide(tokens[:0], tokens)[1]

@@ -22,8 +22,8 @@ from dinokit.config.load import (
     Teacher,
     section_values,
 )
+from dinokit.data.augment import draw
 from dinokit.data.batch import Batch
-from dinokit.data.photometric import draw
 from dinokit.runtime.distributed import all_reduce_sum, full, rank, world_size
 from dinokit.train.step import Step
 

@@ -2,10 +2,10 @@
 
 A file defines `Config`, a dataclass with a field `split`, one of "all", "train", "test", and
 
-    build(cfg: Config) -> Pairs
+    build(cfg: Config) -> DenseSource
 
 A Config with a field `target` reads either map, "mask" or "depth"; the evaluator sets it. Opening must be
-cheap, and Pairs must pickle (loader processes receive a copy).
+cheap, and DenseSource must pickle (loader processes receive a copy).
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from typing import Protocol
 
 import numpy as np
 
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 
 IGNORE = -1  # the class id of a pixel that is not judged
 
 
-class Pairs(Protocol):
+class DenseSource(Protocol):
     """Images with a map each, by number, in an order that is the same every time."""
 
     classes: Sequence[str]  # names by id; empty where the maps are depths
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Picture, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         """The image, decoded, and its map (H, W), as large as the image.
 
         The map is int16 with class ids, IGNORE where nothing is judged; or float32 with metres, 0 where there

@@ -9,7 +9,7 @@ import numpy as np
 from dinokit.data.decode import SUFFIXES, decode, suffix
 from dinokit.data.dense._maps import ClassMaps, DepthMaps, check_size
 from dinokit.data.names import Names
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 from dinokit.data.sources._paths import existing
 from dinokit.data.sources._split import Rows
 
@@ -32,7 +32,7 @@ class PairedFiles:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Picture, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         row = self.rows[index]
         path, of = self.images / self.image_names[row], self.maps / self.map_names[row]
         image = decode(path.read_bytes(), str(path), self.channels)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Protocol
 
-from dinokit.data.dense import Pairs
+from dinokit.data.dense import DenseSource
 from dinokit.data.dense._files import PairedFiles, from_list, parts, read_lines
 from dinokit.data.dense._maps import depth_maps
 
@@ -21,7 +21,7 @@ class Listed(Protocol):
     channels: int  # as backbone.channels
 
 
-def listed(cfg: Listed) -> Pairs:
+def listed(cfg: Listed) -> DenseSource:
     """The pairs that the lists name.
 
     Raises:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinokit.data.decode import decode_map
 from dinokit.data.dense import IGNORE
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 
 _IDS = 1 << 16  # numbers that a map of 16 bits can hold
 _UNKNOWN = -2
@@ -106,7 +106,7 @@ def depth_maps(scale: float) -> DepthMaps:
     return DepthMaps(scale)
 
 
-def check_size(image: Picture, target: np.ndarray, name: str) -> None:
+def check_size(image: ImageLike, target: np.ndarray, name: str) -> None:
     """Hold an image and its map, called `name`, together.
 
     Raises:

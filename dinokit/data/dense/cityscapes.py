@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.dense import Pairs
+from dinokit.data.dense import DenseSource
 from dinokit.data.dense._files import PairedFiles, pair_up, parts
 from dinokit.data.dense._maps import class_maps
 
@@ -26,7 +26,7 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> Pairs:
+def build(cfg: Config) -> DenseSource:
     """Look through the folders.
 
     Raises:

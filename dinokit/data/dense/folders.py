@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.dense import Pairs
+from dinokit.data.dense import DenseSource
 from dinokit.data.dense._files import PairedFiles, pair_up
 from dinokit.data.dense._maps import class_maps, depth_maps
-from dinokit.data.sources._labels import Words
+from dinokit.data.sources._labels import Categorical
 from dinokit.data.sources._split import choose, side
 
 
@@ -30,7 +30,7 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> Pairs:
+def build(cfg: Config) -> DenseSource:
     """Look through both folders.
 
     Raises:
@@ -39,7 +39,7 @@ def build(cfg: Config) -> Pairs:
     root = Path(cfg.path).expanduser()
     images, maps = root / cfg.images, root / (cfg.maps or {"mask": "masks", "depth": "depth"}[cfg.target])
     pictures, targets = pair_up(images, maps)
-    tops = Words()
+    tops = Categorical()
     for name in pictures:
         tops.add(name.partition("/")[0] if "/" in name else "")
     said = (tops.codes, tops.words) if {"train", "test"} <= {side(word) for word in tops.words} else None

@@ -6,7 +6,7 @@ Images of the split without a depth map, which its lists mark with `None`, are n
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.data.dense import Pairs
+from dinokit.data.dense import DenseSource
 from dinokit.data.dense._listed import listed
 
 
@@ -22,7 +22,7 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> Pairs:
+def build(cfg: Config) -> DenseSource:
     """Read the lists.
 
     Raises:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.data.dense import Pairs
+from dinokit.data.dense import DenseSource
 from dinokit.data.dense._listed import listed
 
 
@@ -19,7 +19,7 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> Pairs:
+def build(cfg: Config) -> DenseSource:
     """Read the lists.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from dinokit.config.registry import suggest
 from dinokit.data.decode import decode
 from dinokit.data.dense._maps import ClassMaps, DepthMaps, check_size, class_maps, depth_maps
-from dinokit.data.sources import Picture, parquet
+from dinokit.data.sources import ImageLike, parquet
 from dinokit.data.sources._parquet import read_about
 from dinokit.data.sources._paths import shards
 
@@ -74,7 +74,7 @@ class ParquetPairs:
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> tuple[Picture, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         name = self.name(index)
         image = decode(self._images.stored(index), name, self._channels)
         target = self._read(self._maps.stored(index), f"The map of {name}")

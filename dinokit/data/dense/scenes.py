@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dinokit.data.scenes.shapes import NAMES
-from dinokit.data.sources import Picture, scenes
+from dinokit.data.sources import ImageLike, scenes
 
 
 @dataclass
@@ -38,7 +38,7 @@ class ScenePairs:
     def __len__(self) -> int:
         return len(self._scenes)
 
-    def __getitem__(self, index: int) -> tuple[Picture, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         scene = self._scenes.scene(index)
         target = scene.mask.astype(np.int16) if self._target == "mask" else scene.depth
         return Image.fromarray(scene.image), target

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.dense import Pairs
+from dinokit.data.dense import DenseSource
 from dinokit.data.dense._files import PairedFiles, parts, read_lines
 from dinokit.data.dense._maps import class_maps
 from dinokit.data.names import Names
@@ -30,7 +30,7 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> Pairs:
+def build(cfg: Config) -> DenseSource:
     """Read the list.
 
     Raises:

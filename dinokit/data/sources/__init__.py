@@ -2,7 +2,7 @@
 
 A file defines `Config`, a dataclass, and
 
-    build(cfg: Config) -> Source
+    build(cfg: Config) -> ImageSource
 
 Opening a source must be cheap, and it must pickle (loader processes receive a copy). A source with labels has
 a field `split` in its Config, one of "all", "train", "test".
@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 # An 8-bit image in mode RGB or L; or an array (H, W, C) of uint8, uint16, or float32 in [0, 1].
-Picture = Image.Image | np.ndarray
+ImageLike = Image.Image | np.ndarray
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images by number, in an order that is the same every time.
 
     One whose features may be kept on disk has
@@ -41,7 +41,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         """The image, decoded, and its label, -1 without one.
 
         Raises:

@@ -9,7 +9,7 @@ import numpy as np
 from dinokit.data.decode import decode
 from dinokit.data.lines import Lines
 from dinokit.data.names import Names
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 from dinokit.data.sources._split import Rows
 from dinokit.data.sources._stamp import stamp_of
 from dinokit.data.sources._table import Column
@@ -29,7 +29,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         path = self.file(index)
         label = -1 if self.labels is None else int(self.labels[self.rows[index]])
         return decode(path.read_bytes(), str(path), self.channels), label

@@ -10,7 +10,7 @@ from dinokit.config.registry import suggest
 _NONE = ("", "-1")  # what stands for "no label" in the formats that have a place for one anyway
 
 
-class Words:
+class Categorical:
     """One word an image, met one by one and kept as a number each."""
 
     def __init__(self) -> None:

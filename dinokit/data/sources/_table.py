@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dinokit.data.lines import BLOCK, Lines
 from dinokit.data.names import Names
-from dinokit.data.sources._labels import Words
+from dinokit.data.sources._labels import Categorical
 
 _PATH = ("path", "file", "image", "filename")
 
@@ -38,7 +38,7 @@ class Column:
         return (row[self.place].strip() for row in csv.reader(lines))
 
 
-def read_table(path: Path) -> tuple[Column | Names, Words, Words]:
+def read_table(path: Path) -> tuple[Column | Names, Categorical, Categorical]:
     """Paths, labels and splits; without a column for them, these have no word.
 
     Raises:
@@ -59,12 +59,12 @@ def read_table(path: Path) -> tuple[Column | Names, Words, Words]:
     return Names.of(_row_by_row(path, header, place, noted)), labels, splits
 
 
-Noted = Sequence[tuple[int, Words]]  # columns, and where their words go
+Noted = Sequence[tuple[int, Categorical]]  # columns, and where their words go
 
 
-def _fresh(header: Sequence[str]) -> tuple[Words, Words, Noted]:
+def _fresh(header: Sequence[str]) -> tuple[Categorical, Categorical, Noted]:
     """Labels and splits without a word, and their columns."""
-    labels, splits = Words(), Words()
+    labels, splits = Categorical(), Categorical()
     both = ("label", labels), ("split", splits)
     return labels, splits, [(header.index(key), words) for key, words in both if key in header]
 

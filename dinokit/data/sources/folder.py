@@ -16,9 +16,9 @@ import numpy as np
 
 from dinokit.data.decode import SUFFIXES, suffix
 from dinokit.data.names import Names
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.data.sources._files import ImageFiles
-from dinokit.data.sources._labels import Words, class_ids
+from dinokit.data.sources._labels import Categorical, class_ids
 from dinokit.data.sources._paths import existing, nothing_found, wrong_kind
 from dinokit.data.sources._split import choose, side
 
@@ -32,7 +32,7 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> Source:
+def build(cfg: Config) -> ImageSource:
     """Look through the folder.
 
     Raises:
@@ -46,7 +46,7 @@ def build(cfg: Config) -> Source:
     names = Names.of(_images(root, "", frozenset(), others))
     if not len(names):
         raise nothing_found(root, SUFFIXES, others)
-    tops = Words()
+    tops = Categorical()
     for name in names:
         tops.add(name.partition("/")[0] if "/" in name else "")
     sides = {side(word) for word in tops.words}
@@ -60,7 +60,7 @@ def build(cfg: Config) -> Source:
 
 
 def _labels(names: Names, depth: int, root: Path) -> tuple[list[str], np.ndarray]:
-    folders = Words()
+    folders = Categorical()
     for name in names:
         parts = name.split("/")
         if len(parts) < depth + 2 or (depth and not side(parts[0])):

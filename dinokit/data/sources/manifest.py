@@ -12,9 +12,9 @@ from typing import Literal
 
 from dinokit.data.lines import Lines
 from dinokit.data.names import Names
-from dinokit.data.sources import Source
+from dinokit.data.sources import ImageSource
 from dinokit.data.sources._files import ImageFiles
-from dinokit.data.sources._labels import Words, class_ids
+from dinokit.data.sources._labels import Categorical, class_ids
 from dinokit.data.sources._paths import existing, wrong_kind
 from dinokit.data.sources._split import choose
 from dinokit.data.sources._table import Column, read_table
@@ -30,7 +30,7 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> Source:
+def build(cfg: Config) -> ImageSource:
     """Read the list.
 
     Raises:
@@ -42,7 +42,7 @@ def build(cfg: Config) -> Source:
         raise wrong_kind(path, "a list of image files, .txt or .csv,")
     names: Lines | Column | Names
     if path.suffix.lower() == ".txt":
-        names, labels, splits = Lines.of(path), Words(), Words()
+        names, labels, splits = Lines.of(path), Categorical(), Categorical()
     else:
         names, labels, splits = read_table(path)
     _look(path, names)

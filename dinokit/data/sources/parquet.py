@@ -17,7 +17,7 @@ from warnings import warn
 import numpy as np
 
 from dinokit.data.decode import decode
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 from dinokit.data.sources._labels import class_ids, only
 from dinokit.data.sources._parquet import Coded, Columns, read_columns, read_images
 from dinokit.data.sources._paths import shards
@@ -86,7 +86,7 @@ class Parquet:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         data = self.stored(index)
         return decode(data, self.name(index), self._channels), int(self._labels[self._rows[index]])
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from dinokit.data.scenes.render import Renderer, Scene
+from dinokit.data.scenes.renderer import Renderer, Scene
 from dinokit.data.scenes.shapes import NAMES
 from dinokit.data.sources._stamp import stamp_of
 

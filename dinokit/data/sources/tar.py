@@ -19,8 +19,8 @@ import numpy as np
 
 from dinokit.data.decode import SUFFIXES, decode, suffix
 from dinokit.data.names import Names
-from dinokit.data.sources import Picture
-from dinokit.data.sources._labels import Words, class_ids
+from dinokit.data.sources import ImageLike
+from dinokit.data.sources._labels import Categorical, class_ids
 from dinokit.data.sources._paths import shards, wrong_kind
 from dinokit.data.sources._split import choose, sides_of_files
 from dinokit.data.sources._stamp import stamp_of
@@ -66,7 +66,7 @@ class Tar:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         data = self.stored(index)
         return decode(data, self.name(index), self._channels), int(self._labels[self._rows[index]])
 
@@ -118,7 +118,7 @@ class _Index:
     """Where the images of all files lie, in columns."""
 
     def __init__(self) -> None:
-        self.labels = Words()
+        self.labels = Categorical()
         self._shards, self._offsets, self._sizes = array("i"), array("q"), array("q")
 
     def read(self, shard: int, file: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 
 
 class Video(Protocol):
@@ -27,7 +27,7 @@ class Video(Protocol):
         """Frames, 3 or more."""
         ...
 
-    def frame(self, index: int, channels: int) -> Picture:
+    def frame(self, index: int, channels: int) -> ImageLike:
         """The image, decoded.
 
         Raises:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dinokit.config.registry import suggest
 from dinokit.data.decode import decode, decode_map
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 from dinokit.data.videos import Video
 
 NOTHING = 255  # the number of pixels that belong to no object and are not the background either
@@ -34,7 +34,7 @@ class Files:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def frame(self, index: int, channels: int) -> Picture:
+    def frame(self, index: int, channels: int) -> ImageLike:
         """The image."""
         path = self.frames[index]
         return decode(path.read_bytes(), str(path), channels)

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from dinokit.config.registry import refuse_below
-from dinokit.data.scenes.render import Renderer, Scene
+from dinokit.data.scenes.renderer import Renderer, Scene
 from dinokit.data.scenes.shapes import NAMES
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 from dinokit.data.videos import Video
 
 
@@ -41,7 +41,7 @@ class SceneVideo:
     def __len__(self) -> int:
         return self.cfg.frames
 
-    def frame(self, index: int, channels: int) -> Picture:
+    def frame(self, index: int, channels: int) -> ImageLike:
         """The image, RGB."""
         return Image.fromarray(self._scene(index).image)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dinokit.data.order import generator, hash_key, image_at, permute
+from dinokit.data.sampler import generator, hash_key, image_at, permute
 
 
 @pytest.mark.parametrize("n", [*range(1, 40), 100, 127, 128, 129, 1000, 4096, 4097])

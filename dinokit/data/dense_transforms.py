@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from dinokit.data.crops import to_tensor
 from dinokit.data.dense import IGNORE
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
+from dinokit.data.transforms import to_tensor
 
 Pair = tuple[Tensor, Tensor]  # image (C, H, W) float32 in [0, 1], map (H, W)
 
@@ -29,7 +29,7 @@ BORDERS = {
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, 0.5, 0.5, 18 / 180  # of photometric distortion, all +-
 
 
-def to_pair(image: Picture, target: np.ndarray) -> Pair:
+def to_tensors(image: ImageLike, target: np.ndarray) -> Pair:
     """An image and its map as tensors."""
     pixels = to_tensor(image)[0]
     if pixels.dtype == torch.uint8:
@@ -37,12 +37,12 @@ def to_pair(image: Picture, target: np.ndarray) -> Pair:
     return pixels.contiguous(), torch.from_numpy(np.ascontiguousarray(target))
 
 
-def to_bytes(pixels: Tensor) -> Tensor:
+def to_uint8(pixels: Tensor) -> Tensor:
     """[0, 1] -> uint8, a quarter of the bytes to hand from process to process."""
     return (pixels * 255).round_().clamp_(0, 255).byte()
 
 
-def short_side(pixels: Tensor, size: int) -> tuple[int, int]:
+def shorter_side_to(pixels: Tensor, size: int) -> tuple[int, int]:
     """Height and width of an image (C, H, W) once its shorter side is `size`."""
     height, width = pixels.shape[-2:]
     short = min(height, width)
@@ -60,7 +60,7 @@ def resize_map(target: Tensor, height: int, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SegmentationCrops:
+class SegmentationTransform:
     """Random resize, crop with a cap on the largest class, mirror image, photometric distortion.
 
     The recipe of DINOv2's segmentation heads (arXiv 2304.07193, section 7.4) in MMSegmentation's numbers.
@@ -74,10 +74,10 @@ class SegmentationCrops:
     flip: float = 0.5
     distort: bool = True
 
-    def __call__(self, image: Picture, target: np.ndarray, rng: np.random.Generator) -> Pair:
+    def __call__(self, image: ImageLike, target: np.ndarray, rng: np.random.Generator) -> Pair:
         """Image (C, S, S) uint8, map (S, S)."""
-        pixels, ids = to_pair(image, target)
-        size = short_side(pixels, max(1, round(self.resize * rng.uniform(*self.ratio))))
+        pixels, ids = to_tensors(image, target)
+        size = shorter_side_to(pixels, max(1, round(self.resize * rng.uniform(*self.ratio))))
         pixels, ids = resize_image(pixels, *size), resize_map(ids, *size)
         top, left = self._place(ids, rng)
         pixels = pixels[:, top : top + self.crop, left : left + self.crop]
@@ -85,8 +85,8 @@ class SegmentationCrops:
         if rng.random() < self.flip:
             pixels, ids = pixels.flip(-1), ids.flip(-1)
         if self.distort:
-            pixels = distorted(pixels, rng)
-        return to_bytes(filled(pixels, self.crop, self.fill)), filled_map(ids, self.crop, IGNORE)
+            pixels = photometric_distortion(pixels, rng)
+        return to_uint8(pad_image(pixels, self.crop, self.fill)), pad_map(ids, self.crop, IGNORE)
 
     def _place(self, ids: Tensor, rng: np.random.Generator) -> tuple[int, int]:
         room = [max(side - self.crop, 0) for side in ids.shape]
@@ -101,24 +101,24 @@ class SegmentationCrops:
 
 
 @dataclass(frozen=True)
-class DepthCrops:
+class DepthTransform:
     """Rotation, mirror image, crop, and colour, for depth: the recipe of DINOv2's heads (section 7.4)."""
 
     resize: int  # pixels of the shorter side before all else; 0: as stored
     border: str  # what is cut off the stored image, a key of BORDERS
     crop: tuple[int, int]  # height, width
-    fill: tuple[float, ...]  # as in SegmentationCrops
+    fill: tuple[float, ...]  # as in SegmentationTransform
     rotate: float = 2.5  # degrees, at most, for half of the images
     flip: float = 0.5
     brightness: float = 0.25  # at most, for half of the images, with gamma and colour by a tenth
 
-    def __call__(self, image: Picture, target: np.ndarray, rng: np.random.Generator) -> Pair:
+    def __call__(self, image: ImageLike, target: np.ndarray, rng: np.random.Generator) -> Pair:
         """Image (C, height, width) uint8, depth (height, width) float32 metres."""
-        pixels, depth = to_pair(image, target)
+        pixels, depth = to_tensors(image, target)
         top, bottom, left, right = BORDERS[self.border](*depth.shape)
         pixels, depth = pixels[:, top:bottom, left:right], depth[top:bottom, left:right]
         if self.resize:
-            size = short_side(pixels, self.resize)
+            size = shorter_side_to(pixels, self.resize)
             pixels, depth = resize_image(pixels, *size), resize_map(depth, *size)
         if self.rotate and rng.random() < 0.5:
             angle = float(rng.uniform(-self.rotate, self.rotate))
@@ -137,10 +137,10 @@ class DepthCrops:
             gamma, bright = rng.uniform(0.9, 1.1), rng.uniform(1 - self.brightness, 1 + self.brightness)
             tint = torch.from_numpy(rng.uniform(0.9, 1.1, len(pixels)).astype(np.float32))
             pixels = (pixels**gamma * bright * tint[:, None, None]).clamp(0, 1)
-        return to_bytes(filled(pixels, self.crop, self.fill)), filled_map(depth, self.crop, 0)
+        return to_uint8(pad_image(pixels, self.crop, self.fill)), pad_map(depth, self.crop, 0)
 
 
-def distorted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+def photometric_distortion(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     """Brightness, contrast, saturation and hue of (C, H, W), each for half of the images.
 
     Contrast and brightness here are a product and a sum; contrast comes before or after the colours (SSD,
@@ -163,7 +163,7 @@ def distorted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     return x
 
 
-def filled(pixels: Tensor, size: int | tuple[int, int], fill: tuple[float, ...]) -> Tensor:
+def pad_image(pixels: Tensor, size: int | tuple[int, int], fill: tuple[float, ...]) -> Tensor:
     """(C, H, W) as (C, *size), with `fill` below and to the right of what there is."""
     height, width = (size, size) if isinstance(size, int) else size
     if pixels.shape[1:] == (height, width):
@@ -173,7 +173,7 @@ def filled(pixels: Tensor, size: int | tuple[int, int], fill: tuple[float, ...])
     return done
 
 
-def filled_map(target: Tensor, size: int | tuple[int, int], value: int) -> Tensor:
+def pad_map(target: Tensor, size: int | tuple[int, int], value: int) -> Tensor:
     """(H, W) as `size`, with `value` below and to the right of what there is."""
     height, width = (size, size) if isinstance(size, int) else size
     missing = (0, width - target.shape[1], 0, height - target.shape[0])

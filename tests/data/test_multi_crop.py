@@ -9,9 +9,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data.crops import ATTEMPTS, MultiCrop, center_crop, random_box, resize, size_of, to_tensor
-from dinokit.data.order import generator
-from dinokit.data.sources import Picture
+from dinokit.data.sampler import generator
+from dinokit.data.sources import ImageLike
+from dinokit.data.transforms import ATTEMPTS, MultiCrop, center_crop, random_box, resize, size_of, to_tensor
 
 
 def photo(height: int = 90, width: int = 120, channels: int = 3) -> np.ndarray:
@@ -32,7 +32,7 @@ def small(**changes: object) -> Crops:
     return Crops(**{**groups, **changes})
 
 
-def cut(cfg: Crops, image: Picture, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def cut(cfg: Crops, image: ImageLike, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     crops = MultiCrop(cfg)
     return crops(image, crops.draw(*size_of(image), rng))
 

@@ -10,8 +10,8 @@ import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data import photometric as ph
-from dinokit.data.order import generator
+from dinokit.data import augment as ph
+from dinokit.data.sampler import generator
 
 GREY_LEVEL = 1 / 255
 NEUTRAL = [1.0, 1.0, 1.0, 0.0, -1.0, -1.0, -1.0, -1.0, 0.0, 0.0, 0.0]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data.sources import Picture
+from dinokit.data.sources import ImageLike
 
 ATTEMPTS = 10  # boxes drawn before the middle of the image is taken
 
@@ -59,7 +59,7 @@ class MultiCrop:
             boxes.append(Box(*random_box(width, height, group.scale, self.cfg.ratio, draws), flips))
         return boxes
 
-    def __call__(self, image: Picture, boxes: CropBoxes) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: ImageLike, boxes: CropBoxes) -> tuple[Tensor, Tensor]:
         """Returns (G, C, S, S) and (L, C, s, s); uint8, or float32 in [0, 1] of a uint16 or float32 image.
 
         Raises:
@@ -84,7 +84,7 @@ def _cut(pixels: Tensor, size: int, boxes: list[Box]) -> Tensor:
     return crops
 
 
-def size_of(image: Picture) -> tuple[int, int]:
+def size_of(image: ImageLike) -> tuple[int, int]:
     """Width and height."""
     if isinstance(image, Image.Image):
         return image.size
@@ -113,7 +113,7 @@ def random_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def center_crop(image: Picture, resize_to: int, size: int) -> Tensor:
+def center_crop(image: ImageLike, resize_to: int, size: int) -> Tensor:
     """The shorter side to `resize_to`, then the middle. Returns (C, size, size), of a dtype as MultiCrop's.
 
     Raises:
@@ -129,7 +129,7 @@ def center_crop(image: Picture, resize_to: int, size: int) -> Tensor:
     return pixels[0, :, top : top + size, left : left + size].contiguous()
 
 
-def to_tensor(image: Picture) -> Tensor:
+def to_tensor(image: ImageLike) -> Tensor:
     """The image as (1, C, H, W), channels last in memory: uint8, or float32 in [0, 1].
 
     Raises:
