@@ -182,8 +182,8 @@ def _trained(
         if step + 1 == cfg.steps and given.detach().amax() <= 1.001 * head.min_depth:
             tell(
                 f"after {cfg.steps} steps the head says {head.min_depth:g} m, the least depth, of every "
-                f"pixel that it saw last: its last rectifier lets nothing through, and no gradient leads back "
-                f"from there. Train again with a rate below lr={cfg.lr:g}, or with clip=35."
+                f"pixel that it saw last: its last rectifier lets nothing through, and no gradient leads "
+                f"back from there. Train again with a rate below lr={cfg.lr:g}, or with clip=35."
             )
         return value
 
