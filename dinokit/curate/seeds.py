@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.config.registry import refuse_below
+from dinokit.config.registry import check_at_least
 
 
 @dataclass
@@ -22,6 +22,6 @@ class Config:
     cap: int = 1_000_000  # rule=cluster: images of all clusters together
 
     def __post_init__(self) -> None:
-        refuse_below(self, k=1, reserve=1, strict=0, min_hits=0, per_cluster=1, cap=1)
+        check_at_least(self, k=1, reserve=1, strict=0, min_hits=0, per_cluster=1, cap=1)
         if self.strict > 1:
             raise ValueError(f"strict={self.strict}, but it is a share of the seeds, from 0 to 1.")

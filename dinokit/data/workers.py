@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dinokit.runtime.distributed import cores, memory
+from dinokit.runtime.distributed import cpu_cores, memory
 
 MOST_WORKERS = 16
 IN_FLIGHT = 0.25  # share of this process's memory that batches which wait may take
@@ -62,7 +62,7 @@ def data_loader(
 
 
 def _spare_cores() -> int:
-    return min(MOST_WORKERS, cores() - 1)
+    return min(MOST_WORKERS, cpu_cores() - 1)
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
