@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinokit.config.registry import only_with, refuse_below
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import Boxes, ResizeLongerSide
+from dinokit.data.transforms import Boxes, ResizeLongerSide
 from dinokit.eval import _labelled, _revisited
 from dinokit.eval._truth import places_by_name
 from dinokit.features import Features, Part, Reading

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import dinokit
+from dinokit.data.loader import ImageBatch, image_loader
+from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageSource
-from dinokit.data.whole import WholeBatch, whole_loader
 from dinokit.features.fingerprint import fingerprint
 from dinokit.features.folder import begin
 from dinokit.features.frozen import device_of, frozen, normalised
@@ -106,7 +107,8 @@ class Extraction:
         mine = [number for number in missing(self.out, self.about) if number % world == rank]
         ranges = [shard_range(n, self.about["shard"], len(self.source)) for n in mine]
         device = device_of(self.backbone)
-        loader = whole_loader(self.source, self.fit, ranges, batch, workers, device.type == "cuda")
+        batches = RangeSampler(ranges, batch)
+        loader = image_loader(self.source, self.fit, batches, workers, device.type == "cuda")
         with frozen(self.backbone), torch.inference_mode():
             computed = _ahead(self._compute(part, device, precision) for part in loader)
             for number, images in zip(mine, ranges, strict=True):
@@ -116,14 +118,14 @@ class Extraction:
                             part, tokens = next(computed)
                             images = images[len(part.labels) :]
                             shard.append(*self._assemble(part, tokens))
-                            told(len(part.labels), part.unreadable)
+                            told(len(part.labels), part.errors)
                 except OSError as error:
                     lost = len(missing(self.out, self.about))
                     raise in_words(error, self.out, shards - lost, shards) from None
 
     def _compute(
-        self, part: WholeBatch, device: torch.device, precision: torch.dtype | None
-    ) -> tuple[WholeBatch, list[dict[str, Tensor]]]:
+        self, part: ImageBatch, device: torch.device, precision: torch.dtype | None
+    ) -> tuple[ImageBatch, list[dict[str, Tensor]]]:
         """For each group of images of one shape, its rows of every token, on the device."""
         crops = [normalised(self.backbone, x.to(device, non_blocking=True)) for x, _ in part.groups]
         with torch.autocast(device.type, precision, enabled=precision is not None):
@@ -132,7 +134,7 @@ class Extraction:
         return part, [{t: row_of(t, group).to(dtype) for t in self.wanted.tokens} for group in layers]
 
     def _assemble(
-        self, part: WholeBatch, groups: list[dict[str, Tensor]]
+        self, part: ImageBatch, groups: list[dict[str, Tensor]]
     ) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
         """The groups' rows as arrays in the order of the images, their records, and their names."""
         count = len(part.labels)
@@ -160,7 +162,7 @@ class Extraction:
                     arrays[token][at] = array
         if loose:
             arrays["patch"] = np.concatenate(loose)
-        return arrays, records, [self.source.name(part.start + i) for i in range(count)]
+        return arrays, records, [self.source.name(i) for i in part.indices.tolist()]
 
     def _shard(self, number: int) -> NpyShard | ParquetShard:
         if self.wanted.files == "parquet":

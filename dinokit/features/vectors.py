@@ -5,7 +5,7 @@ N  images that could be read     W  numbers an image: the backbone's width, for 
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,9 +13,10 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from dinokit.data.loader import EvalBatch, view_loader
+from dinokit.data.loader import image_loader
+from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageLike, ImageSource
-from dinokit.data.views import CenterCrop, Transform
+from dinokit.data.transforms import CenterCrop, Transform
 from dinokit.features.fingerprint import images_stamp
 from dinokit.features.frozen import device_of, frozen, normalised
 from dinokit.features.halfway import Halfway
@@ -115,20 +116,19 @@ def extract(
     y, seen = torch.zeros(2, len(source), dtype=torch.int64, device=device)
     share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is the whole
     done = halfway.take_up(x, y, seen) if halfway else 0
-    order, cut = _InTurn(share[done:], batch, draw), cut or CenterCrop(resize, size)
-    views = view_loader(source, cut, size, order, workers, backbone.channels)
+    order = RangeSampler([share[done:]], batch, draw)
+    views = image_loader(source, cut or CenterCrop(resize, size), order, workers)
     views = watch(views, math.ceil(done / batch) + len(order), "features", math.ceil(done / batch))
     with frozen(backbone), torch.inference_mode(), halfway.kept(x, y) if halfway else nullcontext():
         for part in views:
             done += len(part.indices)
-            kept = readable(source, part)
-            if not kept.any():
+            if not part.groups:
                 continue
-            crops = normalised(backbone, part.crops[kept].to(device))
+            crops = normalised(backbone, part.images.to(device))
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 rows = reading(backbone, crops)
-            places = part.indices[kept].to(device)
-            x[places], y[places], seen[places] = rows, part.labels[kept].to(device), 1
+            places = part.indices[part.valid].to(device)
+            x[places], y[places], seen[places] = rows, part.labels[part.valid].to(device), 1
             if halfway:
                 halfway.add(places, done, x, y)
     return _together(source, x, y, seen, precision)
@@ -147,22 +147,6 @@ def _together(
     return Features(x, y, lost)
 
 
-@dataclass
-class _InTurn:
-    """Batches of (image, draw) over the images of a share, made one after another."""
-
-    share: range
-    batch: int
-    draw: int
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.share) / self.batch)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.share), self.batch):
-            yield [(i, self.draw) for i in self.share[start : start + self.batch]]
-
-
 def _refuse_broken(x: Tensor, precision: torch.dtype | None) -> None:
     broken = int((~x.isfinite()).any(dim=1).sum())
     if broken:
@@ -170,13 +154,6 @@ def _refuse_broken(x: Tensor, precision: torch.dtype | None) -> None:
         raise ValueError(
             f"Features of {broken} of {len(x)} images are not finite: the weights are broken{hint}."
         )
-
-
-def readable(source: ImageSource, part: EvalBatch) -> Tensor:
-    """(b,) bool. A batch gives the names of unreadable images, not their places; they have no label."""
-    names = set(part.unreadable)
-    lost = [bool(names) and source.name(int(i)) in names for i in part.indices]
-    return ~(torch.tensor(lost) & (part.labels < 0))
 
 
 def _first_reason(source: ImageSource) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinokit.data.whole import FitTransform
+from dinokit.data.transforms import FitTransform
 from dinokit.features.frozen import device_of, frozen
 from dinokit.features.layout import TOKENS
 from dinokit.models import Backbone, Tokens
@@ -24,7 +24,7 @@ class Wanted:
     Attributes:
         tokens: of cls, mean (of the patches), patch, registers.
         layers: 'last', 'lastN', or the numbers of blocks, from 0.
-        fit: how an image is shown: crop, pad or resize (dinokit.data.whole.Fit).
+        fit: how an image is shown: crop, pad or resize (dinokit.data.transforms.FitTransform).
         size: pixels; 0: for crop what the backbone was trained on, else as the image is.
         resize: pixels of the shorter side before a crop; 0: 256 / 224 of `size`.
         dtype: of the numbers on disk.
