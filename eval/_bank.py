@@ -14,7 +14,7 @@ from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import resize_image, resize_map, shorter_side_to
 from dinokit.data.loader import dense_loader
 from dinokit.eval._look import Look
-from dinokit.features.dense import padding
+from dinokit.features.tokens import padding
 from dinokit.runtime.log import watch
 
 BLOCK = 1024  # queries at a time: with 100,000 patches in the bank, a block of cosines is 400 MiB

@@ -10,13 +10,12 @@ from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import Transform
 from dinokit.features import (
     Features,
-    Reading,
+    Pooling,
     cached,
     device_of,
     extract,
     fingerprint,
-    halfway,
-    kept,
+    load_cached,
     spread,
 )
 from dinokit.features.fingerprint import images_stamp
@@ -24,7 +23,7 @@ from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.log import tell
 
-WIDE = Reading(4, "mean")  # what the linear grid keeps
+WIDE = Pooling(4, "mean")  # what the linear grid keeps
 
 
 class Keys(Protocol):
@@ -127,7 +126,7 @@ def features_of(
     key: str,
     backbone: Backbone,
     source: ImageSource,
-    reading: Reading,
+    reading: Pooling,
     cut: Transform | None = None,
     draw: int = 0,
     labelled: bool = True,
@@ -139,7 +138,7 @@ def features_of(
         key: what the images are, for messages.
         backbone: what sees them.
         source: the images.
-        reading: what is kept of the tokens.
+        reading: how tokens become a row of features.
         cut: what is shown of an image in place of its centre.
         draw: its number, for a `cut` that draws.
         labelled: whether every image must have a label.
@@ -160,7 +159,7 @@ def features_of(
         depends_on = fingerprint(backbone, settings=True), backbone.input, stamp, view, precision, device.type
         done = _from_wider(cfg.cache, depends_on, backbone, reading)
         entry = (*depends_on, reading)
-        done = done or cached(cfg.cache, entry, device, partial(make, halfway=halfway(cfg.cache, entry)))
+        done = done or cached(cfg.cache, entry, device, lambda partly: make(partial=partly))
     else:
         done = make()
     if cut is None:  # other cuts of the same images would say the same
@@ -187,12 +186,12 @@ def tell_unreadable(key: str, names: Sequence[str], count: int, most: float) -> 
 
 
 def _from_wider(
-    folder: str, depends_on: tuple[Any, ...], backbone: Backbone, reading: Reading
+    folder: str, depends_on: tuple[Any, ...], backbone: Backbone, reading: Pooling
 ) -> Features | None:
     """Class tokens of the last block, cut out of features of the linear grid if those were made before."""
-    if reading != Reading():
+    if reading != Pooling():
         return None
-    done = kept(folder, (*depends_on, WIDE), device_of(backbone))
+    done = load_cached(folder, (*depends_on, WIDE), device_of(backbone))
     if done is not None:
         done.x = done.x[:, (WIDE.blocks - 1) * backbone.width : WIDE.blocks * backbone.width].contiguous()
     return done

@@ -13,7 +13,7 @@ from dinokit.data.loader import image_loader
 from dinokit.data.sampler import hash_key
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import RandomResizedCrop
-from dinokit.features import Reading, device_of, frozen, normalised
+from dinokit.features import Pooling, device_of, frozen, normalised
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import rank, world_size
 
@@ -69,7 +69,7 @@ def cached_batches(
 
 
 def online_batches(
-    backbone: Backbone, source: ImageSource, places: Tensor, cut: RandomResizedCrop, reading: Reading,
+    backbone: Backbone, source: ImageSource, places: Tensor, cut: RandomResizedCrop, reading: Pooling,
     target: Callable[[Tensor, Tensor], Tensor], order: Order, start: int, steps: int,
     batch: int, workers: int, precision: torch.dtype | None, lost: Tensor,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip

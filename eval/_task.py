@@ -10,7 +10,7 @@ from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import Transform
 from dinokit.eval import _labelled, _truth
 from dinokit.eval._scores import accepted_share, class_scores, mean_average_precision
-from dinokit.features import Features, Reading, device_of
+from dinokit.features import Features, Pooling, device_of
 from dinokit.models import Backbone
 
 
@@ -39,7 +39,7 @@ class Task:
         ValueError, LookupError: if the data do not fit together; the message names the key to set.
     """
 
-    def __init__(self, cfg: Keys, backbone: Backbone, reading: Reading) -> None:
+    def __init__(self, cfg: Keys, backbone: Backbone, reading: Pooling) -> None:
         self.cfg, self.backbone, self.reading = cfg, backbone, reading
         _labelled.refuse_overlap(cfg.train, cfg.test)
         self.several = bool(cfg.labels)  # classes an image

@@ -18,7 +18,7 @@ from torch import Tensor
 from dinokit.config.registry import only_with, refuse_below
 from dinokit.data.sources import ImageSource
 from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
-from dinokit.features import Features, Reading
+from dinokit.features import Features, Pooling
 from dinokit.models import Backbone
 
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four times that while it is searched
@@ -117,7 +117,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
 
 def _features(cfg: Config, split: str, backbone: Backbone, source: ImageSource) -> Features:
     """With every row of x on the unit sphere."""
-    done = features_of(cfg, split, backbone, source, Reading())
+    done = features_of(cfg, split, backbone, source, Pooling())
     return Features(F.normalize(done.x, dim=1), done.y, done.unreadable)
 
 

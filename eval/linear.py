@@ -28,7 +28,7 @@ from dinokit.eval._scores import mean_average_precision
 from dinokit.eval._stream import Order, cached_batches, online_batches
 from dinokit.eval._task import Task, split
 from dinokit.eval._truth import kept_places
-from dinokit.features import Part, Reading, device_of
+from dinokit.features import Pooling, Subset, device_of
 from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
@@ -119,7 +119,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         ValueError, LookupError: if the data cannot be judged; the message names the key to set.
     """
     pool: Literal["mean", "none"] = "mean" if any(cfg.pool) else "none"
-    task = Task(cfg, backbone, Reading(max(cfg.blocks), pool))
+    task = Task(cfg, backbone, Pooling(max(cfg.blocks), pool))
     test = task.features("test", task.test)
     y = task.target(task.test, test)
     axes = (sorted(set(axis)) for axis in (cfg.blocks, cfg.pool, cfg.lr))
@@ -214,7 +214,7 @@ def _online(cfg: Config, task: Task, fit: Tensor, held: Tensor, start: int, lost
     """Batches of images that are cut and seen anew. As `_cached`, but images are lost as they are met."""
     kept = None
     if len(held):
-        part = Part(task.train, held.tolist())
+        part = Subset(task.train, held.tolist())
         done = task.features("train", part)
         kept = done.x, task.target(part, done)
         lost[held] = 1

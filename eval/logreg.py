@@ -23,7 +23,7 @@ from dinokit.eval._labelled import features_of, open_source, refuse_overlap, sha
 from dinokit.eval._resume import Resume, identity
 from dinokit.eval._scores import class_scores
 from dinokit.eval._task import split
-from dinokit.features import Features, Reading
+from dinokit.features import Features, Pooling
 from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
@@ -84,14 +84,14 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     test_source = open_source(cfg.test, "test", backbone, cfg.max_test)
     classes = len(shared_classes(train_source, test_source))
     cfg = replace(cfg, resize=cfg.resize or cfg.size or backbone.input.size)
-    train = _as_double(features_of(cfg, "train", backbone, train_source, Reading()))
-    test = _as_double(features_of(cfg, "test", backbone, test_source, Reading()))
+    train = _as_double(features_of(cfg, "train", backbone, train_source, Pooling()))
+    test = _as_double(features_of(cfg, "test", backbone, test_source, Pooling()))
     fit, judge = train, test
     sources = [train_source, *([test_source] if cfg.select == "test" else [])]
     if cfg.select_on:
         other = open_source(cfg.select_on, "select_on", backbone)
         shared_classes(train_source, other)
-        judge = _as_double(features_of(cfg, "select_on", backbone, other, Reading()))
+        judge = _as_double(features_of(cfg, "select_on", backbone, other, Pooling()))
         sources.append(other)
         train = Features(torch.cat([train.x, judge.x]), torch.cat([train.y, judge.y]), train.unreadable)
     elif cfg.select == "train":

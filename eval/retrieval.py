@@ -22,7 +22,7 @@ from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import Boxes, ResizeLongerSide
 from dinokit.eval import _labelled, _revisited
 from dinokit.eval._truth import places_by_name
-from dinokit.features import Features, Part, Reading
+from dinokit.features import Features, Pooling, Subset
 from dinokit.models import Backbone
 
 ROWS = 256  # queries ranked at a time
@@ -179,7 +179,7 @@ def _look(
     boxes: Boxes | None = None,
 ) -> Features:
     """Features on the unit sphere, averaged over the scales; of whole images if there is a truth file."""
-    reading = Reading(1, "gem" if cfg.features == "copy" else "none")
+    reading = Pooling(1, "gem" if cfg.features == "copy" else "none")
     resize, size = _labelled.sizes(cfg, backbone)
     seen = []
     for scale in cfg.scales:
@@ -197,8 +197,8 @@ def _look(
 def _revisit(cfg: Config, backbone: Backbone, white: Callable[[Tensor], Tensor]) -> dict[str, float]:
     images, queries = _revisited.read_truth(cfg.truth)
     source = _labelled.open_source(cfg.test, "test", backbone, labelled=False)
-    gallery = Part(source, places_by_name(source, images, cfg.truth))
-    asked = Part(source, places_by_name(source, [query.name for query in queries], cfg.truth))
+    gallery = Subset(source, places_by_name(source, images, cfg.truth))
+    asked = Subset(source, places_by_name(source, [query.name for query in queries], cfg.truth))
     boxes = {i: query.box for i, query in enumerate(queries) if query.box}
     bank = _look(cfg, backbone, "test", gallery, labelled=False)
     query = _look(cfg, backbone, "query", asked, labelled=False, boxes=boxes)

@@ -6,7 +6,7 @@ import torch
 
 from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
 from dinokit.config.load import Recipe
-from dinokit.features.frozen import frozen, normalised
+from dinokit.features.tokens import frozen, normalised
 from dinokit.runtime.device import DTYPES
 from dinokit.train.student_teacher import build_backbone
 

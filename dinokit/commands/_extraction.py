@@ -13,7 +13,7 @@ import torch
 
 from dinokit.commands import part_of
 from dinokit.config import registry
-from dinokit.features import Extraction, Wanted, open_store
+from dinokit.features import Extraction, ExtractSpec, open_store
 from dinokit.features.layout import shard_range
 from dinokit.features.parquet import unreadable_names
 from dinokit.features.store import missing
@@ -76,7 +76,7 @@ def _make(config: "Config", device: torch.device, clean: bool) -> Extraction:
     if "channels" in section:
         section["channels"] = backbone.channels
     source = registry.build("data.sources", section)
-    wanted = Wanted(
+    wanted = ExtractSpec(
         tuple(config.tokens), config.layers, config.fit, config.size, config.resize, config.dtype,
         config.format, config.shard,
     )  # fmt: skip

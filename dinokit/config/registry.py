@@ -203,11 +203,12 @@ def locate(kind: str, name: str) -> Path:
             raise LookupError(
                 f"'{name}' (wanted for the registry '{kind}') cannot be imported: {error}."
             ) from None
-        path = Path(spec.origin) if spec is not None and spec.origin else None
+        if spec is not None and spec.origin and Path(spec.origin).is_file():
+            return Path(spec.origin)
     else:
         path = _folder(kind) / f"{name}.py"
-    if path is not None and path.is_file() and not name.startswith("_"):
-        return path
+        if path.is_file() and _is_entry(path):
+            return path
     have = names(kind)
     raise LookupError(
         f"'{name}' is not in the registry '{kind}', which has: {', '.join(have)}.{suggest(name, have)} "

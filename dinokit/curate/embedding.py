@@ -10,7 +10,7 @@ from dinokit.curate.sets import ImageSet
 from dinokit.curate.settings import Embed
 from dinokit.curate.stages import Share, save
 from dinokit.curate.vectors import Vectors
-from dinokit.features import Extraction, Part, Wanted, fingerprint, open_store
+from dinokit.features import Extraction, ExtractSpec, Subset, fingerprint, open_store
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
 from dinokit.weights import load_backbone
 
@@ -54,9 +54,9 @@ class Embedder:
     def write(self, one: ImageSet, places: np.ndarray, folder: Path, share: Share) -> None:
         """The embeddings of a set's images at `places`, or this process's part of them."""
         assert one.source is not None
-        wanted = Wanted(tokens=(self.cfg.token,), size=self.cfg.size)
+        wanted = ExtractSpec(tokens=(self.cfg.token,), size=self.cfg.size)
         told = {"weights": self.weights, "data": one.section, "precision": self.cfg.precision}
-        source = Part(one.source, places.tolist()) if len(places) < len(one) else one.source
+        source = Subset(one.source, places.tolist()) if len(places) < len(one) else one.source
         work = Extraction(folder, self.backbone, source, wanted, told, clean=share.of == 1)
         precision = DTYPES[pick_precision(self.cfg.precision, pick_device(self.cfg.device))]
         work.run(self.cfg.batch, self.cfg.workers, precision, rank=share.number, world=share.of)

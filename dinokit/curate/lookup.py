@@ -15,7 +15,7 @@ from dinokit.curate.vectors import Vectors
 from dinokit.data.names import Names
 from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.data.sources._files import ImageFiles
-from dinokit.features import Wanted, extract_to, fingerprint, open_store
+from dinokit.features import ExtractSpec, extract_to, fingerprint, open_store
 from dinokit.models import Backbone
 
 
@@ -87,7 +87,7 @@ class Lookup:
         for number in range(len(files)):
             source[number]  # one that cannot be read is an error here, said by the reader
         cut = about["transform"]
-        wanted = Wanted(
+        wanted = ExtractSpec(
             (self.token,), about["layers"], cut["fit"], cut["size"], cut["resize"] or 0, "float32"
         )
         with TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ on the way, and only the class token's row of weights is computed of them: O(T *
 import torch
 from torch import Tensor, nn
 
-from dinokit.features.frozen import frozen
+from dinokit.features.tokens import frozen
 from dinokit.models import Backbone
 
 

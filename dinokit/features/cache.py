@@ -1,72 +1,77 @@
-"""Features kept on disk, so that the next evaluator of the same backbone on the same images takes seconds.
+"""Caches features on disk: the next evaluation of the same backbone on the same images takes seconds.
 
-An entry is a safetensors file named by a hash of all that features depend on: the weights and the settings of
-the modules, the images (names, lengths and times of change of their files, or as the source says; a source
-that says nothing is never cached), what is shown of an image, what is kept of the tokens, the precision and
-the kind of device. It is whole or not there; a damaged one is made anew. Above LIMIT the entries that were
-longest unused go. The folder may be deleted at any time. What was made of an entry when its process was
-killed is taken up again (features/halfway.py).
+An entry is a safetensors file. Its name is a hash of everything that the features depend on: the fingerprint
+of the backbone with its settings, the images (names, sizes and modification times of their files, or what the
+source gives; a source without a stamp is never cached), the view of an image, the pooling, the precision and
+the kind of device. Entries are written atomically; a damaged one is computed again. Above LIMIT the entries
+that were unused for longest are deleted. The folder may be deleted at any time.
 """
 
 import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from dinokit.features.halfway import Halfway, forget, read, write
-from dinokit.features.vectors import Features
+from dinokit.features.extract import Features
 from dinokit.runtime.distributed import all_reduce_max, rank
+from dinokit.runtime.files import atomic
+from dinokit.runtime.partial import PartialResult
 
-LAYOUT = 1  # of an entry; one more whenever features come to mean something else
+LAYOUT = 1  # of an entry; increase it whenever the meaning of features changes
 LIMIT = 20 * 2**30  # bytes of all entries
 
 
 def cached(
-    folder: str | Path, depends_on: object, device: torch.device, make: Callable[[], Features]
+    folder: str | Path,
+    depends_on: object,
+    device: torch.device,
+    compute: Callable[[PartialResult], Features],
 ) -> Features:
-    """The features that `make` makes, from disk if they were made before.
+    """The features that `compute` gives, from the cache if they are in it.
 
-    With several processes all must call this; a folder that only some of them see is of no use.
+    With several processes all must call this and see the same folder.
 
     Args:
         folder: of the entries.
-        depends_on: all that decides what `make` makes; its repr() says it all.
+        depends_on: everything that decides the features; its repr() is hashed.
         device: where the features go.
-        make: makes them, the same in every process.
+        compute: computes them, the same in every process; it may save unfinished work in its argument.
 
     Raises:
         OSError: if an entry cannot be written.
     """
-    done = kept(folder, depends_on, device)
-    if done is None:
-        done, path = make(), _path(folder, depends_on)
+    features = load_cached(folder, depends_on, device)
+    if features is None:
+        path = _path(folder, depends_on)
+        partial = PartialResult(folder, "features", (LAYOUT, depends_on))
+        features = compute(partial)
         if rank() == 0:
-            _write(path, done, depends_on)
-            _make_room(path)
-        all_reduce_max(torch.zeros((), device=device))  # what was kept on the way stays until all is there
-        forget(path)
-    return done
+            _write(path, features, depends_on)
+            _delete_unused(path)
+        all_reduce_max(torch.zeros((), device=device))  # the partial result stays until the entry is written
+        partial.remove()
+    return features
 
 
-def kept(folder: str | Path, depends_on: object, device: torch.device) -> Features | None:
-    """Features that were made before, or none if some process does not see them. As `cached`."""
+def load_cached(folder: str | Path, depends_on: object, device: torch.device) -> Features | None:
+    """Features from the cache; None if some process cannot read them. Arguments as of `cached`."""
     path = _path(folder, depends_on)
-    done = _read(path)
-    absent = torch.tensor(int(done is None), device=device)
-    if int(all_reduce_max(absent)) or done is None:
+    features = _read(path)
+    missing = torch.tensor(int(features is None), device=device)
+    if int(all_reduce_max(missing)) or features is None:
         return None
-    with suppress(OSError):  # of a folder that may only be read
+    with suppress(OSError):  # the folder may be read-only
         os.utime(path)
-    return Features(done.x.to(device), done.y.to(device), done.unreadable)
-
-
-def halfway(folder: str | Path, depends_on: object) -> Halfway:
-    """Where `make` of `cached` may keep what it has, until it has all."""
-    return Halfway(_path(folder, depends_on))
+    return Features(features.x.to(device), features.y.to(device), features.unreadable)
 
 
 def _path(folder: str | Path, depends_on: object) -> Path:
@@ -74,23 +79,48 @@ def _path(folder: str | Path, depends_on: object) -> Path:
     return Path(folder).expanduser() / f"{name}.safetensors"
 
 
-def _read(path: Path) -> Features | None:
-    """None if it is not there or damaged."""
-    found = read(path)
-    if found is None or not {"x", "y"} <= set(found[0]) or "unreadable" not in found[1]:
-        return None
-    return Features(found[0]["x"], found[0]["y"], list(json.loads(found[1]["unreadable"])))
-
-
 def _write(path: Path, features: Features, depends_on: object) -> None:
     tensors = {"x": features.x.cpu().contiguous(), "y": features.y.cpu().contiguous()}
-    about = {"unreadable": json.dumps(features.unreadable), "depends_on": repr(depends_on)}  # for people
-    write(path, tensors, about)
+    metadata = {
+        "unreadable": json.dumps(features.unreadable),
+        "depends_on": repr(depends_on),  # for people
+        "check": str(_checksum(tensors)),
+    }
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"Features could not be saved in {path.parent}: {error}. Free some space, set "
+            f"cache=ANOTHER_FOLDER, or cache nothing with cache=null."
+        ) from None
 
 
-def _make_room(newest: Path) -> None:
-    """Delete the entries that were longest unused until the rest is below LIMIT; `newest` stays."""
-    entries = [(file.stat(), file) for file in newest.parent.glob("*.safetensors") if file != newest]
+def _read(path: Path) -> Features | None:
+    """None if the entry is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in ("x", "y")}
+        if int(metadata["check"]) != _checksum(tensors):
+            return None
+        return Features(tensors["x"], tensors["y"], list(json.loads(metadata["unreadable"])))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    checksum = 0
+    for _, tensor in sorted(tensors.items()):
+        content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        checksum = zlib.crc32(content, checksum)
+    return checksum
+
+
+def _delete_unused(newest: Path) -> None:
+    """Delete the files that were unused for longest until all are below LIMIT; `newest` stays."""
+    files = [*newest.parent.glob("*.safetensors"), *newest.parent.glob(".features_*.pt")]
+    entries = [(file.stat(), file) for file in files if file != newest]
     room = LIMIT - newest.stat().st_size
     for status, file in sorted(entries, key=lambda entry: -entry[0].st_mtime_ns):
         room -= status.st_size

@@ -19,19 +19,19 @@ from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageSource
 from dinokit.features.fingerprint import fingerprint
 from dinokit.features.folder import begin
-from dinokit.features.frozen import device_of, frozen, normalised
 from dinokit.features.layout import FORMAT, RECORD, shard_range, shard_size
 from dinokit.features.parquet import ParquetShard
 from dinokit.features.shards import NpyShard, in_words
+from dinokit.features.spec import ExtractSpec, blocks_of, fit_of, layers_of, row_of, rows_of
 from dinokit.features.store import Store, missing, open_store
-from dinokit.features.wanted import Wanted, blocks_of, fit_of, layers_of, row_of, rows_of
+from dinokit.features.tokens import device_of, frozen, normalised
 from dinokit.models import Backbone
 
 Told = Callable[[int, Sequence[str]], None]  # how many more images are done, and what is wrong with some
 
 
 def extract_to(
-    out: str | Path, backbone: Backbone, source: ImageSource, wanted: Wanted | None = None, **how: Any
+    out: str | Path, backbone: Backbone, source: ImageSource, wanted: ExtractSpec | None = None, **how: Any
 ) -> Store:
     """Write the features of all images of a source, or go on with a store that was begun.
 
@@ -49,7 +49,7 @@ def extract_to(
         ValueError: if the settings do not fit the backbone or what is in `out`, or a feature is not finite.
         OSError: if it cannot be written.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or ExtractSpec()
     if wanted.files != "npy":
         raise ValueError("extract_to() opens what it wrote, and Parquet is for others to read: files=npy.")
     extraction = Extraction(Path(out), backbone, source, wanted)
@@ -73,7 +73,7 @@ class Extraction:
         out: Path,
         backbone: Backbone,
         source: ImageSource,
-        wanted: Wanted,
+        wanted: ExtractSpec,
         told: dict[str, Any] | None = None,
         clean: bool = True,
     ) -> None:

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 
-from dinokit.runtime.distributed import all_reduce_max, rank
+from dinokit.runtime.distributed import all_reduce_max, rank, world_size
 from dinokit.runtime.files import atomic
 from dinokit.runtime.signals import Stopped
 
 
 class PartialResult:
-    """One state file in a folder; with several processes, process 0 writes it and all read it.
+    """The saved state of one piece of work, in a folder.
+
+    save() replaces one state, which process 0 writes and all read. For results that are too large to write
+    again each time, append() adds pieces, and each process reads back its own.
 
     Args:
         folder: where the file is kept; None keeps nothing.
@@ -34,15 +37,11 @@ class PartialResult:
         tag = blake2b(repr(depends_on).encode(), digest_size=8).hexdigest()
         self.path = Path(folder).expanduser() / f".{name}_{tag}.pt" if folder is not None else None
         self.device = device or torch.device("cpu")
+        self._pieces = 0
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last, or None if some process cannot read one. All processes call it."""
-        state = None
-        try:
-            if self.path is not None and self.path.is_file():
-                state = torch.load(self.path, map_location=self.device, weights_only=True)
-        except Exception:  # a damaged file fails in many ways; each means that the work starts again
-            state = None
+        state = None if self.path is None else self._read(self.path)
         missing = torch.tensor(int(state is None), device=self.device)
         return None if int(all_reduce_max(missing)) else state
 
@@ -53,9 +52,26 @@ class PartialResult:
             OSError: if the file cannot be written.
         """
         if self.path is not None and rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(self.path) as part:
-                torch.save(dict(state), part)
+            self._write(self.path, state)
+
+    def append(self, piece: Mapping[str, Any]) -> None:
+        """Save one more piece of this process's work; earlier pieces stay as they are.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        if self.path is not None:
+            self._write(self._piece(self.path), piece)
+            self._pieces += 1
+
+    def load_pieces(self) -> Iterator[dict[str, Any]]:
+        """The pieces of this process in order, up to the first damaged one; append() continues after them.
+
+        Pieces that another number of processes saved are ignored.
+        """
+        while self.path is not None and (piece := self._read(self._piece(self.path))) is not None:
+            yield piece
+            self._pieces += 1
 
     @contextmanager
     def saved_on_exit(self, state: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -74,4 +90,26 @@ class PartialResult:
     def remove(self) -> None:
         """Delete the state: the work is complete."""
         if self.path is not None and rank() == 0:
-            self.path.unlink(missing_ok=True)
+            for path in (self.path, *self.path.parent.glob(f"{self.path.stem}.*.pt")):
+                path.unlink(missing_ok=True)
+
+    def _piece(self, path: Path) -> Path:
+        return path.with_name(f"{path.stem}.{rank()}of{world_size()}.{self._pieces}.pt")
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception:  # a missing or damaged file fails in many ways; each means to compute it again
+            return None
+        return state
+
+    def _write(self, path: Path, state: Mapping[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic(path) as temporary:
+                torch.save(dict(state), temporary)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+            raise OSError(
+                f"Unfinished work could not be saved in {path.parent}: {error}. Free some space, or choose "
+                f"another folder."
+            ) from None

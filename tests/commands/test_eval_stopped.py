@@ -21,7 +21,7 @@ LOOKING = """
 import signal, time
 from dataclasses import dataclass
 from pathlib import Path
-from dinokit.data.{shelf} import scenes
+from dinokit.data.{kind} import scenes
 
 @dataclass
 class Config:
@@ -63,13 +63,13 @@ CASES = {
 def words(tmp_path, monkeypatch):
     """The maker of command lines, words("knn")."""
     (tmp_path / "looking").mkdir()
-    for shelf in ("sources", "pairs"):
-        (tmp_path / "looking" / f"{shelf}.py").write_text(LOOKING.format(shelf=shelf))
+    for kind in ("sources", "dense"):
+        (tmp_path / "looking" / f"{kind}.py").write_text(LOOKING.format(kind=kind))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def make(what):
-        name = "looking.pairs" if what == "segmentation" else "looking.sources"
+        name = "looking.dense" if what == "segmentation" else "looking.sources"
         data = [f"{key}.{each}" for key in ("train", "test") for each in (f"name={name}", f"split={key}")]
         return ["eval", what, *CASES[what], *COMMON, *data]
 

@@ -154,7 +154,7 @@ def test_a_shipped_recipe_is_read_back_as_it_was(name):
 
 
 def shipped(name: str) -> str:
-    return (Path(__file__).parent.parent / "configs" / f"{name}.yaml").read_text().replace('"???"', "???")
+    return (Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text().replace('"???"', "???")
 
 
 @pytest.mark.parametrize(("rule", "peak"), [("none", 1e-3), ("sqrt", 2e-3), ("linear", 4e-3)])
@@ -235,13 +235,13 @@ def test_a_warm_up_shorter_than_one_stair_is_refused(base):
 
 
 UNKNOWN = {
-    "losses.kolo.weight=1": "'kolo' is not on the shelf 'losses', which has: ",
-    "data.name=fodler": "data.name: 'fodler' is not on the shelf 'data.sources', which has: ",
-    "backbone.name=vitt": "backbone.name: 'vitt' is not on the shelf 'backbones', which has: ",
-    "evals.knnn.every=3": "'knnn' is not on the shelf 'eval', which has: ",
-    "evals.knn.test.name=tarr": "evals.knn.test.name: 'tarr' is not on the shelf 'data.sources', which has: ",
-    "data.name=my_package.lmdb": "data.name: 'my_package.lmdb' (wanted for the shelf 'data.sources') ",
-    "data.name=_files": "data.name: '_files' is not on the shelf 'data.sources'",
+    "losses.kolo.weight=1": "'kolo' is not in the registry 'losses', which has: ",
+    "data.name=fodler": "data.name: 'fodler' is not in the registry 'data.sources', which has: ",
+    "backbone.name=vitt": "backbone.name: 'vitt' is not in the registry 'models', which has: ",
+    "evals.knnn.every=3": "'knnn' is not in the registry 'eval', which has: ",
+    "evals.knn.test.name=tarr": "evals.knn.test.name: 'tarr' is not in the registry 'data.sources'",
+    "data.name=my_package.lmdb": "data.name: 'my_package.lmdb' (wanted for the registry 'data.sources') ",
+    "data.name=_files": "data.name: '_files' is not in the registry 'data.sources'",
 }
 
 

@@ -17,7 +17,7 @@ from dinokit.config.load import Recipe, load_recipe
 from dinokit.config.registry import recipe_names
 from dinokit.models.head import PrototypeHead
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 V1_EPOCH = 1_281_167 // (8 * 64)  # steps: the images of ImageNet-1k, on 8 GPUs of 64
 EPOCH = 1_250  # steps of DINOv2's nominal epoch
 

@@ -1,4 +1,4 @@
-"""Every file on a shelf keeps the shelf's contract, and a shelf can be added to from another package."""
+"""Every entry of a registry keeps its contract, and another package can add entries."""
 
 import sys
 from collections.abc import Iterator
@@ -10,35 +10,36 @@ import pytest
 import torch
 from PIL import Image
 
+from dinokit import losses
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.losses import Views
 
-VERBS = {
+FUNCTIONS = {
     "models": "build",
     "losses": "build",
     "data.sources": "build",
     "data.dense": "build",
     "eval": "evaluate",
 }
-FILES = [(shelf, name) for shelf in VERBS for name in registry.names(shelf)]
+FILES = [(kind, name) for kind in FUNCTIONS for name in registry.names(kind)]
 
 
-def test_there_is_something_on_every_shelf():
-    assert {shelf for shelf, _ in FILES} == set(VERBS)
+def test_every_registry_has_entries():
+    assert {kind for kind, _ in FILES} == set(FUNCTIONS)
 
 
-@pytest.mark.parametrize(("registry", "name"), FILES)
-def test_a_file_defines_a_config_and_its_verb(shelf, name):
-    module = registry.find(shelf, name)
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_a_file_defines_a_config_and_its_function(kind, name):
+    module = registry.find(kind, name)
     assert is_dataclass(module.Config)
-    assert callable(getattr(module, VERBS[shelf]))
+    assert callable(getattr(module, FUNCTIONS[kind]))
     assert module.__doc__, f"{module.__name__} does not say what it is"
 
 
-@pytest.mark.parametrize(("registry", "name"), FILES)
-def test_the_config_that_is_read_without_running_the_file_is_the_real_one(shelf, name):
-    real, read = registry.find(shelf, name).Config, registry.read_config(shelf, name)
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_the_config_that_is_read_without_running_the_file_is_the_real_one(kind, name):
+    real, read = registry.find(kind, name).Config, registry.read_config(kind, name)
     assert [described(item) for item in fields(read)] == [described(item) for item in fields(real)]
     for mark in ("uses", "least_images"):
         assert getattr(read, mark, None) == getattr(real, mark, None)
@@ -48,9 +49,9 @@ def described(item) -> tuple[str, str, str, str, dict[str, str]]:
     return item.name, str(item.type), repr(item.default), repr(item.default_factory), dict(item.metadata)
 
 
-@pytest.mark.parametrize(("registry", "name"), FILES)
-def test_what_a_field_is_read_with_can_be(shelf, name):
-    there = {item.name: item for item in fields(registry.read_config(shelf, name))}
+@pytest.mark.parametrize(("kind", "name"), FILES)
+def test_what_a_field_is_read_with_can_be(kind, name):
+    there = {item.name: item for item in fields(registry.read_config(kind, name))}
     for item in there.values():
         for other, wanted in item.metadata.get("only_with", {}).items():
             assert other in there
@@ -73,18 +74,19 @@ def test_a_source_inside_an_evaluator_says_which_split_it_stands_for(name):
     nested = [
         item.metadata for item in fields(registry.read_config("eval", name)) if "registry" in item.metadata
     ]
-    shelves_of_images = ("data.sources", "data.dense", "data.videos")
+    image_registries = ("data.sources", "data.dense", "data.videos")
     assert all(
-        about["registry"] in shelves_of_images and about["split"] in ("train", "test") for about in nested
+        about["registry"] in image_registries and about["split"] in ("train", "test") for about in nested
     )
 
 
-def test_names_with_an_underscore_are_off_the_shelf():
-    folder = Path(registry.__file__).parent / "losses"
-    assert (folder / "_targets.py").is_file()
-    assert "_targets" not in registry.names("losses")
-    with pytest.raises(LookupError, match="'_targets' is not on the shelf 'losses'"):
-        registry.find("losses", "_targets")
+def test_a_helper_beside_the_entries_is_no_entry():
+    folder = Path(losses.__file__).parent
+    helpers = {path.stem for path in folder.glob("*.py")} - set(registry.names("losses")) - {"__init__"}
+    assert helpers
+    for name in helpers:
+        with pytest.raises(LookupError, match=f"'{name}' is not in the registry 'losses'"):
+            registry.find("losses", name)
 
 
 def test_what_a_file_itself_cannot_import_is_not_taken_for_a_missing_file(package):

@@ -123,7 +123,7 @@ def test_crops_are_those_of_a_whole_decoding(pattern, resampled, shifted, size, 
 def test_boxes_move_by_half_a_pixel_at_most_and_stay_in_an_image_that_is_as_small_as_they_allow(
     size: tuple[int, int], among: set[int]
 ) -> None:
-    """Over many draws: each edge within half a pixel of its place, each crop resized by LEAST_RESIZE or more."""
+    """Over many draws: each edge within half a pixel of its place, each crop reduced by LEAST_RESIZE."""
     parts = set()
     for place in range(200):
         boxes = drawn(size, place)

@@ -12,7 +12,7 @@ from torch import nn
 from dinokit.config import registry
 from dinokit.eval._labelled import features_of
 from dinokit.eval.knn import Config
-from dinokit.features import Features, Reading, cached, fingerprint, images_stamp, kept, spread
+from dinokit.features import Features, Pooling, cached, fingerprint, images_stamp, load_cached, spread
 from dinokit.features import cache as cache_module
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ class Watched(nn.Module):
         return self.net.layers(crops, blocks)
 
 
-def asked(tmp_path, net, source, reading=Reading(), **values):  # noqa: B008
+def asked(tmp_path, net, source, reading=Pooling(), **values):  # noqa: B008
     watched = Watched(net)
     cfg = Config(cache=str(tmp_path / "cache"), workers=0, **values)
     done = features_of(cfg, "train", watched, source, reading)
@@ -73,14 +73,13 @@ def test_what_was_made_is_read_and_is_the_same_to_the_last_bit(tmp_path, folder)
 
 KILLED = """
 import os, signal, sys
-from functools import partial
 import torch
 from dinokit.config import registry
 from dinokit.eval._labelled import features_of
 from dinokit.eval.knn import Config
-from dinokit.features import Reading, cache
+from dinokit.features import Pooling
 torch.set_num_threads(1)
-cache.Halfway = partial(cache.Halfway, every=0.0)
+sys.modules["dinokit.features.extract"].SAVE_SECONDS = 0.0
 images, kept, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.manual_seed(0)
 shape = {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 8, "size": 16}
@@ -94,7 +93,7 @@ def count(*_):
 net.register_forward_pre_hook(count)
 source = registry.build("data.sources", {"name": "folder", "path": images, "labels": "folders"})
 cfg = Config(cache=kept, workers=0, batch=2, max_unreadable=1.0)
-done = features_of(cfg, "train", net, source, Reading())
+done = features_of(cfg, "train", net, source, Pooling())
 torch.save({"x": done.x, "y": done.y, "lost": done.unreadable, "calls": calls}, kept + ".pt")
 """
 
@@ -125,7 +124,7 @@ def test_a_set_whose_process_was_killed_is_gone_on_with(tmp_path, folder):
     assert len(list((tmp_path / "cut").iterdir())) == 1  # the entry
 
 
-def test_the_names_of_unreadable_images_are_kept(tmp_path, folder):
+def test_the_names_of_unreadable_images_are_saved(tmp_path, folder):
     (folder / "a" / "0.png").write_bytes(b"")
     for _ in range(2):
         done, _ = asked(tmp_path, vit(), opened(folder), max_unreadable=0.5)
@@ -157,7 +156,7 @@ def test_images_that_changed_are_looked_at_anew(tmp_path, folder, change):
 
 
 @pytest.mark.parametrize(
-    "values", [{"size": 8}, {"resize": 40}, {"precision": "bf16"}, {"reading": Reading(2, "mean")}]
+    "values", [{"size": 8}, {"resize": 40}, {"precision": "bf16"}, {"reading": Pooling(2, "mean")}]
 )
 def test_another_view_precision_or_reading_is_made_anew(tmp_path, folder, values):
     asked(tmp_path, vit(), opened(folder), precision="fp32")
@@ -189,8 +188,8 @@ def test_other_weights_or_another_network_with_the_same_weights_are_told_apart()
     assert full(c) != before  # in no file of weights, and yet what it says depends on it
 
 
-def test_the_class_token_is_cut_out_of_what_the_linear_grid_kept(tmp_path, folder):
-    asked(tmp_path, vit(), opened(folder), Reading(4, "mean"))
+def test_the_class_token_is_cut_out_of_what_the_linear_grid_saved(tmp_path, folder):
+    asked(tmp_path, vit(), opened(folder), Pooling(4, "mean"))
     done, again = asked(tmp_path, vit(), opened(folder))
     assert again == 0
     alone, _ = asked(tmp_path / "elsewhere", vit(), opened(folder))
@@ -209,14 +208,14 @@ class Silent:
         return Image.new("RGB", (20, 20), (index, 0, 0)), index % 2
 
 
-def test_a_source_that_does_not_say_when_it_changes_is_never_kept(tmp_path):
+def test_a_source_that_does_not_say_when_it_changes_is_never_cached(tmp_path):
     assert images_stamp(Silent()) is None
     assert [asked(tmp_path, vit(), Silent())[1] for _ in range(2)] == [3, 3]
     assert not (tmp_path / "cache").exists()
 
 
 def entry(tmp_path, name="a", rows=3):
-    def make():
+    def make(partial):
         return Features(torch.arange(rows * 2.0).view(rows, 2), torch.arange(rows), ["lost"])
 
     return cached(tmp_path, name, CPU, make)
@@ -229,9 +228,9 @@ def test_a_damaged_entry_is_made_anew(tmp_path, damage):
     entry(tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    assert kept(tmp_path, "a", CPU) is None
+    assert load_cached(tmp_path, "a", CPU) is None
     assert entry(tmp_path).x.tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert kept(tmp_path, "a", CPU).x.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert load_cached(tmp_path, "a", CPU).x.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_above_the_limit_what_was_longest_unused_goes(tmp_path, monkeypatch):
@@ -244,7 +243,7 @@ def test_above_the_limit_what_was_longest_unused_goes(tmp_path, monkeypatch):
     size = next(tmp_path.iterdir()).stat().st_size
     monkeypatch.setattr(cache_module, "LIMIT", 2 * size + 10)
     entry(tmp_path, "d", rows=1000)
-    assert [name for name in "abcd" if kept(tmp_path, name, CPU)] == ["a", "d"]
+    assert [name for name in "abcd" if load_cached(tmp_path, name, CPU)] == ["a", "d"]
 
 
 @pytest.mark.parametrize("name", ["scenes"])

@@ -9,10 +9,10 @@ import torch
 
 from dinokit.config import registry
 from dinokit.data.transforms import center_crop, resize, to_tensor
-from dinokit.features import Extraction, Wanted, extract_to, normalised, open_store
+from dinokit.features import Extraction, ExtractSpec, extract_to, normalised, open_store
 from dinokit.features.layout import shard_size
 from dinokit.features.npy import GrowingArray
-from dinokit.features.wanted import blocks_of
+from dinokit.features.spec import blocks_of
 
 
 def folder(path):
@@ -37,7 +37,7 @@ def shown(image, fit: str) -> torch.Tensor:
 @pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
 def test_every_row_is_what_the_backbone_says_of_that_image(vit, photos, tmp_path, fit, layers):
     source = folder(photos(11, 3))
-    wanted = Wanted(
+    wanted = ExtractSpec(
         ("cls", "mean", "patch", "registers"),
         layers,
         fit,
@@ -73,7 +73,7 @@ def test_every_row_is_what_the_backbone_says_of_that_image(vit, photos, tmp_path
 
 
 def test_an_array_is_read_by_place_slice_mask_and_shard(vit, photos, tmp_path):
-    store = extract_to(tmp_path / "out", vit, folder(photos(10)), Wanted(shard=4, dtype="float16"))
+    store = extract_to(tmp_path / "out", vit, folder(photos(10)), ExtractSpec(shard=4, dtype="float16"))
     cls = store["cls"]
     parts = list(cls.shards())
     assert [part.shape for part in parts] == [(4, 24), (4, 24), (2, 24)]
@@ -98,7 +98,7 @@ def test_labels_and_what_was_done_are_told(vit, photos, tmp_path):
         (path / "ab"[i % 2]).mkdir(exist_ok=True)
         image.rename(path / "ab"[i % 2] / image.name)
     source = registry.build("data.sources", {"name": "folder", "path": str(path), "labels": "folders"})
-    store = extract_to(tmp_path / "out", vit, source, Wanted(("patch",), fit="pad"))
+    store = extract_to(tmp_path / "out", vit, source, ExtractSpec(("patch",), fit="pad"))
     assert store.labels.tolist() == [0, 0, 0, 1, 1, 1]
     about = json.loads((tmp_path / "out" / "store.json").read_text())
     assert about["classes"] == ["a", "b"]
@@ -113,7 +113,7 @@ def test_labels_and_what_was_done_are_told(vit, photos, tmp_path):
 def test_a_shard_without_a_readable_image_is_a_shard(vit, photos, tmp_path):
     source = folder(photos(4, 0, 1))
     store = extract_to(
-        tmp_path / "out", vit, source, Wanted(("patch", "cls"), fit="resize", size=32, shard=2)
+        tmp_path / "out", vit, source, ExtractSpec(("patch", "cls"), fit="resize", size=32, shard=2)
     )
     assert store["patch"][0].shape == (0, 24)
     assert [len(part) for part in store["patch"].shards()] == [0, sum(len(store["patch"][i]) for i in (2, 3))]
@@ -122,33 +122,33 @@ def test_a_shard_without_a_readable_image_is_a_shard(vit, photos, tmp_path):
 
 def test_other_settings_other_weights_and_other_images_are_refused(vit, photos, tmp_path):
     path, out = photos(5), tmp_path / "out"
-    extract_to(out, vit, folder(path), Wanted())
-    extract_to(out, vit, folder(path), Wanted())  # the same again is no mistake
+    extract_to(out, vit, folder(path), ExtractSpec())
+    extract_to(out, vit, folder(path), ExtractSpec())  # the same again is no mistake
     with pytest.raises(ValueError, match=r"other settings: tokens was .*Choose another out"):
-        extract_to(out, vit, folder(path), Wanted(("cls", "mean")))
+        extract_to(out, vit, folder(path), ExtractSpec(("cls", "mean")))
     with torch.no_grad():
         vit.norm.weight += 1
     with pytest.raises(ValueError, match="fingerprint was"):
-        extract_to(out, vit, folder(path), Wanted())
+        extract_to(out, vit, folder(path), ExtractSpec())
     with torch.no_grad():
         vit.norm.weight -= 1
     (path / "0002.png").rename(path / "0002b.png")
     with pytest.raises(ValueError, match=r"other images: number 2 was '.*0002.png', now '.*0002b.png'"):
-        extract_to(out, vit, folder(path), Wanted())
+        extract_to(out, vit, folder(path), ExtractSpec())
 
 
 def test_a_folder_of_something_else_is_left_alone(vit, photos, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="not empty and holds no features"):
-        extract_to(tmp_path / "out", vit, folder(photos(2)), Wanted())
+        extract_to(tmp_path / "out", vit, folder(photos(2)), ExtractSpec())
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
     with pytest.raises(LookupError, match="holds no features"):
         open_store(tmp_path / "out")
 
 
 def test_an_unfinished_store_says_so(vit, photos, tmp_path):
-    extract_to(tmp_path / "out", vit, folder(photos(5)), Wanted(shard=2))
+    extract_to(tmp_path / "out", vit, folder(photos(5)), ExtractSpec(shard=2))
     (tmp_path / "out" / "cls" / "00001.npy").unlink()
     with pytest.raises(ValueError, match=r"not complete: 1 of 3 shards are missing"):
         open_store(tmp_path / "out")
@@ -159,9 +159,9 @@ def test_parquet_holds_the_same_numbers(vit, photos, tmp_path):
     source = folder(photos(7, 2))
     for fit in ("crop", "resize"):
         wanted = {"tokens": ("cls", "patch"), "fit": fit, "size": 32, "shard": 4}
-        store = extract_to(tmp_path / fit, vit, source, Wanted(**wanted), batch=3)
+        store = extract_to(tmp_path / fit, vit, source, ExtractSpec(**wanted), batch=3)
         out = tmp_path / f"{fit}-parquet"
-        Extraction(out, vit, source, Wanted(**wanted, files="parquet")).run(batch=3)
+        Extraction(out, vit, source, ExtractSpec(**wanted, files="parquet")).run(batch=3)
         with pytest.raises(ValueError, match="holds parquet files: read them with pyarrow"):
             open_store(out)
         rows = [row for path in sorted(out.glob("*.parquet")) for row in parquet.read_table(path).to_pylist()]
@@ -176,17 +176,17 @@ def test_what_a_backbone_has_not_is_refused_before_an_image_is_read(vit, photos,
     pixels = registry.build("models", {"name": "pixels"})
     source = folder(photos(2, 0, 1))
     for wanted, words in [
-        (Wanted(("patch",)), "tokens=patch: this backbone has none"),
-        (Wanted(("mean",)), "tokens=mean: this backbone has none"),
-        (Wanted(layers="last2"), "blocks|last block alone"),
+        (ExtractSpec(("patch",)), "tokens=patch: this backbone has none"),
+        (ExtractSpec(("mean",)), "tokens=mean: this backbone has none"),
+        (ExtractSpec(layers="last2"), "blocks|last block alone"),
     ]:
         with pytest.raises(ValueError, match=words):
             extract_to(tmp_path / "out", pixels, source, wanted)
     for wanted, words in [
-        (Wanted(size=33), "size=33 is no multiple of the backbone's patch, 8 pixels; the nearest is 32"),
-        (Wanted(size=32, resize=31), "resize=31 leaves no crop"),
-        (Wanted(("clss",)), "there is cls, mean, patch, registers"),
-        (Wanted(layers="first"), "layers=first"),
+        (ExtractSpec(size=33), "size=33 is no multiple of the backbone's patch, 8 pixels; the nearest is 32"),
+        (ExtractSpec(size=32, resize=31), "resize=31 leaves no crop"),
+        (ExtractSpec(("clss",)), "there is cls, mean, patch, registers"),
+        (ExtractSpec(layers="first"), "layers=first"),
     ]:
         with pytest.raises(ValueError, match=words):
             extract_to(tmp_path / "out", vit, source, wanted)
@@ -197,8 +197,8 @@ def test_features_that_float16_cannot_hold_are_refused(vit, photos, tmp_path):
     with torch.no_grad():
         vit.norm.weight *= 1e6
     with pytest.raises(ValueError, match="not finite: the weights are broken; or float16 is too narrow"):
-        extract_to(tmp_path / "out", vit, folder(photos(3)), Wanted())
-    extract_to(tmp_path / "wide", vit, folder(photos(3)), Wanted(dtype="float32"))
+        extract_to(tmp_path / "out", vit, folder(photos(3)), ExtractSpec())
+    extract_to(tmp_path / "wide", vit, folder(photos(3)), ExtractSpec(dtype="float32"))
 
 
 def test_layers_are_blocks(vit):

@@ -55,7 +55,7 @@ def ran(*arguments: str, tunables: str | None = None) -> str:
 )
 def test_a_program_begins_again_once_as_the_same_process_with_its_arguments(there, then):
     code = (
-        "import os, sys; print(os.getpid()); from dinokit import heap; allocator.begin_again();"
+        "import os, sys; print(os.getpid()); from dinokit.runtime import allocator; allocator.begin_again();"
         "print(os.environ[allocator.VARIABLE], sys.argv[1:])"
     )
     said = ran("-c", code, "a b", "--c", tunables=there).splitlines()
@@ -69,7 +69,9 @@ def test_a_program_begins_again_once_as_the_same_process_with_its_arguments(ther
     ["os.environ.pop(allocator.VARIABLE, None)", "sys.executable = '/no/python'", "sys.executable = ''"],
 )
 def test_a_program_that_cannot_begin_again_goes_on(lost):
-    code = f"import os, sys; from dinokit import heap; {lost}; allocator.begin_again(); print('on')"
+    code = (
+        f"import os, sys; from dinokit.runtime import allocator; {lost}; allocator.begin_again(); print('on')"
+    )
     assert ran("-c", code) == "on"
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from dinokit.config.load import load_recipe
 from dinokit.data.sources import scenes
-from dinokit.features import Wanted, extract_to, open_store
+from dinokit.features import ExtractSpec, extract_to, open_store
 from dinokit.slurm.snapshot import copy_code
 from dinokit.train.loop import train
 from dinokit.weights import load_backbone
@@ -298,7 +298,7 @@ def test_an_array_shares_out_the_images_of_one_folder_of_features(here):
     assert here.state("features") == ["COMPLETED", "COMPLETED"]
     source = scenes.build(scenes.Config(size=32, count=60, split="train"))
     backbone = load_backbone(here.folder / "runs/unbroken")
-    alone = extract_to(here.folder / "alone", backbone, source, Wanted(shard=10))
+    alone = extract_to(here.folder / "alone", backbone, source, ExtractSpec(shard=10))
     store = open_store(here.folder / "features")
     assert list(store.iter_names()) == list(alone.iter_names())
     assert np.allclose(store["cls"][:], alone["cls"][:], atol=2e-3)  # of float16

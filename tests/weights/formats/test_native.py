@@ -232,6 +232,6 @@ def test_a_damaged_header_is_refused_in_words(saved, changes, words):
 def test_a_file_of_an_unknown_backbone_lists_what_there_is(saved):
     damage(saved, backbone='{"name": "vitt"}')
     with pytest.raises(
-        LookupError, match=r"'vitt' is not on the shelf 'backbones', which has:.*Did you mean 'vit'"
+        LookupError, match=r"'vitt' is not in the registry 'models', which has:.*Did you mean 'vit'"
     ):
         load_backbone(saved)

@@ -202,14 +202,14 @@ def test_a_spread_meets_every_class_about_equally_in_whatever_order_they_lie(ord
         def __getitem__(self, index):
             return None, index % 10 if order == "in turn" else index * 10 // self.n
 
-    part = spread(Labels(n=10_000), 1000)
-    counts = Counter(part[i][1] for i in range(len(part)))
-    assert len(part) == 1000
-    assert part.places == sorted(set(part.places))
-    assert part.name(7) == f"square-{part.places[7]}"
+    subset = spread(Labels(n=10_000), 1000)
+    counts = Counter(subset[i][1] for i in range(len(subset)))
+    assert len(subset) == 1000
+    assert subset.indices == sorted(set(subset.indices))
+    assert subset.name(7) == f"square-{subset.indices[7]}"
     assert len(counts) == 10
     assert all(60 <= n <= 140 for n in counts.values())
-    assert spread(Labels(n=10_000), 1000).places == part.places
+    assert spread(Labels(n=10_000), 1000).indices == subset.indices
 
 
 @pytest.mark.parametrize("count", [0, 23, 24])
@@ -221,7 +221,7 @@ WORKER = """
 import json, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from test_vectors import Linear, Squares
+from test_extract import Linear, Squares
 from dinokit.features import extract
 rank = int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)

@@ -59,5 +59,5 @@ def test_a_backbone_without_layers_shows_its_last_alone():
             return crops
 
     assert last_layers(Blind(), "x", 1) == ["x"]
-    with pytest.raises(ValueError, match="Blind shows its last block alone, and 2"):
+    with pytest.raises(ValueError, match="Blind gives its last block only, and 2"):
         last_layers(Blind(), "x", 2)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from dinokit.data.transforms import FitTransform
-from dinokit.features.frozen import device_of, frozen
 from dinokit.features.layout import TOKENS
+from dinokit.features.tokens import device_of, frozen
 from dinokit.models import Backbone, Tokens
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExtractSpec:
     """What to compute.
 
     Attributes:
@@ -67,7 +67,7 @@ def blocks_of(layers: str | Sequence[int], backbone: Backbone) -> list[int]:
     return blocks
 
 
-def fit_of(wanted: Wanted, backbone: Backbone) -> FitTransform:
+def fit_of(wanted: ExtractSpec, backbone: Backbone) -> FitTransform:
     """How images are shown.
 
     Raises:
@@ -109,7 +109,7 @@ def row_of(token: str, layers: list[Tokens]) -> Tensor:
 
 
 def rows_of(
-    wanted: Wanted, backbone: Backbone, blocks: list[int], fit: FitTransform
+    wanted: ExtractSpec, backbone: Backbone, blocks: list[int], fit: FitTransform
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of an image's row of each token; of a patch's row, if grids differ.
 

@@ -1,0 +1,202 @@
+"""Computes one feature vector for each image of a source, in the order of the source.
+
+N  images that could be read     W  numbers in a vector: the width of the backbone for the class token alone
+"""
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from dinokit.data.loader import image_loader
+from dinokit.data.sampler import RangeSampler
+from dinokit.data.sources import ImageLike, ImageSource
+from dinokit.data.transforms import CenterCrop, Transform
+from dinokit.features.fingerprint import images_stamp
+from dinokit.features.tokens import Pooling, device_of, frozen, normalised
+from dinokit.models import Backbone
+from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
+from dinokit.runtime.log import watch
+from dinokit.runtime.partial import PartialResult
+from dinokit.runtime.signals import Stopped
+
+CLASS_TOKEN = Pooling()
+SAVE_SECONDS = 60.0  # between two saves of unfinished work
+
+
+@dataclass
+class Features:
+    """Feature vectors of a source, on the device of the backbone; the same in every process."""
+
+    x: Tensor  # (N, W) float32, after the final norm, not scaled to unit length
+    y: Tensor  # (N,) int64 labels, -1 without one
+    unreadable: list[str]  # names of the images that could not be read; they have no row
+
+
+class Subset:
+    """The images of a source at `indices`, in that order."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, indices
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
+        return self.source[self.indices[index]]
+
+    def name(self, index: int) -> str:
+        """The name of the image in the source."""
+        return self.source.name(self.indices[index])
+
+    def stamp(self) -> str | None:
+        """The stamp of the source with a hash of the indices; None if the source has no stamp."""
+        stamp = images_stamp(self.source)
+        indices = blake2b(repr(list(self.indices)).encode(), digest_size=16).hexdigest()
+        return None if stamp is None else f"{stamp} {indices}"
+
+
+def spread(source: ImageSource, count: int) -> ImageSource:
+    """A subset of `count` images: one drawn from each of `count` equal ranges, the same in every call.
+
+    A fixed step could select one class only, where classes alternate. 0, or more than the source has, selects
+    all images.
+    """
+    n, draw = len(source), random.Random(0)
+    if not 0 < count < n:
+        return source
+    return Subset(source, [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)])
+
+
+def extract(
+    backbone: Backbone,
+    source: ImageSource,
+    resize: int,
+    size: int,
+    batch: int = 256,
+    workers: int = 0,
+    precision: torch.dtype | None = None,
+    pooling: Pooling = CLASS_TOKEN,
+    cut: Transform | None = None,
+    draw: int = 0,
+    partial: PartialResult | None = None,
+) -> Features:
+    """One feature vector for the centre crop, or another view, of each image. The backbone does not change.
+
+    With several processes all must call this; each computes its share, and all get all features.
+
+    Args:
+        backbone: on the device to compute on.
+        source: images, with or without labels.
+        resize: pixels of the shorter side before the centre crop.
+        size: pixels, the side of the crop; a multiple of the backbone's patch.
+        batch: images at a time.
+        workers: loader processes.
+        precision: bfloat16 or float16 runs the backbone in autocast; None leaves it in float32.
+        pooling: how tokens become a vector.
+        cut: another view of an image in place of the centre crop, (C, size, size).
+        draw: the number of the draw, for a random `cut`.
+        partial: where to save finished rows every minute, and from which to resume.
+
+    Raises:
+        ValueError: if the size or the channels do not fit the backbone, no image can be read, or a feature is
+            not finite.
+        OSError: if `partial` cannot be written.
+    """
+    if size < 1 or size % backbone.patch:
+        raise ValueError(f"size={size} is not a multiple of the backbone's patch, {backbone.patch} pixels.")
+    if resize < size:
+        raise ValueError(f"resize={resize} leaves no crop of size={size}: it must be at least as large.")
+    device = device_of(backbone)
+    share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is complete
+    rows = _Rows(len(source), pooling.width(backbone), device, partial)
+    order = RangeSampler([share[rows.processed :]], batch, draw)
+    batches = image_loader(source, cut or CenterCrop(resize, size), order, workers)
+    finished = math.ceil(rows.processed / batch)
+    try:
+        with frozen(backbone), torch.inference_mode():
+            for images in watch(batches, finished + len(order), "features", finished):
+                vectors = rows.x[:0]
+                if images.groups:
+                    crops = normalised(backbone, images.images.to(device))
+                    with torch.autocast(device.type, precision, enabled=precision is not None):
+                        vectors = pooling(backbone, crops)
+                valid = images.valid
+                rows.add(images.indices[valid], vectors, images.labels[valid], len(valid))
+    except Stopped:
+        rows.save()
+        raise
+    return rows.gather(source, precision)
+
+
+class _Rows:
+    """Rows of all images; zeros where this process has computed none.
+
+    Attributes:
+        processed: images of this process's share that were shown to the backbone or could not be read.
+    """
+
+    def __init__(self, count: int, width: int, device: torch.device, partial: PartialResult | None) -> None:
+        self.x = torch.zeros(count, width, device=device)
+        self.y, self.valid = torch.zeros(2, count, dtype=torch.int64, device=device)
+        self.processed = 0
+        self._partial = partial or PartialResult(None, "features", None)
+        for piece in self._partial.load_pieces():
+            self._set(piece["indices"].to(device), piece["x"], piece["y"])
+            self.processed = piece["processed"]
+        self._unsaved: list[Tensor] = []
+        self._saved_at = time.monotonic()
+
+    def add(self, indices: Tensor, x: Tensor, y: Tensor, processed: int) -> None:
+        """Rows of the readable images among the next `processed`; saves if SAVE_SECONDS have passed."""
+        indices = indices.to(self.x.device)
+        self._set(indices, x, y)
+        self.processed += processed
+        self._unsaved.append(indices)
+        if time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Append the rows since the last save to the partial result."""
+        if self._unsaved:
+            at = torch.cat(self._unsaved)
+            rows = {"indices": at.cpu(), "x": self.x[at].cpu(), "y": self.y[at].cpu()}
+            self._partial.append({**rows, "processed": self.processed})
+        self._unsaved, self._saved_at = [], time.monotonic()
+
+    def gather(self, source: ImageSource, precision: torch.dtype | None) -> Features:
+        """The rows of all processes, without those of unreadable images."""
+        x, y, valid = all_reduce_sum(self.x), all_reduce_sum(self.y), all_reduce_sum(self.valid) > 0
+        unreadable = [source.name(int(i)) for i in (~valid).nonzero()]
+        if len(unreadable) == len(source):
+            raise ValueError(f"None of the {len(source)} images can be read{_first_reason(source)}.")
+        x, y = (x[valid], y[valid]) if unreadable else (x, y)
+        _check_finite(x, precision)
+        return Features(x, y, unreadable)
+
+    def _set(self, indices: Tensor, x: Tensor, y: Tensor) -> None:
+        device = self.x.device
+        self.x[indices], self.y[indices], self.valid[indices] = x.to(device), y.to(device), 1
+
+
+def _check_finite(x: Tensor, precision: torch.dtype | None) -> None:
+    broken = int((~x.isfinite()).any(dim=1).sum())
+    if broken:
+        hint = " or float16 is too narrow for them: try precision=bf16" if precision == torch.float16 else ""
+        raise ValueError(
+            f"Features of {broken} of {len(x)} images are not finite: the weights are broken{hint}."
+        )
+
+
+def _first_reason(source: ImageSource) -> str:
+    try:
+        source[0]
+    except (OSError, ValueError) as error:
+        return f": {str(error).rstrip('.')}"
+    return ""
