@@ -14,7 +14,7 @@ from dinokit.data.dense_transforms import BORDERS, resize_image, resize_map, sho
 from dinokit.data.loader import dense_loader
 from dinokit.data.transforms import to_uint8
 from dinokit.eval._depth_scores import errors
-from dinokit.heads.segmentation import to_size
+from dinokit.heads.linear import to_size
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 from dinokit.runtime.log import watch
 
