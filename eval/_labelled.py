@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from dinokit.config import registry
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import Transform
+from dinokit.data.transforms import Transform
 from dinokit.features import (
     Features,
     Pooling,

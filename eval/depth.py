@@ -19,7 +19,7 @@ from torch import Tensor
 from dinokit.config.registry import only_if
 from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import DepthTransform
-from dinokit.data.pair_loader import training_pairs
+from dinokit.data.loader import dense_training_loader
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._depth_scores import gradient, scale_invariant
 from dinokit.eval._depth_test import DepthTest, framed, judge_depth, mean_judge
@@ -208,8 +208,8 @@ def _shown(
         return lambda start: cache.batches(cfg.seed, cfg.batch, start, cfg.steps)
 
     def online(start: int) -> Iterator[Shown]:
-        for images, truth in training_pairs(
-            train, shape, seed=cfg.seed, start=start, steps=cfg.steps, batch=cfg.batch,
+        for images, truth in dense_training_loader(
+            train, shape, seed=cfg.seed, start_step=start, steps=cfg.steps, batch=cfg.batch,
             rank=rank(), world=world_size(), workers=cfg.workers,
         ):  # fmt: skip
             yield look(images), truth.to(look.device)

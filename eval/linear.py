@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if
-from dinokit.data.views import RandomResizedCrop
+from dinokit.data.transforms import RandomResizedCrop
 from dinokit.eval._heads import Head, Heads
 from dinokit.eval._labelled import tell_unreadable
 from dinokit.eval._resume import Resume, identity

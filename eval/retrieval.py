@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import Boxes, ResizeLongerSide
+from dinokit.data.transforms import Boxes, ResizeLongerSide
 from dinokit.eval import _labelled, _revisited
 from dinokit.eval._truth import places_by_name
 from dinokit.features import Features, Pooling, Subset

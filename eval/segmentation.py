@@ -24,9 +24,9 @@ from dinokit.data.dense_transforms import (
     resize_image,
     resize_map,
     shorter_side_to,
-    to_uint8,
 )
-from dinokit.data.pair_loader import training_pairs, whole_pairs
+from dinokit.data.loader import dense_loader, dense_training_loader
+from dinokit.data.transforms import to_uint8
 from dinokit.eval._bank import fill_bank, grid_to_image, neighbour_judge, patch_rows, regression_judge
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._confusion import Confusion
@@ -196,8 +196,8 @@ def _shown(cfg: Config, look: Look, train: DenseSource) -> Callable[[int], Itera
     )
 
     def online(start: int) -> Iterator[Shown]:
-        for images, truth in training_pairs(
-            train, cut, seed=cfg.seed, start=start, steps=cfg.steps, batch=cfg.batch,
+        for images, truth in dense_training_loader(
+            train, cut, seed=cfg.seed, start_step=start, steps=cfg.steps, batch=cfg.batch,
             rank=rank(), world=world_size(), workers=cfg.workers,
         ):  # fmt: skip
             yield look(images), truth.to(look.device)
@@ -231,7 +231,7 @@ def _through_patches(cfg: Config, backbone: Backbone, train: DenseSource) -> tup
 
 def _majority(train: DenseSource, workers: int, device: torch.device) -> Judge:
     counts = torch.zeros(len(train.classes), dtype=torch.int64)
-    for pair in watch(whole_pairs(train, range(len(train)), workers), len(train), "training masks"):
+    for pair in watch(dense_loader(train, range(len(train)), workers), len(train), "training masks"):
         counts += pair.target[pair.target != IGNORE].long().bincount(minlength=len(counts))
     most = F.one_hot(counts.argmax(), len(counts)).float().to(device)[:, None, None]
     return lambda image: most.expand(-1, *image.shape[1:])
@@ -242,7 +242,7 @@ def _test(cfg: Config, judge: Judge, test: DenseSource, device: torch.device) ->
     confusion = Confusion(len(test.classes), device)
     flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
     share = range(rank(), len(test), world_size())
-    for pair in watch(whole_pairs(test, share, cfg.workers), len(share), "test images"):
+    for pair in watch(dense_loader(test, share, cfg.workers), len(share), "test images"):
         image = pair.image.float() / 255
         total = torch.zeros((), device=device)
         for scale in cfg.scales:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dinokit.config.load import Recipe
-from dinokit.data.loader import loader
+from dinokit.data.loader import training_loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
@@ -63,10 +63,10 @@ def _train(
     model, recipe = begin(recipe, first=found is None)
     step = Step(recipe, device, parts, model)
     masks = block_masks(recipe, step.model.student.backbone)
-    batches = loader(  # before run.out is there, which would hold a recipe that its images do not fit
+    batches = training_loader(  # checks the images against the recipe before run.out is made
         source, recipe.crops, masks, seed=recipe.run.seed, start_step=found.step if found else 0,
-        steps=recipe.optim.steps, batch=recipe.optim.batch, rank=rank(), world=world_size(), parts=parts,
-        workers=recipe.run.workers, pin=device.type == "cuda",
+        steps=recipe.optim.steps, batch=recipe.optim.batch, rank=rank(), world=world_size(),
+        accumulation=parts, workers=recipe.run.workers, pin=device.type == "cuda",
     )  # fmt: skip
     open_run(recipe)
     unreadable = Unreadable(recipe.run.max_unreadable, len(source))
