@@ -195,7 +195,8 @@ def test_vit_s_14_at_its_real_size_is_timm_s(tmp_path, registers):
 def test_half_precision_comes_in_as_float32(drawn, tmp_path):
     save_file({n: t.half() for n, t in drawn().state_dict().items()}, tmp_path / "x.safetensors")
     assert {p.dtype for p in load_backbone(tmp_path / "x.safetensors").parameters()} == {torch.float32}
-    assert read(tmp_path / "x.safetensors")[1].notes[-1] == "The file contains float16; the backbone is float32."
+    _, stored = read(tmp_path / "x.safetensors")
+    assert stored.notes[-1] == "The file contains float16; the backbone is float32."
 
 
 def test_what_is_loaded_does_not_change_with_its_file(drawn, tmp_path):
