@@ -6,7 +6,7 @@ import torch
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.data.loader import loader
-from dinokit.models import head
+from dinokit.losses import chunked
 from dinokit.train import activations
 from dinokit.train.activations import tokens_of
 from dinokit.train.loop import block_masks
@@ -42,7 +42,7 @@ def most_bytes(recipe, counting):
 @pytest.mark.parametrize(("logits", "chunk"), [("whole", 2**26), ("chunks", 2**26), ("chunks", 2**14)])
 def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, chunk, patch):
     """By what 8,192 more prototypes cost: all else stays."""
-    for place, name in ((head, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
+    for place, name in ((chunked, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
         monkeypatch.setattr(place, name, chunk)
     lived, counted = [], []
     for prototypes in (32768, 40960):
