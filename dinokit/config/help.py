@@ -2,9 +2,11 @@
 
 import ast
 import json
+import sys
 import tokenize
 from collections.abc import Collection
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
 from textwrap import fill
 from typing import Any, Literal, get_args, get_origin
 
@@ -35,23 +37,30 @@ def key_line(key: str, meaning: str) -> str:
 
 
 def comments(shelf: str, name: str) -> dict[str, str]:
-    """What stands beside each field of a file's Config, or on lines of its own above it."""
-    path = registry.locate(shelf, name)
+    """The comment of each field of a file's Config and its base classes: beside it, or on lines above it."""
+    result: dict[str, str] = {}
+    for cls in reversed(registry.read_config(shelf, name).__mro__):
+        if is_dataclass(cls):
+            result |= _class_comments(Path(sys.modules[cls.__module__].__file__ or ""), cls.__name__)
+    return result
+
+
+def _class_comments(path: Path, class_name: str) -> dict[str, str]:
     with path.open("rb") as file:
         words = list(tokenize.tokenize(file.readline))
     beside = {w.start[0]: w.string.lstrip("# ") for w in words if w.type == tokenize.COMMENT}
     alone = {w.start[0] for w in words if w.type == tokenize.COMMENT and not w.line[: w.start[1]].strip()}
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    done = {}
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    result = {}
     for node in config.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first = node.lineno
             while first - 1 in alone:
                 first -= 1
             lines = range(first, (node.end_lineno or node.lineno) + 1)
-            done[node.target.id] = " ".join(beside[line] for line in lines if line in beside)
-    return done
+            result[node.target.id] = " ".join(beside[line] for line in lines if line in beside)
+    return result
 
 
 def _default(item: "Field[Any]") -> str:

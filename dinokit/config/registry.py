@@ -53,6 +53,20 @@ def only_with(default: Any, **others: bool | tuple[str, ...]) -> Any:
     return field(default=default, metadata={"only_with": others})
 
 
+def source_field(kind: str, split: str, **more: bool) -> Any:
+    """A field of an evaluator's Config that is a section of the registry `kind`; None by default.
+
+    Inside a training run, a section that is not given is that split of the training data.
+
+    Args:
+        kind: data.sources, data.dense or data.videos.
+        split: "train" or "test".
+        more: optional=True for a section that may be missing, many=True for a mapping of sections by name,
+            labels=False for images that need no labels.
+    """
+    return field(default=None, metadata={"registry": kind, "split": split, **more})
+
+
 def with_what(other: str, wanted: bool | tuple[str, ...]) -> str:
     """What only_with() was told of another field, in words: 'with method=knn', 'without head'."""
     if isinstance(wanted, bool):
@@ -129,8 +143,9 @@ def read_config(kind: str, name: str) -> type[Any]:
     """The Config of a file, made without running the file.
 
     A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the
-    file's imports of the standard library and of this module, its plain constants, Config and the enums
-    and dataclasses that Config names are executed here.
+    file's imports of the standard library, of this module and of modules called `_config` (base classes of
+    settings, which import nothing heavy), its plain constants, Config and the enums and dataclasses that
+    Config names are executed here.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config.
@@ -144,6 +159,7 @@ def read_config(kind: str, name: str) -> type[Any]:
         if _is_plain(node) and (not isinstance(node, ast.ClassDef) or node.name in wanted)
     ]
     module = ModuleType(f"dinokit.config.registry.{kind}.{name}")
+    module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up by name
     exec(compile(tree, str(path), "exec"), module.__dict__)
     if not hasattr(module, "Config"):
@@ -167,7 +183,8 @@ def _named_by_config(tree: ast.Module) -> set[str]:
 def _is_plain(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
         light = {*sys.stdlib_module_names, "omegaconf"}
-        return node.module == "dinokit.config.registry" or (node.module or "").split(".")[0] in light
+        module = (node.module or "").split(".")
+        return node.module == "dinokit.config.registry" or module[-1] == "_config" or module[0] in light
     if isinstance(node, ast.Import):
         return all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
     if isinstance(node, ast.ClassDef):
@@ -207,7 +224,7 @@ def locate(kind: str, name: str) -> Path:
             return Path(spec.origin)
     else:
         path = _folder(kind) / f"{name}.py"
-        if path.is_file() and _is_entry(path):
+        if path.is_file() and (_is_entry(path) or "\nclass Config" in path.read_text(encoding="utf-8")):
             return path
     have = names(kind)
     raise LookupError(

@@ -81,11 +81,11 @@ def test_the_backward_pass_is_counted_as_published():
     assert tokens == 32 * (2 * 257 + 8 * 50)
     asked, taught = 32 * (2 + 8) * 131_072, 32 * 2 * 131_072
     patches = round(32 * 2 * 256 * 0.5 * 0.3) * 131_072  # half the images, 10 to 50 % of their patches
-    logits = 4 * (asked + taught + 2 * patches + 3 * patches)
+    logits = 4 * (asked + taught + 2 * patches + 1.5 * patches)
     assert kept * 2**30 == pytest.approx(tokens * 1536 * 40 * 34 + logits)
     giant.run.checkpointing = "full"
     kept = activations.activations(giant, 32)[1]
     assert kept * 2**30 == pytest.approx(tokens * 1536 * (40 * 4 + 34) + logits)
     giant.run.logits = "chunks"
     kept -= activations.activations(giant, 32)[1]
-    assert kept * 2**30 == pytest.approx(4 * (asked + patches + 3 * patches - 2 * 2**26))
+    assert kept * 2**30 == pytest.approx(4 * (asked + patches + 1.5 * patches - 1.5 * 2**26))
