@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from dinokit.config.load import run_of
+from dinokit.config.load import run_dir_of
 from dinokit.runtime.files import write_text
 
 JOBS = Path("runs/jobs")  # below the folder in which the command is given
@@ -110,7 +110,7 @@ def copy_recipes(target: Path, commands: Sequence[Sequence[str]]) -> list[list[s
 
     def replaced(word: str) -> str:
         key, equals, path = word.rpartition("=")
-        if not path.endswith((".yaml", ".yml")) or not Path(path).is_file() or run_of(Path(path)):
+        if not path.endswith((".yaml", ".yml")) or not Path(path).is_file() or run_dir_of(Path(path)):
             return word
         if path not in copies:
             copy = target / str(len(copies)) / Path(path).name  # the file name is the name of the recipe

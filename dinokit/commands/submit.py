@@ -241,9 +241,9 @@ def _tasks(name: str, profile: "Config") -> tuple[int, bool]:
         near = " Leave that word out." if name == "dinokit" else registry.suggest(name, names)
         raise LookupError(f"There is no command '{name}' to submit.{near} Commands are: {', '.join(names)}.")
     module = registry.find("commands", name)
-    shares = getattr(module, "SHARES", False)
-    tasks = profile.tasks or (profile.gpus if shares else 1) or 1
-    if not shares and profile.nodes * tasks > 1:
+    multi_process = getattr(module, "MULTI_PROCESS", False)
+    tasks = profile.tasks or (profile.gpus if multi_process else 1) or 1
+    if not multi_process and profile.nodes * tasks > 1:
         raise ValueError(
             f"dinokit {name} works in one process, but nodes={profile.nodes} and tasks={tasks} ask for "
             f"{profile.nodes * tasks} processes, which would all do the same. Give nodes=1 tasks=1."
