@@ -9,7 +9,7 @@ from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
 from dinokit.config.load import Recipe
 from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, attend, why_not
 from dinokit.runtime.device import DTYPES
-from dinokit.train.activations import tokens_of
+from dinokit.train.plan import tokens_per_crop
 from dinokit.train.student_teacher import build_backbone
 
 
@@ -29,7 +29,7 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
             f"backbone.name={recipe.backbone['name']} has its own attention; there is no choice."
         )
     groups = [
-        (recipe.optim.batch * group.count, tokens_of(backbone, group.size))
+        (recipe.optim.batch * group.count, tokens_per_crop(backbone, group.size))
         for group in (recipe.crops.globals, recipe.crops.locals)
         if group.count
     ]

@@ -24,9 +24,8 @@ from dinokit.data.batch import Batch
 from dinokit.data.loader import training_loader
 from dinokit.models.attention import Attention
 from dinokit.runtime.device import keep_freed_memory, peak_memory
-from dinokit.train.loop import block_masks
 from dinokit.train.step import Step
-from dinokit.train.student_teacher import StudentTeacher, build_backbone
+from dinokit.train.student_teacher import StudentTeacher, block_masks, build_backbone
 
 # Every switch of `run` that is there for speed or memory, at its plainest.
 PLAIN: dict[str, Any] = {
@@ -185,8 +184,8 @@ class Form:
         step, model, clock = self.step, self.step.model, Clock(self.device)
         batch = clock.timed(lambda: next(self.batches), "load")()
         for owner, name, phase in [
-            (step, "coloured", "transfer"), (step, "colour", "colour"), (step, "_backward", "backward"),
-            (model, "_see", "teacher"), (model.teacher, "scores", "teacher"),
+            (step, "augment", "transfer"), (step, "photometric", "colour"), (step, "backward", "backward"),
+            (model.teacher, "read", "teacher"), (model.teacher, "logits", "teacher"),
             (model, "forward", "student forward"), (model, "update_teacher", "EMA"),
             *((loss, "forward", "losses") for loss in model.losses),
         ]:  # fmt: skip

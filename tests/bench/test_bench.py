@@ -16,8 +16,7 @@ from dinokit.bench.synthetic import Files
 from dinokit.config.load import load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
-from dinokit.train.loop import block_masks
-from dinokit.train.student_teacher import StudentTeacher
+from dinokit.train.student_teacher import StudentTeacher, block_masks
 
 SMALL = [
     "backbone.width=24", "backbone.depth=2", "backbone.heads=2", "backbone.size=48", "crops.globals.size=48",
