@@ -28,8 +28,8 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def answer(argv: Sequence[str], alone: bool = False) -> None:
-    """Do what a command line says; `alone` as main()."""
+def answer(argv: Sequence[str]) -> None:
+    """Run what a command line asks for."""
     if not argv or argv[0].startswith("-"):
         command = parse("", argv, [*FLAGS, "-h"])
         print(f"dinokit {__version__}" if "--version" in command.flags else overview())
@@ -43,7 +43,6 @@ def answer(argv: Sequence[str], alone: bool = False) -> None:
     module = registry.find("commands", verb)
     own: dict[str, str] = getattr(module, "FLAGS", {})
     command = parse(verb, argv[1:], [*FLAGS, "-h", *own])
-    command.alone = alone
     if command.flags.keys() & {"--help", "-h"}:
         more = [module.describe(command.words)] if hasattr(module, "describe") else []
         print(
@@ -65,16 +64,15 @@ def answer(argv: Sequence[str], alone: bool = False) -> None:
         raise
 
 
-def main(argv: Sequence[str] | None = None, alone: bool = False) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit status: 0, or 2 if something was asked that cannot be done.
 
     Args:
         argv: the words; None: those of this process.
-        alone: whether this process was started for it, and may start anew.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        answer(argv, alone)
+        answer(argv)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         if "--traceback" in argv:
             raise
@@ -91,7 +89,7 @@ def command() -> NoReturn:
 
     A job whose process dies of a signal while it ends would be started again, for nothing.
     """
-    status = main(alone=True)
+    status = main()
     # Those of signals.STOPS, which is not imported: it takes PyTorch, and Windows has one of them.
     for name in {"SIGTERM", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():
         signal.signal(signal.Signals[name], signal.SIG_IGN)

@@ -13,7 +13,7 @@ from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import BORDERS, resize_image, resize_map, shorter_side_to, to_uint8
 from dinokit.data.pair_loader import whole_pairs
 from dinokit.eval._depth_scores import errors
-from dinokit.heads.segmentation import to_size
+from dinokit.heads.linear import to_size
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 from dinokit.runtime.log import watch
 

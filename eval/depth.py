@@ -28,10 +28,9 @@ from dinokit.eval._labelled import refuse_overlap
 from dinokit.eval._look import Look, open_pairs
 from dinokit.eval._resume import Resume, identity
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width, spread_blocks
-from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
+from dinokit.heads.linear import LinearDepth, to_size
 from dinokit.heads.released import load_depther, save_head
-from dinokit.heads.segmentation import to_size
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import rank, world_size
@@ -153,7 +152,9 @@ def _look(cfg: Config, backbone: Backbone, blocks: list[int]) -> Look:
 
 
 def _judge(look: Look, head: LinearDepth | DPT) -> Callable[[Tensor], Tensor]:
-    return lambda image: to_size(head(look(image[None])).clamp(head.least, head.most), *image.shape[1:])[0, 0]
+    return lambda image: to_size(
+        head(look(image[None])).clamp(head.min_depth, head.max_depth), *image.shape[1:]
+    )[0, 0]
 
 
 def _trained(
@@ -178,11 +179,11 @@ def _trained(
         value = scale_invariant(given, truth, step / cfg.steps)
         if cfg.gradient_weight:
             value = value + cfg.gradient_weight * gradient(given, truth, cfg.gradient_form)
-        if step + 1 == cfg.steps and given.detach().amax() <= 1.001 * head.least:
+        if step + 1 == cfg.steps and given.detach().amax() <= 1.001 * head.min_depth:
             tell(
-                f"after {cfg.steps} steps the head says {head.least:g} m, the least depth, of every pixel "
-                f"that it saw last: its last rectifier lets nothing through, and no gradient leads back from "
-                f"there. Train again with a rate below lr={cfg.lr:g}, or with clip=35."
+                f"after {cfg.steps} steps the head says {head.min_depth:g} m, the least depth, of every "
+                f"pixel that it saw last: its last rectifier lets nothing through, and no gradient leads "
+                f"back from there. Train again with a rate below lr={cfg.lr:g}, or with clip=35."
             )
         return value
 

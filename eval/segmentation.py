@@ -36,8 +36,8 @@ from dinokit.eval._look import Look, open_pairs
 from dinokit.eval._resume import Resume, identity
 from dinokit.eval._windows import slide
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width
+from dinokit.heads.linear import LinearSegmenter, to_size
 from dinokit.heads.released import load_segmenter, save_head
-from dinokit.heads.segmentation import LinearSegmenter, to_size
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import rank, world_size

@@ -15,7 +15,7 @@ from dinokit.data.batch import collate
 from dinokit.data.loader import CROPS, TrainDataset, loader
 from dinokit.data.sampler import generator
 from dinokit.data.sources import ImageSource
-from dinokit.runtime import allocator
+from dinokit.runtime.device import keep_freed_memory
 
 
 def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
         real: whether to read the recipe's data; else files in memory, as Files has them.
     """
     torch.set_num_threads(1)
-    allocator.keep_freed(recipe.run.keep_memory)  # as in a process that trains on a CPU, and colours
+    keep_freed_memory(recipe.run)  # as in a process that trains on a CPU
     source: ImageSource = (
         registry.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
     )

@@ -23,8 +23,7 @@ from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.loader import loader
 from dinokit.models.attention import Attention
-from dinokit.runtime import allocator
-from dinokit.runtime.device import keeps_memory, peak_memory
+from dinokit.runtime.device import keep_freed_memory, peak_memory
 from dinokit.train.loop import block_masks
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher, build_backbone
@@ -91,8 +90,7 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
             ours, theirs = context.Pipe()
             # No daemon, for these may have no loader processes. It ends when our end of the pipe is gone.
             child = context.Process(target=_serve, args=(theirs, recipe, rounds, real))
-            with allocator.for_children(keeps_memory(recipe.run)):
-                child.start()
+            child.start()
             theirs.close()
             pipes.append(ours)
             children.append(child)
@@ -144,7 +142,7 @@ class Form:
         self.recipe = settled(recipe)
         self.device = torch.device(self.recipe.run.device)
         self.idle = peak_memory(self.device)
-        allocator.keep_freed(keeps_memory(recipe.run))
+        keep_freed_memory(recipe.run)
         torch.manual_seed(recipe.run.seed)
         self.step = Step(self.recipe, self.device)
         steps = WARM_UP + rounds + 2  # FLOPs are counted on one more, and phases timed on another

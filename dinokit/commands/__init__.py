@@ -32,7 +32,6 @@ class Command:
     settings: list[str]  # key=value
     flags: dict[str, str] = field(default_factory=dict)  # by name, dashes included; "" without a value
     rest: list[str] = field(default_factory=list)  # what stood behind --
-    alone: bool = False  # whether this process was started for it, and may start anew
 
     def one_word(self, of: str, have: Sequence[str] = ()) -> str:
         """The only word.

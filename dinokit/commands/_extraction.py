@@ -14,9 +14,8 @@ import torch
 from dinokit.commands import part_of
 from dinokit.config import registry
 from dinokit.features import Extraction, ExtractSpec, open_store
-from dinokit.features.layout import shard_range
-from dinokit.features.parquet import unreadable_names
-from dinokit.features.store import missing
+from dinokit.features.store import missing_shards, shard_range
+from dinokit.features.store_writers import unreadable_names
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
 from dinokit.runtime.distributed import launch
 from dinokit.runtime.files import write_text
@@ -41,7 +40,7 @@ def begin(config: "Config") -> tuple[int, int]:
         )
     extraction = _make(config, torch.device("cpu"), clean=world == 1 and not config.part)
     images, size = len(extraction.source), extraction.about["shard"]
-    lost = sum(len(shard_range(n, size, images)) for n in missing(extraction.out, extraction.about))
+    lost = sum(len(shard_range(n, size, images)) for n in missing_shards(extraction.out, extraction.about))
     return images, images - lost
 
 
@@ -58,7 +57,7 @@ def end(config: "Config") -> dict[str, Any]:
     """What there is now; names the unreadable images in OUT/unreadable.txt."""
     out = Path(config.out)
     about = json.loads((out / "store.json").read_text(encoding="utf-8"))
-    if (launch().world > 1 or config.part) and missing(out, about):  # others are still at work
+    if (launch().world > 1 or config.part) and missing_shards(out, about):  # others are still at work
         return {"complete": False}
     if config.format == "parquet":
         names = list(unreadable_names(out))
@@ -76,12 +75,12 @@ def _make(config: "Config", device: torch.device, clean: bool) -> Extraction:
     if "channels" in section:
         section["channels"] = backbone.channels
     source = registry.build("data.sources", section)
-    wanted = ExtractSpec(
+    spec = ExtractSpec(
         tuple(config.tokens), config.layers, config.fit, config.size, config.resize, config.dtype,
         config.format, config.shard,
     )  # fmt: skip
-    told = {"weights": config.weights, "data": section, "precision": config.precision}
-    return Extraction(Path(config.out), backbone, source, wanted, told, clean)
+    metadata = {"weights": config.weights, "data": section, "precision": config.precision}
+    return Extraction(Path(config.out), backbone, source, spec, metadata, clean)
 
 
 def _work(config: "Config", rank: int, world: int, local_rank: int, told: Told) -> None:

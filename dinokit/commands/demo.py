@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dinokit import evaluation
 from dinokit.commands import Command
 from dinokit.commands.eval import judged as judged_by
-from dinokit.commands.train import pretrain, settle
+from dinokit.commands.train import pretrain
 from dinokit.config.load import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def run(command: Command) -> None:
     recipe = load_recipe("scenes_cpu", ["run.out=runs/demo", *command.settings])
     if "knn" not in recipe.evals:
         raise ValueError("dinokit demo needs evals.knn.")
-    settle(command, recipe)
     from dinokit.runtime.signals import stop_signals
 
     with stop_signals(between_items=True):  # around both: what came at the last step ends the judging

@@ -25,22 +25,12 @@ SHARES = RESUMES = True
 def run(command: Command) -> None:
     word = command.one_word("recipe", registry.recipe_names())
     recipe = load_recipe(word, command.settings, evaluation.architecture)
-    settle(command, recipe)
     pretrain(recipe)
 
 
 def describe(words: Sequence[str]) -> str:
     names = ", ".join(registry.recipe_names())
     return f"recipes: {names}\ndinokit show RECIPE prints every key with its value"
-
-
-def settle(command: Command, recipe: Recipe) -> None:
-    """Start this process anew, if `run.keep_memory` asks for it; nothing that lasts may stand before."""
-    from dinokit.runtime import allocator
-    from dinokit.runtime.device import keeps_memory
-
-    if command.alone and keeps_memory(recipe.run):
-        allocator.begin_again()
 
 
 def pretrain(recipe: Recipe) -> str:

@@ -54,10 +54,10 @@ class Embedder:
     def write(self, one: ImageSet, places: np.ndarray, folder: Path, share: Share) -> None:
         """The embeddings of a set's images at `places`, or this process's part of them."""
         assert one.source is not None
-        wanted = ExtractSpec(tokens=(self.cfg.token,), size=self.cfg.size)
-        told = {"weights": self.weights, "data": one.section, "precision": self.cfg.precision}
+        spec = ExtractSpec(tokens=(self.cfg.token,), size=self.cfg.size)
+        metadata = {"weights": self.weights, "data": one.section, "precision": self.cfg.precision}
         source = Subset(one.source, places.tolist()) if len(places) < len(one) else one.source
-        work = Extraction(folder, self.backbone, source, wanted, told, clean=share.of == 1)
+        work = Extraction(folder, self.backbone, source, spec, metadata, clean=share.of == 1)
         precision = DTYPES[pick_precision(self.cfg.precision, pick_device(self.cfg.device))]
         work.run(self.cfg.batch, self.cfg.workers, precision, rank=share.number, world=share.of)
 

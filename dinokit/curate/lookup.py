@@ -87,11 +87,11 @@ class Lookup:
         for number in range(len(files)):
             source[number]  # one that cannot be read is an error here, said by the reader
         cut = about["transform"]
-        wanted = ExtractSpec(
+        spec = ExtractSpec(
             (self.token,), about["layers"], cut["fit"], cut["size"], cut["resize"] or 0, "float32"
         )
         with TemporaryDirectory() as folder:
-            made = extract_to(folder, backbone, source, wanted)[self.token][:]
+            made = extract_to(folder, backbone, source, spec)[self.token][:]
         return Vectors([made]).chunk(0, len(made))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

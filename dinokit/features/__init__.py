@@ -3,9 +3,8 @@
 from dinokit.features.attention import attention
 from dinokit.features.cache import cached, load_cached
 from dinokit.features.extract import Features, Subset, extract, readable, spread
-from dinokit.features.extraction import Extraction, extract_to
+from dinokit.features.extract_store import Extraction, ExtractSpec, extract_to
 from dinokit.features.fingerprint import fingerprint, images_stamp
-from dinokit.features.spec import ExtractSpec
 from dinokit.features.store import Store, open_store
 from dinokit.features.tokens import (
     Map,

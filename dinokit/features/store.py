@@ -1,7 +1,22 @@
-"""Features on disk, read: arrays over all shards, which load only what is asked for (see layout.py).
+"""Feature stores on disk: their format, and arrays over all shards that load only what is read.
 
-store = open_store(OUT)
-store["cls"][17]; store["cls"][1000:2000]; for part in store["cls"].shards(): ...
+    store = open_store(OUT)
+    store["cls"][17]; store["cls"][1000:2000]; for shard in store["cls"].shards(): ...
+
+Files of a store:
+
+    OUT/store.json            what was computed, from which images, with which weights; written first
+    OUT/names.txt             one name on each line, in the order of the images (a line break becomes a space)
+    OUT/images/00000.npy      the images of a shard: valid, label, rows and columns of the patch grid (RECORD)
+    OUT/cls/00000.npy ...     one folder for each token; shard k has images k * S to (k + 1) * S
+
+or, with files=parquet, OUT/00000.parquet ... in place of the folders. A shard is complete when all its files
+exist; each is written atomically.
+
+    n  images of a shard     L  blocks extracted; no axis for a single block     D  width     R  registers
+    N  patches of an image   T  patches of all images of a shard
+
+cls, mean (n, [L,] D); registers (n, R, [L,] D); patch (n, N, [L,] D), or (T, [L,] D) if the grids differ.
 """
 
 import json
@@ -12,13 +27,48 @@ from typing import Any
 
 import numpy as np
 
-from dinokit.features.layout import FORMAT, RECORD, shard_path
+FORMAT = "dinokit features 1"
+TOKENS = ("cls", "mean", "patch", "registers")
+RECORD = np.dtype([("valid", "?"), ("label", "<i4"), ("rows", "<i4"), ("columns", "<i4")])
+MAX_IMAGES, SHARD_BYTES = 4096, 256 << 20  # of a shard; a killed run computes at most one shard again
+OPEN = 64  # memory-mapped shards of an array that stay open
 
-OPEN = 64  # mapped shards an array keeps open
+
+def shard_path(out: Path, token: str, number: int) -> Path:
+    """The file of a shard."""
+    return out / token / f"{number:05d}.npy"
+
+
+def shard_range(number: int, size: int, images: int) -> range:
+    """The images of a shard."""
+    return range(number * size, min((number + 1) * size, images))
+
+
+def shard_size(bytes_per_image: int) -> int:
+    """Images in a shard: a power of two, at most 4,096 and at most 256 MiB in its largest file."""
+    most = max(min(SHARD_BYTES // max(bytes_per_image, 1), MAX_IMAGES), 1)
+    return 1 << (int(most).bit_length() - 1)
+
+
+def shard_count(about: dict[str, Any]) -> int:
+    """The number of shards of a store, from its store.json."""
+    return -(-int(about["images"]) // int(about["shard"]))
+
+
+def missing_shards(out: Path, about: dict[str, Any]) -> list[int]:
+    """The numbers of the shards that are not complete."""
+    numbers = range(shard_count(about))
+    if about["files"] == "parquet":
+        return [n for n in numbers if not (out / f"{n:05d}.parquet").is_file()]
+    tokens = [*about["tokens"], "images"]
+    return [n for n in numbers if not all(shard_path(out, token, n).is_file() for token in tokens)]
 
 
 class Column:
-    """One token of all images: (images, ...), row i is image i; shards are mapped when they are touched."""
+    """One token of all images: (images, ...), row i is image i.
+
+    Shards are memory-mapped when they are read.
+    """
 
     def __init__(self, out: Path, token: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
         self.shape, self.dtype, self.size = shape, dtype, size
@@ -28,21 +78,21 @@ class Column:
         return self.shape[0]
 
     def shards(self) -> Iterator[np.ndarray]:
-        """The shards in order, each mapped read-only and let go of when the next one comes."""
+        """The shards in order, each mapped read-only until the next one is asked for."""
         for number in range(-(-len(self) // self.size)):
             yield self._shard.__wrapped__(number)
 
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        """A row (a view into the file), or the rows of a slice, of places, or of a mask (a copy)."""
+        """A row (a view of the file), or the rows of a slice, an index array or a mask (a copy)."""
         if isinstance(index, int | np.integer):
             place = range(len(self))[int(index)]
             return self._shard(place // self.size)[place % self.size]
-        places = np.arange(len(self))[index]
-        done = np.empty((len(places), *self.shape[1:]), self.dtype)
-        for number in np.unique(places // self.size):
-            here = places // self.size == number
-            done[here] = self._shard(int(number))[places[here] % self.size]
-        return done
+        indices = np.arange(len(self))[index]
+        rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        for number in np.unique(indices // self.size):
+            in_shard = indices // self.size == number
+            rows[in_shard] = self._shard(int(number))[indices[in_shard] % self.size]
+        return rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All rows, in memory."""
@@ -54,29 +104,28 @@ class PatchColumn:
 
     def __init__(self, flat: Column, images: Column) -> None:
         self.dtype, self._flat, self._images = flat.dtype, flat, images
-        self._ends = lru_cache(OPEN)(lambda number: np.cumsum(_patches(images._shard(number))))
+        self._ends = lru_cache(OPEN)(lambda number: np.cumsum(_patch_counts(images._shard(number))))
 
     def __len__(self) -> int:
         return len(self._images)
 
     def shards(self) -> Iterator[np.ndarray]:
-        """The patches of each shard end to end, (T, [L,] D)."""
+        """The concatenated patches of each shard, (T, [L,] D)."""
         return self._flat.shards()
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The patches of one image, row by row over its grid; none if it was unreadable."""
+        """The patches of one image, row by row over its grid; an unreadable image has none."""
         number, place = divmod(range(len(self))[int(index)], self._images.size)
         ends = self._ends(number)
         return self._flat._shard(number)[ends[place - 1] if place else 0 : ends[place]]
 
 
 class Store:
-    """A finished extraction.
+    """A complete store.
 
     Attributes:
-        about: what store.json says.
-        names: the images' names, in order.
-        tokens: those that there are.
+        about: the content of store.json.
+        tokens: the tokens that it has.
     """
 
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
@@ -85,10 +134,10 @@ class Store:
         size, images = about["shard"], about["images"]
         self._images = Column(out, "images", (images,), RECORD, size)
         self._columns: dict[str, Column | PatchColumn] = {}
-        for token, said in about["tokens"].items():
-            differ = said["shape"][1] is None
-            shape = (images, *(said["shape"][2:] if differ else said["shape"][1:]))
-            column = Column(out, token, shape, np.dtype(said["dtype"]), size)
+        for token, entry in about["tokens"].items():
+            differ = entry["shape"][1] is None
+            shape = (images, *(entry["shape"][2:] if differ else entry["shape"][1:]))
+            column = Column(out, token, shape, np.dtype(entry["dtype"]), size)
             self._columns[token] = PatchColumn(column, self._images) if differ else column
 
     def __len__(self) -> int:
@@ -106,8 +155,7 @@ class Store:
 
     def files(self, token: str) -> list[Path]:
         """The files of a token's shards, in order."""
-        shards = -(-len(self) // self.about["shard"])
-        return [shard_path(self.out, token, number) for number in range(shards)]
+        return [shard_path(self.out, token, number) for number in range(shard_count(self.about))]
 
     @property
     def valid(self) -> np.ndarray:
@@ -127,7 +175,7 @@ class Store:
 
     @property
     def names(self) -> list[str]:
-        """Of all images, as the source calls them; iter_names() holds one at a time."""
+        """The names of all images in the source; iter_names() keeps only one in memory."""
         return list(self.iter_names())
 
     def iter_names(self) -> Iterator[str]:
@@ -138,38 +186,30 @@ class Store:
 
 
 def open_store(out: str | Path) -> Store:
-    """The features that `dinokit extract ... out=OUT` wrote.
+    """Open the features that `dinokit extract ... out=OUT` wrote.
 
     Raises:
-        LookupError: if there are none.
-        ValueError: if they are not complete, or not in this format.
+        LookupError: if the folder has no store.json.
+        ValueError: if the store is not complete, or in another format.
     """
     out = Path(out)
     if not (out / "store.json").is_file():
-        raise LookupError(f"{out} holds no features: there is no store.json in it.")
+        raise LookupError(f"{out} contains no features: it has no store.json.")
     about = json.loads((out / "store.json").read_text(encoding="utf-8"))
     if about.get("format") != FORMAT:
-        raise ValueError(f"{out} is of the format '{about.get('format')}'; this reads '{FORMAT}'.")
+        raise ValueError(f"{out} has the format '{about.get('format')}'; this version reads '{FORMAT}'.")
     if about["files"] != "npy":
-        raise ValueError(f"{out} holds {about['files']} files: read them with pyarrow, pandas or datasets.")
-    lost = missing(out, about)
-    if lost:
-        count = -(-about["images"] // about["shard"])
         raise ValueError(
-            f"{out} is not complete: {len(lost)} of {count} shards are missing. The command that made it "
-            f"goes on where it stopped."
+            f"{out} contains {about['files']} files: read them with pyarrow, pandas or datasets."
+        )
+    missing = missing_shards(out, about)
+    if missing:
+        raise ValueError(
+            f"{out} is not complete: {len(missing)} of {shard_count(about)} shards are missing. Run the "
+            f"command that made it again: it resumes where it stopped."
         )
     return Store(out, about)
 
 
-def missing(out: Path, about: dict[str, Any]) -> list[int]:
-    """The numbers of the shards that are not done."""
-    numbers = range(-(-about["images"] // about["shard"]))
-    if about["files"] == "parquet":
-        return [n for n in numbers if not (out / f"{n:05d}.parquet").is_file()]
-    tokens = [*about["tokens"], "images"]
-    return [n for n in numbers if not all(shard_path(out, token, n).is_file() for token in tokens)]
-
-
-def _patches(records: np.ndarray) -> np.ndarray:
+def _patch_counts(records: np.ndarray) -> np.ndarray:
     return records["rows"].astype(np.int64) * records["columns"]

@@ -14,7 +14,7 @@ FEATURES = 256  # F
 
 
 class Conv(nn.Module):
-    """A convolution under the name `conv`, which keeps the size; started for a rectifier after it."""
+    """A convolution, as child `conv`, that keeps the size; initialised for a ReLU after it."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = True) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Conv(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + two rectified 3 x 3 convolutions of it."""
+    """x plus two 3 x 3 convolutions of it, each after a ReLU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -41,22 +41,22 @@ class Residual(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds a map of the backbone to what the deeper ones gave, and doubles the size."""
+    """Adds a map of the backbone to the fused deeper maps, and doubles the size."""
 
     def __init__(self, width: int, first: bool) -> None:
         super().__init__()
         self.project = Conv(width, width, 1)
-        self.res_conv_unit1 = None if first else Residual(width)  # the first has nothing to add
+        self.res_conv_unit1 = None if first else Residual(width)  # the first adds no map
         self.res_conv_unit2 = Residual(width)
 
     def forward(self, x: Tensor, side: Tensor | None) -> Tensor:
-        """What there is, (b, F, h, w), and a map (b, F, h', w') or none -> (b, F, 2 h, 2 w)."""
+        """Fused maps (b, F, h, w), and a map (b, F, h', w') or none -> (b, F, 2 h, 2 w)."""
         if self.res_conv_unit1 is not None and side is not None:
             if side.shape != x.shape:
                 side = F.interpolate(side, x.shape[2:], mode="bilinear", align_corners=False)
             x = x + self.res_conv_unit1(side)
         x = self.res_conv_unit2(x)
-        # The two commute; the 1 x 1 layer costs a quarter before the change of size.
+        # The two commute; the 1 x 1 convolution costs a quarter before the resizing.
         return F.interpolate(self.project(x), scale_factor=2, mode="bilinear", align_corners=True)
 
 
@@ -80,17 +80,17 @@ class Reassemble(nn.Module):
 
     def forward(self, maps: Sequence[Map]) -> list[Tensor]:
         """Four maps -> (b, D / 8, 4 h, 4 w), (b, D / 4, 2 h, 2 w), (b, D / 2, h, w), (b, D, h / 2, w / 2)."""
-        done = []
-        for m, readout, project, change in zip(
+        outputs = []
+        for m, readout, project, resize in zip(
             maps, self.readout_projects, self.projects, self.resize_layers, strict=True
         ):
             x = readout(m.with_cls().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            done.append(change(project(x)))
-        return done
+            outputs.append(resize(project(x)))
+        return outputs
 
 
 class Regressor(nn.Module):
-    """Three convolutions and a doubling of the size, down to one number a pixel."""
+    """Three convolutions and one upsampling: one number for each pixel, at twice the size."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -111,17 +111,17 @@ class DPT(nn.Module):
     """Depth from four blocks.
 
     Args:
-        width: D, 8 or more. What it cannot be divided by is left over, as in DINOv2's code.
-        least: metres: added to what is rectified, so the least depth that it can say.
-        most: metres: what its depth is cut down to by those who use it.
+        width: D, 8 or more; divided by 8, 4 and 2, and rounded down, as in DINOv2's code.
+        min_depth: metres: added to the rectified output, so the smallest depth that it can give.
+        max_depth: metres: the caller clamps the depth to it.
         features: F.
     """
 
-    def __init__(self, width: int, least: float, most: float, features: int = FEATURES) -> None:
+    def __init__(self, width: int, min_depth: float, max_depth: float, features: int = FEATURES) -> None:
         super().__init__()
         if width < 8:
             raise ValueError(f"DPT needs a backbone whose width is 8 or more, and this one's is {width}.")
-        self.least, self.most = least, most
+        self.min_depth, self.max_depth = min_depth, max_depth
         channels = [width // 8, width // 4, width // 2, width]
         self.reassemble_blocks = Reassemble(width, channels)
         self.convs = nn.ModuleList(Conv(c, features, 3, bias=False) for c in channels)
@@ -132,11 +132,11 @@ class DPT(nn.Module):
     def forward(self, maps: Sequence[Map]) -> Tensor:
         """Four maps, the deepest last -> depth (b, 1, 16 h, 16 w) in metres, for even h and w.
 
-        With odd ones, it is a patch larger: the half of the deepest map is rounded up.
+        With odd h or w it is one patch larger: half of the deepest map is rounded up.
         """
         sides = [conv(x) for conv, x in zip(self.convs, self.reassemble_blocks(maps), strict=True)]
         x, first = sides[-1], True
         for fuse, side in zip(self.fusion_blocks, reversed(sides), strict=True):
             x = fuse(x, None if first else side)
             first = False
-        return self.conv_depth(self.project(x).relu()).relu() + self.least
+        return self.conv_depth(self.project(x).relu()).relu() + self.min_depth

@@ -1,7 +1,8 @@
-"""Files of heads: DINOv2's released ones, and those that our evaluators write, which have the same layout.
+"""Reads and writes files of heads: those that DINOv2 released, and those of our evaluators.
 
-A linear classifier's file holds `weight` and `bias`; the others hold, under `state_dict`, the head's tensors
-with `decode_head.` before their names. For models with registers only classifiers were released.
+Both have the same layout. The file of a linear classifier contains `weight` and `bias`; the others contain,
+under `state_dict`, the tensors of the head with the prefix `decode_head.`. For models with registers only
+classifiers were released.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,24 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.features import last_blocks, spread_blocks
-from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
+from dinokit.heads.linear import LinearDepth, LinearSegmenter
 from dinokit.heads.models import Depther, Segmenter
-from dinokit.heads.segmentation import LinearSegmenter
 from dinokit.models import Backbone
 from dinokit.runtime.files import atomic
 
 PREFIX = "decode_head."
-LEAST = 1e-3  # metres
-MOST = {"NYU": 10.0, "KITTI": 80.0}  # metres
-CLASSES = {"ADE20K": 150, "VOC2012": 21}  # that released segmentation heads tell apart
+MIN_DEPTH = 1e-3  # metres
+MAX_DEPTH = {"NYU": 10.0, "KITTI": 80.0}  # metres
+CLASSES = {"ADE20K": 150, "VOC2012": 21}  # of released segmentation heads
 
 
 def save_head(path: Path, head: nn.Module) -> None:
-    """Write a dense head in the layout of the released files, whole or not at all."""
-    with atomic(path) as part:
+    """Write a dense head in the layout of the released files, atomically."""
+    with atomic(path) as temporary:
         tensors = {PREFIX + key: value.detach().cpu() for key, value in head.state_dict().items()}
-        torch.save({"state_dict": tensors}, part)
+        torch.save({"state_dict": tensors}, temporary)
 
 
 def load_classifier(path: str | Path, layers: Literal[1, 4], backbone: Backbone) -> nn.Linear:
@@ -46,11 +46,11 @@ def load_classifier(path: str | Path, layers: Literal[1, 4], backbone: Backbone)
 
 
 def load_segmenter(path: str | Path, backbone: Backbone) -> tuple[LinearSegmenter, list[int]]:
-    """A segmentation head, and the blocks whose patches, after the final norm, it takes side by side.
+    """A segmentation head, and the blocks whose patches, after the final norm, are concatenated for it.
 
     Raises:
         LookupError: if there is no such file.
-        ValueError: if it is no such head, or does not fit the backbone.
+        ValueError: if it is another kind of head, or does not fit the backbone.
     """
     tensors = _read(path)
     _need(path, tensors, ("conv_seg.weight", "bn.running_mean"))
@@ -67,35 +67,37 @@ def load_depther(
     backbone: Backbone,
     trained_on: str = "NYU",
     hub_range_bug: bool = False,
-    most: float | None = None,
+    max_depth: float | None = None,
 ) -> Depther:
-    """A backbone with a depth head, linear on one or four blocks or DPT: which, its tensors say.
+    """A backbone with a depth head. Its tensors show its kind: linear on one or four blocks, or DPT.
 
     Args:
         path: of a released file, such as dinov2_vits14_nyu_linear4_head.pth, or of one of ours.
         backbone: the one that it was trained on.
         trained_on: "NYU" (1 mm to 10 m) or "KITTI" (1 mm to 80 m).
-        hub_range_bug: give a linear head the range to 80 m whatever it was trained on. A version of the
-            reference's hub code does so for NYU, whose depths then come out eight times too large.
-        most: metres, in place of the range of `trained_on`.
+        hub_range_bug: give a linear head the range to 80 m for any training set. A version of the
+            reference's hub code does so for NYU, whose depths are then eight times too large.
+        max_depth: metres, in place of the range of `trained_on`.
 
     Raises:
         LookupError: if there is no such file.
-        ValueError: if it is no such head, does not fit the backbone, or there is no such training set.
+        ValueError: if it is another kind of head, does not fit the backbone, or `trained_on` is unknown.
     """
-    most = most or _most(trained_on)
+    max_depth = max_depth or _max_depth(trained_on)
     tensors = _read(path)
     what = f"a depth head on a backbone {backbone.width} wide"
     head: LinearDepth | DPT
     if "conv_depth.weight" in tensors:
         bins, inputs = tensors["conv_depth.weight"].shape[:2]
         count = _one_or_four(inputs, 2 * backbone.width, path, what)
-        head = LinearDepth(backbone.width, count, LEAST, MOST["KITTI"] if hub_range_bug else most, bins)
+        head = LinearDepth(
+            backbone.width, count, MIN_DEPTH, MAX_DEPTH["KITTI"] if hub_range_bug else max_depth, bins
+        )
     else:
         _need(path, tensors, ("project.conv.weight", "conv_depth.head.0.weight"))
-        head, count = DPT(backbone.width, LEAST, most, len(tensors["project.conv.bias"])), 4
+        head, count = DPT(backbone.width, MIN_DEPTH, max_depth, len(tensors["project.conv.bias"])), 4
     _load(head, tensors, path, what)
-    return _together(backbone, head, count)
+    return _depther(backbone, head, count)
 
 
 def depther(
@@ -113,36 +115,39 @@ def depther(
         backbone: the released one, without registers.
         model: its name, such as "dinov2_vits14".
         kind: of the head.
-        fetch: from the path of a file below the released models' address to where it is on this machine; None
-            draws a head at random.
+        fetch: from the path of a file below the URL of the released models to its local path; None
+            initialises a head at random.
         layers: 1 or 4, of a linear head.
         weights: "NYU" or "KITTI".
         hub_range_bug: as `load_depther`.
 
     Raises:
-        ValueError: if no such head was released, or the file holds another one.
+        ValueError: if no such head was released, or the file contains another head.
     """
     if layers not in (1, 4) or "_reg" in model:
         raise ValueError(
-            f"No depth head was released for {model} with layers={layers}: linear ones look into 1 or 4 "
+            f"No depth head was released for {model} with layers={layers}: linear heads use 1 or 4 "
             f"blocks, and models with registers have none."
         )
     if fetch is None:
-        most = _most(weights)
+        max_depth = _max_depth(weights)
         if kind == "dd":
-            return _together(backbone, DPT(backbone.width, LEAST, most), 4)
-        far = MOST["KITTI"] if hub_range_bug else most
-        return _together(backbone, LinearDepth(backbone.width, layers, LEAST, far), layers)
+            return _depther(backbone, DPT(backbone.width, MIN_DEPTH, max_depth), 4)
+        max_depth = MAX_DEPTH["KITTI"] if hub_range_bug else max_depth
+        return _depther(backbone, LinearDepth(backbone.width, layers, MIN_DEPTH, max_depth), layers)
     name = "dpt" if kind == "dd" else "linear4" if layers == 4 else "linear"
     path = fetch(f"{model}/{model}_{weights.lower()}_{name}_head.pth")
-    done = load_depther(path, backbone, weights, hub_range_bug)
-    is_dpt = isinstance(done.head, DPT)
-    if is_dpt != (kind == "dd") or (not is_dpt and len(done.blocks) != layers):
-        asked, there = _said(model, kind == "dd", layers), _said(model, is_dpt, len(done.blocks))
-        raise ValueError(
-            f"{path} is not the head of {asked}, but of {there}. Call that, or give another file."
+    loaded = load_depther(path, backbone, weights, hub_range_bug)
+    is_dpt = isinstance(loaded.head, DPT)
+    if is_dpt != (kind == "dd") or (not is_dpt and len(loaded.blocks) != layers):
+        asked, found = (
+            _entry_name(model, kind == "dd", layers),
+            _entry_name(model, is_dpt, len(loaded.blocks)),
         )
-    return done
+        raise ValueError(
+            f"{path} is not the head of {asked}, but of {found}. Call that, or give another file."
+        )
+    return loaded
 
 
 def segmenter(
@@ -162,12 +167,12 @@ def segmenter(
         weights: "ADE20K" or "VOC2012".
 
     Raises:
-        ValueError: if no such head was released, or the file holds another one.
+        ValueError: if no such head was released, or the file contains another head.
     """
     if layers not in (1, 4) or weights.upper() not in CLASSES:
         raise ValueError(
             f"No segmentation head was released for {model} with layers={layers} and weights='{weights}': "
-            f"they look into 1 or 4 blocks, and were trained on {' and '.join(CLASSES)}."
+            f"they use 1 or 4 blocks, and were trained on {' and '.join(CLASSES)}."
         )
     classes = CLASSES[weights.upper()]
     if fetch is None:
@@ -179,32 +184,33 @@ def segmenter(
         raise ValueError(f"{path} is a head with layers={len(blocks)}: give that, or another file.")
     if head.conv_seg.out_channels != classes:
         raise ValueError(
-            f"{path} tells {head.conv_seg.out_channels} classes apart, and those of {weights} are {classes}. "
-            f"Heads of other data: dinokit.heads.models.Segmenter(backbone, *load_segmenter(path, backbone))."
+            f"{path} has {head.conv_seg.out_channels} classes, and {weights} has {classes}. "
+            f"For heads of other data: "
+            f"dinokit.heads.models.Segmenter(backbone, *load_segmenter(path, backbone))."
         )
     return Segmenter(backbone, head, blocks)
 
 
-def _said(model: str, is_dpt: bool, layers: int) -> str:
+def _entry_name(model: str, is_dpt: bool, layers: int) -> str:
     return f"{model}_dd" if is_dpt else f"{model}_ld with layers={layers}"
 
 
-def _most(trained_on: str) -> float:
-    if trained_on.upper() not in MOST:
-        raise ValueError(f"weights='{trained_on}': depth heads were released for {' and '.join(MOST)}.")
-    return MOST[trained_on.upper()]
+def _max_depth(trained_on: str) -> float:
+    if trained_on.upper() not in MAX_DEPTH:
+        raise ValueError(f"weights='{trained_on}': depth heads were released for {' and '.join(MAX_DEPTH)}.")
+    return MAX_DEPTH[trained_on.upper()]
 
 
-def _together(backbone: Backbone, head: LinearDepth | DPT, count: int) -> Depther:
+def _depther(backbone: Backbone, head: LinearDepth | DPT, count: int) -> Depther:
     blocks = last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count)
     return Depther(backbone, head, blocks)
 
 
 def _one_or_four(inputs: int, width: int, path: str | Path, what: str) -> int:
-    """Of how many blocks a head takes what is `width` wide of each."""
+    """The number of blocks of a head that takes `width` numbers of each."""
     if inputs not in (width, 4 * width):
         raise ValueError(
-            f"{path} is not {what}: it takes {inputs} numbers a patch, not {width} or {4 * width}."
+            f"{path} is not {what}: it takes {inputs} numbers per patch, not {width} or {4 * width}."
         )
     return inputs // width
 

@@ -1,7 +1,6 @@
 """The processes that train together: who they are, and what is summed over them. Alone, every sum is itself.
 
-The only file that reads environment variables, torchrun's, SLURM's, or none; but for the C library's
-(heap.py).
+The only file that reads environment variables: those of torchrun and of SLURM.
 """
 
 import os

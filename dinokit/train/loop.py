@@ -11,8 +11,7 @@ from dinokit.data.loader import loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
-from dinokit.runtime import allocator
-from dinokit.runtime.device import keeps_memory, pick_device
+from dinokit.runtime.device import keep_freed_memory, pick_device
 from dinokit.runtime.distributed import rank, world_size
 from dinokit.runtime.log import RunLog, before_and_after
 from dinokit.runtime.signals import Stopped, stop_signals
@@ -43,7 +42,7 @@ def train(recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] =
             by a signal of STOPS, the process no longer hears these, for a launcher repeats them.
     """
     device = pick_device(recipe.run.device)
-    allocator.keep_freed(keeps_memory(recipe.run))
+    keep_freed_memory(recipe.run)
     with joined(device, recipe.run.timeout_minutes) as watchdog, alone_in(Path(recipe.run.out)):
         return _train(recipe, source, evaluators, device, watchdog)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from dinokit.config.load import Optim
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import full, local
-from dinokit.train.adamw import AdamW
 from dinokit.train.student_teacher import Network
 
 
@@ -35,7 +35,7 @@ def parameter_groups(student: Network, cfg: Optim) -> list[dict[str, Any]]:
 
 def build_optimizer(student: Network, cfg: Optim) -> AdamW:
     """AdamW over parameter_groups(); its rates and decay are set every step by set_rates()."""
-    return AdamW(parameter_groups(student, cfg), cfg.betas)
+    return AdamW(parameter_groups(student, cfg), betas=cfg.betas, fused=True)
 
 
 def set_rates(optimizer: AdamW, rates: Mapping[str, float], weight_decay: float) -> None:

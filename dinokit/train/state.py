@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from dinokit.runtime.distributed import local
-from dinokit.train.adamw import AdamW
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 

@@ -53,13 +53,13 @@ class Step:
         torch.manual_seed(_mix(self.recipe.run.seed, step, rank()))
         self.optimizer.zero_grad()
         values = self._backward(batch)
-        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # AdamW keeps to its contract
+        self.scaler.unscale_(self.optimizer)
         values |= {f"grad_{name}": norm for name, norm in clip_gradients(self.model.student, optim).items()}
         if optim.head_freeze == "gradient" and step < optim.head_frozen:
             drop_prototype_gradients(self.optimizer)
         s = self.schedules
         set_rates(self.optimizer, s.rates(step), s.weight_decay(step))
-        self.scaler.step(self.optimizer)  # type: ignore[arg-type]
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         # Also after an overflow, which left the student as it was: to ask for that would wait for the device.
         self.model.update_teacher(s.momentum(step))

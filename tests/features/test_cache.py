@@ -172,7 +172,7 @@ def full(backbone):
     return fingerprint(backbone, settings=True)
 
 
-def test_other_weights_or_another_network_with_the_same_weights_are_told_apart():
+def test_other_weights_or_another_network_with_the_same_weights_have_different_fingerprints():
     a, b = vit(), vit()
     assert full(a) == full(b)
     assert full(a) == full(b.train())

@@ -242,10 +242,10 @@ def test_two_processes_each_get_what_one_would(tmp_path):
         str(tmp_path / "meet"),
     ]
     runs = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    told = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
+    results = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
     torch.manual_seed(0)
     alone = extract(Linear(), Squares(n=9, lost=(3, 4)), 8, 8)
-    for x, y, unreadable in told:
+    for x, y, unreadable in results:
         torch.testing.assert_close(torch.tensor(x), alone.x)
         assert y == alone.y.tolist()
         assert unreadable == ["square-3", "square-4"]

@@ -10,9 +10,9 @@ import torch
 from dinokit.config import registry
 from dinokit.data.transforms import center_crop, resize, to_tensor
 from dinokit.features import Extraction, ExtractSpec, extract_to, normalised, open_store
-from dinokit.features.layout import shard_size
-from dinokit.features.npy import GrowingArray
-from dinokit.features.spec import blocks_of
+from dinokit.features.extract_store import select_blocks
+from dinokit.features.store import shard_size
+from dinokit.features.store_writers import GrowingArray
 
 
 def folder(path):
@@ -37,7 +37,7 @@ def shown(image, fit: str) -> torch.Tensor:
 @pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
 def test_every_row_is_what_the_backbone_says_of_that_image(vit, photos, tmp_path, fit, layers):
     source = folder(photos(11, 3))
-    wanted = ExtractSpec(
+    spec = ExtractSpec(
         ("cls", "mean", "patch", "registers"),
         layers,
         fit,
@@ -45,7 +45,7 @@ def test_every_row_is_what_the_backbone_says_of_that_image(vit, photos, tmp_path
         dtype="float32",
         shard=4,
     )
-    store = extract_to(tmp_path / "out", vit, source, wanted, batch=3)
+    store = extract_to(tmp_path / "out", vit, source, spec, batch=3)
     blocks = {"last": [2], "last2": [1, 2]}.get(str(layers), [0, 2])
     assert len(store) == 11
     assert store.names == [source.name(i) for i in range(11)]
@@ -92,7 +92,7 @@ def test_an_array_is_read_by_place_slice_mask_and_shard(vit, photos, tmp_path):
         store["patch"]
 
 
-def test_labels_and_what_was_done_are_told(vit, photos, tmp_path):
+def test_a_store_has_labels_and_its_settings(vit, photos, tmp_path):
     path = photos(6)
     for i, image in enumerate(sorted(path.iterdir())):
         (path / "ab"[i % 2]).mkdir(exist_ok=True)
@@ -140,10 +140,10 @@ def test_other_settings_other_weights_and_other_images_are_refused(vit, photos, 
 def test_a_folder_of_something_else_is_left_alone(vit, photos, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="not empty and holds no features"):
+    with pytest.raises(ValueError, match="not empty and contains no features"):
         extract_to(tmp_path / "out", vit, folder(photos(2)), ExtractSpec())
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
-    with pytest.raises(LookupError, match="holds no features"):
+    with pytest.raises(LookupError, match="contains no features"):
         open_store(tmp_path / "out")
 
 
@@ -158,11 +158,11 @@ def test_parquet_holds_the_same_numbers(vit, photos, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     source = folder(photos(7, 2))
     for fit in ("crop", "resize"):
-        wanted = {"tokens": ("cls", "patch"), "fit": fit, "size": 32, "shard": 4}
-        store = extract_to(tmp_path / fit, vit, source, ExtractSpec(**wanted), batch=3)
+        spec = {"tokens": ("cls", "patch"), "fit": fit, "size": 32, "shard": 4}
+        store = extract_to(tmp_path / fit, vit, source, ExtractSpec(**spec), batch=3)
         out = tmp_path / f"{fit}-parquet"
-        Extraction(out, vit, source, ExtractSpec(**wanted, files="parquet")).run(batch=3)
-        with pytest.raises(ValueError, match="holds parquet files: read them with pyarrow"):
+        Extraction(out, vit, source, ExtractSpec(**spec, files="parquet")).run(batch=3)
+        with pytest.raises(ValueError, match="contains parquet files: read them with pyarrow"):
             open_store(out)
         rows = [row for path in sorted(out.glob("*.parquet")) for row in parquet.read_table(path).to_pylist()]
         assert [row["name"] for row in rows] == store.names
@@ -175,21 +175,24 @@ def test_parquet_holds_the_same_numbers(vit, photos, tmp_path):
 def test_what_a_backbone_has_not_is_refused_before_an_image_is_read(vit, photos, tmp_path):
     pixels = registry.build("models", {"name": "pixels"})
     source = folder(photos(2, 0, 1))
-    for wanted, words in [
+    for spec, words in [
         (ExtractSpec(("patch",)), "tokens=patch: this backbone has none"),
         (ExtractSpec(("mean",)), "tokens=mean: this backbone has none"),
         (ExtractSpec(layers="last2"), "blocks|last block alone"),
     ]:
         with pytest.raises(ValueError, match=words):
-            extract_to(tmp_path / "out", pixels, source, wanted)
-    for wanted, words in [
-        (ExtractSpec(size=33), "size=33 is no multiple of the backbone's patch, 8 pixels; the nearest is 32"),
+            extract_to(tmp_path / "out", pixels, source, spec)
+    for spec, words in [
+        (
+            ExtractSpec(size=33),
+            "size=33 is not a multiple of the backbone's patch, 8 pixels; the nearest is 32",
+        ),
         (ExtractSpec(size=32, resize=31), "resize=31 leaves no crop"),
         (ExtractSpec(("clss",)), "there is cls, mean, patch, registers"),
         (ExtractSpec(layers="first"), "layers=first"),
     ]:
         with pytest.raises(ValueError, match=words):
-            extract_to(tmp_path / "out", vit, source, wanted)
+            extract_to(tmp_path / "out", vit, source, spec)
     assert not (tmp_path / "out").exists()
 
 
@@ -202,12 +205,12 @@ def test_features_that_float16_cannot_hold_are_refused(vit, photos, tmp_path):
 
 
 def test_layers_are_blocks(vit):
-    assert blocks_of("last", vit) == [2]
-    assert blocks_of("last3", vit) == [0, 1, 2]
-    assert blocks_of([2, 0], vit) == [0, 2]
+    assert select_blocks("last", vit) == [2]
+    assert select_blocks("last3", vit) == [0, 1, 2]
+    assert select_blocks([2, 0], vit) == [0, 2]
     for wrong in ("last4", "last0", "lats", [3], [-1], []):
         with pytest.raises(ValueError, match="layers="):
-            blocks_of(wrong, vit)
+            select_blocks(wrong, vit)
 
 
 @pytest.mark.parametrize(("row", "images"), [(768, 4096), (1369 * 384 * 2, 128), (1 << 30, 1)])

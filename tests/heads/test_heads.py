@@ -7,8 +7,8 @@ from transformers import Dinov2Config, DPTConfig, DPTForDepthEstimation
 
 from dinokit.config import registry
 from dinokit.features import Map
-from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
+from dinokit.heads.linear import LinearDepth, LinearSegmenter
 from dinokit.heads.released import (
     depther,
     load_classifier,
@@ -16,7 +16,6 @@ from dinokit.heads.released import (
     load_segmenter,
     save_head,
 )
-from dinokit.heads.segmentation import LinearSegmenter
 
 
 @pytest.fixture
@@ -149,9 +148,9 @@ def test_a_depth_head_is_known_from_its_file(tmp_path, vit, kind, blocks):
 def test_the_range_of_a_linear_head_is_that_of_its_training_set(tmp_path, vit):
     save_head(tmp_path / "h.pth", LinearDepth(48, 1, 0.001, 10.0))
     ranges = {
-        "NYU": load_depther(tmp_path / "h.pth", vit, "NYU").head.most,
-        "KITTI": load_depther(tmp_path / "h.pth", vit, "KITTI").head.most,
-        "as the hub had it": load_depther(tmp_path / "h.pth", vit, "NYU", hub_range_bug=True).head.most,
+        "NYU": load_depther(tmp_path / "h.pth", vit, "NYU").head.max_depth,
+        "KITTI": load_depther(tmp_path / "h.pth", vit, "KITTI").head.max_depth,
+        "as the hub had it": load_depther(tmp_path / "h.pth", vit, "NYU", hub_range_bug=True).head.max_depth,
     }
     assert ranges == {"NYU": 10.0, "KITTI": 80.0, "as the hub had it": 80.0}
     images = torch.rand(1, 3, 28, 28)
@@ -206,7 +205,7 @@ def test_the_hubs_depth_models_come_from_the_released_files(tmp_path, vit, kind,
 
     model = depther(vit, "dinov2_vits14", kind, fetch, layers, "KITTI")
     assert asked == [file]
-    assert model.head.most == 80.0
+    assert model.head.max_depth == 80.0
     assert model(torch.rand(1, 3, 30, 30)).shape == (1, 1, 30, 30)
     with pytest.raises(ValueError, match="models with registers have none"):
         depther(vit, "dinov2_vits14_reg", kind, fetch)

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from dinokit.features import dense
-from dinokit.heads.depth import LinearDepth
 from dinokit.heads.dpt import DPT
+from dinokit.heads.linear import LinearDepth, to_size
 from dinokit.heads.released import save_head
-from dinokit.heads.segmentation import to_size
 from dinokit.hub.entry import cached, fetch
 from dinokit.hub.official import DINO, DINOv2, LinearClassifier
 from dinokit.hub.released import RELEASED
@@ -236,7 +235,7 @@ def test_depth_heads_are_read_from_local_files(tmp_path, kind, layers):
         torch.testing.assert_close(depth, to_size(given, 28, 42))
         assert depth.std() > 0
         kitti = entry(layers=layers, weights="KITTI", **files)
-        assert kitti.head.most == 80.0
+        assert kitti.head.max_depth == 80.0
         far = kitti(images)
         if kind == "ld":
             torch.testing.assert_close(entry(layers=layers, hub_range_bug=True, **files)(images), far)
@@ -249,14 +248,14 @@ def test_a_depth_model_is_drawn_at_random_if_no_file_is_wanted(kind, layers):
     with torch.no_grad():
         depth = model(torch.rand(1, 3, 28, 28))
     assert depth.shape == (1, 1, 28, 28)
-    assert (model.head.least, model.head.most) == (1e-3, 80.0)
+    assert (model.head.min_depth, model.head.max_depth) == (1e-3, 80.0)
     assert 1e-3 * (1 - 1e-5) <= depth.min() <= depth.max() <= 80 * (1 + 1e-5)  # the change of size rounds
     if kind == "ld":
         assert depth.max() > 20  # random bins give the middle of the range
 
 
 def test_a_depth_head_that_there_is_not_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"layers=2: linear ones look into 1 or 4"):
+    with pytest.raises(ValueError, match=r"layers=2: linear heads use 1 or 4"):
         hubconf.dinov2_vits14_ld(pretrained=False, layers=2)
     with pytest.raises(ValueError, match=r"weights='SUN': depth heads were released for NYU and KITTI"):
         hubconf.dinov2_vits14_dd(pretrained=False, weights="SUN", head_weights=tmp_path / "x.pth")
@@ -300,7 +299,7 @@ def test_segmentation_heads_are_read_from_local_files(tmp_path, layers, weights,
     with pytest.raises(ValueError, match=rf"head.pth is a head with layers={layers}: give that"):
         hubconf.dinov2_vits14_seg(layers=5 - layers, weights=weights, **files)
     wrong = {"ADE20K": "VOC2012", "VOC2012": "ADE20K"}[weights]
-    with pytest.raises(ValueError, match=rf"tells {classes} classes apart, and those of {wrong} are"):
+    with pytest.raises(ValueError, match=rf"has {classes} classes, and {wrong} has"):
         hubconf.dinov2_vits14_seg(layers=layers, weights=wrong, **files)
 
 
@@ -308,20 +307,18 @@ def test_a_file_of_another_head_is_refused_in_words(tmp_path):
     file = tmp_path / "x.pth"
     base = {"pretrained": False, "img_size": 28, "head_weights": file}
     torch.save({"state_dict": {f"decode_head.{k}": v for k, v in bn_head(768, 150).items()}}, file)
-    with pytest.raises(ValueError, match=r"on a backbone 384 wide: it takes 768 numbers a patch, not 384 or"):
+    with pytest.raises(ValueError, match=r"backbone 384 wide: it takes 768 numbers per patch, not 384 or"):
         hubconf.dinov2_vits14_seg(layers=1, **base)
     save_head(file, LinearDepth(768, 1, 1e-3, 10.0))
     with pytest.raises(ValueError, match=r"another kind of head: it has no conv_seg.weight .* conv_depth.w"):
         hubconf.dinov2_vits14_seg(layers=1, **base)
     with pytest.raises(
-        ValueError, match=r"on a backbone 384 wide: it takes 1536 numbers a patch, not 768 or"
+        ValueError, match=r"on a backbone 384 wide: it takes 1536 numbers per patch, not 768 or"
     ):
         hubconf.dinov2_vits14_ld(layers=1, **base)
     with pytest.raises(ValueError, match=r"x.pth is not the classifier of dinov2_vits14 with layers=4: Miss"):
         hubconf.dinov2_vits14_lc(**base)
-    with pytest.raises(
-        ValueError, match=r"weights='COCO': they look into 1 or 4 blocks, and were trained on"
-    ):
+    with pytest.raises(ValueError, match=r"weights='COCO': they use 1 or 4 blocks, and were trained on"):
         hubconf.dinov2_vits14_seg(pretrained=False, weights="COCO")
 
 

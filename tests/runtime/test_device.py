@@ -1,5 +1,6 @@
 """How much memory a process has held, against blocks of a known size; and what a CPU multiplies faster in."""
 
+import ctypes
 import resource
 import subprocess
 import sys
@@ -57,3 +58,33 @@ def test_auto_is_what_a_cpu_multiplies_faster_in_and_what_is_given_stays(faster,
 
 def test_auto_is_fp32_where_nothing_else_was_tried():
     assert pick_precision("auto", torch.device("mps")) == "fp32"
+
+
+FAULTS = """
+import resource, sys, torch
+from dinokit.config.recipe import Run
+from dinokit.runtime.device import keep_freed_memory
+
+torch.set_num_threads(1)
+keep_freed_memory(Run(device="cpu", keep_memory=sys.argv[1] == "True"))
+for _ in range(4):
+    torch.ones(2**25)  # 128 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
+    reason="needs glibc",
+)
+def test_freed_memory_is_kept_for_the_next_tensor_of_that_size():
+    """A block that went back to the kernel costs page faults when it comes again."""
+    command = [sys.executable, "-c", FAULTS]
+    kept, returned = (
+        int(subprocess.run([*command, keep], check=True, capture_output=True).stdout)
+        for keep in ("True", "False")
+    )
+    assert kept < returned / 10

@@ -1,6 +1,7 @@
 """Parameter groups against the published rules, written per name; clipping against torch's own."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -121,3 +122,43 @@ def test_dropped_prototypes_do_not_move_and_keep_no_moments(generator):
     assert torch.equal(student.dino_head.last_layer.weight_v, before)
     assert student.dino_head.last_layer.weight_v not in opt.state
     assert student.dino_head.mlp[0].weight in opt.state
+
+
+def test_a_number_moves_as_the_formula_says():
+    """AdamW over Python floats (Loshchilov and Hutter, arXiv 1711.05101), with the rates of each step."""
+    student = network()
+    opt = build_optimizer(student, optim(betas=(0.9, 0.95)))
+    weight, bias = student.backbone.blocks[0].attn.qkv.weight, student.backbone.blocks[0].attn.qkv.bias
+    for p, decays in ((weight, True), (bias, False)):
+        x, mean, square = p.flatten()[0].item(), 0.0, 0.0
+        for t, grad in enumerate([0.3, -2.0, 0.05, 1.5], start=1):
+            lr, decay = 0.1 / t, 0.04 * t
+            opt.zero_grad()
+            p.grad = torch.full_like(p, grad)
+            set_rates(opt, dict.fromkeys(("backbone", "heads", "prototypes"), lr), decay)
+            opt.step()
+            x -= lr * (decay if decays else 0.0) * x
+            mean = 0.9 * mean + 0.1 * grad
+            square = 0.95 * square + 0.05 * grad**2
+            x -= lr * mean / (1 - 0.9**t) / (math.sqrt(square / (1 - 0.95**t)) + 1e-8)
+            assert p.flatten()[0].item() == pytest.approx(x, rel=1e-5)
+    assert set(opt.state[weight]) == {"step", "exp_avg", "exp_avg_sq"}  # the names in a checkpoint
+
+
+def test_an_overflow_leaves_everything_as_it_was():
+    student = network()
+    opt, scaler = build_optimizer(student, optim()), torch.amp.GradScaler("cpu")
+    params = list(student.parameters())
+    set_rates(opt, dict.fromkeys(("backbone", "heads", "prototypes"), 0.1), 0.1)
+    for overflows in (False, True, False):
+        scaler.scale(sum((p**2).sum() for p in params)).backward()
+        if overflows:
+            params[0].grad.flatten()[0] = torch.inf
+        before = [p.detach().clone() for p in params]
+        scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        same = [torch.equal(p, old) or not old.any() for p, old in zip(params, before, strict=True)]
+        assert all(same) == overflows
+        opt.zero_grad()
+    assert {opt.state[p]["step"].item() for p in params} == {2}

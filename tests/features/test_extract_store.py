@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinokit.__main__ import main
-from dinokit.features.folder import begin
+from dinokit.features.store_writers import prepare_folder
 
 # A shell's background jobs are born ignoring Ctrl-C.
 COMMAND = """
@@ -129,11 +129,11 @@ def test_a_part_that_begins_while_another_does_takes_its_folder_up(tmp_path, mon
 
     def iterdir(path):
         monkeypatch.setattr(Path, "iterdir", real)
-        begin(out, about, names, clean=False)
+        prepare_folder(out, about, names, clean=False)
         return real(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    begin(out, about, names, clean=False)
+    prepare_folder(out, about, names, clean=False)
     assert {path.name for path in out.iterdir()} == {"store.json", "names.txt"}
 
 
@@ -152,7 +152,7 @@ def test_a_launchers_processes_take_every_other_shard(whole, vit_file, tmp_path)
     assert contents(out) == want
 
 
-def test_a_full_disk_is_told_in_words_and_keeps_what_is_done(vit_file, photos, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_reported_and_complete_shards_stay(vit_file, photos, tmp_path, capsys, monkeypatch):
     folder, out = photos(20), tmp_path / "out"
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
@@ -164,7 +164,7 @@ def test_a_full_disk_is_told_in_words_and_keeps_what_is_done(vit_file, photos, t
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     err = capsys.readouterr().err
     assert status == 2
-    assert "there is no room left. 0 of 3 shards are done and stay. Make room, and the same command" in err
+    assert "the disk is full. 0 of 3 shards are complete and stay. Free some space; the same command" in err
     assert main(words(vit_file, folder, out)) == 0
 
 
@@ -180,19 +180,19 @@ def test_a_full_disk_is_told_in_words_and_keeps_what_is_done(vit_file, photos, t
     ],
 )
 def test_a_mistake_is_answered_without_torch(change, answer):
-    told = (
+    command = (
         "import sys; from dinokit.__main__ import main; status = main(sys.argv[1:]); "
         "sys.exit('torch' if 'torch' in sys.modules else status)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", told, "extract", "weights=x", "out=y", "data.path=z", change],
+        [sys.executable, "-c", command, "extract", "weights=x", "out=y", "data.path=z", change],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
     assert answer in done.stderr
 
 
-def test_an_empty_folder_is_told(vit_file, tmp_path, capsys):
+def test_an_empty_folder_is_refused(vit_file, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert main(words(vit_file, tmp_path / "none", tmp_path / "out")) == 2
     assert "none" in capsys.readouterr().err
