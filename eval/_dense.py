@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from dinokit.config import registry
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense_transforms import DenseTransform, pad_image, pad_map
-from dinokit.data.pair_loader import training_pairs, whole_pairs
+from dinokit.data.dense_transforms import pad_image, pad_map
+from dinokit.data.pair_loader import DenseTransform, training_pairs, whole_pairs
 from dinokit.data.sampler import image_at
 from dinokit.data.sources import ImageLike
 from dinokit.eval._config import DenseConfig
 from dinokit.features import Map, dense, device_of, patch_width
 from dinokit.models import Backbone
-from dinokit.runtime.device import DTYPES, pick_precision
+from dinokit.runtime.device import DTYPES, Precision, pick_precision
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 from dinokit.runtime.log import watch
 from dinokit.runtime.partial import PartialResult
@@ -52,7 +52,9 @@ class DenseBackbone:
         return dense(self.backbone, images.to(self.device), self.blocks, self.norm, self.precision)
 
 
-def dense_backbone(backbone: Backbone, blocks: list[int], precision: str, norm: bool = True) -> DenseBackbone:
+def dense_backbone(
+    backbone: Backbone, blocks: list[int], precision: Precision | Literal["auto"], norm: bool = True
+) -> DenseBackbone:
     """The backbone in the precision of a setting.
 
     Raises:
@@ -209,7 +211,7 @@ def window_features(
         whole_pairs(source, range(len(source)), workers), len(source), "features of training images"
     ):
         image, target = prepare(pair.image, pair.target)
-        for top, left, bottom, right in windows(*target.shape, crop, stride):
+        for top, left, bottom, right in windows(target.shape[0], target.shape[1], crop, stride):
             window = image[:, top:bottom, left:right].float() / 255
             images.append(pad_image(window, crop, colour))
             truths.append(pad_map(target[top:bottom, left:right], crop, fill))

@@ -2,8 +2,9 @@
 
 All heads of the grid train together. Each sees the class tokens of the last one or four blocks, with or
 without the mean of the last block's patches, and learns at its own rate. The head that is best on images held
-out of the training set is evaluated on the test images. The defaults are the published ones, but for the held-out images: the published
-figures chose the head on the test images (select=test), which is optimistic, and such scores are named so.
+out of the training set is evaluated on the test images. The defaults are the published ones, but for the
+held-out images: the published figures chose the head on the test images (select=test), which is optimistic,
+and such scores are named so.
 
 mode=online crops every image at random each time, as published. mode=cached computes features of `views`
 random crops of an image, or of its centre crop, once, and trains on them.
@@ -102,13 +103,13 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
-    pool: Literal["mean", "none"] = "mean" if any(cfg.pool) else "none"
-    task = Task(cfg, backbone, Pooling(max(cfg.blocks), pool))
+    pooling = Pooling(max(cfg.blocks), "mean" if any(cfg.pool) else "none")
+    task = Task(cfg, backbone, pooling)
     test = task.features("test", task.test)
     y = task.targets(task.test, test)
-    axes = (sorted(set(axis)) for axis in (cfg.blocks, cfg.pool, cfg.lr))
+    axes = sorted(set(cfg.blocks)), sorted(set(cfg.pool)), sorted(set(cfg.lr))
     grid = LinearGrid(
-        [Head(*values) for values in product(*axes)], backbone.width, task.pooling.blocks, len(task.classes),
+        [Head(blocks, pool, lr) for blocks, pool, lr in product(*axes)], backbone.width, task.pooling.blocks, len(task.classes),
         task.multi_label, cfg.step_batch, cfg.seed, device_of(backbone),
     )  # fmt: skip
     partial = partial_result(cfg, "linear", backbone, images_stamp(task.train))
