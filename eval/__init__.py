@@ -10,7 +10,7 @@ become a line of results.jsonl. Fields of Config:
 - config.registry.source_field() makes a section of images, for training or test. Inside a training run, a
   section that is not given is that split of the training data.
 - `cache`, None by default, gets a folder for features from the command line; `out` gets one for files.
-- config.registry.only_with() makes a field that is read only with some values of others.
+- config.registry.only_if() makes a field that is read only with some values of others.
 
 A Config may inherit from a base class in `_config.py`, which has the common fields. `_*.py` are helpers.
 """

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dinokit.config.registry import refuse_below, source_field
+from dinokit.config.registry import check_at_least, source_field
 
 # Settings that do not change what is trained, so a training that was stopped resumes under other values.
 NOT_TRAINED = ("cache", "out", "save_every", "workers", "test", "max_test", "max_unreadable")
@@ -24,7 +24,7 @@ class ImageConfig:
     cache: str | None = None  # folder for features, for the next evaluator; none: features are not saved
 
     def __post_init__(self) -> None:
-        refuse_below(self, max_test=0, size=0, resize=0, batch=1, max_unreadable=0)
+        check_at_least(self, max_test=0, size=0, resize=0, batch=1, max_unreadable=0)
 
 
 @dataclass
@@ -36,7 +36,7 @@ class ClassificationConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_below(self, max_train=0)
+        check_at_least(self, max_train=0)
 
 
 @dataclass
@@ -54,7 +54,7 @@ class DenseConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
 
     def __post_init__(self) -> None:
-        refuse_below(self, max_train=0, max_test=0, resize=0, seed=0)
+        check_at_least(self, max_train=0, max_test=0, resize=0, seed=0)
 
 
 def refuse_overlap(train: dict[str, Any] | None, test: dict[str, Any] | None) -> None:

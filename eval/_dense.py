@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dinokit.config import registry
 from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import pad_image, pad_map
-from dinokit.data.pair_loader import DenseTransform, training_pairs, whole_pairs
+from dinokit.data.loader import DenseTransform, dense_loader, dense_training_loader
 from dinokit.data.sampler import image_at
 from dinokit.data.sources import ImageLike
 from dinokit.eval._config import DenseConfig
@@ -152,8 +152,8 @@ def online_batches(
     start: int, steps: int,
 ) -> Iterator[Batch]:  # fmt: skip
     """Feature maps of random crops, which the backbone sees anew in every step."""
-    for images, truth in training_pairs(
-        source, transform, seed=cfg.seed, start=start, steps=steps, batch=batch, rank=rank(),
+    for images, truth in dense_training_loader(
+        source, transform, seed=cfg.seed, start_step=start, steps=steps, batch=batch, rank=rank(),
         world=world_size(), workers=cfg.workers,
     ):  # fmt: skip
         yield dense(images), truth.to(dense.device)
@@ -208,7 +208,7 @@ def window_features(
     colour = tuple(dense.backbone.input.mean)
     size = 0.0
     for pair in watch(
-        whole_pairs(source, range(len(source)), workers), len(source), "features of training images"
+        dense_loader(source, range(len(source)), workers), len(source), "features of training images"
     ):
         image, target = prepare(pair.image, pair.target)
         for top, left, bottom, right in windows(target.shape[0], target.shape[1], crop, stride):
@@ -221,7 +221,7 @@ def window_features(
                 size += sum(x.nbytes for m in features[-1] for x in (m.patches, m.cls))
                 size += AT_ONCE * truths[-1].nbytes
         if size > max_gib * 2**30:
-            total = size / 2**30 * len(source) / (pair.number + 1)
+            total = size / 2**30 * len(source) / (pair.index + 1)
             raise ValueError(
                 f"Features of all training windows would take about {total:.1f} GiB, more than "
                 f"cache_gib={max_gib:g}. Raise it, take fewer images by max_train or a smaller crop, or set "

@@ -18,7 +18,7 @@ from torch import Tensor
 from dinokit.config import registry
 from dinokit.config.registry import suggest
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import Transform
+from dinokit.data.transforms import Transform
 from dinokit.eval._config import ImageConfig, training_settings
 from dinokit.features import (
     Features,
@@ -33,7 +33,7 @@ from dinokit.features import (
 )
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
-from dinokit.runtime.log import tell
+from dinokit.runtime.log import info
 from dinokit.runtime.partial import PartialResult
 
 LINEAR_GRID = Pooling(4, "mean")  # features of the linear grid, which contain the class token alone
@@ -171,7 +171,7 @@ def report_unreadable(key: str, names: Sequence[str], count: int, most: float) -
             f"max_unreadable={math.ceil(100 * len(names) / count) / 100:g}."
         )
     if names:
-        tell(f"{len(names)} of the {count} {key} images cannot be read, left out: {first_five(names)}.")
+        info(f"{len(names)} of the {count} {key} images cannot be read, left out: {first_five(names)}.")
 
 
 def _from_linear_grid(

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.data.loader import view_loader
+from dinokit.data.loader import image_loader
 from dinokit.data.sampler import hash_key
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import RandomResizedCrop
-from dinokit.features import Pooling, device_of, frozen, normalised, readable
+from dinokit.data.transforms import RandomResizedCrop
+from dinokit.features import Pooling, device_of, frozen, normalised
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 
@@ -272,18 +272,16 @@ def online_batches(
         [(image, epoch) for epoch, rows in order(step) for image in images[rows].tolist()]
         for step in range(start, steps)
     )
-    for views in view_loader(
-        source, crop, crop.size, _SizedBatches(requests, steps - start), workers, backbone.channels
-    ):
-        valid = readable(source, views)
-        unreadable[views.indices[~valid]] = 1
+    for loaded in image_loader(source, crop, _SizedBatches(requests, steps - start), workers):
+        valid = loaded.valid
+        unreadable[loaded.indices[~valid]] = 1
         if len(valid) and not valid.any():
             raise ValueError(
-                f"None of the {len(valid)} images of a step can be read, such as {views.unreadable[0]}."
+                f"None of the {len(valid)} images of a step can be read, such as {loaded.unreadable[0]}."
             )
         features = [torch.empty(0, pooling.width(backbone), device=device)]
         with frozen(backbone), torch.inference_mode():
-            for crops in views.crops[valid].split(batch):
+            for crops in (crops for images, _ in loaded.groups for crops in images.split(batch)):
                 pixels = normalised(backbone, crops.to(device))
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     features.append(pooling(backbone, pixels))
@@ -292,7 +290,7 @@ def online_batches(
             raise ValueError(
                 "Features are not finite: the weights are broken, or the precision is too narrow."
             )
-        yield x, target(views.labels[valid], views.indices[valid]).to(device)
+        yield x, target(loaded.labels[valid], loaded.indices[valid]).to(device)
 
 
 class _SizedBatches:

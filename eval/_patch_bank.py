@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import resize_image, resize_map, shorter_side_to
-from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.loader import dense_loader
 from dinokit.eval._dense import DenseBackbone
 from dinokit.features.tokens import padding
 from dinokit.runtime.log import watch
@@ -41,7 +41,7 @@ def fill_bank(
     share = max(1, limit // len(source))
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for pair in watch(
-        whole_pairs(source, range(len(source)), workers), len(source), "patches of training images"
+        dense_loader(source, range(len(source)), workers), len(source), "patches of training images"
     ):
         size = shorter_side_to(pair.image, resize)
         x = patch_rows(dense, resize_image(pair.image.float() / 255, *size))
@@ -53,7 +53,7 @@ def fill_bank(
             (
                 x[chosen.to(x.device)],
                 labelled / labelled.sum(1, keepdim=True),
-                torch.full((len(chosen),), pair.number),
+                torch.full((len(chosen),), pair.index),
             )
         )
     x, shares, image = (torch.cat(column) for column in zip(*rows, strict=True))

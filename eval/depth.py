@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below
+from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import (
     BORDERS,
@@ -24,9 +24,9 @@ from dinokit.data.dense_transforms import (
     resize_image,
     resize_map,
     shorter_side_to,
-    to_uint8,
 )
-from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.loader import dense_loader
+from dinokit.data.transforms import to_uint8
 from dinokit.eval._config import DenseConfig, refuse_overlap
 from dinokit.eval._dense import (
     Batch,
@@ -47,7 +47,7 @@ from dinokit.heads.linear import LinearDepth, to_size
 from dinokit.heads.released import load_depther, save_head
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
-from dinokit.runtime.log import tell, watch
+from dinokit.runtime.log import info, watch
 from dinokit.runtime.partial import PartialResult
 
 EPS = 1e-3  # metres, added before the logarithm
@@ -83,33 +83,33 @@ PROTOCOLS = {
 @dataclass
 class Config(DenseConfig):
     method: Literal["linear", "dpt", "mean"] = "linear"  # mean: the training set's, everywhere
-    layers: int = only_with(4, method=("linear",), head=False)  # blocks whose features the head sees, 1 or 4
+    layers: int = only_if(4, method=("linear",), head=False)  # blocks whose features the head sees, 1 or 4
     # whether features are taken after the backbone's final norm
-    norm: bool = only_with(False, method=WITH_HEAD)
+    norm: bool = only_if(False, method=WITH_HEAD)
     protocol: Literal["none", "nyu", "kitti", "sunrgbd"] = "none"  # crops and range of a data set
     min_depth: float = 1e-3  # metres
     max_depth: float = 0.0  # metres: deeper readings do not count; 0: the protocol's; without one, 10
     # pixels, height and width; empty: the protocol's, or the backbone's own size
-    crop: tuple[int, ...] = only_with((), **TRAINED)
-    augment: bool = only_with(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
-    steps: int = only_with(38_400, **TRAINED)
-    batch: int = only_with(16, **TRAINED)
-    lr: float = only_with(1e-4, **TRAINED)
-    weight_decay: float = only_with(0.01, **TRAINED)
-    warmup: float = only_with(1 / 3, **TRAINED)  # share of the steps: 12,800 of 38,400
-    clip: float = only_with(35.0, **TRAINED)  # largest gradient norm; 0 is off
-    bins: int = only_with(256, method=("linear",), head=False)  # depths that are weighted
-    features: int = only_with(256, method=("dpt",), head=False)  # channels of the fusion
-    gradient_weight: float = only_with(0.5, **TRAINED)  # of the gradient loss, beside the scale-invariant one
+    crop: tuple[int, ...] = only_if((), **TRAINED)
+    augment: bool = only_if(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
+    steps: int = only_if(38_400, **TRAINED)
+    batch: int = only_if(16, **TRAINED)
+    lr: float = only_if(1e-4, **TRAINED)
+    weight_decay: float = only_if(0.01, **TRAINED)
+    warmup: float = only_if(1 / 3, **TRAINED)  # share of the steps: 12,800 of 38,400
+    clip: float = only_if(35.0, **TRAINED)  # largest gradient norm; 0 is off
+    bins: int = only_if(256, method=("linear",), head=False)  # depths that are weighted
+    features: int = only_if(256, method=("dpt",), head=False)  # channels of the fusion
+    gradient_weight: float = only_if(0.5, **TRAINED)  # of the gradient loss, beside the scale-invariant one
     # reference: over the batch, as in DINOv2's code
-    gradient_form: Literal["spatial", "reference"] = only_with("spatial", **TRAINED)
+    gradient_form: Literal["spatial", "reference"] = only_if("spatial", **TRAINED)
     flip: bool = True  # the test averages over the mirror image
     # file of a trained head, ours or a released one; nothing is trained
-    head: str = only_with("", method=WITH_HEAD)
+    head: str = only_if("", method=WITH_HEAD)
     # a linear head from a file gets a range to 80 m, whatever it was trained on
-    hub_range_bug: bool = only_with(False, head=True)
-    save_every: int = only_with(500, **TRAINED)  # steps
-    cache_gib: float = only_with(4.0, **TRAINED, augment=False)  # memory that features may take
+    hub_range_bug: bool = only_if(False, head=True)
+    save_every: int = only_if(500, **TRAINED)  # steps
+    cache_gib: float = only_if(4.0, **TRAINED, augment=False)  # memory that features may take
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +119,7 @@ class Config(DenseConfig):
             raise ValueError(f"crop={list(self.crop)}: give height and width, such as crop=[416,544].")
         if not 0 <= self.min_depth < (self.max_depth or math.inf):
             raise ValueError(f"min_depth={self.min_depth} and max_depth={self.max_depth}: no range between.")
-        refuse_below(self, steps=1, batch=1, bins=1, features=1, save_every=1)
+        check_at_least(self, steps=1, batch=1, bins=1, features=1, save_every=1)
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
@@ -159,7 +159,7 @@ def _mean_depth(cfg: Config, train: DenseSource, device: torch.device) -> Predic
         ValueError: if there is no reading.
     """
     total = count = 0.0
-    for pair in watch(whole_pairs(train, range(len(train)), cfg.workers), len(train), "training maps"):
+    for pair in watch(dense_loader(train, range(len(train)), cfg.workers), len(train), "training maps"):
         depths = pair.target[(pair.target > cfg.min_depth) & (pair.target < cfg.max_depth)]
         total, count = total + depths.double().sum().item(), count + len(depths)
     if not count:
@@ -204,7 +204,7 @@ def _train_head(cfg: Config, backbone: Backbone, train: DenseSource, partial: Pa
         if cfg.gradient_weight:
             value = value + cfg.gradient_weight * gradient_loss(predicted, truth, cfg.gradient_form)
         if step + 1 == cfg.steps and predicted.detach().amax() <= 1.001 * head.min_depth:
-            tell(
+            info(
                 f"after {cfg.steps} steps the head predicts {head.min_depth:g} m, the least depth, for every "
                 f"pixel of the last step: its last ReLU is 0 everywhere and has no gradient. Train again "
                 f"with a rate below lr={cfg.lr:g}, or with clip=35."
@@ -253,7 +253,7 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
     sums: dict[str, float] = {}
     with_depth = without_depth = 0
     share = range(rank(), len(test), world_size())
-    for pair in watch(whole_pairs(test, share, cfg.workers), len(share), "test images"):
+    for pair in watch(dense_loader(test, share, cfg.workers), len(share), "test images"):
         image, truth = _prepared(pair.image, pair.target, border, 0)
         image = image.float() / 255
         if any(protocol.size):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below
+from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.sources import ImageSource
 from dinokit.eval._config import ClassificationConfig, refuse_overlap
 from dinokit.eval._images import image_features, open_source, shared_classes
@@ -29,11 +29,11 @@ class Config(ClassificationConfig):
     k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; more than there are images means all of them
     temp: float = 0.07  # T
     few_shot: tuple[int, ...] = ()  # training images a class, for further scores
-    tries: int = only_with(1, few_shot=True)  # draws of these images, averaged
+    tries: int = only_if(1, few_shot=True)  # draws of these images, averaged
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_below(self, k=1, few_shot=1, tries=1)
+        check_at_least(self, k=1, few_shot=1, tries=1)
         if not self.k:
             raise ValueError("k is empty: give at least one number of neighbours, such as k=[20].")
         if self.temp <= 0:

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below, source_field
+from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import RandomResizedCrop, Transform
+from dinokit.data.transforms import RandomResizedCrop, Transform
 from dinokit.eval._config import ClassificationConfig, refuse_overlap
 from dinokit.eval._images import (
     class_map,
@@ -44,7 +44,7 @@ from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import all_reduce_max, rank
 from dinokit.runtime.files import atomic
-from dinokit.runtime.log import tell, watch
+from dinokit.runtime.log import info, watch
 from dinokit.runtime.partial import PartialResult
 
 ROWS = 4096  # rows of features evaluated at a time
@@ -63,7 +63,7 @@ class Config(ClassificationConfig):
     # Of these sets: a file that maps classes, where their classes have other names.
     maps: dict[str, str] = field(default_factory=dict)
     mode: Literal["cached", "online"] = "cached"  # features once, or of a new random crop every time
-    views: int = only_with(0, mode=("cached",))  # random crops of a training image; 0: its centre
+    views: int = only_if(0, mode=("cached",))  # random crops of a training image; 0: its centre
     blocks: tuple[int, ...] = (1, 4)  # class tokens of this many last blocks
     pool: tuple[bool, ...] = (False, True)  # whether the mean of the last block's patches is added
     lr: tuple[float, ...] = RATES  # of a head, for a batch of 256
@@ -71,7 +71,7 @@ class Config(ClassificationConfig):
     step_batch: int = 1024  # images a step, over all processes
     momentum: float = 0.9  # of SGD
     select: Literal["train", "test"] = "train"  # where the best head is chosen: held out of train, or on test
-    held_out: float = only_with(0.1, select=("train",))  # share of the training images
+    held_out: float = only_if(0.1, select=("train",))  # share of the training images
     seed: int = 0
     labels: str = ""  # JSON, {image: [class, ...]}: images may have several classes, and mAP is the score
     real: str = ""  # JSON, the classes that are accepted for each test image: ImageNet-ReaL's real.json
@@ -80,7 +80,7 @@ class Config(ClassificationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_below(self, blocks=1, steps=1, step_batch=1, save_every=1, seed=0, views=0, lr=0, momentum=0)
+        check_at_least(self, blocks=1, steps=1, step_batch=1, save_every=1, seed=0, views=0, lr=0, momentum=0)
         if not (self.blocks and self.pool and self.lr):
             raise ValueError("The grid is empty: give at least one of each of blocks, pool and lr.")
         if self.select == "train" and not 0 < self.held_out < 1:
@@ -109,8 +109,9 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     y = task.targets(task.test, test)
     axes = sorted(set(cfg.blocks)), sorted(set(cfg.pool)), sorted(set(cfg.lr))
     grid = LinearGrid(
-        [Head(blocks, pool, lr) for blocks, pool, lr in product(*axes)], backbone.width, task.pooling.blocks, len(task.classes),
-        task.multi_label, cfg.step_batch, cfg.seed, device_of(backbone),
+        [Head(blocks, pool, lr) for blocks, pool, lr in product(*axes)], backbone.width,
+        task.pooling.blocks, len(task.classes), task.multi_label, cfg.step_batch, cfg.seed,
+        device_of(backbone),
     )  # fmt: skip
     partial = partial_result(cfg, "linear", backbone, images_stamp(task.train))
     held_out, images = _train(cfg, task, grid, partial)
@@ -299,7 +300,7 @@ def _check_best(cfg: Config, best: Head, score: float) -> None:
         raise ValueError("Every head of the grid diverged: take smaller lr=[...].")
     if best.lr == max(cfg.lr) > min(cfg.lr) and score < 1:
         larger = ",".join(f"{best.lr * times:g}" for times in LARGER)
-        tell(
+        info(
             f"The best head has the largest rate, lr={best.lr:g}. Short features, and few steps, need larger "
             f"ones: try lr=[{larger}]."
         )

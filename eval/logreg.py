@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below, source_field
+from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.eval._config import ClassificationConfig, refuse_overlap
 from dinokit.eval._images import (
     image_features,
@@ -44,7 +44,7 @@ class Config(ClassificationConfig):
     powers: tuple[float, float] = (-6, 5)  # C goes from 10 to the first of these powers to 10 to the second
     count: int = 45  # values of C
     select: Literal["train", "test"] = "train"  # where C is chosen: on test it flatters: called optimistic
-    held_out: float = only_with(0.1, select=("train",), select_on=False)  # share of the training images
+    held_out: float = only_if(0.1, select=("train",), select_on=False)  # share of the training images
     seed: int = 0
     iterations: int = 1000  # of L-BFGS, at most
     tolerance: float = 1e-7  # of the objective per image: largest slope at which it stops
@@ -52,7 +52,7 @@ class Config(ClassificationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_below(self, count=1, seed=0, iterations=1, tolerance=0)
+        check_at_least(self, count=1, seed=0, iterations=1, tolerance=0)
         if self.powers[0] > self.powers[1]:
             raise ValueError(f"powers={list(self.powers)}: the smaller comes first.")
         if self.select == "test" and self.select_on:

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below, source_field
+from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import Boxes, ResizeLongerSide
+from dinokit.data.transforms import Boxes, ResizeLongerSide
 from dinokit.eval._config import ImageConfig
 from dinokit.eval._images import (
     image_features,
@@ -60,11 +60,11 @@ class Config(ImageConfig):
     features: Literal["cls", "copy"] = "cls"  # copy: class token and the generalised mean of the patches
     scales: tuple[float, ...] = (1.0,)  # of `size`: features are averaged over them; [1, 0.7071, 0.5] in DINO
     # of the eigenvalues that whitening divides by; 0.5 makes all deviations equal
-    power: float = only_with(0.5, whiten=True)
+    power: float = only_if(0.5, whiten=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_below(self, k=1, scales=1e-3, power=0)
+        check_at_least(self, k=1, scales=1e-3, power=0)
         if not self.k or not self.scales:
             raise ValueError("k and scales must not be empty.")
         if self.truth and (self.query or self.distractors or self.max_test):

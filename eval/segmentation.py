@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below
+from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import (
     SegmentationTransform,
     resize_image,
     resize_map,
     shorter_side_to,
-    to_uint8,
 )
-from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.loader import dense_loader
+from dinokit.data.transforms import to_uint8
 from dinokit.eval._config import DenseConfig, refuse_overlap
 from dinokit.eval._dense import (
     Batch,
@@ -67,28 +67,28 @@ TRAINED: dict[str, Any] = {"method": ("linear", "ms"), "head": False}  # setting
 class Config(DenseConfig):
     method: Literal["linear", "ms", "knn", "logreg", "majority"] = "linear"  # majority: one class everywhere
     resize: int = 0  # pixels of the shorter side; 0: as published, 512, or 640 for ms
-    crop: int = only_with(0, method=WITH_HEAD)  # pixels of crops and windows; 0: as published, 512 or 640
-    stride: int = only_with(0, method=WITH_HEAD)  # pixels between windows; 0: as published, 341 or 320
-    augment: bool = only_with(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
+    crop: int = only_if(0, method=WITH_HEAD)  # pixels of crops and windows; 0: as published, 512 or 640
+    stride: int = only_if(0, method=WITH_HEAD)  # pixels between windows; 0: as published, 341 or 320
+    augment: bool = only_if(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
     # of random resizing; empty: as published, 0.5 to 2, or 1 to 3 for ms
-    ratio: tuple[float, ...] = only_with((), **TRAINED, augment=True)
-    cap: float = only_with(0.75, **TRAINED, augment=True)  # largest share of one class in a training crop
-    steps: int = only_with(40_000, **TRAINED)
-    batch: int = only_with(16, **TRAINED)  # crops a step
-    lr: float = only_with(1e-3, **TRAINED)
-    weight_decay: float = only_with(1e-4, **TRAINED)
-    warmup: float = only_with(0.0375, **TRAINED)  # share of the steps: 1,500 of 40,000
+    ratio: tuple[float, ...] = only_if((), **TRAINED, augment=True)
+    cap: float = only_if(0.75, **TRAINED, augment=True)  # largest share of one class in a training crop
+    steps: int = only_if(40_000, **TRAINED)
+    batch: int = only_if(16, **TRAINED)  # crops a step
+    lr: float = only_if(1e-3, **TRAINED)
+    weight_decay: float = only_if(1e-4, **TRAINED)
+    warmup: float = only_if(0.0375, **TRAINED)  # share of the steps: 1,500 of 40,000
     scales: tuple[float, ...] = ()  # of the test; empty: 1, or 1 1.32 1.73 2.28 3 for ms
     flip: Literal["auto", "yes", "no"] = "auto"  # whether mirror images are tested too; auto: for ms
-    k: int = only_with(30, method=("knn",))  # neighbours
-    temp: float = only_with(0.02, method=("knn",))  # a vote weighs softmax(cosine / temp)
-    bank: int = only_with(100_000, method=("knn", "logreg"))  # training patches
+    k: int = only_if(30, method=("knn",))  # neighbours
+    temp: float = only_if(0.02, method=("knn",))  # a vote weighs softmax(cosine / temp)
+    bank: int = only_if(100_000, method=("knn", "logreg"))  # training patches
     # values of C, compared on a tenth of the training images
-    c: tuple[float, ...] = only_with((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
+    c: tuple[float, ...] = only_if((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
     # file of a trained head, ours or a released one; nothing is trained
-    head: str = only_with("", method=WITH_HEAD)
-    save_every: int = only_with(500, **TRAINED)  # steps
-    cache_gib: float = only_with(4.0, **TRAINED, augment=False)  # memory that features may take
+    head: str = only_if("", method=WITH_HEAD)
+    save_every: int = only_if(500, **TRAINED)  # steps
+    cache_gib: float = only_if(4.0, **TRAINED, augment=False)  # memory that features may take
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +101,7 @@ class Config(DenseConfig):
         )
         self.ratio = tuple(self.ratio) or ((1.0, 3.0) if ms else (0.5, 2.0))
         self.scales = tuple(self.scales) or ((1, 1.32, 1.73, 2.28, 3.0) if ms else (1.0,))
-        refuse_below(self, crop=1, stride=1, steps=1, batch=1, k=1, bank=1, save_every=1)
+        check_at_least(self, crop=1, stride=1, steps=1, batch=1, k=1, bank=1, save_every=1)
         if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio={list(self.ratio)}: give two numbers above 0, the smaller one first.")
         if min(self.scales) <= 0 or self.temp <= 0 or not self.c or min(self.c) <= 0:
@@ -232,7 +232,7 @@ def _with_patch_bank(cfg: Config, backbone: Backbone, train: DenseSource) -> tup
 
 def _majority(train: DenseSource, workers: int, device: torch.device) -> Predict:
     counts = torch.zeros(len(train.classes), dtype=torch.int64)
-    for pair in watch(whole_pairs(train, range(len(train)), workers), len(train), "training masks"):
+    for pair in watch(dense_loader(train, range(len(train)), workers), len(train), "training masks"):
         counts += pair.target[pair.target != IGNORE].long().bincount(minlength=len(counts))
     one_hot = F.one_hot(counts.argmax(), len(counts)).float().to(device)[:, None, None]
     return lambda image: one_hot.expand(-1, *image.shape[1:])
@@ -244,7 +244,7 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
     confusion = Confusion(len(test.classes), device)
     flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
     share = range(rank(), len(test), world_size())
-    for pair in watch(whole_pairs(test, share, cfg.workers), len(share), "test images"):
+    for pair in watch(dense_loader(test, share, cfg.workers), len(share), "test images"):
         image = pair.image.float() / 255
         total = torch.zeros((), device=device)
         for scale in cfg.scales:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config import registry
-from dinokit.config.registry import refuse_below, source_field
+from dinokit.config.registry import check_at_least, source_field
 from dinokit.data.dense_transforms import to_tensors
 from dinokit.data.videos import Video
 from dinokit.eval._dense import DenseBackbone, dense_backbone
@@ -44,7 +44,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
 
     def __post_init__(self) -> None:
-        refuse_below(self, size=1, frames=0, radius=0, k=1)
+        check_at_least(self, size=1, frames=0, radius=0, k=1)
         if self.temp <= 0:
             raise ValueError(f"temp={self.temp}, but it must be above 0.")
 

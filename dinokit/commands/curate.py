@@ -1,12 +1,13 @@
-"""dinokit curate RECIPE pool.path=HEAP [seeds.NAME.path=...] [against.NAME.path=...] out=DIR: a training set.
+"""dinokit curate RECIPE pool.path=POOL [seeds.NAME.path=...] [against.NAME.path=...] out=DIR: a training set.
 
-From a heap of images: copies go, images that show an evaluation set go, and what is like the seeds is taken;
-without seeds, all that is left, or balance.images=COUNT of it, evenly. DIR/manifest.csv trains with
-data.name=manifest data.path=DIR/manifest.csv; DIR/report.html shows what came and went. The same command goes
-on where it stopped. stage=NAME ends after a stage; with part=I/N this machine does only its share of it.
+Builds a training set from a pool of images. It removes duplicates and images that show an evaluation image,
+then takes the images that are similar to the seeds. Without seeds it takes all that are left, or
+balance.images=COUNT of them, drawn evenly. DIR/manifest.csv trains with data.name=manifest
+data.path=DIR/manifest.csv; DIR/report.html shows what was removed and selected. The same command resumes
+after a stop. stage=NAME ends after a stage; with part=I/N this machine computes only its share of it.
 
-dinokit curate curate_small weights=runs/photos pool.path=HEAP seeds.flowers.path=FLOWERS out=curated
-dinokit curate curate_small weights=runs/photos pool.path=HEAP balance.images=10_000 out=balanced
+dinokit curate curate_small weights=runs/photos pool.path=POOL seeds.flowers.path=FLOWERS out=curated
+dinokit curate curate_small weights=runs/photos pool.path=POOL balance.images=10_000 out=balanced
 dinokit curate curate_small pool.embeddings=vectors.npy seeds.mine.embeddings=mine.npy out=curated
 """
 
@@ -17,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dinokit.commands import Command, part_of
+from dinokit.commands import Command, parse_part
 from dinokit.config import registry
 from dinokit.config.load import merged, parse_overrides, read_mapping, section_values
-from dinokit.curate.seeds import Config as Seeds
-from dinokit.curate.settings import SHARED, STAGES, Config
+from dinokit.config.values import typed
+from dinokit.curate.settings import OLD_STAGES, SHARED, STAGES, Config, Seeds
 
 RESUMES = True
 
@@ -32,22 +33,22 @@ def run(command: Command) -> None:
     from dinokit.curate.stages import Share, Stages
 
     out = Path(cfg.out)
-    told = partial(print, flush=True)
-    figures = curate(cfg, sections, rules, Stages(out, told, until, Share(number, of)))
+    log = partial(print, flush=True)
+    figures = curate(cfg, sections, rules, Stages(out, log, until, Share(number, of)))
     if until == STAGES[-1]:
         figures = {"manifest": str(out / "manifest.csv"), "report": str(out / "report.html")}
     print(json.dumps({"out": cfg.out, **figures}))
 
 
 def check(command: Command) -> tuple[tuple[Config, Any, dict[str, Seeds]], str, tuple[int, int]]:
-    """What read() gives, the last stage to do, and which part of how many."""
+    """What read_settings() returns, the last stage to run, and which part of how many."""
     path = registry.find_recipe(command.one_word("recipe", registry.recipe_names("curate")), kind="curate")
     changes = parse_overrides(command.settings)
     until = _stage(str(changes.pop("stage", STAGES[-1])))
-    number, of = part_of(str(changes.pop("part", "")))
+    number, of = parse_part(str(changes.pop("part", "")))
     if of > 1 and until not in SHARED:
         raise ValueError(f"part={number}/{of} needs stage= with one of: {', '.join(SHARED)}.")
-    return read(merged(read_mapping(path), changes)), until, (number, of)
+    return read_settings(merged(read_mapping(path), changes)), until, (number, of)
 
 
 def describe(words: list[str]) -> str:
@@ -57,46 +58,45 @@ def describe(words: list[str]) -> str:
         "keys:",
     ]
     lines += [f"    {f.name}" for f in fields(Config)]
-    lines.append(
-        f"keys of seeds.NAME: {', '.join(f.name for f in fields(Seeds))}, embeddings, and a source's"
-    )
+    keys = ", ".join(f.name for f in fields(Seeds))
+    lines.append(f"keys of seeds.NAME: {keys}, embeddings, and those of a source")
     return "\n".join(lines)
 
 
-def read(values: dict[str, Any]) -> tuple[Config, Any, dict[str, Seeds]]:
-    """The settings, the sets by label, and how each set of seeds retrieves.
+def read_settings(values: dict[str, Any]) -> tuple[Config, Any, dict[str, Seeds]]:
+    """The settings; by label of a set, its source and embeddings; by name, how each set of seeds retrieves.
 
     Raises:
-        ValueError, LookupError: for what cannot be; each names the key and the way out.
+        ValueError, LookupError: for settings that cannot work; each names the key and the way out.
     """
-    checked = section_values("curate", "settings", values, "")
-    cfg = Config(**checked)
-    own = {f.name for f in fields(Seeds)}
-    sections = {"pool": _set("pool", cfg.pool)}
+    cfg = Config(**section_values("curate", "settings", values, ""))
+    seed_keys = {f.name for f in fields(Seeds)}
+    sections = {"pool": _source_section("pool", cfg.pool)}
     rules = {}
     for name, section in cfg.seeds.items():
-        section = _mapping(f"seeds.{name}", section)
         label = f"seeds.{name}"
-        rules[name] = Seeds(**section_values("curate", "seeds", _among(section, own), label))
-        sections[label] = _set(label, _among(section, section.keys() - own))
+        section = _not_empty(label, section)
+        rules[name] = Seeds(**typed(Seeds, _only(section, seed_keys), label))
+        sections[label] = _source_section(label, _only(section, section.keys() - seed_keys))
     for name, section in cfg.against.items():
-        sections[f"against.{name}"] = _set(f"against.{name}", section)
-    bare = [label for label, (_, embeddings) in sections.items() if not embeddings]
-    if bare and not cfg.weights:
+        sections[f"against.{name}"] = _source_section(f"against.{name}", section)
+    without = [label for label, (_, embeddings) in sections.items() if not embeddings]
+    if without and not cfg.weights:
         raise ValueError(
-            f"weights=FILE_OR_RUN must be given, to embed {', '.join(bare)}; or give {bare[0]}.embeddings."
+            f"weights=FILE_OR_RUN must be given, to embed {', '.join(without)}; or give "
+            f"{without[0]}.embeddings."
         )
     given = [label for label, (_, embeddings) in sections.items() if embeddings]
     if cfg.dedup.weights and given:
         raise ValueError(
-            f"dedup.weights embeds all sets, but {given[0]}.embeddings are given: leave out one."
+            f"dedup.weights embeds all sets, but {given[0]}.embeddings are given: leave out one of them."
         )
     return cfg, sections, rules
 
 
-def _set(label: str, values: Any) -> tuple[dict[str, Any] | None, str]:
-    """A source's section, completed, and the embeddings that are given."""
-    values = dict(_mapping(label, values))
+def _source_section(label: str, values: Any) -> tuple[dict[str, Any] | None, str]:
+    """The completed section of a source, or None, and the embeddings that are given, or ''."""
+    values = dict(_not_empty(label, values))
     embeddings = str(values.pop("embeddings", "") or "")
     if not values and embeddings:
         return None, embeddings
@@ -107,18 +107,19 @@ def _set(label: str, values: Any) -> tuple[dict[str, Any] | None, str]:
         raise LookupError(f"{label}.name: {error}") from None
 
 
-def _mapping(label: str, values: Any) -> Mapping[str, Any]:
+def _not_empty(label: str, values: Any) -> Mapping[str, Any]:
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"{label}.path must be given: a folder of images; or {label}.embeddings.")
     return values
 
 
-def _among(section: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+def _only(section: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key in keys}
 
 
 def _stage(name: str) -> str:
+    name = OLD_STAGES.get(name, name)
     if name not in STAGES:
-        have = ", ".join(STAGES)
-        raise ValueError(f"stage={name}: there is no such stage.{registry.suggest(name, [*STAGES])} {have}.")
+        near = registry.suggest(name, [*STAGES])
+        raise ValueError(f"stage={name}: there is no such stage.{near} Stages are: {', '.join(STAGES)}.")
     return name

@@ -1,7 +1,7 @@
-"""dinokit search index=FEATURES_OR_CURATION IMAGE ... [k=12]: the nearest images, as a table and a picture.
+"""dinokit search index=FEATURES_OR_CURATION IMAGE ... [k=12]: similar images, as a table and a picture.
 
-index is a folder that `dinokit extract` or `dinokit curate` wrote. The picture is sheet=nearest.png: a row an
-image, the query first. weights=FILE_OR_RUN says where the weights are, if they are not where they were.
+index is a folder that `dinokit extract` or `dinokit curate` wrote. The picture is sheet=nearest.png: a row
+for each image, the query first. weights=FILE_OR_RUN says where the weights are now, if they were moved.
 
 dinokit search index=curated photo.jpg
 dinokit search weights=runs/photos index=features k=30 sheet=found.png a.jpg b.jpg
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dinokit.commands import Command
 from dinokit.config.load import parse_overrides, section_values
-from dinokit.config.registry import refuse_below
+from dinokit.config.registry import check_at_least
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageLike
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 @dataclass
 class Config:
     index: str = "???"
-    weights: str = ""  # empty: where they were
-    k: int = 12  # images an image
+    weights: str = ""  # empty: the path that the index names
+    k: int = 12  # images found for each image
     sheet: str = "nearest.png"
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        refuse_below(self, k=1)
+        check_at_least(self, k=1)
 
 
 def run(command: Command) -> None:
@@ -38,26 +38,25 @@ def run(command: Command) -> None:
         raise ValueError("Which image? Give one or more files: dinokit search index=FOLDER photo.jpg")
     from PIL import Image
 
-    from dinokit.curate.lookup import Lookup
-    from dinokit.curate.page import contact_sheet
+    from dinokit.curate.search import ImageSearch, contact_sheet
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.files import atomic
     from dinokit.weights import load_backbone
 
-    lookup = Lookup(Path(cfg.index))
-    backbone = load_backbone(cfg.weights or lookup.weights).to(pick_device(cfg.device))
-    similarity, found = lookup.search(lookup.embed(backbone, command.words), cfg.k)
+    index = ImageSearch(Path(cfg.index))
+    backbone = load_backbone(cfg.weights or index.weights).to(pick_device(cfg.device))
+    similarity, found = index.search(index.embed(backbone, command.words), cfg.k)
     tiles: list[tuple[ImageLike | None, str]] = []
     for file, values, numbers in zip(command.words, similarity.tolist(), found.tolist(), strict=True):
         print(f"{file}\n rank  similarity  image")
         tiles.append((Image.open(file), Path(file).name))
         hits = [(value, number) for value, number in zip(values, numbers, strict=True) if number >= 0]
         for rank, (value, number) in enumerate(hits, 1):
-            print(f"{rank:5}  {value:10.4f}  {lookup.name(number)}")
-            tiles.append((lookup.picture(number), f"{rank}: {value:.4f}"))
+            print(f"{rank:5}  {value:10.4f}  {index.name(number)}")
+            tiles.append((index.picture(number), f"{rank}: {value:.4f}"))
         tiles += [(None, "")] * (cfg.k - len(hits))
-    with atomic(cfg.sheet) as part, part.open("wb") as out:
-        contact_sheet(tiles, across=cfg.k + 1).save(out, "PNG")
+    with atomic(cfg.sheet) as temporary, temporary.open("wb") as out:
+        contact_sheet(tiles, columns=cfg.k + 1).save(out, "PNG")
     print(json.dumps({"images": len(command.words), "sheet": cfg.sheet}))
 
 

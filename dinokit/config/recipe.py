@@ -11,7 +11,7 @@ MISSING: Any = "???"  # what OmegaConf takes as "must be given"
 
 # What the section `backbone` may hold beside the fields of its file's Config: the weights that training
 # begins with (whatever load_backbone() takes), and their fingerprint, which the run writes down.
-BEGINNING = ("weights", "fingerprint")
+WEIGHT_KEYS = ("weights", "fingerprint")
 
 
 def within(low: float, high: float, default: Any) -> Any:
@@ -182,4 +182,4 @@ class Recipe:
     @property
     def architecture(self) -> dict[str, Any]:
         """The section `backbone` without where its weights come from: what it is built from."""
-        return {key: value for key, value in self.backbone.items() if key not in BEGINNING}
+        return {key: value for key, value in self.backbone.items() if key not in WEIGHT_KEYS}

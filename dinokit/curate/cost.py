@@ -1,10 +1,10 @@
-"""What a curation takes: seconds, memory and disk, from the number of images.
+"""Estimates a curation's time, memory and disk from the number of images.
 
-    dinokit.curate.cost.cost(Work(1_000_000_000), measured("small")) -> {stage: Cost}
+    dinokit.curate.cost.estimate(Workload(1_000_000_000), measured_machine("small")) -> {stage: Cost}
 
-Disk and memory follow from the formats; seconds from the operations and from what a machine does a second,
-which a curation of some thousand images measures. tests/curate/test_cost.py holds disk and memory to real
-runs.
+Disk and memory follow from the formats. Time follows from the operations and from the rates of a machine,
+which a curation of some thousand images measures. tests/curate/test_cost.py compares disk and memory with
+real runs.
 """
 
 import json
@@ -12,22 +12,22 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinokit.curate.choose import MOST_CLUSTERS, PICK
 from dinokit.curate.dedup import EDGE, QUERIES
 from dinokit.curate.hashing import RECORD
+from dinokit.curate.image_sets import CHUNK
 from dinokit.curate.index import ITERATIONS, lists_of
+from dinokit.curate.retrieve import MAX_CLUSTERS, SELECTED
 from dinokit.curate.settings import Clusters, Index
-from dinokit.curate.vectors import CHUNK
 
-INTERPRETER = 600 << 20  # bytes that Python, torch and faiss take before anything is done
+INTERPRETER = 600 << 20  # bytes that Python, torch and faiss take when they are loaded
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is done a second; the defaults are for two cores of an AMD EPYC with AVX-512.
+    """Rates, each a second; the defaults are for two cores of an AMD EPYC with AVX-512.
 
-    Images a second depend on files and backbone: measured() has yours. The three rates below them are twice
-    what a core did in a second of its own time, in runs of 50,000 to 1,000,000 vectors of width 384.
+    Images a second depend on files and backbone: measured_machine() measures yours. The three rates below
+    them are twice those of one core, in runs of 50,000 to 1,000,000 vectors of width 384.
     """
 
     decoded: float = 700.0  # images decoded and hashed: JPEG files of 300 pixels, 20 KB
@@ -39,16 +39,16 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What there is to do."""
+class Workload:
+    """The size of a curation."""
 
     images: int
     width: int = 384
-    left: float = 0.6  # share of the pool that is left after copies and evaluation images
+    left: float = 0.6  # share of the pool that is left without duplicates and evaluation images
     seeds: int = 0  # with rule=sample
     neighbours: int = 65  # of dedup, with the image itself
     candidates: int = 16  # of a seed: k times reserve
-    edges: float = 1.0  # pairs of copies an image
+    edges: float = 1.0  # pairs of duplicates an image
     hashed: bool = True  # False: embeddings alone were given
     index: Index = field(default_factory=Index)
     clusters: Clusters = field(default_factory=Clusters)
@@ -56,43 +56,41 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a stage."""
+    """The cost of a stage."""
 
     seconds: float
     memory: float  # bytes at the peak, without the pages of mapped files
-    disk: float  # bytes that it leaves
+    disk: float  # bytes of its files
 
 
-def measured(out: str | Path, machines: int = 1) -> Machine:
-    """The machine that did a curation of images: its images a second, those of a run that was not stopped.
+def measured_machine(out: str | Path, machines: int = 1) -> Machine:
+    """The machine that ran a curation: its images a second. The run must not have been stopped in between.
 
     Args:
         out: the curation's folder.
-        machines: like it, that will share the work.
+        machines: such machines that will share the work.
 
     Raises:
-        ValueError: if it did not come to the end of `hash` and `embed`, or hashed and embedded no images.
+        ValueError: if the stages `hash` and `embed` are not finished, or had no images.
     """
     rates = {}
     for stage in ("hash", "embed"):
-        done = next(iter((Path(out) / "stages").glob(f"{stage}.*/done.json")), None)
-        said = json.loads(done.read_text(encoding="utf-8"))["figures"] if done else {}
-        if not said.get("computed"):
-            raise ValueError(
-                f"{out} holds no curation of images that came to the end of its stage '{stage}'."
-            )
-        rates[stage] = said["computed"] / max(said["seconds"], 0.01)
+        marker = next(iter((Path(out) / "stages").glob(f"{stage}.*/done.json")), None)
+        figures = json.loads(marker.read_text(encoding="utf-8"))["figures"] if marker else {}
+        if not figures.get("computed"):
+            raise ValueError(f"{out} has no curation of images that finished its stage '{stage}'.")
+        rates[stage] = figures["computed"] / max(figures["seconds"], 0.01)
     return Machine(decoded=rates["hash"], embedded=rates["embed"], machines=machines)
 
 
-def cost(work: Work, machine: Machine | None = None) -> dict[str, Cost]:
-    """By stage, for those that matter."""
+def estimate(work: Workload, machine: Machine | None = None) -> dict[str, Cost]:
+    """The cost of each stage, without those that cost little."""
     on = machine or Machine()
     n, d = work.images, work.width
     row, left = 2 * d, int(n * work.left)
     chunk = 3 * CHUNK * d * 4
     hashing = Cost(n / on.decoded / on.machines, 3 * n * RECORD.itemsize, n * (RECORD.itemsize + 17))
-    each = {
+    stages = {
         "hash": hashing if work.hashed else Cost(0, 17 * n, 17 * n),
         "embed": Cost(
             n / on.embedded / on.machines if work.hashed else 0, chunk, n * (row * work.hashed + 8)
@@ -105,25 +103,27 @@ def cost(work: Work, machine: Machine | None = None) -> dict[str, Cost]:
         ),
         "dedup": Cost(n * 5e-7, n * 60, 17 * n),
         "clusters": _clusters(work, left, on),
-        "survivors": _index(work, left, on, learn=False) if work.seeds else Cost(0, 0, 0),
+        "clean_index": _index(work, left, on, learn=False) if work.seeds else Cost(0, 0, 0),
         "search": Cost(
             _search(work, work.seeds, left, on) / on.machines, chunk, work.seeds * work.candidates * 12
         ),
         "retrieve": Cost(
-            left * 1e-6, left * PICK.itemsize + 2 * work.seeds * work.candidates * 12, left * PICK.itemsize
+            left * 1e-6,
+            left * SELECTED.itemsize + 2 * work.seeds * work.candidates * 12,
+            left * SELECTED.itemsize,
         ),
     }
-    return {name: Cost(c.seconds, c.memory + INTERPRETER, c.disk) for name, c in each.items()}
+    return {name: Cost(c.seconds, c.memory + INTERPRETER, c.disk) for name, c in stages.items()}
 
 
 def total(costs: dict[str, Cost]) -> Cost:
-    """Of all stages: they follow each other, so of memory the most counts."""
-    parts = list(costs.values())
-    return Cost(sum(c.seconds for c in parts), max(c.memory for c in parts), sum(c.disk for c in parts))
+    """The cost of all stages. They run one after the other, so their memory is the largest of a stage."""
+    stages = list(costs.values())
+    return Cost(sum(c.seconds for c in stages), max(c.memory for c in stages), sum(c.disk for c in stages))
 
 
-def _index(work: Work, rows: int, on: Machine, learn: bool = True) -> Cost:
-    """Learnt, or with the lists of another that was."""
+def _index(work: Workload, rows: int, on: Machine, learn: bool = True) -> Cost:
+    """Of an index; without `learn`, with the lists of another one."""
     cfg, d = work.index, work.width
     if rows <= cfg.exact_below:
         return Cost(_exact(cfg.recall, rows, d, on), 3 * CHUNK * d * 4, 0)
@@ -137,7 +137,7 @@ def _index(work: Work, rows: int, on: Machine, learn: bool = True) -> Cost:
     return Cost(products / on.flops + _exact(cfg.recall, rows, d, on), memory, disk)
 
 
-def _search(work: Work, queries: int, rows: int, on: Machine) -> float:
+def _search(work: Workload, queries: int, rows: int, on: Machine) -> float:
     cfg, d = work.index, work.width
     if rows <= cfg.exact_below:
         return _exact(queries, rows, d, on)
@@ -151,9 +151,9 @@ def _exact(queries: int, rows: int, d: int, on: Machine) -> float:
     return 2.0 * queries * rows * d / on.flops
 
 
-def _clusters(work: Work, left: int, on: Machine) -> Cost:
+def _clusters(work: Workload, left: int, on: Machine) -> Cost:
     cfg = work.clusters
-    k = min(cfg.count or min(math.isqrt(left), MOST_CLUSTERS), left)
+    k = min(cfg.count or min(math.isqrt(left), MAX_CLUSTERS), left)
     points = min(left, k * cfg.kmeans.points) if cfg.kmeans.points else left
     visits = points * cfg.kmeans.iterations + work.images
     seconds = _exact(visits, k, work.width, on) + visits * work.width / on.summed

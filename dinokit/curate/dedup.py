@@ -1,47 +1,156 @@
-"""Copies by embedding: within the pool, and of evaluation images (DINOv2, arXiv 2304.07193, appendix A.3).
+"""Finds duplicates by embedding (DINOv2, arXiv 2304.07193, appendix A.3): stages neighbours, dedup, overlap.
 
 n  images of the pool     m  rows of it with an embedding     k  neighbours
 """
 
 from collections.abc import Iterator, Mapping
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinokit.curate.components import Components
-from dinokit.curate.copies import Fate, representatives
-from dinokit.curate.embedding import Embedded
-from dinokit.curate.index import Searcher
-from dinokit.curate.recall import measure, recall_above
+from dinokit.curate.image_sets import Embeddings, Vectors
+from dinokit.curate.index import Searcher, measure_recall, recall_of_pairs
 from dinokit.curate.stages import Share, save
-from dinokit.curate.vectors import Vectors
 
-QUERIES = 65_536  # rows whose neighbours make a file
-MUCH = 0.1  # share of the images that makes a group of copies suspicious
+QUERIES = 65_536  # rows whose neighbours are written to one file
+SUSPICIOUS = 0.1  # share of the images that makes a group of duplicates suspicious
 EDGE = np.dtype([("a", "<i8"), ("b", "<i8"), ("similarity", "<f4")])
 
 
-def write_edges(searcher: Searcher, k: int, above: float, folder: Path, share: Share) -> None:
-    """A file of EDGEs for every 65,536 rows: pairs with a similarity over `above`, the smaller row first."""
-    for number in share.mine(shards(len(searcher.vectors))):
+class Status(IntEnum):
+    """What was decided about an image of the pool."""
+
+    KEPT = 0
+    UNREADABLE = 1  # or its embedding has no direction
+    EXACT = 2  # the same pixels as another image
+    NEAR = 3  # a near duplicate, by hash
+    DUPLICATE = 4  # a duplicate, by embedding
+    OVERLAP = 5  # it, or a duplicate of it, shows an evaluation image
+
+
+REASONS = {
+    Status.UNREADABLE: "cannot be read, or has no embedding",
+    Status.EXACT: "same pixels as another image",
+    Status.NEAR: "near duplicate of another image, by hash",
+    Status.DUPLICATE: "duplicate of another image, by embedding",
+    Status.OVERLAP: "shows an evaluation image, or is a duplicate of one that does",
+}
+
+
+def removed_in_words(status: np.ndarray) -> str:
+    """How many images of the pool were removed, and why; status (n,)."""
+    counts = {reason: int((status == kind).sum()) for kind, reason in REASONS.items()}
+    reasons = "; ".join(f"{count:,}: {reason}" for reason, count in counts.items() if count)
+    removed = int((status != Status.KEPT).sum())
+    return f"of {len(status):,} images {removed:,} were removed ({reasons or 'none'})"
+
+
+def save_status(folder: Path, status: np.ndarray, **arrays: np.ndarray) -> None:
+    """Write status.npz: the Status of each image of the pool (n,), and other arrays."""
+    save(folder / "status.npz", status=status, **arrays)
+
+
+def load_status(folder: Path, name: str = "status.npz") -> dict[str, np.ndarray]:
+    """The arrays of status.npz or groups.npz. Earlier versions wrote `fate` for status."""
+    file = folder / name
+    with np.load(file if file.exists() else folder / "fate.npz") as arrays:
+        return {"status" if key == "fate" else key: arrays[key] for key in arrays.files}
+
+
+class Components:
+    """Connected components of n points: a disjoint-set forest in one array.
+
+    Edges are added in batches, so a billion of them need not be in memory, as scipy would have it.
+    """
+
+    def __init__(self, n: int) -> None:
+        self._parent = np.arange(n)  # never larger than the point itself; equal to it at a root
+
+    def add_edges(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Add edges between points a (m,) and b (m,).
+
+        In each round the larger root of every edge is attached to the smallest root that it has an edge to;
+        edges within a tree are dropped. A root is only ever attached to a smaller one, so there is no cycle.
+        """
+        while len(a):
+            a, b = self._root(a), self._root(b)
+            apart = a != b
+            a, b = a[apart], b[apart]
+            low, high = np.minimum(a, b), np.maximum(a, b)
+            np.minimum.at(self._parent, high, low)
+
+    def labels(self) -> np.ndarray:
+        """(n,) int64: the smallest point of each point's component."""
+        self._parent = self._root(np.arange(len(self._parent)))
+        return self._parent
+
+    def _root(self, points: np.ndarray) -> np.ndarray:
+        """The roots of points. Every point on the way is attached to its grandparent, which halves paths."""
+        parent, current = self._parent, points
+        while True:
+            up = parent[current]
+            above = parent[up]
+            if np.array_equal(up, above):
+                return parent[points]
+            parent[current] = above
+            parent[up] = parent[above]
+
+
+def groups(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points sorted by label, and where each group of two or more starts.
+
+    Returns:
+        (m,) points of such groups, group after group, ascending within each; (g + 1,) offsets into them.
+    """
+    order = np.argsort(labels, kind="stable")
+    _, sizes = np.unique(labels, return_counts=True)
+    several = np.repeat(sizes > 1, sizes)
+    return order[several], np.cumsum([0, *sizes[sizes > 1]])
+
+
+def representatives(label: np.ndarray, pixels: np.ndarray | None, candidates: np.ndarray) -> np.ndarray:
+    """For each image the one that represents its group.
+
+    Args:
+        label: (n,) of each image's group: an image of it.
+        pixels: (n,), to choose the first of the images with most pixels; None: the first image.
+        candidates: (n,) bool: which images may represent a group; in a group without one, each image
+            represents itself.
+    """
+    images = np.flatnonzero(candidates)
+    key = np.zeros(len(images)) if pixels is None else -pixels[images].astype(np.float64)
+    images = images[np.lexsort((images, key, label[images]))]
+    names, first = np.unique(label[images], return_index=True)
+    chosen = np.arange(len(label))
+    chosen[names] = images[first]
+    has_candidate = np.zeros(len(label), np.bool_)
+    has_candidate[names] = True
+    return np.where(has_candidate[label], chosen[label], np.arange(len(label)))
+
+
+def shard_count(rows: int) -> int:
+    """Files of edges that the rows make."""
+    return -(-rows // QUERIES)
+
+
+def write_edges(searcher: Searcher, k: int, threshold: float, folder: Path, share: Share) -> None:
+    """Stage `neighbours`: pairs of rows with a similarity above `threshold`, a file for every 65,536 rows."""
+    for number in share.shards(shard_count(len(searcher.vectors))):
         path = folder / f"{number:05d}.npy"
         if not path.exists():
             start = number * QUERIES
             queries = searcher.vectors.chunk(start, QUERIES)
-            save(path, only=_edges(*searcher.search(queries, k + 1), start, above))
+            save(path, _edges(*searcher.search(queries, k + 1), start, threshold))
 
 
-def shards(rows: int) -> int:
-    """Files that the rows' neighbours make."""
-    return -(-rows // QUERIES)
-
-
-def _edges(similarity: np.ndarray, rows: np.ndarray, start: int, above: float) -> np.ndarray:
-    own = np.arange(start, start + len(rows))[:, None]
-    near = (similarity > above) & (rows != own) & (rows >= 0)
-    near[:, -1] &= (rows == own).any(axis=1)  # k neighbours beside itself; if it is not among them, one less
-    a, b = np.broadcast_to(own, rows.shape)[near], rows[near]
+def _edges(similarity: np.ndarray, rows: np.ndarray, start: int, threshold: float) -> np.ndarray:
+    """EDGEs of the neighbours (q, k + 1) of the rows from `start`, the smaller row of each edge first."""
+    query = np.arange(start, start + len(rows))[:, None]
+    near = (similarity > threshold) & (rows != query) & (rows >= 0)
+    near[:, -1] &= (rows == query).any(axis=1)  # k neighbours besides itself, also if it is not among them
+    a, b = np.broadcast_to(query, rows.shape)[near], rows[near]
     edges = np.empty(len(a), EDGE)
     edges["a"], edges["b"], edges["similarity"] = np.minimum(a, b), np.maximum(a, b), similarity[near]
     return edges
@@ -49,140 +158,153 @@ def _edges(similarity: np.ndarray, rows: np.ndarray, start: int, above: float) -
 
 def read_edges(folder: Path, rows: int) -> Iterator[np.ndarray]:
     """The files of write_edges()."""
-    for number in range(shards(rows)):
+    for number in range(shard_count(rows)):
         yield np.load(folder / f"{number:05d}.npy")
 
 
-def group(
+def group_duplicates(
     images: np.ndarray,
     edges: Iterator[np.ndarray],
-    fate: np.ndarray,
+    status: np.ndarray,
     of: np.ndarray,
     pixels: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Groups of copies, by hash and by embedding together.
+    """Groups of duplicates, by hash and by embedding together.
 
     Args:
         images: (m,) the image of each row.
         edges: between rows.
-        fate: (n,) after the stage `hash`; images that have no embedding are unreadable by now.
-        of: (n,) from there.
-        pixels: (n,), to keep the largest of a group; None: the first.
+        status: (n,) after the stage `hash`; images without an embedding are already UNREADABLE.
+        of: (n,) the image that each image duplicates by hash, or itself.
+        pixels: (n,), to keep the largest image of a group; None: the first.
 
     Returns:
-        (n,) fate; (n,) the image kept in its place; (n,) label of its group, the smallest image of it.
+        (n,) status; (n,) the image kept in its place; (n,) label of its group: the group's smallest image.
     """
-    joined = Components(len(fate))
-    joined.join(np.arange(len(fate)), of)
-    for part in edges:
-        joined.join(images[part["a"]], images[part["b"]])
-    label, fate = joined.labels(), fate.copy()
-    able = fate == Fate.KEPT
-    keeper = representatives(label, pixels, able)
-    fate[able & (keeper != np.arange(len(fate)))] = Fate.DUPLICATE
-    return fate, keeper, label
+    components = Components(len(status))
+    components.add_edges(np.arange(len(status)), of)
+    for some in edges:
+        components.add_edges(images[some["a"]], images[some["b"]])
+    label, status = components.labels(), status.copy()
+    candidates = status == Status.KEPT
+    keeper = representatives(label, pixels, candidates)
+    status[candidates & (keeper != np.arange(len(status)))] = Status.DUPLICATE
+    return status, keeper, label
 
 
-def strangers(
-    vectors: Vectors, images: np.ndarray, others: Searcher, above: float
+def dedup(
+    pool: Embeddings,
+    images: np.ndarray,
+    hash_folder: Path,
+    edges_folder: Path,
+    largest: bool,
+    threshold: float,
+    folder: Path,
+) -> dict[str, Any]:
+    """Stage `dedup`: groups of duplicates, and the image of each that is kept.
+
+    Writes groups.npz: status, keeper and label, (n,) each, as group_duplicates() returns them.
+
+    Args:
+        pool: the embeddings of the pool.
+        images: the images that were to be embedded.
+        hash_folder: of the stage `hash`.
+        edges_folder: of the stage `neighbours`.
+        largest: keep the image with most pixels, not the first.
+        threshold: the similarity that made the edges.
+        folder: of groups.npz.
+    """
+    hashed = load_status(hash_folder)
+    status = hashed["status"]
+    status[np.setdiff1d(images, pool.images, assume_unique=True)] = Status.UNREADABLE
+    distinct = status == Status.KEPT
+    edges = read_edges(edges_folder, len(pool.images))
+    pixels = hashed["pixels"] if largest else None
+    status, keeper, label = group_duplicates(pool.images, edges, status, hashed["of"], pixels)
+    save(folder / "groups.npz", status=status, keeper=keeper, label=label)
+    sizes = np.bincount(label)
+    return {
+        "kept": int((status == Status.KEPT).sum()),
+        "duplicates": int((status == Status.DUPLICATE).sum()),
+        "groups": int((sizes > 1).sum()),
+        "largest_group": int(sizes.max()),
+        **_suspicion(np.bincount(label[distinct]), threshold),
+    }
+
+
+def _suspicion(sizes: np.ndarray, threshold: float) -> dict[str, str]:
+    """A note if one group has much of the pool; sizes (c,) without the duplicates by hash."""
+    most, n = int(sizes.max(initial=0)), int(sizes.sum())
+    if most < max(SUSPICIOUS * n, 20):
+        return {}
+    return {
+        "note": f"One group of duplicates has {most:,} of {n:,} images ({most / n:.0%}); only one of them is "
+        f"kept. Either the pool is full of one picture, or these features find all images similar, as "
+        f"those of a backbone do that was trained for a short time or on other images. See 'Groups of "
+        f"duplicates' in report.html. If they are no duplicates, raise dedup.similarity ({threshold:g}), or "
+        f"give better weights, or dedup.weights for duplicates."
+    }
+
+
+def matches(
+    vectors: Vectors, images: np.ndarray, others: Searcher, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(s,) images of the pool that show one of `others`, (s,) the nearest of these, (s,) similarity."""
+    """(s,) images of the pool that show an image of `others`, (s,) its nearest row there, (s,) similarity."""
     found = []
     for start, x in vectors.chunks():
         similarity, rows = others.search(x, 1)
-        hit = np.flatnonzero(similarity[:, 0] > above)
+        hit = np.flatnonzero(similarity[:, 0] > threshold)
         found.append((images[start + hit], rows[hit, 0], similarity[hit, 0]))
     image, other, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
     return image, other, similarity
 
 
-def drop_groups(fate: np.ndarray, label: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """(n,) fate, when every group with one of the images `seen` goes out, all of it."""
+def remove_groups(status: np.ndarray, label: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """(n,) status after every group with one of the images `shown` is removed, with all its images."""
     bad = np.zeros(len(label), np.bool_)
-    bad[label[seen]] = True
-    return np.where(bad[label] & (fate != Fate.UNREADABLE), Fate.OVERLAP, fate).astype(np.uint8)
+    bad[label[shown]] = True
+    return np.where(bad[label] & (status != Status.UNREADABLE), Status.OVERLAP, status).astype(np.uint8)
 
 
-def overlap(
-    pool: Embedded,
+def remove_overlap(
+    pool: Embeddings,
     others: Mapping[str, tuple[Searcher, np.ndarray]],
-    above: float,
+    threshold: float,
     seed: int,
-    grouped: Path,
-    seen: np.ndarray,
+    groups_folder: Path,
+    by_hash: np.ndarray,
     folder: Path,
 ) -> dict[str, Any]:
-    """What shows an evaluation image goes out, with all of its group.
+    """Stage `overlap`: removes every group of duplicates that shows an evaluation image.
+
+    Writes status.npz: status (n,); shown (s, 4): image of the pool, number of the evaluation set, image of
+    it, similarity (1 by hash).
 
     Args:
-        pool: all that was embedded, copies too.
-        others: of each evaluation set, by its label, the index and the images of its rows.
-        above: a similarity.
-        seed: of the sample that approximate indexes are measured on.
-        grouped: the folder of the stage `dedup`.
-        seen: (s, 3) image of the pool, number of the set, image of it: those that hashes found.
-        folder: gets fate.npz: fate (n,); shown (s, 4): image, set, its image, similarity (1 by hash).
+        pool: the embeddings of the pool, duplicates included.
+        others: by label of an evaluation set: its index, and the image of each row.
+        threshold: a similarity.
+        seed: of the sample that measures approximate indexes.
+        groups_folder: of the stage `dedup`.
+        by_hash: (s, 3) the same columns without the similarity: matches by hash.
+        folder: of status.npz.
     """
-    with np.load(grouped / "groups.npz") as said:
-        fate, label = said["fate"], said["label"]
-    columns = [np.column_stack([seen, np.ones(len(seen))])]
-    measured = {}
-    for number, (label_of, (searcher, images)) in enumerate(others.items()):
+    grouped = load_status(groups_folder, "groups.npz")
+    status, label = grouped["status"], grouped["label"]
+    columns = [np.column_stack([by_hash, np.ones(len(by_hash))])]
+    recall = {}
+    for number, (name, (searcher, images)) in enumerate(others.items()):
         if not searcher.exact:
-            said_of = measure(searcher, 1, seed, searcher.folder, pool.vectors)
-            measured[label_of] = {**said_of, **recall_above(searcher.folder, above)}
-        image, other, similarity = strangers(pool.vectors, pool.images, searcher, above)
+            measured = measure_recall(searcher, 1, seed, searcher.folder, pool.vectors)
+            recall[name] = {**measured, **recall_of_pairs(searcher.folder, threshold)}
+        image, other, similarity = matches(pool.vectors, pool.images, searcher, threshold)
         columns.append(np.column_stack([image, np.full(len(image), number), images[other], similarity]))
     shown = np.concatenate(columns)
-    fate = drop_groups(fate, label, shown[:, 0].astype(np.int64))
-    save(folder / "fate.npz", fate=fate, shown=shown)
+    status = remove_groups(status, label, shown[:, 0].astype(np.int64))
+    save_status(folder, status, shown=shown)
     return {
-        "kept": int((fate == Fate.KEPT).sum()),
+        "kept": int((status == Status.KEPT).sum()),
         "showing_evaluation_images": len(np.unique(shown[:, 0])),
-        "out_with_their_groups": int((fate == Fate.OVERLAP).sum()),
-        **measured,
-    }
-
-
-def dedup(
-    pool: Embedded, asked: np.ndarray, hashed: Path, edges: Path, largest: bool, above: float, folder: Path
-) -> dict[str, Any]:
-    """Groups of copies, and the one of each that stays.
-
-    Args:
-        pool: all that was embedded.
-        asked: numbers of the images that should have been.
-        hashed: the folder of the stage `hash`.
-        edges: the folder of write_edges().
-        largest: keep the one with most pixels, not the first.
-        above: the similarity that made the edges.
-        folder: gets groups.npz: fate, keeper and label, (n,) each, as group() gives them.
-    """
-    with np.load(hashed / "fate.npz") as said:
-        fate, of, pixels = said["fate"], said["of"], said["pixels"]
-    fate[np.setdiff1d(asked, pool.images, assume_unique=True)] = Fate.UNREADABLE
-    apart = fate == Fate.KEPT
-    found = read_edges(edges, len(pool.images))
-    fate, keeper, label = group(pool.images, found, fate, of, pixels if largest else None)
-    save(folder / "groups.npz", fate=fate, keeper=keeper, label=label)
-    sizes = np.bincount(label)
-    return {
-        "kept": int((fate == Fate.KEPT).sum()),
-        "duplicates": int((fate == Fate.DUPLICATE).sum()),
-        "groups": int((sizes > 1).sum()),
-        "largest_group": int(sizes.max()),
-        **_suspicion(np.bincount(label[apart]), above),
-    }
-
-
-def _suspicion(sizes: np.ndarray, above: float) -> dict[str, str]:
-    """A note, if embeddings made one group of much of the pool; sizes (c,) without copies by hash."""
-    most, n = int(sizes.max(initial=0)), int(sizes.sum())
-    if most < max(MUCH * n, 20):
-        return {}
-    return {
-        "note": f"One group of copies holds {most:,} of {n:,} images ({most / n:.0%}); all but one go. "
-        f"Either the pool is full of one picture, or these features find all alike, as those of a backbone "
-        f"do that was trained little or on other images. See 'Groups of copies' in report.html; if they are "
-        f"no copies, raise dedup.similarity ({above:g}), or give better weights, or dedup.weights for copies."
+        "removed_with_their_groups": int((status == Status.OVERLAP).sum()),
+        **recall,
     }

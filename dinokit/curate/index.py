@@ -1,12 +1,12 @@
-"""Nearest neighbours: the only file that imports faiss.
+"""Nearest-neighbour search with faiss (the only file that imports it), and its measured recall.
 
 Up to `exact_below` rows every pair is compared. Above, an inverted file is learnt from a sample and lies on
 disk in shards, which a search maps into memory one after the other:
 
-    FOLDER/index.json  what it is, and its recall     trained.faiss  lists without rows     00000.faiss ...
+    FOLDER/index.json  rows and width     trained.faiss  lists without rows     00000.faiss ...
 
-Each shard is whole or not there, so a build that was killed goes on. Rows are kept in float16, or in the
-bytes of product quantisation; then similarities are computed again from the rows themselves.
+Rows are stored in float16, or in the bytes of product quantisation; in that case similarities are computed
+again from the rows themselves.
 """
 
 import json
@@ -17,91 +17,91 @@ from typing import Any
 
 import numpy as np
 
+from dinokit.curate.image_sets import CHUNK, Vectors
 from dinokit.curate.settings import Index
-from dinokit.curate.vectors import CHUNK, Vectors
+from dinokit.curate.stages import save
 from dinokit.runtime.files import atomic, write_text
 
-Found = tuple[np.ndarray, np.ndarray]  # (q, k) float32 similarities, falling; (q, k) int64 rows, -1 for none
-ITERATIONS = 10  # of the k-means that learns the lists, as faiss has it
+Neighbours = tuple[
+    np.ndarray, np.ndarray
+]  # (q, k) float32 similarities, descending; (q, k) int64 rows, -1: none
+ITERATIONS = 10  # of the k-means that learns the lists: faiss' default
+RECALL_FILE = "recall.npz"
 _REFINE = 1 << 22  # numbers gathered at a time
 
 
-def library() -> Any:
+def import_faiss() -> Any:
     """The module faiss.
 
     Raises:
-        ValueError: if it is not installed, or broken by two of its packages.
+        ValueError: if it is not installed, or broken because two of its packages were installed.
     """
     extra = "-e '.[cpu]' in the clone, or -e '.[gpu]' on Linux with CUDA"
     try:
         faiss = import_module("faiss")
     except ModuleNotFoundError:
         raise ValueError(
-            f"Curation needs faiss, which is not installed: pip install {extra}; never both, "
-            f"as the two own the same folder."
+            f"Curation needs faiss, which is not installed: pip install {extra}. Never install both: their "
+            f"files overwrite each other."
         ) from None
     if not hasattr(faiss, "IndexFlatIP"):
         raise ValueError(
-            f"faiss is installed, but empty: two of its packages were there, and one is gone. Remove both, "
-            f"then: pip install {extra}."
+            f"faiss is installed, but empty: one of its two packages was removed, and its files with it. "
+            f"Uninstall both, then: pip install {extra}."
         )
     return faiss
 
 
-def exact(queries: np.ndarray, vectors: Vectors, k: int, gpu: bool) -> Found:
-    """The k most similar rows of `vectors` to each of `queries` (q, D), by comparing all; ties: lower row."""
-    found = _nothing(len(queries), k)
+def exact_search(queries: np.ndarray, vectors: Vectors, k: int, gpu: bool) -> Neighbours:
+    """The k most similar rows of `vectors` to each of `queries` (q, D); of equal rows, the first."""
+    found = _no_neighbours(len(queries), k)
     for start, x in vectors.chunks():
         similarity, rows = _knn(queries, x, min(k, len(x)), gpu, inner=True)
-        found = _merged(found, (similarity, rows + start), k)
+        found = _merge(found, (similarity, rows + start), k)
     return found
 
 
-def assign(x: np.ndarray, centres: np.ndarray, gpu: bool) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of x (m, D) the nearest of centres (c, D): its number (m,), and the squared distance.
+def nearest_centre(x: np.ndarray, centres: np.ndarray, gpu: bool) -> tuple[np.ndarray, np.ndarray]:
+    """For each row of x (m, D) the nearest of centres (c, D): its number (m,), and the squared distance (m,).
 
-    Holds m * c numbers. Of equally near centres, the first.
+    Needs memory for m * c numbers. Of equally near centres, the first.
     """
-    if gpu and _gpus():
-        distance, which = _knn(x, centres, 1, gpu, inner=False)
-        return which[:, 0], np.maximum(distance[:, 0], 0)
-    table = x @ centres.T  # several times as fast as faiss.knn, for one neighbour
+    if gpu and _gpu_count():
+        distance, centre = _knn(x, centres, 1, gpu, inner=False)
+        return centre[:, 0], np.maximum(distance[:, 0], 0)
+    table = x @ centres.T  # for one neighbour, several times as fast as faiss.knn
     length = np.einsum("cd,cd->c", centres, centres)
     table *= -2
     table += length
-    which = table.argmin(axis=1)
-    near = table[np.arange(len(x)), which] + np.einsum("md,md->m", x, x)
-    return which, np.maximum(near, 0)
+    centre = table.argmin(axis=1)
+    distance = table[np.arange(len(x)), centre] + np.einsum("md,md->m", x, x)
+    return centre, np.maximum(distance, 0)
 
 
-def build(
-    vectors: Vectors,
-    folder: Path,
-    cfg: Index,
-    seed: int,
-    trained: Path | None = None,
+def build_index(
+    vectors: Vectors, folder: Path, cfg: Index, seed: int, trained: Path | None = None
 ) -> "Searcher":
-    """Make an index of `vectors` in `folder`, or finish it.
+    """Write an index of `vectors` to `folder`; files that are there are not computed again.
 
     Args:
-        vectors: what is searched.
-        folder: where it lies.
-        cfg: its kind.
-        seed: of the samples that it is learnt from and measured on.
-        trained: the folder of another index whose lists may be used, of rows like these.
+        vectors: the rows to search.
+        folder: of the index.
+        cfg: its settings.
+        seed: of the sample that it is learnt from.
+        trained: the folder of another index of similar rows, whose lists may be used.
 
     Raises:
         ValueError: without faiss, or for a `pq` that does not divide the width.
     """
-    faiss = library()
-    n, about = len(vectors), folder / "index.json"
+    faiss = import_faiss()
+    n, description = len(vectors), folder / "index.json"
     searcher = Searcher(vectors, folder, cfg)
-    if n > cfg.exact_below and not about.exists():
+    if n > cfg.exact_below and not description.exists():
         empty = folder / "trained.faiss"
         if trained is not None and (trained / "trained.faiss").exists():
             empty = trained / "trained.faiss"
         elif not empty.exists():
-            _write(_trained(vectors, cfg, seed), empty)
+            _write(_train(vectors, cfg, seed), empty)
         for number in range(searcher.shards):
             if not searcher.shard(number).exists():
                 index = faiss.read_index(str(empty))
@@ -109,66 +109,114 @@ def build(
                 for start in range(number * cfg.shard, stop, CHUNK):
                     index.add(vectors.chunk(start, min(CHUNK, stop - start)))
                 _write(index, searcher.shard(number))
-    if not about.exists():
-        write_text(about, json.dumps({"rows": n, "width": vectors.width, "exact": searcher.exact}) + "\n")
+    if not description.exists():
+        values = {"rows": n, "width": vectors.width, "exact": searcher.exact}
+        write_text(description, json.dumps(values) + "\n")
     return searcher
 
 
 class Searcher:
-    """An index that was built, with the rows it was built from."""
+    """Searches an index that build_index() wrote."""
 
     def __init__(self, vectors: Vectors, folder: Path, cfg: Index) -> None:
         self.vectors, self.folder, self.cfg = vectors, folder, cfg
         self.exact = len(vectors) <= cfg.exact_below
         self.shards = -(-len(vectors) // cfg.shard)
         if cfg.threads:
-            library().omp_set_num_threads(cfg.threads)
+            import_faiss().omp_set_num_threads(cfg.threads)
 
     def shard(self, number: int) -> Path:
         """The file of a shard."""
         return self.folder / f"{number:05d}.faiss"
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
-        """The k most similar rows to each of queries (q, D), unit rows in float32."""
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+        """The k most similar rows to each of queries (q, D): unit rows in float32."""
         if self.exact:
-            return exact(queries, self.vectors, k, self.cfg.gpu)
-        found = _nothing(len(queries), k)
+            return exact_search(queries, self.vectors, k, self.cfg.gpu)
+        found = _no_neighbours(len(queries), k)
         for number in range(self.shards):
             similarity, rows = self._open(number).search(queries, k)
             rows = np.where(rows < 0, -1, rows + number * self.cfg.shard)
             if self.cfg.pq:
-                similarity = self._refined(queries, rows)
-            found = _merged(found, (similarity, rows), k)
+                similarity = self._refine(queries, rows)
+            found = _merge(found, (similarity, rows), k)
         return found
 
     @property
     def kind(self) -> str:
-        """In words."""
+        """A description in words."""
         if self.exact:
             return "exact"
         lists = lists_of(len(self.vectors), self.cfg)
-        return f"{lists} lists, {self.cfg.probe} looked into, {self.shards} shard(s)"
+        return f"{lists} lists, {self.cfg.probe} searched, {self.shards} shard(s)"
 
     def _open(self, number: int) -> Any:
-        faiss = library()
-        gpu = self.cfg.gpu and _gpus()
+        faiss = import_faiss()
+        gpu = self.cfg.gpu and _gpu_count()
         index = faiss.read_index(str(self.shard(number)), 0 if gpu else faiss.IO_FLAG_MMAP)
         index.nprobe = self.cfg.probe
         if gpu:
             return faiss.index_cpu_to_all_gpus(index)
-        # Its own reading ahead costs 32 threads a query, and the pages are there after the first.
+        # faiss would start 32 threads a query to read ahead; after the first query all pages are in memory.
         faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
         return index
 
-    def _refined(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        done = np.full(rows.shape, -np.inf, np.float32)
+    def _refine(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(q, k) exact similarities of the rows found, in place of quantised ones."""
+        result = np.full(rows.shape, -np.inf, np.float32)
         step = max(_REFINE // (rows.shape[1] * queries.shape[1]), 1)
         for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            x = self.vectors.take(np.maximum(part, 0).ravel()).reshape(*part.shape, -1)
+            some = rows[start : start + step]
+            x = self.vectors.take(np.maximum(some, 0).ravel()).reshape(*some.shape, -1)
             similarity = np.einsum("qd,qkd->qk", queries[start : start + step], x)
-            done[start : start + step] = np.where(part < 0, -np.inf, similarity)
-        return done
+            result[start : start + step] = np.where(some < 0, -np.inf, similarity)
+        return result
+
+
+def measure_recall(
+    searcher: Searcher, k: int, seed: int, folder: Path, queries_from: Vectors | None = None
+) -> dict[str, Any]:
+    """Search a sample of `index.recall` queries also exactly, and compare.
+
+    Writes recall.npz, unless the index is exact itself: similarity (s, k) of the rows that exact search
+    finds, and found (s, k) bool, whether the index finds them too.
+
+    Args:
+        searcher: the index.
+        k: neighbours searched.
+        seed: of the sample.
+        folder: of recall.npz.
+        queries_from: the queries are drawn from these; None: from the rows of the index.
+
+    Returns:
+        kind: a description of the index; recall: the share found.
+    """
+    if searcher.exact:
+        return {"kind": searcher.kind}
+    queries_from = searcher.vectors if queries_from is None else queries_from
+    k, rng = min(k, len(searcher.vectors)), np.random.default_rng([seed, 1])
+    rows = np.sort(rng.choice(len(queries_from), min(searcher.cfg.recall, len(queries_from)), replace=False))
+    queries = queries_from.take(rows)
+    similarity, expected = exact_search(queries, searcher.vectors, k, searcher.cfg.gpu)
+    _, approximate = searcher.search(queries, k)
+    found = np.stack([np.isin(e, a) for e, a in zip(expected, approximate, strict=True)])
+    if queries_from is searcher.vectors:
+        similarity[expected == rows[:, None]] = -np.inf  # every row finds itself: no pair
+    save(folder / RECALL_FILE, similarity=similarity, found=found)
+    return {"kind": searcher.kind, "recall": round(float(found.mean()), 4)}
+
+
+def recall_of_pairs(folder: Path, threshold: float) -> dict[str, Any]:
+    """The recall of neighbours with a similarity above `threshold`, and how many of them the sample has.
+
+    Empty for an exact index; without the recall if the sample has no such pairs.
+    """
+    if not (folder / RECALL_FILE).exists():
+        return {}
+    with np.load(folder / RECALL_FILE) as arrays:
+        found = arrays["found"][arrays["similarity"] > threshold]
+    recall = {"recall_of_pairs": round(float(found.mean()), 4)} if len(found) else {}
+    return {**recall, "pairs_in_the_sample": len(found)}
 
 
 def lists_of(rows: int, cfg: Index) -> int:
@@ -177,17 +225,17 @@ def lists_of(rows: int, cfg: Index) -> int:
     return min(cfg.lists or 4 * math.isqrt(rows), rows)
 
 
-def _trained(vectors: Vectors, cfg: Index, seed: int) -> Any:
+def _train(vectors: Vectors, cfg: Index, seed: int) -> Any:
     if cfg.pq and vectors.width % cfg.pq:
         raise ValueError(f"index.pq={cfg.pq} does not divide the width of the embeddings, {vectors.width}.")
-    faiss, lists = library(), lists_of(len(vectors), cfg)
+    faiss, lists = import_faiss(), lists_of(len(vectors), cfg)
     kind = f"IVF{lists},{f'PQ{cfg.pq}' if cfg.pq else 'SQfp16'}"
     index = faiss.index_factory(vectors.width, kind, faiss.METRIC_INNER_PRODUCT)
     index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = ITERATIONS, seed + 1, cfg.train
-    index.cp.min_points_per_centroid = 1  # faiss would print a warning below 39
-    if cfg.gpu and _gpus():
+    index.cp.min_points_per_centroid = 1  # below 39 faiss would print a warning
+    if cfg.gpu and _gpu_count():
         learner = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(vectors.width))
-        index.clustering_index = learner  # faiss borrows it: the name keeps it alive
+        index.clustering_index = learner  # faiss does not own it: the local name keeps it alive
     count = min(len(vectors), max(cfg.train * lists, 1024))
     rows = np.random.default_rng([seed, 0]).choice(len(vectors), count, replace=False)
     index.train(vectors.take(np.sort(rows)))
@@ -197,27 +245,27 @@ def _trained(vectors: Vectors, cfg: Index, seed: int) -> Any:
 
 def _write(index: Any, path: Path) -> None:
     with atomic(path) as part:
-        library().write_index(index, str(part))
+        import_faiss().write_index(index, str(part))
 
 
-def _gpus() -> int:
-    return int(getattr(library(), "get_num_gpus", lambda: 0)())
+def _gpu_count() -> int:
+    return int(getattr(import_faiss(), "get_num_gpus", lambda: 0)())
 
 
-def _knn(queries: np.ndarray, x: np.ndarray, k: int, gpu: bool, inner: bool) -> Found:
-    faiss = library()
+def _knn(queries: np.ndarray, x: np.ndarray, k: int, gpu: bool, inner: bool) -> Neighbours:
+    faiss = import_faiss()
     metric = faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2
-    if gpu and _gpus():
+    if gpu and _gpu_count():
         return faiss.knn_gpu(faiss.StandardGpuResources(), queries, x, k, metric=metric)
     return faiss.knn(queries, x, k, metric=metric)
 
 
-def _nothing(q: int, k: int) -> Found:
+def _no_neighbours(q: int, k: int) -> Neighbours:
     return np.full((q, k), -np.inf, np.float32), np.full((q, k), -1, np.int64)
 
 
-def _merged(a: Found, b: Found, k: int) -> Found:
-    """The k best of two results; of equals, those of `a` come first."""
+def _merge(a: Neighbours, b: Neighbours, k: int) -> Neighbours:
+    """The k nearest of two results; of equal similarities, those of `a` come first."""
     similarity = np.concatenate([a[0], b[0]], axis=1)
     rows = np.concatenate([a[1], b[1]], axis=1)
     similarity[rows < 0] = -np.inf

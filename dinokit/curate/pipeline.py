@@ -1,4 +1,4 @@
-"""A curation from beginning to end; each stage leaves files, and is done once."""
+"""A whole curation, from a pool of images to manifest.csv and report.html, in twelve stages."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -7,51 +7,56 @@ from typing import Any
 
 import numpy as np
 
-from dinokit.curate import choose
-from dinokit.curate.copies import Fate, find_copies, what_went
-from dinokit.curate.dedup import dedup, overlap, read_edges, write_edges
-from dinokit.curate.embedding import Embedded, Embedder, embed, embedded
-from dinokit.curate.index import Searcher, build
-from dinokit.curate.manifest import write_manifest
-from dinokit.curate.recall import measure, recall_above
-from dinokit.curate.report import Shown, write_report
-from dinokit.curate.seeds import Config as Seeds
-from dinokit.curate.sets import ImageSet
-from dinokit.curate.settings import STAGES, Config
-from dinokit.curate.stages import Done, Share, Stages, Work, digest
+from dinokit.curate import retrieve
+from dinokit.curate.dedup import (
+    Status,
+    dedup,
+    load_status,
+    read_edges,
+    remove_overlap,
+    removed_in_words,
+    write_edges,
+)
+from dinokit.curate.hashing import hash_pool
+from dinokit.curate.image_sets import Embedder, Embeddings, ImageSet, read_embeddings, write_embeddings
+from dinokit.curate.index import Searcher, build_index, measure_recall, recall_of_pairs
+from dinokit.curate.report import ReportData, write_manifest, write_report
+from dinokit.curate.settings import STAGES, Config, Seeds
+from dinokit.curate.stages import Compute, Share, StageResult, Stages, hash_of_array
 
 Sections = Mapping[str, tuple[Mapping[str, Any] | None, str]]  # by label: a source's section, embeddings
+COPIES = ".copies"  # ends the name of embeddings by dedup.weights
 
 
 def curate(cfg: Config, sections: Sections, rules: Mapping[str, Seeds], stages: Stages) -> dict[str, Any]:
-    """Do what is left to do.
+    """Run the stages that are not finished.
 
     Args:
         cfg: the settings.
         sections: of 'pool', 'seeds.NAME' and 'against.NAME': where images and embeddings are.
         rules: how each set of seeds retrieves, by its name.
-        stages: where files go, and what to do of it.
+        stages: where the files are, and which stages to run.
 
     Returns:
-        The figures of the last stage that was done.
+        The figures of the last stage that was run.
 
     Raises:
-        ValueError, LookupError, OSError: for what cannot be done; what was done stays.
+        ValueError, LookupError, OSError: if a stage cannot be run; the files of the stages before it stay.
     """
     run = Curation(cfg, sections, rules, stages)
     order = (
-        run.hash, run.embed, run.index, run.neighbours, run.dedup, run.overlap, run.clusters, run.survivors,
+        run.hash, run.embed, run.index, run.neighbours, run.dedup, run.overlap, run.clusters, run.clean_index,
         run.search, run.retrieve, run.manifest, run.report,
     )  # fmt: skip
     for name, stage in zip(STAGES, order, strict=True):
         stage()
         if name == stages.until:
             break
-    return {"stage": name, **run.done[name].figures}
+    return {"stage": name, **run.results[name].figures}
 
 
 class Curation:
-    """One curation; each method is a stage, which needs those above it done."""
+    """One curation. Each method is a stage, which needs the stages before it."""
 
     def __init__(self, cfg: Config, sections: Sections, rules: Mapping[str, Seeds], stages: Stages) -> None:
         self.cfg, self.stages, self.rules, self.token = cfg, stages, rules, cfg.embed.token
@@ -60,190 +65,199 @@ class Curation:
         self.against = [one for label, one in self.sets.items() if label.startswith("against.")]
         self.seeds = {name: self.sets[f"seeds.{name}"] for name in rules}
         self.stamps = {label: one.stamp() for label, one in self.sets.items()}
-        bare = any(one.given is None for one in self.sets.values())
-        weights = {"": cfg.weights, ".copies": cfg.dedup.weights}
-        self.embedders = {role: Embedder(name, cfg.embed) for role, name in weights.items() if bare and name}
-        index = {key: v for key, v in asdict(cfg.index).items() if key not in ("threads", "gpu")}
+        computes = any(one.embeddings is None for one in self.sets.values())
+        weights = {"": cfg.weights, COPIES: cfg.dedup.weights}
+        self.embedders = {
+            role: Embedder(name, cfg.embed) for role, name in weights.items() if computes and name
+        }
+        index = {key: value for key, value in asdict(cfg.index).items() if key not in ("threads", "gpu")}
         self.index_inputs = {**index, "seed": cfg.seed}
-        self.done: dict[str, Done] = {}
+        self.results: dict[str, StageResult] = {}
 
     def hash(self) -> None:
-        """Unreadable images, exact and near-exact copies."""
+        """Unreadable images, exact and near duplicates."""
         labels = ["pool", *(one.label for one in self.against)]
         keep, bits = self.cfg.dedup.keep, self.cfg.hash.bits
         inputs = {"sets": [self.stamps[label] for label in labels], "bits": bits, "keep": keep}
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            return find_copies(self.cfg, self.pool, self.against, folder, share)
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            return hash_pool(self.cfg, self.pool, self.against, folder, share)
 
-        self._do("hash", inputs, work)
+        self._run("hash", inputs, compute)
 
     def embed(self) -> None:
-        """Embeddings of what is left of the pool, of the seeds, and of evaluation images."""
-        fate = np.load(self._folder("hash") / "fate.npz")["fate"]
-        self.places = {label: np.arange(len(one)) for label, one in self.sets.items()}
-        self.places["pool"] = np.flatnonzero(fate == Fate.KEPT)
+        """Embeddings of the images of the pool that are left, of the seeds, and of evaluation images."""
+        status = load_status(self._folder("hash"))["status"]
+        self.images = {label: np.arange(len(one)) for label, one in self.sets.items()}  # to embed
+        self.images["pool"] = np.flatnonzero(status == Status.KEPT)
         stamps = {role: one.stamp() for role, one in self.embedders.items()}
-        inputs = {"sets": self.stamps, "pool": digest(self.places["pool"]), "token": self.token, **stamps}
+        pool = hash_of_array(self.images["pool"])
+        inputs = {"sets": self.stamps, "pool": pool, "token": self.token, **stamps}
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            lost = {}
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            without = {}
             for label, one in self.sets.items():
                 for role in self._roles(label):
-                    where = folder / f"{label}{role}"
-                    lost[label] = embed(self.embedders.get(role), one, self.places[label], where, share)
-            rows = {label: len(self.places[label]) - lost[label] for label in self.sets}
-            bare = [label for label, one in self.sets.items() if one.given is None]
-            computed = sum(len(self.places[label]) * len(self._roles(label)) for label in bare)
-            return {"computed": computed, "without_embedding": sum(lost.values()), "rows": rows}
+                    target = folder / f"{label}{role}"
+                    embedder = self.embedders.get(role)
+                    without[label] = write_embeddings(embedder, one, self.images[label], target, share)
+            rows = {label: len(self.images[label]) - without[label] for label in self.sets}
+            computed = [label for label, one in self.sets.items() if one.embeddings is None]
+            count = sum(len(self.images[label]) * len(self._roles(label)) for label in computed)
+            return {"computed": count, "without_embedding": sum(without.values()), "rows": rows}
 
-        self._do("embed", inputs, work)
+        self._run("embed", inputs, compute)
 
     def index(self) -> None:
-        """The index of the pool, for finding copies."""
+        """An index of the pool, for finding duplicates."""
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            searcher = self._build(self.embedded("pool", ".copies").vectors, folder)
-            return measure(searcher, self.cfg.dedup.k + 1, self.cfg.seed, folder)
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            searcher = self._build_index(self.embeddings("pool", COPIES).vectors, folder)
+            return measure_recall(searcher, self.cfg.dedup.k + 1, self.cfg.seed, folder)
 
-        self._do("index", {**self._after("embed"), **self.index_inputs, "k": self.cfg.dedup.k}, work)
+        self._run("index", {**self._after("embed"), **self.index_inputs, "k": self.cfg.dedup.k}, compute)
 
     def neighbours(self) -> None:
-        """All pairs of the pool that are alike."""
-        cut = self.cfg.dedup
+        """All pairs of similar images of the pool."""
+        cfg = self.cfg.dedup
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            rows = self.embedded("pool", ".copies").vectors
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            rows = self.embeddings("pool", COPIES).vectors
             searcher = Searcher(rows, self._folder("index"), self.cfg.index)
-            write_edges(searcher, cut.k, cut.similarity, folder, share)
+            write_edges(searcher, cfg.k, cfg.similarity, folder, share)
             if share.of > 1:
                 return {}
-            edges = sum(len(part) for part in read_edges(folder, len(rows)))
-            return {"edges": edges, **recall_above(self._folder("index"), cut.similarity)}
+            edges = sum(len(some) for some in read_edges(folder, len(rows)))
+            return {"edges": edges, **recall_of_pairs(self._folder("index"), cfg.similarity)}
 
-        self._do("neighbours", {**self._after("index"), "k": cut.k, "similarity": cut.similarity}, work)
+        self._run("neighbours", {**self._after("index"), "k": cfg.k, "similarity": cfg.similarity}, compute)
 
     def dedup(self) -> None:
-        """Groups of copies, and the one of each that stays."""
+        """Groups of duplicates, and the image of each that is kept."""
         largest = self.cfg.dedup.keep == "largest"
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            rows, asked = self.embedded("pool", ".copies"), self.places["pool"]
-            hashed, edges = self._folder("hash"), self._folder("neighbours")
-            return dedup(rows, asked, hashed, edges, largest, self.cfg.dedup.similarity, folder)
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            rows, images = self.embeddings("pool", COPIES), self.images["pool"]
+            hashes, edges = self._folder("hash"), self._folder("neighbours")
+            return dedup(rows, images, hashes, edges, largest, self.cfg.dedup.similarity, folder)
 
-        self._do("dedup", {**self._after("hash", "neighbours"), "largest": largest}, work)
+        self._run("dedup", {**self._after("hash", "neighbours"), "largest": largest}, compute)
 
     def overlap(self) -> None:
-        """Groups that show an evaluation image go."""
+        """Groups of duplicates that show an evaluation image are removed."""
         above = self.cfg.dedup.against
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            seen = np.load(self._folder("hash") / "fate.npz")["seen"]
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            by_hash = load_status(self._folder("hash"))["seen"]
             others = {}
             for number, one in enumerate(self.against):
-                rows = self.embedded(one.label, ".copies")
-                others[one.label] = self._build(rows.vectors, folder / f"index{number}"), rows.images
-            pool = self.embedded("pool", ".copies")
-            return overlap(pool, others, above, self.cfg.seed, self._folder("dedup"), seen, folder)
+                rows = self.embeddings(one.label, COPIES)
+                others[one.label] = self._build_index(rows.vectors, folder / f"index{number}"), rows.images
+            pool = self.embeddings("pool", COPIES)
+            groups = self._folder("dedup")
+            return remove_overlap(pool, others, above, self.cfg.seed, groups, by_hash, folder)
 
-        self._do("overlap", {**self._after("dedup"), "above": above, "sets": len(self.against)}, work)
-        self.fate = np.load(self._folder("overlap") / "fate.npz")["fate"]
-        self.left = self.embedded("pool").only(self.fate == Fate.KEPT)
-        if not len(self.left.images):
-            raise ValueError(f"Nothing of the pool is left: {what_went(self.fate)}.")
+        self._run("overlap", {**self._after("dedup"), "above": above, "sets": len(self.against)}, compute)
+        self.status = load_status(self._folder("overlap"))["status"]
+        self.clean = self.embeddings("pool").only(self.status == Status.KEPT)
+        if not len(self.clean.images):
+            raise ValueError(f"No image of the pool is left: {removed_in_words(self.status)}.")
 
     def clusters(self) -> None:
-        """Clusters of what is left."""
+        """Clusters of the clean pool."""
         inputs = {**asdict(self.cfg.clusters), "seed": self.cfg.seed}
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            return choose.clusters(self.cfg, self.embedded("pool"), self.left, len(self.pool), folder)
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            pool = self.embeddings("pool")
+            return retrieve.cluster_pool(self.cfg, pool, self.clean, len(self.pool), folder)
 
-        self._do("clusters", {**self._after("overlap"), **inputs}, work)
+        self._run("clusters", {**self._after("overlap"), **inputs}, compute)
 
-    def survivors(self) -> None:
-        """The index of what is left, for retrieval; none if no seeds search it."""
-        wide = max((r.k * r.reserve for r in self.rules.values() if r.rule == "sample"), default=0)
+    def clean_index(self) -> None:
+        """An index of the clean pool, for retrieval; none if no seeds search it."""
+        candidates = max((r.k * r.reserve for r in self.rules.values() if r.rule == "sample"), default=0)
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            if not wide:
-                return {"images": len(self.left.images)}
-            trained = self._folder("index") if ".copies" not in self._roles("pool") else None
-            searcher = self._build(self.left.vectors, folder, trained)
-            return {"images": len(self.left.images), **measure(searcher, wide, self.cfg.seed, folder)}
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            images = {"images": len(self.clean.images)}
+            if not candidates:
+                return images
+            trained = self._folder("index") if COPIES not in self._roles("pool") else None
+            searcher = self._build_index(self.clean.vectors, folder, trained)
+            return {**images, **measure_recall(searcher, candidates, self.cfg.seed, folder)}
 
-        self._do("survivors", {**self._after("overlap"), **self.index_inputs, "wide": wide}, work)
+        inputs = {**self._after("overlap"), **self.index_inputs, "candidates": candidates}
+        self._run("clean_index", inputs, compute)
 
     def search(self) -> None:
         """The candidates of every seed with rule=sample."""
-        wide = {name: r.k * r.reserve for name, r in self.rules.items() if r.rule == "sample"}
+        candidates = {name: r.k * r.reserve for name, r in self.rules.items() if r.rule == "sample"}
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            searcher = Searcher(self.left.vectors, self._folder("survivors"), self.cfg.index)
-            for name, k in wide.items():
-                choose.search(searcher, self.embedded(f"seeds.{name}").vectors, k, folder / name, share)
-            return {"seeds": sum(len(self.seeds[name]) for name in wide)}
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            searcher = Searcher(self.clean.vectors, self._folder("clean_index"), self.cfg.index)
+            for name, k in candidates.items():
+                seeds = self.embeddings(f"seeds.{name}").vectors
+                retrieve.search_candidates(searcher, seeds, k, folder / name, share)
+            return {"seeds": sum(len(self.seeds[name]) for name in candidates)}
 
-        self._do("search", {**self._after("survivors"), "wide": wide}, work)
+        self._run("search", {**self._after("clean_index"), "candidates": candidates}, compute)
 
     def retrieve(self) -> None:
-        """Which images the seeds bring, or balance draws, and why."""
+        """The images that seeds retrieve, or balance draws, and why."""
         rules = {name: asdict(rule) for name, rule in self.rules.items()}
         inputs = {"rules": rules, "balance": asdict(self.cfg.balance), "seed": self.cfg.seed}
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            seeds = {name: self.embedded(f"seeds.{name}") for name in self.rules}
-            with np.load(self._folder("clusters") / "clusters.npz") as said:
-                clusters = said["cluster"], said["centres"]
-            known = choose.Known(self.left, self.fate, *clusters, self._folder("search"))
-            return choose.choose(self.cfg, self.rules, seeds, known, folder, self.stages.told)
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            seeds = {name: self.embeddings(f"seeds.{name}") for name in self.rules}
+            with np.load(self._folder("clusters") / "clusters.npz") as arrays:
+                clusters = arrays["cluster"], arrays["centres"]
+            pool = retrieve.CleanPool(self.clean, self.status, *clusters, self._folder("search"))
+            return retrieve.select_images(self.cfg, self.rules, seeds, pool, folder, self.stages.log)
 
-        self._do("retrieve", {**self._after("clusters", "search"), **inputs}, work)
+        self._run("retrieve", {**self._after("clusters", "search"), **inputs}, compute)
 
     def manifest(self) -> None:
         """manifest.csv."""
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            kept = {n: self.embedded(f"seeds.{n}").images for n, rule in self.rules.items() if rule.keep}
-            picks, origins = np.load(self._folder("retrieve") / "picks.npy"), choose.origins(self.rules)
-            return write_manifest(self.stages.out, picks, origins, self.pool, self.seeds, kept, self.rules)
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            kept = {n: self.embeddings(f"seeds.{n}").images for n, rule in self.rules.items() if rule.keep}
+            selected = np.load(self._folder("retrieve") / "selection.npy")
+            origins = retrieve.origins(self.rules)
+            return write_manifest(self.stages.out, selected, origins, self.pool, self.seeds, kept, self.rules)
 
-        self._do("manifest", self._after("retrieve"), work, self.stages.out / "manifest.csv")
+        self._run("manifest", self._after("retrieve"), compute, self.stages.out / "manifest.csv")
 
     def report(self) -> None:
         """report.html."""
         path = self.stages.out / "report.html"
-        figures = {name: one.figures for name, one in self.done.items()}
-        folders = {name: one.folder for name, one in self.done.items()}
+        figures = {name: result.figures for name, result in self.results.items()}
+        folders = {name: result.folder for name, result in self.results.items()}
+        data = ReportData(self.cfg, self.sets, retrieve.origins(self.rules), figures, folders)
 
-        def work(folder: Path, share: Share) -> dict[str, Any]:
-            return write_report(
-                path, Shown(self.cfg, self.sets, choose.origins(self.rules), figures, folders)
-            )
+        def compute(folder: Path, share: Share) -> dict[str, Any]:
+            return write_report(path, data)
 
-        self._do("report", {**self._after("manifest"), "gallery": self.cfg.gallery}, work, path)
+        self._run("report", {**self._after("manifest"), "gallery": self.cfg.gallery}, compute, path)
 
-    def embedded(self, label: str, role: str = "") -> Embedded:
-        """The embeddings of a set, for retrieval, or for finding copies (role '.copies')."""
+    def embeddings(self, label: str, role: str = "") -> Embeddings:
+        """The embeddings of a set, for retrieval, or for finding duplicates (role COPIES)."""
         role = role if role in self._roles(label) else ""
-        return embedded(
-            self.sets[label], self.places[label], self._folder("embed") / f"{label}{role}", self.token
-        )
+        folder = self._folder("embed") / f"{label}{role}"
+        return read_embeddings(self.sets[label], self.images[label], folder, self.token)
 
     def _roles(self, label: str) -> list[str]:
-        """Retrieval, and copy detection where it has a backbone of its own."""
-        both = ".copies" in self.embedders and self.sets[label].given is None
-        return ["", ".copies"] if both and not label.startswith("seeds.") else [""]
+        """Retrieval, and finding duplicates if that has a backbone of its own."""
+        both = COPIES in self.embedders and self.sets[label].embeddings is None
+        return ["", COPIES] if both and not label.startswith("seeds.") else [""]
 
-    def _build(self, vectors: Any, folder: Path, trained: Path | None = None) -> Searcher:
-        return build(vectors, folder, self.cfg.index, self.cfg.seed, trained)
+    def _build_index(self, vectors: Any, folder: Path, trained: Path | None = None) -> Searcher:
+        return build_index(vectors, folder, self.cfg.index, self.cfg.seed, trained)
 
-    def _do(self, name: str, inputs: dict[str, Any], work: Work, makes: Path | None = None) -> None:
-        self.done[name] = self.stages.do(name, inputs, work, makes)
+    def _run(self, name: str, inputs: dict[str, Any], compute: Compute, output: Path | None = None) -> None:
+        self.results[name] = self.stages.run(name, inputs, compute, output)
 
     def _after(self, *names: str) -> dict[str, Any]:
-        return {f"after {name}": self.done[name].key for name in names}
+        """The keys of earlier stages, as inputs."""
+        return {f"after {name}": self.results[name].key for name in names}
 
     def _folder(self, name: str) -> Path:
-        return self.done[name].folder
+        return self.results[name].folder

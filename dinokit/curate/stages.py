@@ -1,11 +1,13 @@
-"""Stages that leave files, and know by them whether they are done.
+"""Runs the stages of a curation; a finished stage is never run again.
 
-A stage's folder is OUT/stages/NAME.KEY, its key a hash of the settings and inputs that its result depends
-on, the key of the stage before it among them. So changed settings begin a new folder, for this stage and
-those that follow from it, and what they do not touch is found done:
+The one rule for unfinished work: every file is written atomically, so it is complete or absent, and a stage
+computes only the files that are absent. `done.json` is written last and marks the stage as finished.
 
-    OUT/stages/dedup.3f6c0a94/done.json   what it found, written last: the stage is whole
-    OUT/stages/dedup.3f6c0a94/...         its files, each whole or not there: a killed stage goes on with them
+    OUT/stages/NAME.KEY/...          the files of a stage
+    OUT/stages/NAME.KEY/done.json    its inputs and figures
+
+KEY is a hash of the settings and inputs that the result depends on, with the keys of the stages before it. So
+changed settings start a new folder for this stage and the stages that depend on it, and for no other.
 """
 
 import json
@@ -22,31 +24,31 @@ import numpy as np
 from dinokit.curate.settings import STAGES
 from dinokit.runtime.files import PARTS, atomic, write_text
 
-Told = Callable[[str], None]
+Log = Callable[[str], None]  # takes a line for the screen
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a stage: shards number, number + of, ..."""
+    """This process's share of a stage: the shards number, number + of, number + 2 of, ..."""
 
     number: int = 0
     of: int = 1
 
-    def mine(self, count: int) -> Iterator[int]:
-        """Of `count` shards, those to do here."""
+    def shards(self, count: int) -> Iterator[int]:
+        """The numbers of the shards to compute here, of `count`."""
         return iter(range(self.number, count, self.of))
 
 
 @dataclass
-class Done:
-    """A finished stage."""
+class StageResult:
+    """A stage that was run."""
 
     folder: Path
     key: str
     figures: dict[str, Any]
 
 
-Work = Callable[[Path, Share], dict[str, Any]]
+Compute = Callable[[Path, Share], dict[str, Any]]
 
 
 @dataclass
@@ -54,86 +56,89 @@ class Stages:
     """The stages of one curation.
 
     Attributes:
-        out: where they lie.
-        told: takes a line for the screen.
-        until: the stage to stop after.
-        share: the part of that stage to do; the stages before it must be done.
+        out: the folder of the curation.
+        log: takes lines for the screen.
+        until: the last stage to run.
+        share: the share of that stage to compute; the stages before it must be finished.
     """
 
     out: Path
-    told: Told
+    log: Log
     until: str = STAGES[-1]
     share: Share = field(default_factory=Share)
 
-    def do(self, name: str, inputs: dict[str, Any], work: Work, makes: Path | None = None) -> Done:
-        """Do a stage, unless it is done.
+    def run(
+        self, name: str, inputs: dict[str, Any], compute: Compute, output: Path | None = None
+    ) -> StageResult:
+        """Run a stage, unless it is finished.
 
         Args:
             name: one of STAGES.
-            inputs: all that the result depends on, as JSON can hold it.
-            work: fills the folder that it is given, with its share; returns figures for done.json, among
-                which may be a `note`: a sentence of its own.
-            makes: a file outside of that folder, without which the stage is not done.
+            inputs: everything that the result depends on; JSON must be able to hold it.
+            compute: writes its share of the files into the folder that it is given. Returns figures for
+                done.json; the figure `note`, a sentence, gets a line of its own.
+            output: a file outside of the folder; without it the stage is not finished.
 
         Raises:
-            ValueError: if a part is asked for of a stage whose forerunner is not done.
+            ValueError: if a share of a later stage is asked for, and this stage is not finished.
         """
-        key = key_of(inputs)
+        key = hash_of(inputs)
         folder = self.out / "stages" / f"{name}.{key}"
         marker = folder / "done.json"
-        if not marker.exists() or (makes is not None and not makes.exists()):
-            part = f"part {self.share.number} of {self.share.of}" if self.share.of > 1 else ""
-            if part and name != self.until:
+        if not marker.exists() or (output is not None and not output.exists()):
+            share = f"part {self.share.number} of {self.share.of}" if self.share.of > 1 else ""
+            if share and name != self.until:
                 raise ValueError(
-                    f"A part of the stage '{self.until}' needs the stage '{name}', which is not done: first "
-                    f"run the same command with stage={name} and without part."
+                    f"part= of the stage '{self.until}' needs the stage '{name}', which is not finished. "
+                    f"First run the same command with stage={name} and without part."
                 )
-            begun = time.monotonic()
+            start = time.monotonic()
             folder.mkdir(parents=True, exist_ok=True)
-            self.told(f"{name} ... {part}")
-            figures = work(folder, self.share)
-            if part:
-                return Done(folder, key, {"part": part})
-            figures = {**figures, "seconds": round(time.monotonic() - begun, 2)}
-            said = {"inputs": inputs, "figures": figures}
-            write_text(marker, json.dumps(said, indent=1, default=str) + "\n")
-            self._clean(name, folder)
+            self.log(f"{name} ... {share}")
+            figures = compute(folder, self.share)
+            if share:
+                return StageResult(folder, key, {"part": share})
+            figures = {**figures, "seconds": round(time.monotonic() - start, 2)}
+            write_text(
+                marker, json.dumps({"inputs": inputs, "figures": figures}, indent=1, default=str) + "\n"
+            )
+            self._remove_old(name, folder)
         figures = json.loads(marker.read_text(encoding="utf-8"))["figures"]
-        self.told(f"{name}: {in_words({key: value for key, value in figures.items() if key != 'note'})}")
+        self.log(f"{name}: {in_words({key: value for key, value in figures.items() if key != 'note'})}")
         if "note" in figures:
-            self.told(f"    {figures['note']}")
-        return Done(folder, key, figures)
+            self.log(f"    {figures['note']}")
+        return StageResult(folder, key, figures)
 
-    def _clean(self, name: str, keep: Path) -> None:
-        """Remove this stage's results of other settings, and what a killed process left half written."""
-        for old in keep.parent.glob(f"{name}.*"):
-            if old != keep:
-                shutil.rmtree(old)
-        for part in keep.rglob(PARTS):
-            part.unlink(missing_ok=True)
+    def _remove_old(self, name: str, current: Path) -> None:
+        """Remove the stage's results of other settings, and temporary files of processes that were killed."""
+        for folder in current.parent.glob(f"{name}.*"):
+            if folder != current:
+                shutil.rmtree(folder)
+        for temporary in current.rglob(PARTS):
+            temporary.unlink(missing_ok=True)
 
 
-def save(path: Path, **arrays: np.ndarray) -> None:
-    """Arrays into one .npz, or the array `only` into a .npy; whole or not there."""
-    with atomic(path) as part, part.open("wb") as file:
-        if path.suffix == ".npy":
-            np.save(file, arrays["only"])
+def save(path: Path, array: np.ndarray | None = None, **arrays: np.ndarray) -> None:
+    """Write one array to a .npy file, or named arrays to an .npz file, atomically."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        if array is not None:
+            np.save(file, array)
         else:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes them for allow_pickle
 
 
-def key_of(inputs: Mapping[str, Any]) -> str:
-    """Eight digits that are others whenever an input is."""
+def hash_of(inputs: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that depend on every input."""
     return sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def digest(array: np.ndarray) -> str:
-    """Of an array's content."""
+def hash_of_array(array: np.ndarray) -> str:
+    """Sixteen hexadecimal digits that depend on every number."""
     return sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
 
 
 def in_words(figures: Mapping[str, Any]) -> str:
-    """Figures on a line: spaces in their names, thousands apart, those of a mapping in brackets."""
+    """Figures in one line: 'images 1,000, clusters 31'; a mapping stands in brackets."""
     return ", ".join(f"{str(key).replace('_', ' ')} {_value(value)}" for key, value in figures.items())
 
 

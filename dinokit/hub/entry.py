@@ -12,9 +12,9 @@ from dinokit.hub.official import DINO, DINOv2, LinearClassifier
 from dinokit.hub.released import DINOV2, RELEASED, Released
 from dinokit.models.vit import SIZES, Config, VisionTransformer
 from dinokit.weights import fill, load_backbone
+from dinokit.weights.architecture import MEAN, STD
 from dinokit.weights.checkpoint import open_checkpoint
-from dinokit.weights.found import MEAN, STD
-from dinokit.weights.reader import read
+from dinokit.weights.load import read
 
 # What the official entry points call the fields of our Config.
 OFFICIAL = {

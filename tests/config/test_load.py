@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dinokit.config.load import Optim, data_section, load_recipe, parse_overrides, to_yaml
+from dinokit.config.load import Optim, load_recipe, parse_overrides, read_data_section, to_yaml
 from dinokit.config.registry import recipe_names
 
 BASE = """
@@ -136,7 +136,7 @@ def test_a_saved_recipe_is_read_back_as_it_was(base, tmp_path):
     recipe = load_recipe(base, given)
     (tmp_path / "saved.yaml").write_text(to_yaml(recipe))
     assert load_recipe(tmp_path / "saved.yaml") == recipe
-    assert data_section(to_yaml(recipe)) == recipe.data
+    assert read_data_section(to_yaml(recipe)) == recipe.data
     assert recipe.name == "other"
 
 
@@ -150,7 +150,7 @@ ASKED = {  # what a shipped recipe leaves open beside its data
 def test_a_shipped_recipe_is_read_back_as_it_was(name):
     given = ["data.path=somewhere"] if "path: ???" in shipped(name) else []
     recipe = load_recipe(name, [*given, *ASKED.get(name, [])])
-    assert data_section(to_yaml(recipe)) == recipe.data
+    assert read_data_section(to_yaml(recipe)) == recipe.data
 
 
 def shipped(name: str) -> str:

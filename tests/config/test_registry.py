@@ -53,7 +53,7 @@ def described(item) -> tuple[str, str, str, str, dict[str, str]]:
 def test_what_a_field_is_read_with_can_be(kind, name):
     there = {item.name: item for item in fields(registry.read_config(kind, name))}
     for item in there.values():
-        for other, wanted in item.metadata.get("only_with", {}).items():
+        for other, wanted in item.metadata.get("only_if", {}).items():
             assert other in there
             assert isinstance(wanted, bool) or set(wanted) < set(get_args(there[other].type))
 

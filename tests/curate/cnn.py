@@ -6,7 +6,7 @@
 writes OUT.npy, (images, 320) float16: the mean over places of the last stage's maps of the picture's middle
 square, shown with SIDE (224) pixels a side; a row of NaN where one cannot be read. Rows are in the order of
 `data.name=folder`; OUT.txt names them. The packages are those of tests/models/efficientnet.py, which
-judges the same network by the evaluators.
+evaluates the same network.
 """
 
 import sys

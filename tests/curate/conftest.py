@@ -1,4 +1,4 @@
-"""Photos with planted copies, a small backbone, and a way to curate as a user does."""
+"""Photos with planted duplicates, a small backbone, and a function that curates as a user does."""
 
 import json
 import runpy
@@ -36,18 +36,18 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def curate(capsys):
     def run(*words, fails=False):
-        """A command line; its last line, or what it said in failing."""
+        """Run a command line; returns its last line, or its error message."""
         status = main(["curate", "curate_small", "embed.workers=0", *words])
-        said = capsys.readouterr()
-        assert status == (2 if fails else 0), said.err
-        return said.err if fails else json.loads(said.out.splitlines()[-1])
+        output = capsys.readouterr()
+        assert status == (2 if fails else 0), output.err
+        return output.err if fails else json.loads(output.out.splitlines()[-1])
 
     return run
 
 
 @pytest.fixture
-def heap(scenes, tmp_path):
-    """40 photos, of which some lie there again under names that say how; 8 are in a test set too."""
+def photos(scenes, tmp_path):
+    """40 photos with duplicates, whose names say how they were made; 8 photos are also in a test set."""
 
     def save(image, folder, name, **how):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -55,23 +55,23 @@ def heap(scenes, tmp_path):
 
     for number, photo in enumerate(scenes[:40]):
         photo = photo.convert("RGB")
-        save(photo, "heap", f"{number:02d}.png")
+        save(photo, "pool", f"{number:02d}.png")
         if number % 2 == 0:
-            save(photo, "heap", f"{number:02d}_exact.png", compress_level=1)
+            save(photo, "pool", f"{number:02d}_exact.png", compress_level=1)
         if number % 4 < 2:
-            save(photo, "heap", f"{number:02d}_jpeg.jpg", quality=70)
+            save(photo, "pool", f"{number:02d}_jpeg.jpg", quality=70)
         if number % 8 < 3:
             half = photo.resize((64, 64), Image.Resampling.BICUBIC)
-            save(half, "heap", f"{number:02d}_half.png")
+            save(half, "pool", f"{number:02d}_half.png")
         if number >= 32:
             save(photo, "test", f"{number:02d}.jpg", quality=85)
     for number, photo in enumerate(scenes[40:50]):
         save(photo.convert("RGB"), "seeds", f"{number:02d}.png")
-    (tmp_path / "heap" / "broken.jpg").write_bytes(b"not an image")
+    (tmp_path / "pool" / "broken.jpg").write_bytes(b"not an image")
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def make():
-    """synthetic.py's make(): vectors with a planted truth."""
+    """synthetic.py's make(): vectors with a known truth."""
     return runpy.run_path(str(Path(__file__).with_name("synthetic.py")))["make"]

@@ -1,7 +1,7 @@
-"""Copies and leaks planted among photos, and what a curation found of them.
+"""Plants duplicates and test images among photos, and evaluates what a curation found of them.
 
     python tests/curate/planted.py make PHOTOS.parquet OUT      # OUT/pool, 1,000 images; OUT/test, 180
-    python tests/curate/planted.py judge OUT CURATED            # of `dinokit curate ... out=CURATED`, a line
+    python tests/curate/planted.py evaluate OUT CURATED         # after `dinokit curate ... out=CURATED`
 
 400 photos are in the pool, and of the first 120 five copies each: the same pixels, JPEG at quality 60, half
 the size, other colours, a crop of 64 % of the area. The test set holds photos 80 to 160, and 100 of its own.
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from dinokit.config import registry
-from dinokit.curate.copies import Fate
+from dinokit.curate.dedup import Status, load_status
 
 PHOTOS, COPIED, LEAKED, OWN = 400, 120, (80, 160), 100
 KINDS = ("exact", "jpeg", "half", "colour", "crop")
@@ -55,25 +55,25 @@ def copies(photo, rng):
     }
 
 
-def judge(out: Path, curated: Path) -> dict[str, float]:
-    """Shares of copies that are in one group with their photo; of pairs within groups that are right; and of
-    what went as evaluation images, what is right and what of the right is there."""
+def evaluate(out: Path, curated: Path) -> dict[str, float]:
+    """Shares: of each kind of copy, those in one group with their photo; of pairs within groups, the right
+    ones; precision and recall of the images removed as test images."""
     names = [path.stem.split("_") for path in sorted((out / "pool").iterdir())]
     photo, kind = np.array([int(name[0]) for name in names]), np.array([name[1] for name in names])
     group = np.load(next((curated / "stages").glob("dedup.*")) / "groups.npz")["label"]
-    fate = np.load(next((curated / "stages").glob("overlap.*")) / "fate.npz")["fate"]
+    status = load_status(next((curated / "stages").glob("overlap.*")))["status"]
     own = dict(zip(photo[kind == "photo"].tolist(), group[kind == "photo"].tolist(), strict=True))
     joined = group == np.array([own[number] for number in photo.tolist()])
-    said = {name: joined[kind == name].mean() for name in KINDS}
+    shares = {name: joined[kind == name].mean() for name in KINDS}
     pairs = np.triu(group[:, None] == group[None], 1)
-    said["right pairs"] = (photo[:, None] == photo[None])[pairs].mean()
-    went, wanted = fate == Fate.OVERLAP, (photo >= LEAKED[0]) & (photo < LEAKED[1])
-    said["overlap right"], said["overlap found"] = wanted[went].mean(), went[wanted].mean()
-    return {name: round(float(share), 3) for name, share in said.items()}
+    shares["right pairs"] = (photo[:, None] == photo[None])[pairs].mean()
+    removed, leaked = status == Status.OVERLAP, (photo >= LEAKED[0]) & (photo < LEAKED[1])
+    shares["overlap right"], shares["overlap found"] = leaked[removed].mean(), removed[leaked].mean()
+    return {name: round(float(share), 3) for name, share in shares.items()}
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
-        sys.stdout.write(json.dumps(judge(Path(sys.argv[2]), Path(sys.argv[3]))) + "\n")
+        sys.stdout.write(json.dumps(evaluate(Path(sys.argv[2]), Path(sys.argv[3]))) + "\n")

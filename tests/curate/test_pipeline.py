@@ -15,6 +15,7 @@ import pytest
 from dinokit.__main__ import main
 from dinokit.config import registry
 from dinokit.curate import dedup
+from dinokit.curate.dedup import Status
 
 
 def manifest(out):
@@ -27,10 +28,10 @@ def numbers(rows):
     return sorted(int(Path(row["path"]).name[:2]) for row in rows)
 
 
-def test_of_each_photo_one_stays_and_none_that_is_in_the_test_set(heap, weights, curate, capsys):
-    out = heap / "out"
-    strict = ("dedup.similarity=0.9999", "dedup.against=0.9999")  # of an untrained backbone
-    curate(f"weights={weights}", f"pool.path={heap / 'heap'}", f"against.test.path={heap / 'test'}",
+def test_one_image_of_each_photo_is_kept_and_none_of_the_test_set(photos, weights, curate, capsys):
+    out = photos / "out"
+    strict = ("dedup.similarity=0.9999", "dedup.against=0.9999")  # the backbone is untrained
+    curate(f"weights={weights}", f"pool.path={photos / 'pool'}", f"against.test.path={photos / 'test'}",
            f"out={out}", *strict)  # fmt: skip
     rows = manifest(out)
     assert numbers(rows) == list(range(32))
@@ -44,31 +45,33 @@ def test_of_each_photo_one_stays_and_none_that_is_in_the_test_set(heap, weights,
     assert page.count("data:image/jpeg") > 20
     assert "<script" not in page
     assert "http" not in page
-    told = next((out / "stages").glob("hash.*")) / "pool" / "00000.unreadable.txt"
-    assert "broken.jpg" in told.read_text()
-    assert f"named in {told.parent}" in (told.parents[1] / "done.json").read_text()
+    unreadable = next((out / "stages").glob("hash.*")) / "pool" / "00000.unreadable.txt"
+    assert "broken.jpg" in unreadable.read_text()
+    assert (
+        f"unreadable images are in {unreadable.parent}" in (unreadable.parents[1] / "done.json").read_text()
+    )
 
 
-def test_seeds_bring_images_and_the_manifest_says_why(heap, weights, curate):
-    out = heap / "out"
-    words = (f"weights={weights}", f"pool.path={heap / 'heap'}", f"out={out}", "dedup.similarity=1")
-    curate(*words, f"seeds.mine.path={heap / 'seeds'}", "seeds.mine.k=2", "seeds.mine.keep=true")
+def test_seeds_retrieve_images_and_the_manifest_gives_the_reason(photos, weights, curate):
+    out = photos / "out"
+    words = (f"weights={weights}", f"pool.path={photos / 'pool'}", f"out={out}", "dedup.similarity=1")
+    curate(*words, f"seeds.mine.path={photos / 'seeds'}", "seeds.mine.k=2", "seeds.mine.keep=true")
     rows = manifest(out)
-    kept = [row for row in rows if row["rule"] == "seed"]
-    brought = [row for row in rows if row["rule"] == "sample"]
-    assert (len(kept), len(brought)) == (10, 20)
+    kept_seeds = [row for row in rows if row["rule"] == "seed"]
+    retrieved = [row for row in rows if row["rule"] == "sample"]
+    assert (len(kept_seeds), len(retrieved)) == (10, 20)
     assert {row["from"] for row in rows} == {"seeds.mine"}
-    assert all(Path(row["query"]).parent == heap / "seeds" for row in brought)
-    assert all(1 <= int(row["rank"]) <= 8 and -1 <= float(row["similarity"]) <= 1 for row in brought)
+    assert all(Path(row["query"]).parent == photos / "seeds" for row in retrieved)
+    assert all(1 <= int(row["rank"]) <= 8 and -1 <= float(row["similarity"]) <= 1 for row in retrieved)
     page = (out / "report.html").read_text()
-    assert "<td>of these brought by seeds.mine<td class=n>20" in page
-    assert page.count("<figure class=asks") == page.count("<span>seed of mine") == 10
-    curate(*words, f"seeds.mine.path={heap / 'seeds'}", "seeds.mine.k=2", "seeds.mine.strict=0.5")
+    assert "<td>of these retrieved by seeds.mine<td class=n>20" in page
+    assert page.count("<figure class=query") == page.count("<span>seed of mine") == 10
+    curate(*words, f"seeds.mine.path={photos / 'seeds'}", "seeds.mine.k=2", "seeds.mine.strict=0.5")
     floor = min(float(row["similarity"]) for row in manifest(out))
     assert 0 < len(manifest(out)) < 20
-    assert floor > min(float(row["similarity"]) for row in brought)
+    assert floor > min(float(row["similarity"]) for row in retrieved)
     capped = (
-        f"seeds.mine.path={heap / 'seeds'}",
+        f"seeds.mine.path={photos / 'seeds'}",
         "seeds.mine.rule=cluster",
         "clusters.count=2",
         "seeds.mine.cap=7",
@@ -113,19 +116,19 @@ def planted(tmp_path_factory, make):
     return folder
 
 
-def words_of(planted, out):
+def settings_of(planted, out):
     sets = {"pool": "pool", "seeds.s": "seeds", "against.t": "test"}
     given = [f"{label}.embeddings={planted / name}.npy" for label, name in sets.items()]
     return [*given, f"out={out}", "dedup.keep=first", "dedup.similarity=0.8", "dedup.against=0.8",
             "index.exact_below=500", "index.recall=50", "index.probe=16", "index.shard=2500"]  # fmt: skip
 
 
-def fates(out):
-    return np.load(next((out / "stages").glob("overlap.*")) / "fate.npz")["fate"]
+def read_status(out):
+    return np.load(next((out / "stages").glob("overlap.*")) / "status.npz")["status"]
 
 
 def test_planted_copies_and_leaks_are_found_in_vectors(planted, tmp_path, curate):
-    curate(*words_of(planted, tmp_path / "out"))
+    curate(*settings_of(planted, tmp_path / "out"))
     with np.load(planted / "truth.npz") as truth:
         copy, shows, label, seeds = (truth[key] for key in ("copy_of", "shows", "label", "seed_class"))
     root = np.where(shows >= 0, 4000 + shows, np.arange(4000))
@@ -134,8 +137,8 @@ def test_planted_copies_and_leaks_are_found_in_vectors(planted, tmp_path, curate
     wanted = np.ones(4000, np.bool_)
     wanted[first] = False
     wanted |= root >= 4000
-    fate = fates(tmp_path / "out")
-    gone, out, leaks = np.isin(fate, (4, 5)), fate == 5, root >= 4000
+    status = read_status(tmp_path / "out")
+    gone, out, leaks = np.isin(status, (4, 5)), status == Status.OVERLAP, root >= 4000
     assert (gone & wanted).sum() / gone.sum() > 0.95  # precision
     assert (gone & wanted).sum() / wanted.sum() > 0.95  # recall
     assert (out & leaks).sum() / leaks.sum() > 0.95
@@ -154,11 +157,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_stopped_curation_goes_on_and_ends_with_the_same_manifest(planted, tmp_path, curate):
-    curate(*words_of(planted, tmp_path / "whole"))
-    words = ["curate", "curate_small", *words_of(planted, tmp_path / "out")]
+def test_a_stopped_curation_resumes_and_ends_with_the_same_manifest(planted, tmp_path, curate):
+    curate(*settings_of(planted, tmp_path / "whole"))
+    words = ["curate", "curate_small", *settings_of(planted, tmp_path / "out")]
     command = [sys.executable, "-c", DINOKIT, *words]
-    for stage, number, said in (
+    for stage, number, message in (
         ("index", signal.SIGINT, "interrupted: the same command goes on"),
         ("neighbours", signal.SIGKILL, ""),
         ("retrieve", signal.SIGKILL, ""),
@@ -170,15 +173,15 @@ def test_a_stopped_curation_goes_on_and_ends_with_the_same_manifest(planted, tmp
                     process.send_signal(number)
                     break
             _, err = process.communicate()
-            assert said in err
+            assert message in err
             assert process.returncode == (130 if number == signal.SIGINT else -number)
-    curate(*words_of(planted, tmp_path / "out"))
+    curate(*settings_of(planted, tmp_path / "out"))
     same = [(tmp_path / name / "manifest.csv").read_bytes() for name in ("whole", "out")]
     assert same[0] == same[1]
 
 
-def test_changed_settings_redo_only_what_they_touch(planted, tmp_path, curate):
-    words = words_of(planted, tmp_path / "out")
+def test_changed_settings_rerun_only_the_stages_they_affect(planted, tmp_path, curate):
+    words = settings_of(planted, tmp_path / "out")
     curate(*words)
     stages = tmp_path / "out" / "stages"
     before = {path.parent.name: path.stat().st_mtime_ns for path in stages.glob("*/done.json")}
@@ -194,12 +197,12 @@ def test_changed_settings_redo_only_what_they_touch(planted, tmp_path, curate):
     assert (tmp_path / "out" / "manifest.csv").exists()
 
 
-def test_parts_done_apart_make_the_same_whole(planted, tmp_path, curate, monkeypatch):
+def test_parts_of_stages_give_the_same_manifest(planted, tmp_path, curate, monkeypatch):
     monkeypatch.setattr(dedup, "QUERIES", 1000)
-    curate(*words_of(planted, tmp_path / "whole"))
-    words = words_of(planted, tmp_path / "out")
-    said = curate(*words, "stage=neighbours", "part=0/3", fails=True)
-    assert "first run the same command with stage=hash" in said
+    curate(*settings_of(planted, tmp_path / "whole"))
+    words = settings_of(planted, tmp_path / "out")
+    error = curate(*words, "stage=neighbours", "part=0/3", fails=True)
+    assert "First run the same command with stage=hash and without part" in error
     curate(*words, "stage=index")
     for number in (2, 0, 1):
         curate(*words, "stage=neighbours", f"part={number}/3")
@@ -212,7 +215,7 @@ def test_parts_done_apart_make_the_same_whole(planted, tmp_path, curate, monkeyp
     assert same[0] == same[1]
 
 
-def test_features_that_find_all_alike_are_suspected_and_a_shortage_is_explained(tmp_path, curate, capsys):
+def test_a_huge_group_of_duplicates_and_a_shortage_of_images_are_explained(tmp_path, curate, capsys):
     rng = np.random.default_rng(0)
     alike = 1 + 0.01 * rng.standard_normal((300, 16))
     apart = rng.standard_normal((30, 16))
@@ -221,27 +224,27 @@ def test_features_that_find_all_alike_are_suspected_and_a_shortage_is_explained(
     words = [f"pool.embeddings={tmp_path / 'pool.npy'}", f"seeds.s.embeddings={tmp_path / 'seeds.npy'}",
              f"out={tmp_path / 'out'}", "dedup.keep=first"]  # fmt: skip
     assert main(["curate", "curate_small", *words]) == 0
-    said = capsys.readouterr().out
-    assert "One group of copies holds 300 of 330 images (91%)" in said
-    assert "raise dedup.similarity (0.95)" in said
+    output = capsys.readouterr().out
+    assert "One group of duplicates has 300 of 330 images (91%)" in output
+    assert "raise dedup.similarity (0.95)" in output
     assert (
-        "The seeds ask for 80 images (k each), but 31 are left to take from: of 330 images 299 went (299: "
-        in said
+        "The seeds ask for 80 images (k each), but 31 are left: of 330 images 299 were removed (299: "
+        in output
     )
-    assert "One group of copies" in (tmp_path / "out" / "report.html").read_text()
+    assert "One group of duplicates" in (tmp_path / "out" / "report.html").read_text()
     assert main(["curate", "curate_small", *words, "dedup.similarity=1", "seeds.s.k=3"]) == 0
-    said = capsys.readouterr().out
-    assert "One group of copies" not in said
-    assert "The seeds ask for" not in said
+    output = capsys.readouterr().out
+    assert "One group of duplicates" not in output
+    assert "The seeds ask for" not in output
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("pool.embeddings={p}/pool.npy", "seeds.s.embeddings={p}/none.npy"), "there are no embeddings"),
         (
             ("pool.embeddings={p}/pool.npy", "balance.images=99999"),
-            ": copy of another, by embedding)",
+            ": duplicate of another image, by embedding)",
         ),
         (
             (
@@ -259,6 +262,6 @@ def test_features_that_find_all_alike_are_suspected_and_a_shortage_is_explained(
         (("pool.path={p}/nowhere", "weights=x"), "there is no such file or folder"),
     ],
 )
-def test_what_cannot_be_is_said(planted, tmp_path, curate, words, said):
+def test_errors_name_the_cause_and_the_way_out(planted, tmp_path, curate, words, message):
     (tmp_path / "empty").mkdir()
-    assert said in curate(*(w.format(p=planted) for w in words), f"out={tmp_path / 'out'}", fails=True)
+    assert message in curate(*(w.format(p=planted) for w in words), f"out={tmp_path / 'out'}", fails=True)

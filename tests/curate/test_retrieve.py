@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinokit.curate.retrieve import award, by_cluster_hits, floor_of
-from dinokit.curate.seeds import Config as Seeds
-from dinokit.curate.vectors import Vectors
+from dinokit.curate.image_sets import Vectors
+from dinokit.curate.retrieve import retrieve_by_cluster, retrieve_by_sample, similarity_floor
+from dinokit.curate.settings import Seeds
 
 
-def share_out(similarity, rows, k, n):
+def plain_loop(similarity, rows, k, n):
     """Round by round, asking seed by asking seed, in plain Python."""
     owner, got = {}, [0] * len(rows)
     for place in range(len(rows[0])):
@@ -25,41 +25,43 @@ def share_out(similarity, rows, k, n):
 
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
-def test_images_are_shared_out_as_by_hand(seeds, k, reserve, seed):
+def test_images_go_to_seeds_as_in_a_plain_loop(seeds, k, reserve, seed):
     rng, n = np.random.default_rng(seed), 20
     truth = rng.random((seeds, n)).round(1).astype(np.float32)  # ties
     rows = np.argsort(-truth, axis=1, kind="stable")[:, : k * reserve]
     similarity = np.take_along_axis(truth, rows, 1)
-    picks = award(similarity, rows, k, n)
-    by_hand = share_out(similarity.tolist(), rows.tolist(), k, n)
-    assert {i: (q, r) for i, q, r in zip(picks.image, picks.query, picks.rank, strict=True)} == by_hand
-    assert (np.diff(picks.image) > 0).all()
-    assert np.allclose(picks.similarity, truth[picks.query, picks.image])
-    assert np.bincount(picks.query).max(initial=0) <= k
+    selection = retrieve_by_sample(similarity, rows, k, n)
+    expected = plain_loop(similarity.tolist(), rows.tolist(), k, n)
+    assert {
+        i: (q, r) for i, q, r in zip(selection.image, selection.query, selection.rank, strict=True)
+    } == expected
+    assert (np.diff(selection.image) > 0).all()
+    assert np.allclose(selection.similarity, truth[selection.query, selection.image])
+    assert np.bincount(selection.query).max(initial=0) <= k
 
 
-def test_with_a_reserve_equal_seeds_bring_different_images_and_without_they_share():
+def test_with_a_reserve_equal_seeds_retrieve_different_images_and_without_they_share():
     similarity = np.array([[0.9, 0.8, 0.7, 0.6]] * 2, np.float32)
     rows = np.array([[3, 1, 4, 2]] * 2)
-    assert award(similarity, rows, 2, 6).image.tolist() == [1, 2, 3, 4]
-    assert award(similarity[:, :2], rows[:, :2], 2, 6).image.tolist() == [1, 3]
+    assert retrieve_by_sample(similarity, rows, 2, 6).image.tolist() == [1, 2, 3, 4]
+    assert retrieve_by_sample(similarity[:, :2], rows[:, :2], 2, 6).image.tolist() == [1, 3]
 
 
-def test_the_floor_is_how_alike_the_seeds_themselves_are():
+def test_the_floor_is_how_similar_the_seeds_are_to_each_other():
     rng = np.random.default_rng(0)
     seeds = rng.standard_normal((41, 5))
     seeds[7] = seeds[3]  # a copy: its nearest other seed is that, and not itself
     seeds /= np.linalg.norm(seeds, axis=1, keepdims=True)
     nearest = sorted(max(float(a @ b) for j, b in enumerate(seeds) if j != i) for i, a in enumerate(seeds))
     for strict, place in ((0, 0), (0.5, 20), (1, 40)):
-        floor = floor_of(Vectors([seeds]), strict, False, rng)
+        floor = similarity_floor(Vectors([seeds]), strict, False, rng)
         assert floor == pytest.approx(nearest[place], abs=1e-5)
-    assert floor_of(Vectors([seeds[:1]]), 0.5, False, rng) == -1
+    assert similarity_floor(Vectors([seeds[:1]]), 0.5, False, rng) == -1
 
 
-def test_places_that_hold_no_image_are_passed_over():
-    picks = award(np.array([[0.9, -np.inf]], np.float32), np.array([[0, -1]]), 2, 3)
-    assert picks.image.tolist() == [0]
+def test_candidates_without_an_image_are_skipped():
+    selection = retrieve_by_sample(np.array([[0.9, -np.inf]], np.float32), np.array([[0, -1]]), 2, 3)
+    assert selection.image.tolist() == [0]
 
 
 def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
@@ -70,18 +72,18 @@ def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
     around = lambda which: centres[which] + 0.05 * rng.standard_normal((len(which), 8)).astype(np.float32)  # noqa: E731
     images, seeds = Vectors([around(cluster)]), Vectors([around(hit)])
     cfg = Seeds(rule="cluster", min_hits=3, per_cluster=15, cap=1000)
-    picks = by_cluster_hits(images, cluster, seeds, hit, cfg, False, np.random.default_rng(0))
-    assert np.bincount(picks.cluster).tolist() == [15, 0, 15]
-    assert (cluster[picks.image] == picks.cluster).all()
-    assert (hit[picks.query] == picks.cluster).all()
-    cosine = images.take(picks.image) @ seeds.take(np.arange(len(hit))).T
-    cosine[picks.cluster[:, None] != hit[None]] = -2
-    assert np.allclose(picks.similarity, cosine.max(axis=1), atol=1e-6)
+    selection = retrieve_by_cluster(images, cluster, seeds, hit, cfg, False, np.random.default_rng(0))
+    assert np.bincount(selection.cluster).tolist() == [15, 0, 15]
+    assert (cluster[selection.image] == selection.cluster).all()
+    assert (hit[selection.query] == selection.cluster).all()
+    cosine = images.take(selection.image) @ seeds.take(np.arange(len(hit))).T
+    cosine[selection.cluster[:, None] != hit[None]] = -2
+    assert np.allclose(selection.similarity, cosine.max(axis=1), atol=1e-6)
     for number in (0, 2):
-        own = picks.cluster == number
-        assert sorted(picks.rank[own]) == list(range(1, 16))
-        assert (np.diff(picks.similarity[own][np.argsort(picks.rank[own])]) <= 0).all()
-    capped = by_cluster_hits(
+        own = selection.cluster == number
+        assert sorted(selection.rank[own]) == list(range(1, 16))
+        assert (np.diff(selection.similarity[own][np.argsort(selection.rank[own])]) <= 0).all()
+    capped = retrieve_by_cluster(
         images,
         cluster,
         seeds,
@@ -91,5 +93,5 @@ def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
         np.random.default_rng(0),
     )
     assert sorted(np.bincount(capped.cluster, minlength=3).tolist()) == [0, 10, 11]
-    nothing = by_cluster_hits(images, cluster, seeds, hit, Seeds(rule="cluster", min_hits=9), False, rng)
+    nothing = retrieve_by_cluster(images, cluster, seeds, hit, Seeds(rule="cluster", min_hits=9), False, rng)
     assert len(nothing.image) == 0

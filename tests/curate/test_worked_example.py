@@ -17,19 +17,19 @@ TINY = [
 
 
 def commands(headline):
-    """Those of the first block below a headline, without remarks."""
+    """Those of the first block below a headline, without comments."""
     block = re.search(rf"^## {headline}\n.*?^```\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
     assert block is not None
     return [shlex.split(line, comments=True) for line in block[1].replace("\\\n", " ").splitlines()]
 
 
-def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(heap, weights, monkeypatch, capsys):
-    monkeypatch.chdir(heap)
-    for name, meant in {"HEAP": "heap", "FLOWERS": "seeds", "MY_TEST_SET": "test"}.items():
-        (heap / name).symlink_to(heap / meant)
-    (heap / "photo.jpg").symlink_to(heap / "test" / "32.jpg")
-    (heap / "runs").mkdir()
-    (heap / "runs" / "photos").symlink_to(weights)
+def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(photos, weights, monkeypatch, capsys):
+    monkeypatch.chdir(photos)
+    for name, target in {"POOL": "pool", "FLOWERS": "seeds", "MY_TEST_SET": "test"}.items():
+        (photos / name).symlink_to(photos / target)
+    (photos / "photo.jpg").symlink_to(photos / "test" / "32.jpg")
+    (photos / "runs").mkdir()
+    (photos / "runs" / "photos").symlink_to(weights)
     more = {
         "curate": ["embed.workers=0", "dedup.similarity=1", "dedup.against=1", "seeds.flowers.k=8"],
         "train": TINY,
@@ -37,13 +37,13 @@ def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(heap, weig
     }
     typed = commands("A worked example")
     assert [words[1] for words in typed] == list(more)
-    for program, verb, *words in typed:
+    for program, command, *words in typed:
         assert program == "dinokit"
-        assert main([verb, *words, *more[verb]]) == 0, capsys.readouterr().err
-    assert (heap / "curated" / "report.html").exists()
-    with (heap / "curated" / "manifest.csv").open(newline="") as file:
+        assert main([command, *words, *more[command]]) == 0, capsys.readouterr().err
+    assert (photos / "curated" / "report.html").exists()
+    with (photos / "curated" / "manifest.csv").open(newline="") as file:
         found = [Path(row["path"]).name[:2] for row in csv.DictReader(file)]
     assert len(found) == len(set(found)) > 10
-    assert max(found) < "32"  # the others are in the test set
-    assert (heap / "again").is_dir()
-    assert (heap / "nearest.png").exists()
+    assert max(found) < "32"  # the photos from 32 on are in the test set
+    assert (photos / "again").is_dir()
+    assert (photos / "nearest.png").exists()

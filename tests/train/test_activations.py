@@ -5,7 +5,7 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
-from dinokit.data.loader import loader
+from dinokit.data.loader import training_loader
 from dinokit.models import head
 from dinokit.train import activations
 from dinokit.train.activations import tokens_of
@@ -22,7 +22,9 @@ def seen(recipe):
     """A model and its batch, the crops as floats."""
     model = StudentTeacher(recipe).train()
     source, masks = registry.build("data.sources", recipe.data), block_masks(recipe, model.student.backbone)
-    batch = next(iter(loader(source, recipe.crops, masks, seed=0, start_step=0, steps=1, batch=8, workers=0)))
+    batch = next(
+        iter(training_loader(source, recipe.crops, masks, seed=0, start_step=0, steps=1, batch=8, workers=0))
+    )
     batch.global_crops, batch.local_crops = batch.global_crops / 255, batch.local_crops / 255
     return model, batch
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dinokit.curate.components import Components, groups
+from dinokit.curate.dedup import Components, groups
 
 
 def by_scipy(n, a, b):
@@ -31,7 +31,7 @@ def test_components_are_those_of_scipy_however_the_edges_are_batched(n, edges, b
     edges = np.array([(a % n, b % n) for a, b in edges], np.int64).reshape(-1, 2)
     ours = Components(n)
     for start in range(0, len(edges), batch):
-        ours.join(*edges[start : start + batch].T)
+        ours.add_edges(*edges[start : start + batch].T)
     assert ours.labels().tolist() == by_scipy(n, *edges.T).tolist()
 
 
@@ -44,13 +44,13 @@ def test_a_chain_of_a_hundred_thousand_points_is_one_component(order):
     if order == "shuffled":
         a = np.random.default_rng(0).permutation(a)
     ours = Components(n)
-    ours.join(a, a + 1)
+    ours.add_edges(a, a + 1)
     assert (ours.labels() == 0).all()
 
 
 def test_no_edges_leave_every_point_alone():
     ours = Components(3)
-    ours.join(np.empty(0, np.int64), np.empty(0, np.int64))
+    ours.add_edges(np.empty(0, np.int64), np.empty(0, np.int64))
     assert ours.labels().tolist() == [0, 1, 2]
 
 
