@@ -46,12 +46,12 @@ def describe(words: Sequence[str]) -> str:
 
 
 def _list(names: Sequence[str]) -> None:
-    from dinokit.hub.entry import cached
+    from dinokit.hub.entry import cached_path
 
     print(f"{'name':<19}{'parameters':>14}  patch  {'licence':<12}{'here':<6}source")
     for name in names:
         model = RELEASED[name]
-        here = "yes" if cached(model.url).is_file() else "no"
+        here = "yes" if cached_path(model.url).is_file() else "no"
         print(f"{name:<19}{model.parameters:>14,}  {model.patch:>5}  {model.licence:<12}{here:<6}{model.url}")
     print("DINOv2's have a linear classifier of ImageNet-1k besides: NAME_lc, with layers=1 or layers=4; and")
     print(
