@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with
+from dinokit.config.registry import only_if
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import (
     SegmentationTransform,
@@ -55,29 +55,29 @@ class Config:
     test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "test"})
     method: Literal["linear", "ms", "knn", "logreg", "majority"] = "linear"  # majority: one class everywhere
     resize: int = 0  # pixels of the shorter side; 0: as published, 512, or 640 for ms
-    crop: int = only_with(0, method=WITH_HEAD)  # pixels of crops and windows; 0: as published, 512 or 640
-    stride: int = only_with(0, method=WITH_HEAD)  # pixels between windows; 0: as published, 341 or 320
-    augment: bool = only_with(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
+    crop: int = only_if(0, method=WITH_HEAD)  # pixels of crops and windows; 0: as published, 512 or 640
+    stride: int = only_if(0, method=WITH_HEAD)  # pixels between windows; 0: as published, 341 or 320
+    augment: bool = only_if(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
     # of random resizing; empty: as published, 0.5 to 2, or 1 to 3 for ms
-    ratio: tuple[float, ...] = only_with((), **TRAINED, augment=True)
-    cap: float = only_with(0.75, **TRAINED, augment=True)  # most that one class may have of a training crop
-    steps: int = only_with(40_000, **TRAINED)
-    batch: int = only_with(16, **TRAINED)  # crops a step
-    lr: float = only_with(1e-3, **TRAINED)
-    weight_decay: float = only_with(1e-4, **TRAINED)
-    warmup: float = only_with(0.0375, **TRAINED)  # share of the steps: 1,500 of 40,000
+    ratio: tuple[float, ...] = only_if((), **TRAINED, augment=True)
+    cap: float = only_if(0.75, **TRAINED, augment=True)  # most that one class may have of a training crop
+    steps: int = only_if(40_000, **TRAINED)
+    batch: int = only_if(16, **TRAINED)  # crops a step
+    lr: float = only_if(1e-3, **TRAINED)
+    weight_decay: float = only_if(1e-4, **TRAINED)
+    warmup: float = only_if(0.0375, **TRAINED)  # share of the steps: 1,500 of 40,000
     scales: tuple[float, ...] = ()  # of the test; empty: 1, or 1 1.32 1.73 2.28 3 for ms
     flip: Literal["auto", "yes", "no"] = "auto"  # whether mirror images are tested too; auto: for ms
-    k: int = only_with(30, method=("knn",))  # neighbours
-    temp: float = only_with(0.02, method=("knn",))  # a vote weighs softmax(cosine / temp)
-    bank: int = only_with(100_000, method=("knn", "logreg"))  # training patches
+    k: int = only_if(30, method=("knn",))  # neighbours
+    temp: float = only_if(0.02, method=("knn",))  # a vote weighs softmax(cosine / temp)
+    bank: int = only_if(100_000, method=("knn", "logreg"))  # training patches
     # tried on a tenth of the training images
-    c: tuple[float, ...] = only_with((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
+    c: tuple[float, ...] = only_if((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
     # file of a trained head, ours or a released one; nothing is trained
-    head: str = only_with("", method=WITH_HEAD)
+    head: str = only_if("", method=WITH_HEAD)
     out: str = ""  # folder for the head; a training that was killed goes on from what is there
-    save_every: int = only_with(500, **TRAINED)  # steps
-    cache_gib: float = only_with(4.0, **TRAINED, augment=False)  # most that features may take
+    save_every: int = only_if(500, **TRAINED)  # steps
+    cache_gib: float = only_if(4.0, **TRAINED, augment=False)  # most that features may take
     seed: int = 0
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training

@@ -1,4 +1,4 @@
-"""dinokit eval EVALUATOR weights=FILE_OR_RUN [key=value ...]: judge frozen features; the last line is JSON.
+"""dinokit eval EVALUATOR weights=FILE_OR_RUN [key=value ...]: evaluate frozen features, print JSON last.
 
 Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source
 given by its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of weights=...
@@ -40,7 +40,7 @@ OWN = {  # keys of the command itself
     "device": "cpu, cuda or auto",
     "out": "folder of results.jsonl, and of what an evaluator keeps; the run's, if not given",
 }
-SHARES = RESUMES = True
+MULTI_PROCESS = RESUMES = True
 PATIENCE = 60.0  # minutes that a process waits for the others
 
 

@@ -1,8 +1,8 @@
-"""dinokit extract weights=FILE_OR_RUN data.path=IMAGES out=DIR [key=value ...]: features of images, to disk.
+"""dinokit extract weights=FILE_OR_RUN data.path=IMAGES out=DIR [key=value ...]: save features of images.
 
-Goes on where it stopped when it is given again. Unreadable images are listed, and their rows are NaN.
-data.name=folder unless another is given. fit=crop shows the middle of an image; fit=pad and fit=resize show
-the whole of it, on a grid of whole patches. Python reads DIR with dinokit.features.open_store(DIR).
+The same command resumes after a stop. Unreadable images are listed, and their rows are NaN. Images are read
+from a folder unless data.name is given. fit=crop takes the centre of an image; fit=pad and fit=resize take
+all of it, on a grid of whole patches. Python reads DIR with dinokit.features.open_store(DIR).
 
 dinokit extract weights=runs/photos data.path=PHOTOS out=features tokens=cls,mean
 dinokit extract weights=vits14.pth data.path=PHOTOS out=dense tokens=patch layers=last4 fit=resize size=518
@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinokit.commands import Command, part_of
+from dinokit.commands import Command, parse_part
 from dinokit.config.help import key_lines
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import suggest
 
-SHARES = RESUMES = True
+MULTI_PROCESS = RESUMES = True
 TOKENS = ["cls", "mean", "patch", "registers"]
 SHOWN = 20  # unreadable images named on the screen
 
@@ -75,7 +75,7 @@ def check(command: Command) -> Config:
     if isinstance(values.get("data"), dict):
         values["data"] = {"name": "folder", **values["data"]}
     config = Config(**section_values("commands", "extract", values, ""))
-    part_of(config.part)
+    parse_part(config.part)
     for token in config.tokens:
         if token not in TOKENS:
             raise ValueError(f"tokens: no '{token}'.{suggest(token, TOKENS)} There is: {', '.join(TOKENS)}.")

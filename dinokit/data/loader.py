@@ -29,7 +29,7 @@ from dinokit.data.masks import BlockMasks
 from dinokit.data.sampler import StepSampler, generator, image_at, process_places
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import Transform, to_tensor, to_uint8
-from dinokit.runtime.distributed import cores, memory
+from dinokit.runtime.distributed import cpu_cores, memory
 
 MAX_WORKERS = 16
 PREFETCH_MEMORY = 0.25  # share of this process's memory that waiting batches may take
@@ -60,7 +60,7 @@ def build_loader(
     """
     most = int(memory() * PREFETCH_MEMORY) // batch_bytes if batch_bytes else sys.maxsize  # batches
     if workers < 0:
-        workers = min(MAX_WORKERS, cores() - 1, max(most, 1))
+        workers = min(MAX_WORKERS, cpu_cores() - 1, max(most, 1))
     prefetch = 2 if 2 * workers <= most else 1  # batches per worker
     return DataLoader(
         dataset,

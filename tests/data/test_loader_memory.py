@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.fixture
 def machine(monkeypatch):
     """16 cores and 64 GiB, of which 16 may wait."""
-    monkeypatch.setattr(module, "cores", lambda: 16)
+    monkeypatch.setattr(module, "cpu_cores", lambda: 16)
     monkeypatch.setattr(module, "memory", lambda: 64 * GIB)
 
 
