@@ -36,7 +36,7 @@ def quick(*words: str) -> subprocess.CompletedProcess:
     [
         ([], "dinokit train RECIPE"),
         (["--help"], "dinokit train RECIPE"),
-        (["--help"], "    judge frozen features"),
+        (["--help"], "    evaluate frozen features"),
         (["train", "--help"], "scenes_cpu"),
         (["eval", "knn", "--help"], "few_shot"),
         (["eval", "all", "--help"], "eval_scenes"),
@@ -67,7 +67,7 @@ def test_help_is_given_at_once(words, answer):
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["trian", "scenes_cpu"], "There is no verb 'trian'. Did you mean 'train'?"),
+        (["trian", "scenes_cpu"], "There is no command 'trian'. Did you mean 'train'?"),
         (["train", "scene_cpu"], "There is no recipe 'scene_cpu'. Did you mean 'scenes_cpu'?"),
         (["train", "scenes_cpu", "optm.lr=1"], "there is no key 'optm'. Did you mean 'optim'?"),
         (
@@ -275,7 +275,7 @@ runpy.run_module("dinokit", run_name="__main__")
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-@pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["no-such-verb"], 2)])
+@pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["no-such-command"], 2)])
 def test_a_signal_that_comes_while_the_process_ends_leaves_its_status(number, words, status):
     command = [sys.executable, "-c", LATE, str(int(number)), *words]
     assert subprocess.run(command, capture_output=True).returncode == status

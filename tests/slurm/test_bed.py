@@ -277,7 +277,7 @@ def test_a_stopped_evaluation_on_two_nodes_resumes_and_has_the_same_scores(here)
     ask("scancel", "--signal=USR2", here.jobs["stopped"])
     here.wait("stopped", lambda: here.over("whole") and here.over("stopped"))
     assert here.state("whole") + here.state("stopped") == ["COMPLETED"] * 2
-    assert "interrupted: the same command goes on" in here.dinokit("submit", "logs", here.jobs["stopped"])
+    assert "interrupted: the same command resumes" in here.dinokit("submit", "logs", here.jobs["stopped"])
     (whole,), (stopped,) = (
         [
             json.loads(line)
