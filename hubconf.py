@@ -1,13 +1,13 @@
-"""torch.hub's door: torch.hub.load(FOLDER_OR_REPOSITORY, NAME, ...). Importing it needs torch alone.
+"""Entry points for torch.hub.load(FOLDER_OR_REPOSITORY, NAME, ...). Importing it needs torch only.
 
-The names, and what the models answer to, are those of facebookresearch/dino and facebookresearch/dinov2.
+The names and the API of the models are those of facebookresearch/dino and facebookresearch/dinov2.
 """
 
-from dinokit.hub.entry import backbone as _backbone
-from dinokit.hub.entry import classifier as _classifier
-from dinokit.hub.entry import depther as _depther
+from dinokit.hub.entry import backbone_entry as _backbone
+from dinokit.hub.entry import classifier_entry as _classifier
+from dinokit.hub.entry import depth_entry as _depther
 from dinokit.hub.entry import dinokit_backbone
-from dinokit.hub.entry import segmenter as _segmenter
+from dinokit.hub.entry import segmentation_entry as _segmenter
 
 __all__ = ["dinokit_backbone"]
 dependencies = ["torch"]

@@ -90,7 +90,7 @@ def command() -> NoReturn:
     A job whose process dies of a signal while it ends would be started again, for nothing.
     """
     status = main()
-    # Those of signals.STOPS, which is not imported: it takes PyTorch, and Windows has one of them.
+    # Those of signals.STOP_SIGNALS, which is not imported: it takes PyTorch, and Windows has one of them.
     for name in {"SIGTERM", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     sys.exit(status)

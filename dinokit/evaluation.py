@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dinokit.config import registry
-from dinokit.config.load import data_section, merged, read_mapping, section_values, unread
+from dinokit.config.load import keys_without_effect, merged, read_data_section, read_mapping, section_values
 
 if TYPE_CHECKING:
     from dinokit.models import Backbone
@@ -75,7 +75,7 @@ def trained_on(weights: str) -> dict[str, Any] | None:
     from dinokit.weights import describe
 
     recipe = describe(weights)["recipe"]
-    return data_section(recipe) if recipe else None
+    return read_data_section(recipe) if recipe else None
 
 
 def architecture(weights: str) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[Planned]:
         values = merged(merged(merged(below, section), above), changed)
         values.pop("eval", None)
         asked = changed.keys() if changed or above else section.keys()
-        left_out = unread(config, values, label).keys() - asked
+        left_out = keys_without_effect(config, values, label).keys() - asked
         values = {key: value for key, value in values.items() if key not in left_out}
         read |= (below.keys() | above.keys()) & values.keys()
         plan.append(Planned(label, name, section_values("eval", name, values, label)))

@@ -10,5 +10,5 @@ training run, where it is not given, it is that split of the training data. One 
 stay away; one with "many" is a section of sources by name. What evaluate returns becomes a line of
 results.jsonl as it is. A field `cache`, None by default, is filled in by the command line with a folder for
 features, and a field `out` with one for files. A field that is read only as others are is made by
-registry.only_with(). `_name.py` is what evaluators share.
+registry.only_if(). `_name.py` is what evaluators share.
 """

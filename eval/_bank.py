@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import resize_image, resize_map, shorter_side_to
-from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.loader import dense_loader
 from dinokit.eval._look import Look
 from dinokit.features.tokens import padding
 from dinokit.runtime.log import watch
@@ -39,7 +39,7 @@ def fill_bank(look: Look, pairs: DenseSource, resize: int, most: int, workers: i
     share = max(1, most // len(pairs))
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for pair in watch(
-        whole_pairs(pairs, range(len(pairs)), workers), len(pairs), "patches of training images"
+        dense_loader(pairs, range(len(pairs)), workers), len(pairs), "patches of training images"
     ):
         size = shorter_side_to(pair.image, resize)
         x = patch_rows(look, resize_image(pair.image.float() / 255, *size))
@@ -48,7 +48,7 @@ def fill_bank(look: Look, pairs: DenseSource, resize: int, most: int, workers: i
         kept = kept[torch.randperm(len(kept), generator=generator)[:share]]
         here = counts[kept].to(x.device)
         rows.append(
-            (x[kept.to(x.device)], here / here.sum(1, keepdim=True), torch.full((len(kept),), pair.number))
+            (x[kept.to(x.device)], here / here.sum(1, keepdim=True), torch.full((len(kept),), pair.index))
         )
     x, shares, image = (torch.cat(part) for part in zip(*rows, strict=True))
     if not len(x):

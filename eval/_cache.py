@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import pad_image, pad_map
-from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.loader import dense_loader
 from dinokit.data.sampler import image_at
 from dinokit.eval._fit import Shown
 from dinokit.eval._look import Look
@@ -69,7 +69,7 @@ def fill_cache(
     colour = tuple(look.backbone.input.mean)
     size = 0.0
     for pair in watch(
-        whole_pairs(pairs, range(len(pairs)), workers), len(pairs), "features of training images"
+        dense_loader(pairs, range(len(pairs)), workers), len(pairs), "features of training images"
     ):
         image, target = prepare(pair.image, pair.target)
         for top, left, bottom, right in windows(*target.shape, crop, stride):
@@ -82,7 +82,7 @@ def fill_cache(
                 size += sum(x.nbytes for m in parts[-1] for x in (m.patches, m.cls))
                 size += AT_ONCE * truths[-1].nbytes
         if size > most_gib * 2**30:
-            whole = size / 2**30 * len(pairs) / (pair.number + 1)
+            whole = size / 2**30 * len(pairs) / (pair.index + 1)
             raise ValueError(
                 f"Features of all training windows would take about {whole:.1f} GiB, more than "
                 f"cache_gib={most_gib:g}. Raise it, take fewer images by max_train or a smaller crop, or set "

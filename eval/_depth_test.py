@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense_transforms import BORDERS, resize_image, resize_map, shorter_side_to, to_uint8
-from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.dense_transforms import BORDERS, resize_image, resize_map, shorter_side_to
+from dinokit.data.loader import dense_loader
+from dinokit.data.transforms import to_uint8
 from dinokit.eval._depth_scores import errors
 from dinokit.heads.linear import to_size
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
@@ -49,7 +50,7 @@ def mean_judge(cfg: DepthTest, train: DenseSource, device: torch.device) -> Call
         ValueError: if there is no reading.
     """
     total = count = 0.0
-    for pair in watch(whole_pairs(train, range(len(train)), cfg.workers), len(train), "training maps"):
+    for pair in watch(dense_loader(train, range(len(train)), cfg.workers), len(train), "training maps"):
         seen = pair.target[(pair.target > cfg.least) & (pair.target < cfg.most)]
         total, count = total + seen.double().sum().item(), count + len(seen)
     if not count:
@@ -69,7 +70,7 @@ def judge_depth(
     sums: dict[str, float] = {}
     seen = bare = 0
     share = range(rank(), len(test), world_size())
-    for pair in watch(whole_pairs(test, share, cfg.workers), len(share), "test images"):
+    for pair in watch(dense_loader(test, share, cfg.workers), len(share), "test images"):
         image, truth = framed(pair.image, pair.target, cfg.border, 0)
         image = image.float() / 255
         if any(cfg.size) or cfg.resize:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from dinokit.config import registry
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import Transform
+from dinokit.data.transforms import Transform
 from dinokit.features import (
     Features,
     Pooling,
@@ -21,7 +21,7 @@ from dinokit.features import (
 from dinokit.features.fingerprint import images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
-from dinokit.runtime.log import tell
+from dinokit.runtime.log import info
 
 WIDE = Pooling(4, "mean")  # what the linear grid keeps
 
@@ -182,7 +182,7 @@ def tell_unreadable(key: str, names: Sequence[str], count: int, most: float) -> 
             f"max_unreadable={math.ceil(100 * len(names) / count) / 100:g}."
         )
     if names:
-        tell(f"{len(names)} of the {count} {key} images cannot be read, left out: {few(names)}.")
+        info(f"{len(names)} of the {count} {key} images cannot be read, left out: {few(names)}.")
 
 
 def _from_wider(

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dinokit.data.loader import view_loader
+from dinokit.data.loader import image_loader
 from dinokit.data.sampler import hash_key
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import RandomResizedCrop
-from dinokit.features import Pooling, device_of, frozen, normalised, readable
+from dinokit.data.transforms import RandomResizedCrop
+from dinokit.features import Pooling, device_of, frozen, normalised
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import rank, world_size
 
@@ -98,18 +98,15 @@ def online_batches(
         [(place, number) for number, rows in order(step) for place in places[rows].tolist()]
         for step in range(start, steps)
     )
-    for part in view_loader(
-        source, cut, cut.size, _Batches(wanted, steps - start), workers, backbone.channels
-    ):
-        kept = readable(source, part)
-        lost[part.indices[~kept]] = 1
-        if len(kept) and not kept.any():
+    for part in image_loader(source, cut, _Batches(wanted, steps - start), workers):
+        lost[part.indices[~part.valid]] = 1
+        if len(part.valid) and not part.groups:
             raise ValueError(
-                f"None of the {len(kept)} images of a step can be read, such as {part.unreadable[0]}."
+                f"None of the {len(part.valid)} images of a step can be read, such as {part.unreadable[0]}."
             )
         rows = [torch.empty(0, reading.width(backbone), device=device)]
         with frozen(backbone), torch.inference_mode():
-            for crops in part.crops[kept].split(batch):
+            for crops in (crops for images, _ in part.groups for crops in images.split(batch)):
                 pixels = normalised(backbone, crops.to(device))
                 with torch.autocast(device.type, precision, enabled=precision is not None):
                     rows.append(reading(backbone, pixels))
@@ -118,7 +115,7 @@ def online_batches(
             raise ValueError(
                 "Features are not finite: the weights are broken, or the precision is too narrow."
             )
-        yield x, target(part.labels[kept], part.indices[kept]).to(device)
+        yield x, target(part.labels[part.valid], part.indices[part.valid]).to(device)
 
 
 class _Batches:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import Transform
+from dinokit.data.transforms import Transform
 from dinokit.eval import _labelled, _truth
 from dinokit.eval._scores import accepted_share, class_scores, mean_average_precision
 from dinokit.features import Features, Pooling, device_of

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dinokit.config.registry import only_with
+from dinokit.config.registry import only_if
 from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import DepthTransform
-from dinokit.data.pair_loader import training_pairs
+from dinokit.data.loader import dense_training_loader
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._depth_scores import gradient, scale_invariant
 from dinokit.eval._depth_test import DepthTest, framed, judge_depth, mean_judge
@@ -34,7 +34,7 @@ from dinokit.heads.released import load_depther, save_head
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import rank, world_size
-from dinokit.runtime.log import tell
+from dinokit.runtime.log import info
 
 # max_depth, border cut off, crop of training, strength of brightness, part judged, size at the test
 PROTOCOLS = {
@@ -53,35 +53,35 @@ class Config:
     train: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "train"})
     test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "test"})
     method: Literal["linear", "dpt", "mean"] = "linear"  # mean: the training set's, everywhere
-    layers: int = only_with(4, method=("linear",), head=False)  # blocks looked into, 1 or 4
+    layers: int = only_if(4, method=("linear",), head=False)  # blocks looked into, 1 or 4
     # whether features are taken after the backbone's final norm
-    norm: bool = only_with(False, method=WITH_HEAD)
+    norm: bool = only_if(False, method=WITH_HEAD)
     protocol: Literal["none", "nyu", "kitti", "sunrgbd"] = "none"  # crops and range of a data set
     min_depth: float = 1e-3  # metres
     max_depth: float = 0.0  # metres: deeper readings are not judged; 0: the protocol's; without one, 10
     resize: int = 0  # pixels of the shorter side, for training and test; 0: as stored
     # pixels, height and width; empty: the protocol's, or the backbone's own size
-    crop: tuple[int, ...] = only_with((), **TRAINED)
-    augment: bool = only_with(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
-    steps: int = only_with(38_400, **TRAINED)
-    batch: int = only_with(16, **TRAINED)
-    lr: float = only_with(1e-4, **TRAINED)
-    weight_decay: float = only_with(0.01, **TRAINED)
-    warmup: float = only_with(1 / 3, **TRAINED)  # share of the steps: 12,800 of 38,400
-    clip: float = only_with(35.0, **TRAINED)  # largest gradient norm; 0 is off
-    bins: int = only_with(256, method=("linear",), head=False)  # depths that are weighed
-    features: int = only_with(256, method=("dpt",), head=False)  # channels of the fusion
-    gradient_weight: float = only_with(0.5, **TRAINED)  # of the gradient loss, beside the scale-invariant one
+    crop: tuple[int, ...] = only_if((), **TRAINED)
+    augment: bool = only_if(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
+    steps: int = only_if(38_400, **TRAINED)
+    batch: int = only_if(16, **TRAINED)
+    lr: float = only_if(1e-4, **TRAINED)
+    weight_decay: float = only_if(0.01, **TRAINED)
+    warmup: float = only_if(1 / 3, **TRAINED)  # share of the steps: 12,800 of 38,400
+    clip: float = only_if(35.0, **TRAINED)  # largest gradient norm; 0 is off
+    bins: int = only_if(256, method=("linear",), head=False)  # depths that are weighed
+    features: int = only_if(256, method=("dpt",), head=False)  # channels of the fusion
+    gradient_weight: float = only_if(0.5, **TRAINED)  # of the gradient loss, beside the scale-invariant one
     # reference: over the batch, as in DINOv2's code
-    gradient_form: Literal["spatial", "reference"] = only_with("spatial", **TRAINED)
+    gradient_form: Literal["spatial", "reference"] = only_if("spatial", **TRAINED)
     flip: bool = True  # the test averages over the mirror image
     # file of a trained head, ours or a released one; nothing is trained
-    head: str = only_with("", method=WITH_HEAD)
+    head: str = only_if("", method=WITH_HEAD)
     # a linear head from a file gets a range to 80 m, whatever it was trained on
-    hub_range_bug: bool = only_with(False, head=True)
+    hub_range_bug: bool = only_if(False, head=True)
     out: str = ""  # folder for the head; a training that was killed goes on from what is there
-    save_every: int = only_with(500, **TRAINED)  # steps
-    cache_gib: float = only_with(4.0, **TRAINED, augment=False)  # most that features may take
+    save_every: int = only_if(500, **TRAINED)  # steps
+    cache_gib: float = only_if(4.0, **TRAINED, augment=False)  # most that features may take
     seed: int = 0
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
@@ -180,7 +180,7 @@ def _trained(
         if cfg.gradient_weight:
             value = value + cfg.gradient_weight * gradient(given, truth, cfg.gradient_form)
         if step + 1 == cfg.steps and given.detach().amax() <= 1.001 * head.min_depth:
-            tell(
+            info(
                 f"after {cfg.steps} steps the head says {head.min_depth:g} m, the least depth, of every "
                 f"pixel that it saw last: its last rectifier lets nothing through, and no gradient leads "
                 f"back from there. Train again with a rate below lr={cfg.lr:g}, or with clip=35."
@@ -208,8 +208,8 @@ def _shown(
         return lambda start: cache.batches(cfg.seed, cfg.batch, start, cfg.steps)
 
     def online(start: int) -> Iterator[Shown]:
-        for images, truth in training_pairs(
-            train, shape, seed=cfg.seed, start=start, steps=cfg.steps, batch=cfg.batch,
+        for images, truth in dense_training_loader(
+            train, shape, seed=cfg.seed, start_step=start, steps=cfg.steps, batch=cfg.batch,
             rank=rank(), world=world_size(), workers=cfg.workers,
         ):  # fmt: skip
             yield look(images), truth.to(look.device)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below
+from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.sources import ImageSource
 from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
 from dinokit.features import Features, Pooling
@@ -33,7 +33,7 @@ class Config:
     k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; more than there are images means all of them
     temp: float = 0.07  # T
     few_shot: tuple[int, ...] = ()  # training images a class, for further scores
-    tries: int = only_with(1, few_shot=True)  # draws of these images, averaged
+    tries: int = only_if(1, few_shot=True)  # draws of these images, averaged
     size: int = 0  # pixels; 0: what the backbone was trained on
     resize: int = 0  # pixels of the shorter side before the centre is cut out; 0: 256 / 224 of `size`
     batch: int = 256  # images, for the backbone
@@ -45,7 +45,7 @@ class Config:
     cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
 
     def __post_init__(self) -> None:
-        refuse_below(self, k=1, few_shot=1, tries=1, size=0, resize=0, batch=1, max_train=0, max_test=0)
+        check_at_least(self, k=1, few_shot=1, tries=1, size=0, resize=0, batch=1, max_train=0, max_test=0)
         if not self.k:
             raise ValueError("k is empty: give at least one number of neighbours, such as k=[20].")
         if self.temp <= 0:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below
-from dinokit.data.views import RandomResizedCrop
+from dinokit.config.registry import check_at_least, only_if
+from dinokit.data.transforms import RandomResizedCrop
 from dinokit.eval._heads import Head, Heads
 from dinokit.eval._labelled import tell_unreadable
 from dinokit.eval._resume import Resume, identity
@@ -34,7 +34,7 @@ from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import all_reduce_max, rank
 from dinokit.runtime.files import atomic
-from dinokit.runtime.log import tell, watch
+from dinokit.runtime.log import info, watch
 
 ROWS = 4096  # features judged at a time
 LARGER = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # rates to try where the largest is the best
@@ -55,7 +55,7 @@ class Config:
         default_factory=dict
     )  # of these sets: a file, where their classes have other names
     mode: Literal["cached", "online"] = "cached"  # features once, or of a new random cut every time
-    views: int = only_with(0, mode=("cached",))  # random cuts of a training image; 0: its centre
+    views: int = only_if(0, mode=("cached",))  # random cuts of a training image; 0: its centre
     blocks: tuple[int, ...] = (1, 4)  # class tokens of so many last blocks
     pool: tuple[bool, ...] = (False, True)  # beside them, the mean of the last block's patches
     lr: tuple[float, ...] = (
@@ -77,7 +77,7 @@ class Config:
     step_batch: int = 1024  # images a step, over all processes
     momentum: float = 0.9  # of SGD
     select: Literal["train", "test"] = "train"  # where the best head is chosen: held out of train, or on test
-    held_out: float = only_with(0.1, select=("train",))  # share of the training images
+    held_out: float = only_if(0.1, select=("train",))  # share of the training images
     seed: int = 0
     labels: str = ""  # JSON, {image: [class, ...]}: images may have several classes, and mAP is the score
     real: str = ""  # JSON, the classes that are accepted for each test image: ImageNet-ReaL's real.json
@@ -94,8 +94,8 @@ class Config:
     save_every: int = 1_250  # steps
 
     def __post_init__(self) -> None:
-        refuse_below(self, blocks=1, steps=1, step_batch=1, batch=1, save_every=1, seed=0)
-        refuse_below(self, views=0, lr=0, momentum=0, size=0, resize=0, max_train=0, max_test=0)
+        check_at_least(self, blocks=1, steps=1, step_batch=1, batch=1, save_every=1, seed=0)
+        check_at_least(self, views=0, lr=0, momentum=0, size=0, resize=0, max_train=0, max_test=0)
         if not (self.blocks and self.pool and self.lr):
             raise ValueError("The grid is empty: give at least one of each of blocks, pool and lr.")
         if self.select == "train" and not 0 < self.held_out < 1:
@@ -136,7 +136,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         raise ValueError("Every head of the grid diverged: take smaller lr=[...].")
     if best.lr == max(cfg.lr) > min(cfg.lr) and worth[best][0] < 1:
         larger = ",".join(f"{best.lr * times:g}" for times in LARGER)
-        tell(
+        info(
             f"The best head has the largest rate, lr={best.lr:g}. Short features, and few steps, want larger "
             f"ones: try lr=[{larger}]."
         )

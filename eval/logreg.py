@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below
+from dinokit.config.registry import check_at_least, only_if
 from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
 from dinokit.eval._resume import Resume, identity
 from dinokit.eval._scores import class_scores
@@ -43,7 +43,7 @@ class Config:
     powers: tuple[float, float] = (-6, 5)  # C goes from 10 to the first of these powers to 10 to the second
     count: int = 45  # values of C
     select: Literal["train", "test"] = "train"  # where C is chosen: test flatters, and is called optimistic
-    held_out: float = only_with(0.1, select=("train",), select_on=False)  # share of the training images
+    held_out: float = only_if(0.1, select=("train",), select_on=False)  # share of the training images
     seed: int = 0
     iterations: int = 1000  # of L-BFGS, at most
     tolerance: float = 1e-7  # of the objective per image: largest slope at which it stops
@@ -59,8 +59,8 @@ class Config:
     out: str | None = None  # folder for what was found of each C, to go on from until all were tried
 
     def __post_init__(self) -> None:
-        refuse_below(self, count=1, seed=0, iterations=1, tolerance=0, size=0, resize=0, batch=1)
-        refuse_below(self, max_train=0, max_test=0)
+        check_at_least(self, count=1, seed=0, iterations=1, tolerance=0, size=0, resize=0, batch=1)
+        check_at_least(self, max_train=0, max_test=0)
         if self.powers[0] > self.powers[1]:
             raise ValueError(f"powers={list(self.powers)}: the smaller comes first.")
         if self.select == "test" and self.select_on:

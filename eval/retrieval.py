@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with, refuse_below
+from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.sources import ImageSource
-from dinokit.data.views import Boxes, ResizeLongerSide
+from dinokit.data.transforms import Boxes, ResizeLongerSide
 from dinokit.eval import _labelled, _revisited
 from dinokit.eval._truth import places_by_name
 from dinokit.features import Features, Pooling, Subset
@@ -48,7 +48,7 @@ class Config:
     features: Literal["cls", "copy"] = "cls"  # copy: beside it, the generalised mean of the patches
     scales: tuple[float, ...] = (1.0,)  # of `size`: features are averaged over them; [1, 0.7071, 0.5] in DINO
     # of the eigenvalues that whitening divides by; 0.5 makes all deviations equal
-    power: float = only_with(0.5, whiten=True)
+    power: float = only_if(0.5, whiten=True)
     size: int = 0  # pixels; 0: what the backbone was trained on
     resize: int = 0  # pixels of the shorter side before the centre is cut out; 0: 256 / 224 of `size`
     batch: int = 256  # images, for the backbone
@@ -59,7 +59,7 @@ class Config:
     cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
 
     def __post_init__(self) -> None:
-        refuse_below(self, k=1, scales=1e-3, power=0, size=0, resize=0, batch=1, max_test=0)
+        check_at_least(self, k=1, scales=1e-3, power=0, size=0, resize=0, batch=1, max_test=0)
         if not self.k or not self.scales:
             raise ValueError("k and scales must not be empty.")
         if self.truth and (self.query or self.distractors or self.max_test):

@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import only_with
+from dinokit.config.registry import only_if
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import (
     SegmentationTransform,
     resize_image,
     resize_map,
     shorter_side_to,
-    to_uint8,
 )
-from dinokit.data.pair_loader import training_pairs, whole_pairs
+from dinokit.data.loader import dense_loader, dense_training_loader
+from dinokit.data.transforms import to_uint8
 from dinokit.eval._bank import fill_bank, grid_to_image, neighbour_judge, patch_rows, regression_judge
 from dinokit.eval._cache import fill_cache
 from dinokit.eval._confusion import Confusion
@@ -55,29 +55,29 @@ class Config:
     test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "test"})
     method: Literal["linear", "ms", "knn", "logreg", "majority"] = "linear"  # majority: one class everywhere
     resize: int = 0  # pixels of the shorter side; 0: as published, 512, or 640 for ms
-    crop: int = only_with(0, method=WITH_HEAD)  # pixels of crops and windows; 0: as published, 512 or 640
-    stride: int = only_with(0, method=WITH_HEAD)  # pixels between windows; 0: as published, 341 or 320
-    augment: bool = only_with(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
+    crop: int = only_if(0, method=WITH_HEAD)  # pixels of crops and windows; 0: as published, 512 or 640
+    stride: int = only_if(0, method=WITH_HEAD)  # pixels between windows; 0: as published, 341 or 320
+    augment: bool = only_if(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
     # of random resizing; empty: as published, 0.5 to 2, or 1 to 3 for ms
-    ratio: tuple[float, ...] = only_with((), **TRAINED, augment=True)
-    cap: float = only_with(0.75, **TRAINED, augment=True)  # most that one class may have of a training crop
-    steps: int = only_with(40_000, **TRAINED)
-    batch: int = only_with(16, **TRAINED)  # crops a step
-    lr: float = only_with(1e-3, **TRAINED)
-    weight_decay: float = only_with(1e-4, **TRAINED)
-    warmup: float = only_with(0.0375, **TRAINED)  # share of the steps: 1,500 of 40,000
+    ratio: tuple[float, ...] = only_if((), **TRAINED, augment=True)
+    cap: float = only_if(0.75, **TRAINED, augment=True)  # most that one class may have of a training crop
+    steps: int = only_if(40_000, **TRAINED)
+    batch: int = only_if(16, **TRAINED)  # crops a step
+    lr: float = only_if(1e-3, **TRAINED)
+    weight_decay: float = only_if(1e-4, **TRAINED)
+    warmup: float = only_if(0.0375, **TRAINED)  # share of the steps: 1,500 of 40,000
     scales: tuple[float, ...] = ()  # of the test; empty: 1, or 1 1.32 1.73 2.28 3 for ms
     flip: Literal["auto", "yes", "no"] = "auto"  # whether mirror images are tested too; auto: for ms
-    k: int = only_with(30, method=("knn",))  # neighbours
-    temp: float = only_with(0.02, method=("knn",))  # a vote weighs softmax(cosine / temp)
-    bank: int = only_with(100_000, method=("knn", "logreg"))  # training patches
+    k: int = only_if(30, method=("knn",))  # neighbours
+    temp: float = only_if(0.02, method=("knn",))  # a vote weighs softmax(cosine / temp)
+    bank: int = only_if(100_000, method=("knn", "logreg"))  # training patches
     # tried on a tenth of the training images
-    c: tuple[float, ...] = only_with((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
+    c: tuple[float, ...] = only_if((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
     # file of a trained head, ours or a released one; nothing is trained
-    head: str = only_with("", method=WITH_HEAD)
+    head: str = only_if("", method=WITH_HEAD)
     out: str = ""  # folder for the head; a training that was killed goes on from what is there
-    save_every: int = only_with(500, **TRAINED)  # steps
-    cache_gib: float = only_with(4.0, **TRAINED, augment=False)  # most that features may take
+    save_every: int = only_if(500, **TRAINED)  # steps
+    cache_gib: float = only_if(4.0, **TRAINED, augment=False)  # most that features may take
     seed: int = 0
     workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
@@ -196,8 +196,8 @@ def _shown(cfg: Config, look: Look, train: DenseSource) -> Callable[[int], Itera
     )
 
     def online(start: int) -> Iterator[Shown]:
-        for images, truth in training_pairs(
-            train, cut, seed=cfg.seed, start=start, steps=cfg.steps, batch=cfg.batch,
+        for images, truth in dense_training_loader(
+            train, cut, seed=cfg.seed, start_step=start, steps=cfg.steps, batch=cfg.batch,
             rank=rank(), world=world_size(), workers=cfg.workers,
         ):  # fmt: skip
             yield look(images), truth.to(look.device)
@@ -231,7 +231,7 @@ def _through_patches(cfg: Config, backbone: Backbone, train: DenseSource) -> tup
 
 def _majority(train: DenseSource, workers: int, device: torch.device) -> Judge:
     counts = torch.zeros(len(train.classes), dtype=torch.int64)
-    for pair in watch(whole_pairs(train, range(len(train)), workers), len(train), "training masks"):
+    for pair in watch(dense_loader(train, range(len(train)), workers), len(train), "training masks"):
         counts += pair.target[pair.target != IGNORE].long().bincount(minlength=len(counts))
     most = F.one_hot(counts.argmax(), len(counts)).float().to(device)[:, None, None]
     return lambda image: most.expand(-1, *image.shape[1:])
@@ -242,7 +242,7 @@ def _test(cfg: Config, judge: Judge, test: DenseSource, device: torch.device) ->
     confusion = Confusion(len(test.classes), device)
     flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
     share = range(rank(), len(test), world_size())
-    for pair in watch(whole_pairs(test, share, cfg.workers), len(share), "test images"):
+    for pair in watch(dense_loader(test, share, cfg.workers), len(share), "test images"):
         image = pair.image.float() / 255
         total = torch.zeros((), device=device)
         for scale in cfg.scales:

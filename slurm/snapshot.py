@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from dinokit.config.load import run_of
+from dinokit.config.load import run_dir_of
 
 INSTALLED = {"site-packages", "dist-packages"}
 APART = ("configs", "eval", "slurm")  # packages of dinokit that lie beside dinokit/ in a checkout
@@ -40,7 +40,7 @@ def copy_recipes(target: Path, commands: Sequence[Sequence[str]]) -> list[list[s
 
     def copied(word: str) -> str:
         key, equals, path = word.rpartition("=")
-        if not path.endswith((".yaml", ".yml")) or not Path(path).is_file() or run_of(Path(path)):
+        if not path.endswith((".yaml", ".yml")) or not Path(path).is_file() or run_dir_of(Path(path)):
             return word
         if path not in copies:
             copy = target / str(len(copies)) / Path(path).name  # its name is the recipe's

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dinokit.models.vit import Config, VisionTransformer
-from dinokit.runtime.signals import STOPS
+from dinokit.runtime.signals import STOP_SIGNALS
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -51,7 +51,7 @@ def generator():
 @pytest.fixture
 def signals_given_back():
     """As they were: whoever was told to stop leaves its process deaf to more of it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOPS)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOP_SIGNALS)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

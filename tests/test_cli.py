@@ -10,7 +10,7 @@ import pytest
 
 from dinokit.__main__ import main
 from dinokit.config import registry
-from dinokit.runtime.signals import STOPS
+from dinokit.runtime.signals import STOP_SIGNALS
 from dinokit.weights import save_backbone
 
 QUICK = """
@@ -271,7 +271,7 @@ runpy.run_module("dinokit", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["no-such-verb"], 2)])
 def test_a_signal_that_comes_while_the_process_ends_leaves_its_status(number, words, status):
     command = [sys.executable, "-c", LATE, str(int(number)), *words]

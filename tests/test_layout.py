@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "features": "data models runtime",
     "heads": "features models runtime",
     "hub": "heads models weights",
-    "losses": "models runtime",
+    "losses": "config models runtime",
     "models": "config",
     "results": "",
     "results_training": "config results",

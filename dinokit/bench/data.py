@@ -11,8 +11,8 @@ from dinokit.bench.synthetic import Files
 from dinokit.config import registry
 from dinokit.config.load import Recipe
 from dinokit.data.augment import Photometric
-from dinokit.data.batch import collate
-from dinokit.data.loader import CROPS, TrainDataset, loader
+from dinokit.data.batch import CROPS, TrainDataset, collate
+from dinokit.data.loader import training_loader
 from dinokit.data.sampler import generator
 from dinokit.data.sources import ImageSource
 from dinokit.runtime.device import keep_freed_memory
@@ -51,10 +51,10 @@ def _round(places: TrainDataset, colour: Photometric, step: int) -> dict[str, fl
     numbers = [(step * places.batch + i) % len(places.source) for i in range(places.batch)]
     rngs = [generator(places.seed, step, place, CROPS) for place in range(places.batch)]
     marks = [time.perf_counter()]
-    pictures = [places.picture(i, rng) for i, rng in zip(numbers, rngs, strict=True)]
+    pictures = [places.read_image(i, rng) for i, rng in zip(numbers, rngs, strict=True)]
     marks.append(time.perf_counter())
     for image, boxes in pictures:
-        places.cut(image, boxes)
+        places.multi_crop(image, boxes)
     marks.append(time.perf_counter())
     batch = collate([places[step, place] for place in range(places.batch)])
     marks.append(time.perf_counter())
@@ -70,7 +70,7 @@ def _loader_rate(source: ImageSource, recipe: Recipe, rounds: int) -> dict[str, 
     """What the loader hands over when nobody takes its time: the start, s, and images per second after it."""
     begun = time.perf_counter()
     batches = iter(
-        loader(
+        training_loader(
             source, recipe.crops, None, seed=recipe.run.seed, start_step=0, steps=rounds + 4,
             batch=recipe.optim.batch, workers=recipe.run.workers,
         )

@@ -21,7 +21,7 @@ from dinokit.bench.synthetic import Files
 from dinokit.config import registry
 from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
-from dinokit.data.loader import loader
+from dinokit.data.loader import training_loader
 from dinokit.models.attention import Attention
 from dinokit.runtime.device import keep_freed_memory, peak_memory
 from dinokit.train.loop import block_masks
@@ -225,7 +225,7 @@ def model_flops(recipe: Recipe, batch: Batch) -> float:
 
 def _batches(recipe: Recipe, step: Step, steps: int, real: bool) -> Iterator[Batch]:
     source = registry.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
-    made = loader(
+    made = training_loader(
         source, recipe.crops, block_masks(recipe, step.model.student.backbone), seed=recipe.run.seed,
         start_step=0, steps=steps if real else 2, batch=recipe.optim.batch,
         workers=recipe.run.workers if real else 0, pin=step.device.type == "cuda",

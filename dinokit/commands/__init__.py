@@ -11,7 +11,7 @@ and may define
     describe(words: Sequence[str]) -> str       # more help, once asked: what may be given
     check(command: Command) -> Any              # what run() begins with: it raises for settings that cannot
                                                 # be, and `dinokit submit` asks it before a night in the queue
-    SHARES = True                               # processes that were started together share its work
+    MULTI_PROCESS = True                               # processes that were started together share its work
     RESUMES = True                              # given again, it goes on where it stopped
 
 Every heavy import waits inside these functions, and settings are checked before it: help and typos are
@@ -97,7 +97,7 @@ def parse(verb: str, words: Sequence[str], options: Sequence[str]) -> Command:
     return command
 
 
-def part_of(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     """The number of a part, from 0, and how many there are: 3/16 is (3, 16), and nothing is (0, 1).
 
     Raises:

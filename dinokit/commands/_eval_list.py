@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.evaluation import Planned
-from dinokit.runtime.distributed import of_first, rank
+from dinokit.runtime.distributed import broadcast, rank
 from dinokit.runtime.files import write_text
-from dinokit.runtime.log import tell
+from dinokit.runtime.log import info
 
 
 class Said:
@@ -28,9 +28,9 @@ class Said:
         self.lines: dict[str, dict[str, Any]] = {}
         if self.path is not None and self.path.is_file():
             self.lines = json.loads(self.path.read_text(encoding="utf-8"))
-        self.lines = of_first(self.lines)  # all judge the same ones
+        self.lines = broadcast(self.lines)  # all judge the same ones
         if self.lines:
-            tell(f"goes on after {', '.join(self.lines)}; to judge these anew, delete {self.path}")
+            info(f"goes on after {', '.join(self.lines)}; to judge these anew, delete {self.path}")
 
     def add(self, label: str, line: dict[str, Any]) -> None:
         """Keep the line of one more.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dinokit.commands import part_of
+from dinokit.commands import parse_part
 from dinokit.config import registry
 from dinokit.features import Extraction, ExtractSpec, open_store
 from dinokit.features.store import missing_shards, shard_range
@@ -89,7 +89,7 @@ def _work(config: "Config", rank: int, world: int, local_rank: int, told: Told) 
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     precision = DTYPES[pick_precision(config.precision, device)]
     extraction = _make(config, device, clean=False)
-    number, of = part_of(config.part)
+    number, of = parse_part(config.part)
     extraction.run(config.batch, config.workers, precision, told, number + of * rank, of * world)
 
 

@@ -63,7 +63,7 @@ def shape(verb: str, profile: "Config") -> tuple[int, bool]:
         near = " Leave that word out." if verb == "dinokit" else registry.suggest(verb, have)
         raise LookupError(f"There is no verb '{verb}' to submit.{near} Verbs are: {', '.join(have)}.")
     module = registry.find("commands", verb)
-    shares = getattr(module, "SHARES", False)
+    shares = getattr(module, "MULTI_PROCESS", False)
     tasks = profile.tasks or (profile.gpus if shares else 1) or 1
     if not shares and profile.nodes * tasks > 1:
         raise ValueError(

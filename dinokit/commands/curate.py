@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dinokit.commands import Command, part_of
+from dinokit.commands import Command, parse_part
 from dinokit.config import registry
 from dinokit.config.load import merged, parse_overrides, read_mapping, section_values
 from dinokit.config.values import typed
@@ -45,7 +45,7 @@ def check(command: Command) -> tuple[tuple[Config, Any, dict[str, Seeds]], str, 
     path = registry.find_recipe(command.one_word("recipe", registry.recipe_names("curate")), kind="curate")
     changes = parse_overrides(command.settings)
     until = _stage(str(changes.pop("stage", STAGES[-1])))
-    number, of = part_of(str(changes.pop("part", "")))
+    number, of = parse_part(str(changes.pop("part", "")))
     if of > 1 and until not in SHARED:
         raise ValueError(f"part={number}/{of} needs stage= with one of: {', '.join(SHARED)}.")
     return read_settings(merged(read_mapping(path), changes)), until, (number, of)

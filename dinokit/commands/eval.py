@@ -40,7 +40,7 @@ OWN = {  # keys of the command itself
     "device": "cpu, cuda or auto",
     "out": "folder of results.jsonl, and of what an evaluator keeps; the run's, if not given",
 }
-SHARES = RESUMES = True
+MULTI_PROCESS = RESUMES = True
 PATIENCE = 60.0  # minutes that a process waits for the others
 
 

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinokit.commands import Command, part_of
+from dinokit.commands import Command, parse_part
 from dinokit.config.help import key_lines
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import suggest
 
-SHARES = RESUMES = True
+MULTI_PROCESS = RESUMES = True
 TOKENS = ["cls", "mean", "patch", "registers"]
 SHOWN = 20  # unreadable images named on the screen
 
@@ -75,7 +75,7 @@ def check(command: Command) -> Config:
     if isinstance(values.get("data"), dict):
         values["data"] = {"name": "folder", **values["data"]}
     config = Config(**section_values("commands", "extract", values, ""))
-    part_of(config.part)
+    parse_part(config.part)
     for token in config.tokens:
         if token not in TOKENS:
             raise ValueError(f"tokens: no '{token}'.{suggest(token, TOKENS)} There is: {', '.join(TOKENS)}.")

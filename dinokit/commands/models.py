@@ -46,12 +46,12 @@ def describe(words: Sequence[str]) -> str:
 
 
 def _list(names: Sequence[str]) -> None:
-    from dinokit.hub.entry import cached
+    from dinokit.hub.entry import cached_path
 
     print(f"{'name':<19}{'parameters':>14}  patch  {'licence':<12}{'here':<6}source")
     for name in names:
         model = RELEASED[name]
-        here = "yes" if cached(model.url).is_file() else "no"
+        here = "yes" if cached_path(model.url).is_file() else "no"
         print(f"{name:<19}{model.parameters:>14,}  {model.patch:>5}  {model.licence:<12}{here:<6}{model.url}")
     print("DINOv2's have a linear classifier of ImageNet-1k besides: NAME_lc, with layers=1 or layers=4; and")
     print(
@@ -66,25 +66,25 @@ def _list(names: Sequence[str]) -> None:
 def _identify(source: str, heads: Any) -> None:
     if heads is not None and not (isinstance(heads, int) and heads > 0):
         raise ValueError(f"heads={heads} is no number of attention heads.")
-    from dinokit.weights.reader import build, coverage, read, refusal
+    from dinokit.weights.load import build, coverage, read, refusal
 
-    file, found = read(source, heads=heads, values=False)
-    backbone = build(file.path, found)
-    done = coverage(backbone, found)
+    file, stored = read(source, heads=heads, values=False)
+    backbone = build(file.path, stored)
+    fit = coverage(backbone, stored)
     count = sum(parameter.numel() for parameter in backbone.parameters())
-    shown = found.input
+    shown = stored.input
     print(f"{'file':<13}{file.path}")
-    print(f"{'format':<13}{found.format}")
-    print(f"{'backbone':<13}{', '.join(f'{key}={value}' for key, value in found.section.items())}")
+    print(f"{'format':<13}{stored.format}")
+    print(f"{'backbone':<13}{', '.join(f'{key}={value}' for key, value in stored.section.items())}")
     print(f"{'parameters':<13}{count:,}")
     print(f"{'input':<13}{shown.size} pixels, mean {_list_of(shown.mean)}, std {_list_of(shown.std)}")
-    print(f"{'coverage':<13}{done}")
-    if found.beside:
-        print(f"{'also there':<13}{', '.join(found.beside)}")
-    for note in found.notes:
+    print(f"{'coverage':<13}{fit}")
+    if stored.ignored:
+        print(f"{'also there':<13}{', '.join(stored.ignored)}")
+    for note in stored.notes:
         print(f"{'note':<13}{note}")
-    if not done.complete:
-        raise ValueError(refusal(file.path, found, done))
+    if not fit.complete:
+        raise ValueError(refusal(file.path, stored, fit))
 
 
 def _list_of(values: Sequence[float]) -> str:

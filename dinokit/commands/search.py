@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dinokit.commands import Command
 from dinokit.config.load import parse_overrides, section_values
-from dinokit.config.registry import refuse_below
+from dinokit.config.registry import check_at_least
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageLike
@@ -29,7 +29,7 @@ class Config:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        refuse_below(self, k=1)
+        check_at_least(self, k=1)
 
 
 def run(command: Command) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dinokit.data.sources import ImageSource
     from dinokit.train.loop import Evaluator
 
-SHARES = RESUMES = True
+MULTI_PROCESS = RESUMES = True
 
 
 def run(command: Command) -> None:

@@ -1,101 +1,185 @@
-"""Which settings of a recipe cannot stand together."""
+"""Checks the settings of a recipe: ranges of numbers, and settings that contradict each other."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from math import inf
 from typing import Any
 
 from dinokit.config import registry
 from dinokit.config.recipe import Recipe
 
+# Smallest and largest value of each number, or of each number in a tuple. `*` is any section.
+RANGES: dict[str, tuple[float, float]] = {
+    "heads.*.prototypes": (1, inf),
+    "heads.*.hidden": (1, inf),
+    "heads.*.bottleneck": (1, inf),
+    "heads.*.layers": (1, inf),
+    "teacher.momentum": (0, 1),
+    "teacher.temp": (1e-3, inf),
+    "teacher.temp_warmup": (0, inf),
+    "teacher.temp_every": (1, inf),
+    "crops.*.count": (0, inf),
+    "crops.*.size": (1, inf),
+    "crops.*.scale": (0, 1),
+    "crops.*.blur": (0, 1),
+    "crops.*.solarize": (0, 1),
+    "crops.ratio": (0.01, inf),
+    "crops.flip": (0, 1),
+    "crops.vertical_flip": (0, 1),
+    "crops.jitter": (0, 1),
+    "crops.brightness": (0, inf),
+    "crops.contrast": (0, inf),
+    "crops.saturation": (0, inf),
+    "crops.hue": (0, 0.5),
+    "crops.gray": (0, 1),
+    "crops.blur_sigma": (0.01, inf),
+    "crops.blur_kernel": (1, inf),
+    "crops.solarize_threshold": (0, 1),
+    "crops.mean": (-inf, inf),
+    "crops.std": (1e-6, inf),
+    "masks.images": (0, 1),
+    "masks.patches": (0, 1),
+    "optim.steps": (1, inf),
+    "optim.batch": (1, inf),
+    "optim.lr": (0, inf),
+    "optim.lr_batch": (1, inf),
+    "optim.head_warmup": (0, inf),
+    "optim.warmup": (0, inf),
+    "optim.min_lr": (0, inf),
+    "optim.weight_decay": (0, inf),
+    "optim.betas": (0, 1),
+    "optim.clip": (0, inf),
+    "optim.layer_decay": (0, 1),
+    "optim.patch_lr": (0, inf),
+    "optim.head_frozen": (0, inf),
+    "run.seed": (0, inf),
+    "run.accumulate": (1, inf),
+    "run.workers": (-1, inf),
+    "run.log_every": (1, inf),
+    "run.checkpoint_every": (1, inf),
+    "run.keep": (1, inf),
+    "run.keep_every": (0, inf),
+    "run.timeout_minutes": (0.05, inf),
+    "run.max_unreadable": (0, 1),
+}
+
 
 def check(recipe: Recipe) -> None:
-    """Hold a recipe's settings against each other.
+    """Check all settings of a recipe.
 
     Raises:
-        ValueError: naming the keys of those that cannot stand together, and the way out.
+        ValueError: for a number out of its range, or settings that contradict each other; it names the keys
+            and says how to correct them.
     """
-    for key, value, (low, high) in _ranges(recipe, ""):
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(not low <= number <= high for number in numbers):
-            wanted = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
-            raise ValueError(f"{key}={value}: it must be {wanted}.")
+    _check_ranges(recipe)
     _check_losses(recipe)
-    optim, crops, run = recipe.optim, recipe.crops, recipe.run
+    _check_crops(recipe)
+    _check_steps(recipe)
+
+
+def range_of(key: str) -> tuple[float, float] | None:
+    """The range in RANGES of a key such as 'crops.globals.size'; None if there is none."""
+    names = key.split(".")
+    return RANGES.get(key) or (RANGES.get(f"{names[0]}.*.{names[2]}") if len(names) == 3 else None)
+
+
+def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a dataclass with its value, also of the dataclasses inside it: ('optim.lr', 0.004)."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from settings_of(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for key, value in settings_of(recipe):
+        low, high = range_of(key) or (-inf, inf)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if range_of(key) and any(not low <= number <= high for number in numbers):
+            allowed = f"{low:g} or more" if high == inf else f"from {low:g} to {high:g}"
+            raise ValueError(f"{key}={value}: it must be {allowed}.")
+
+
+def _check_crops(recipe: Recipe) -> None:
+    crops = recipe.crops
     if not crops.globals.count:
         raise ValueError("crops.globals.count=0: teacher and student must see at least one global crop.")
     if crops.globals.count + crops.locals.count < 2:
-        raise ValueError("crops: one global crop and no local one leave nothing to compare; add crops.")
-    if optim.head_warmup + optim.warmup >= optim.steps:
-        both = f"optim.head_warmup={optim.head_warmup} and " if optim.head_warmup else ""
-        tenth = optim.steps // 10
         raise ValueError(
-            f"{both}optim.warmup={optim.warmup} {'leave' if both else 'leaves'} nothing of "
-            f"optim.steps={optim.steps}. A shorter run needs a shorter start: optim.warmup={tenth}"
-            f"{f' optim.head_warmup={tenth}' if both else ''}, say; or take more steps."
+            "crops: with one global crop and no local crop there is nothing to compare; add crops."
         )
-    if optim.batch % run.accumulate:
-        raise ValueError(
-            f"optim.batch={optim.batch} cannot be cut into run.accumulate={run.accumulate} equal parts."
-        )
-    pairs = {
-        "crops.globals.scale": crops.globals.scale,
-        "crops.locals.scale": crops.locals.scale,
-        "crops.ratio": crops.ratio,
-        "crops.blur_sigma": crops.blur_sigma,
-    }
-    for name, (low, high) in pairs.items():
-        if low > high:
-            raise ValueError(f"{name}=[{low:g}, {high:g}]: the smaller number comes first.")
+    ordered = ("crops.globals.scale", "crops.locals.scale", "crops.ratio", "crops.blur_sigma")
+    for key, value in settings_of(recipe):
+        if key in ordered and value[0] > value[1]:
+            raise ValueError(f"{key}=[{value[0]:g}, {value[1]:g}]: the smaller number comes first.")
     for name, group in {"globals": crops.globals, "locals": crops.locals}.items():
         for key in ("blur", "solarize"):
-            given = getattr(group, key)
-            if len(given) not in (1, group.count) and group.count:
+            given = len(getattr(group, key))
+            if given not in (1, group.count) and group.count:
                 raise ValueError(
-                    f"crops.{name}.{key} gives {len(given)} probabilities for "
-                    f"crops.{name}.count={group.count} crops: give one for all, or one a crop."
+                    f"crops.{name}.{key} gives {given} probabilities for "
+                    f"crops.{name}.count={group.count} crops: give one for all, or one for each crop."
                 )
     if len(crops.mean) != len(crops.std):
         raise ValueError(f"crops.mean has {len(crops.mean)} channels, crops.std has {len(crops.std)}.")
     if crops.blur_kernel % 2 == 0:
         raise ValueError(f"crops.blur_kernel={crops.blur_kernel} must be odd.")
-    _check_steps(recipe)
 
 
 def _check_steps(recipe: Recipe) -> None:
-    teacher, run = recipe.teacher, recipe.run
+    optim, teacher, run = recipe.optim, recipe.teacher, recipe.run
+    if optim.head_warmup + optim.warmup >= optim.steps:
+        both = f"optim.head_warmup={optim.head_warmup} and " if optim.head_warmup else ""
+        tenth = optim.steps // 10
+        raise ValueError(
+            f"{both}optim.warmup={optim.warmup} {'leave' if both else 'leaves'} nothing of "
+            f"optim.steps={optim.steps}. For a short run set a short warm-up, such as optim.warmup={tenth}"
+            f"{f' optim.head_warmup={tenth}' if both else ''}; or set more steps."
+        )
+    if optim.batch % run.accumulate:
+        raise ValueError(
+            f"optim.batch={optim.batch} cannot be divided into run.accumulate={run.accumulate} equal "
+            f"micro-batches."
+        )
     if 0 < teacher.temp_warmup < teacher.temp_every:
         raise ValueError(
-            f"teacher.temp_warmup={teacher.temp_warmup} is less than one stair of "
+            f"teacher.temp_warmup={teacher.temp_warmup} is less than "
             f"teacher.temp_every={teacher.temp_every} steps: set teacher.temp_every to "
             f"{teacher.temp_warmup} or less, or teacher.temp_warmup=0 for no warm-up."
         )
     if run.keep_every % run.checkpoint_every:
         raise ValueError(
-            f"run.keep_every={run.keep_every} is no multiple of run.checkpoint_every={run.checkpoint_every}, "
-            f"so there is no checkpoint at most of these steps to keep."
+            f"run.keep_every={run.keep_every} is not a multiple of "
+            f"run.checkpoint_every={run.checkpoint_every}, so most of these steps would have no checkpoint."
         )
-
-
-def _ranges(section: Any, where: str) -> Iterator[tuple[str, Any, tuple[float, float]]]:
-    """Key, value and range of every field that has one."""
-    for item in fields(section):
-        value = getattr(section, item.name)
-        if is_dataclass(value):
-            yield from _ranges(value, f"{where}{item.name}.")
-        elif "range" in item.metadata:
-            yield f"{where}{item.name}", value, item.metadata["range"]
 
 
 def _check_losses(recipe: Recipe) -> None:
     if not recipe.losses:
-        there = ", ".join(registry.names("losses"))
-        raise ValueError(f"losses is empty, so there is nothing to learn from. There is: {there}.")
+        available = ", ".join(registry.names("losses"))
+        raise ValueError(f"losses is empty, so there is nothing to learn from. There is: {available}.")
     configs = {name: registry.read_config("losses", name) for name in recipe.losses}
     masked = [name for name, cls in configs.items() if "masks" in getattr(cls, "uses", ())]
+    _check_masks(recipe, masked)
+    micro_batch = recipe.optim.batch // recipe.run.accumulate
+    for name, cls in configs.items():
+        least = getattr(cls, "least_images", 1)
+        if micro_batch < least:
+            raise ValueError(
+                f"losses.{name} needs {least} images at a time, but optim.batch={recipe.optim.batch} in "
+                f"run.accumulate={recipe.run.accumulate} micro-batches gives {micro_batch}. Raise "
+                f"optim.batch, or remove the loss with losses.{name}=null."
+            )
+
+
+def _check_masks(recipe: Recipe, masked: list[str]) -> None:
+    """Check the masks against the losses that read masked patches."""
     if recipe.teacher.frozen and recipe.masks is not None:  # as DINOv2 distils (arXiv 2304.07193, section 5)
         raise ValueError(
-            "teacher.frozen is given, and under a frozen teacher nothing is masked: all patches of global "
-            "crops are learnt from. Take the section out with masks=null."
+            "teacher.frozen is given, and with a frozen teacher nothing is masked: the student learns all "
+            "patches of global crops. Remove the section with masks=null."
         )
     if not recipe.teacher.frozen and masked and recipe.masks is None:
         raise ValueError(f"losses.{masked[0]} learns from masked patches, but there is no section `masks`.")
@@ -108,14 +192,5 @@ def _check_losses(recipe: Recipe) -> None:
     for key, value in {"masks": recipe.masks, "heads.patch": recipe.heads.patch}.items():
         if value is not None and not masked:
             raise ValueError(
-                f"`{key}` is given, but no loss of this recipe reads it; take it out with {key}=null."
-            )
-    part = recipe.optim.batch // recipe.run.accumulate
-    for name, cls in configs.items():
-        least = getattr(cls, "least_images", 1)
-        if part < least:
-            raise ValueError(
-                f"losses.{name} needs {least} images at a time, but optim.batch={recipe.optim.batch} in "
-                f"run.accumulate={recipe.run.accumulate} parts gives {part}. Raise optim.batch, or drop it "
-                f"with losses.{name}=null."
+                f"`{key}` is given, but no loss of this recipe uses it; remove it with {key}=null."
             )

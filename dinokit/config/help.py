@@ -78,6 +78,6 @@ def _meaning(item: "Field[Any]", said: str) -> str:
         inside = f"{item.name}.NAME" if "many" in item.metadata else item.name
         options = (f"a section: {inside}.path=..., {inside}.name= one of {have}, and what that takes",)
         return ". ".join(filter(None, [options[0], said]))
-    others = [registry.with_what(*pair) for pair in item.metadata.get("only_with", {}).items()]
+    others = [registry.condition_text(*pair) for pair in item.metadata.get("only_if", {}).items()]
     when = f"only {' and '.join(others)}" if others else ""
     return "; ".join(filter(None, [", ".join(map(str, options)), said, when]))

@@ -15,13 +15,39 @@ from omegaconf import OmegaConf
 
 from dinokit.config import registry
 from dinokit.config.check import check
-from dinokit.config.recipe import BEGINNING, CropGroup, Crops, Head, Heads, Masks, Optim, Recipe, Run, Teacher
-from dinokit.config.values import first_line, join, listed, typed, unread
+from dinokit.config.recipe import (
+    WEIGHT_KEYS,
+    CropGroup,
+    Crops,
+    Head,
+    Heads,
+    Masks,
+    Optim,
+    Recipe,
+    Run,
+    Teacher,
+)
+from dinokit.config.values import first_line, join, keys_without_effect, listed, typed
 
 __all__ = [
-    "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
-    "data_section", "load_recipe", "merged", "parse_overrides", "read_mapping", "run_of", "section_values",
-    "to_yaml", "unread",
+    "CropGroup",
+    "Crops",
+    "Head",
+    "Heads",
+    "Masks",
+    "Optim",
+    "Recipe",
+    "Run",
+    "Teacher",
+    "keys_without_effect",
+    "load_recipe",
+    "merged",
+    "parse_overrides",
+    "read_data_section",
+    "read_mapping",
+    "run_dir_of",
+    "section_values",
+    "to_yaml",
 ]  # fmt: skip
 BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
         "data.videos": {"name": "davis"}}  # fmt: skip
@@ -45,19 +71,19 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | 
     path = registry.find_recipe(recipe)
     values = read_mapping(path)
     values.setdefault("name", path.stem)
-    home, run = run_of(path), values.get("run") or {}
+    home, run = run_dir_of(path), values.get("run") or {}
     if home is not None and "out" in run and Path(run["out"]).resolve() != home.resolve():
         values["run"] = {**run, "out": str(home)}
     _merge(values, parse_overrides(overrides), "")
     return _complete(values, look)
 
 
-def run_of(path: Path) -> Path | None:
+def run_dir_of(path: Path) -> Path | None:
     """The folder of the run that keeps this file as its recipe, or nothing: the file is only a recipe."""
     return path.parent if path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir() else None
 
 
-def data_section(text: str) -> dict[str, Any]:
+def read_data_section(text: str) -> dict[str, Any]:
     """The section `data` of a recipe that to_yaml() wrote; nothing else of it needs to be readable here.
 
     Raises:
@@ -109,7 +135,7 @@ def section_values(
     """
     cls = registry.read_config(shelf, name)
     done = typed(cls, values, where, besides)
-    _refuse_unread(unread(cls, values, where, besides), where)
+    _refuse_unread(keys_without_effect(cls, values, where, besides), where)
     for item in fields(cls):
         if "registry" in item.metadata and done[item.name]:
             key, many = join(where, item.name), "many" in item.metadata
@@ -196,8 +222,8 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> No
 def _backbone(values: Any, look: Look | None) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         return _section("models", values, "backbone")
-    begin = {key: str(values[key]) for key in BEGINNING if values.get(key)}
-    rest = {key: value for key, value in values.items() if key not in BEGINNING}
+    begin = {key: str(values[key]) for key in WEIGHT_KEYS if values.get(key)}
+    rest = {key: value for key, value in values.items() if key not in WEIGHT_KEYS}
     if look is not None and "weights" in begin and "name" not in rest:
         rest = {**look(begin["weights"]), **rest}
     return {**_section("models", rest, "backbone"), **begin}

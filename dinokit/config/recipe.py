@@ -1,167 +1,148 @@
-"""The recipe: what a run is, as dataclasses.
+"""The recipe of a training run, as plain dataclasses. Ranges of values are in config/check.py.
 
-Units, everywhere: a duration is in optimiser steps, a batch is images over all processes, a size is in
-pixels, and a pair [a, b] of a schedule is a cosine from a to b.
+Units: durations are in optimizer steps, a batch is images over all processes, sizes are in pixels, and a pair
+[a, b] of a schedule is a cosine from a to b.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-MISSING: Any = "???"  # what OmegaConf takes as "must be given"
+MISSING: Any = "???"  # OmegaConf's mark for "must be given"
 
-# What the section `backbone` may hold beside the fields of its file's Config: the weights that training
-# begins with (whatever load_backbone() takes), and their fingerprint, which the run writes down.
-BEGINNING = ("weights", "fingerprint")
-
-
-def within(low: float, high: float, default: Any) -> Any:
-    """A field whose number, or each of whose numbers, lies in [low, high]."""
-    return field(default=default, metadata={"range": (low, high)})
-
-
-def at_least(low: float, default: Any) -> Any:
-    """A field whose number, or each of whose numbers, is `low` or more."""
-    return within(low, float("inf"), default)
-
-
-def share(default: Any) -> Any:
-    """A field of probabilities or shares."""
-    return within(0, 1, default)
+# Keys of the section `backbone` that are not in the Config of its model: the weights that training starts
+# from (anything that load_backbone() reads), and their fingerprint, which the run records.
+WEIGHT_KEYS = ("weights", "fingerprint")
 
 
 @dataclass
 class Head:
     """A projection head: an MLP, the unit sphere, prototypes (DINO, arXiv 2104.14294, appendix C)."""
 
-    prototypes: int = at_least(1, 65_536)
-    hidden: int = at_least(1, 2048)
-    bottleneck: int = at_least(1, 256)
-    layers: int = at_least(1, 3)  # linear layers before the prototypes
-    norm_last_layer: bool = False  # hold every prototype's length at 1
+    prototypes: int = 65_536
+    hidden: int = 2048
+    bottleneck: int = 256
+    layers: int = 3  # linear layers before the prototypes
+    norm_last_layer: bool = False  # keep the norm of every prototype at 1
 
 
 @dataclass
 class Heads:
     cls: Head = field(default_factory=Head)
-    patch: Head | None = None  # none: masked patches go through the class token's head
+    patch: Head | None = None  # none: masked patches use the head of the class token
 
 
 @dataclass
 class Teacher:
-    momentum: tuple[float, float] = share((0.992, 1.0))  # of the moving average that the teacher is
-    temp: tuple[float, float] = at_least(
-        1e-3, (0.04, 0.07)
-    )  # softmax temperature: a line over temp_warmup steps, then flat
-    temp_warmup: int = at_least(0, 0)
-    temp_every: int = at_least(
-        1, 1
-    )  # steps between two changes of the temperature; DINO changes it once an epoch
-    frozen: str = ""  # a backbone file or run that teaches without moving; the average is then a thing apart
+    momentum: tuple[float, float] = (0.992, 1.0)  # of the moving average of the student
+    temp: tuple[float, float] = (
+        0.04,
+        0.07,
+    )  # of the softmax: linear over temp_warmup steps, then constant
+    temp_warmup: int = 0  # steps
+    temp_every: int = 1  # steps between two changes of the temperature; DINO: an epoch
+    frozen: str = ""  # weights or run of a frozen teacher; the moving average is then kept beside it
 
 
 @dataclass
 class CropGroup:
-    count: int = at_least(0, 2)
-    size: int = at_least(1, 224)
-    scale: tuple[float, float] = share((0.32, 1.0))  # share of the image's area
-    blur: tuple[float, ...] = share((0.5,))  # probability: one for all crops of the group, or one a crop
-    solarize: tuple[float, ...] = share((0.0,))
+    count: int = 2  # crops of one image
+    size: int = 224  # pixels
+    scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
+    blur: tuple[float, ...] = (0.5,)  # probability: one for all crops of the group, or one for each
+    solarize: tuple[float, ...] = (0.0,)  # probability, as blur
 
 
 @dataclass
 class Crops:
-    """Multi-crop augmentation (DINO, section 3.1); the defaults are those that DINO and DINOv2 share."""
+    """Multi-crop augmentation (DINO, section 3.1); the defaults are those of both DINO and DINOv2."""
 
     globals: CropGroup = field(default_factory=CropGroup)
     locals: CropGroup = field(default_factory=lambda: CropGroup(count=8, size=96, scale=(0.05, 0.32)))
-    ratio: tuple[float, float] = at_least(
-        0.01, (0.75, 4 / 3)
-    )  # of width to height, drawn evenly in its logarithm
-    # How a JPEG is decoded: whole; or at 1/2, 1/4 or 1/8 where each crop is still shrunk to half or less,
-    # which is faster for large photos and moves pixels a little (docs/performance.md).
+    ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height, uniform in its logarithm
+    # How a JPEG is decoded: whole; or reduced to 1/2, 1/4 or 1/8 if every crop is still shrunk to half or
+    # less. That is faster for large photos and changes pixels a little (docs/performance.md).
     decode: Literal["whole", "reduced"] = "whole"
-    flip: float = share(0.5)  # probability of a mirror image
-    vertical_flip: float = share(0.0)
-    jitter: float = share(0.8)  # probability that the next four apply; each of those is a strength, 0 is off
-    brightness: float = at_least(0, 0.4)
-    contrast: float = at_least(0, 0.4)
-    saturation: float = at_least(0, 0.2)  # needs RGB
-    hue: float = within(0, 0.5, 0.1)  # needs RGB
-    gray: float = share(0.2)  # probability; needs RGB
-    blur_sigma: tuple[float, float] = at_least(0.01, (0.1, 2.0))  # pixels
-    blur_kernel: int = at_least(1, 9)  # pixels, odd
-    solarize_threshold: float = share(128 / 255)  # in [0, 1]
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # one a channel, in [0, 1]
-    std: tuple[float, ...] = at_least(1e-6, (0.229, 0.224, 0.225))
+    flip: float = 0.5  # probability
+    vertical_flip: float = 0.0  # probability
+    jitter: float = 0.8  # probability of the next four; each of them is a strength, 0 is off
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2  # needs RGB
+    hue: float = 0.1  # needs RGB
+    gray: float = 0.2  # probability; needs RGB
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    blur_kernel: int = 9  # pixels, odd
+    solarize_threshold: float = 128 / 255  # in [0, 1]
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # for each channel, in [0, 1]
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 @dataclass
 class Masks:
     """Block masks over the student's global crops (BEiT, arXiv 2106.08254; iBOT, arXiv 2111.07832)."""
 
-    images: float = share(0.5)  # share of global crops that get a mask
-    patches: tuple[float, float] = share(
-        (0.1, 0.5)
-    )  # share of such a crop's patches, spread evenly over the batch
+    images: float = 0.5  # share of global crops that get a mask
+    patches: tuple[float, float] = (
+        0.1,
+        0.5,
+    )  # share of patches in such a crop, spread evenly over the batch
 
 
 @dataclass
 class Optim:
-    """AdamW and the clock."""
+    """AdamW and its schedules."""
 
-    steps: int = at_least(1, MISSING)
-    batch: int = at_least(1, MISSING)  # images per step over all processes, never per GPU
-    lr: float = at_least(0, MISSING)  # peak, for a batch of `lr_batch` images
-    lr_batch: int = at_least(1, 1024)
+    steps: int = MISSING  # of the whole run
+    batch: int = MISSING  # images per step over all processes, never per GPU
+    lr: float = MISSING  # peak, for a batch of `lr_batch` images
+    lr_batch: int = 1024
     lr_rule: Literal["none", "sqrt", "linear"] = "sqrt"
-    head_warmup: int = at_least(0, 0)  # the heads learn alone for so many steps; `warmup` counts from there
-    warmup: int = at_least(0, 0)
-    min_lr: float = at_least(0, 1e-6)
-    weight_decay: tuple[float, float] = at_least(0, (0.04, 0.4))
-    betas: tuple[float, float] = share((0.9, 0.999))
-    clip: float = at_least(0, 3.0)  # largest gradient norm; 0 is off
-    clip_per: Literal["part", "tensor"] = "part"  # part: the backbone or a head; DINO clips tensor by tensor
-    layer_decay: float = share(1.0)  # block i of n trains at lr * layer_decay ** (n - i)
-    patch_lr: float = at_least(0, 1.0)  # factor on the patch embedding's learning rate
-    head_frozen: int = at_least(0, 0)  # the prototypes stand still for so many steps at the start
-    head_freeze: Literal["lr", "gradient"] = "lr"  # by a zero rate (DINOv2) or by leaving them out (DINO)
+    head_warmup: int = 0  # steps in which only the heads learn; `warmup` starts after them
+    warmup: int = 0  # steps of a linear rise of the learning rate
+    min_lr: float = 1e-6
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 3.0  # largest gradient norm; 0 is off
+    clip_per: Literal["part", "tensor"] = "part"  # part: the backbone or a head; DINO: tensor
+    layer_decay: float = 1.0  # block i of n trains at lr * layer_decay ** (n - i)
+    patch_lr: float = 1.0  # factor on the patch embedding's learning rate
+    head_frozen: int = 0  # steps at the start in which the prototypes do not change
+    head_freeze: Literal["lr", "gradient"] = "lr"  # zero learning rate (DINOv2) or no gradient (DINO)
 
     @property
     def peak_lr(self) -> float:
-        """lr, moved from `lr_batch` to `batch` images by `lr_rule`."""
+        """`lr` scaled from `lr_batch` to `batch` images by `lr_rule`."""
         ratio = self.batch / self.lr_batch
         return self.lr * {"none": 1.0, "sqrt": ratio**0.5, "linear": ratio}[self.lr_rule]
 
 
 @dataclass
 class Run:
-    """Where and how; nothing here but `seed`, `precision` and `accumulate` changes what is learnt."""
+    """Where and how to run; only `seed`, `precision` and `accumulate` change what is learnt."""
 
-    out: str = ""  # the run's folder; empty is runs/NAME-OF-THE-RECIPE
-    seed: int = at_least(0, 0)
+    out: str = ""  # the run's folder; empty: runs/NAME-OF-THE-RECIPE
+    seed: int = 0
     device: str = "auto"  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it multiplies faster
-    accumulate: int = at_least(
-        1, 1
-    )  # parts that a step's batch is cut into, one after another (docs/training.md)
-    workers: int = at_least(-1, -1)  # processes that load images; -1: one a core but one, 16 at most; 0: none
-    # The next six change speed and memory alone: docs/performance.md.
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it is faster
+    accumulate: int = 1  # micro-batches of one step (docs/training.md)
+    workers: int = -1  # processes that load images; -1: cores less one, at most 16; 0: none
+    # The next six change only speed and memory: docs/performance.md.
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = "auto"
     compile: Literal["none", "blocks", "colour", "all"] = "none"  # all: blocks and colour
     checkpointing: Literal["none", "selective", "full"] = "none"
-    logits: Literal["chunks", "whole"] = "chunks"  # of the prototypes: a few at a time, or all
-    tokens: Literal["read", "all"] = "read"  # of the last block: those that a loss reads, or all
-    keep_memory: bool = True  # on a CPU, what a step frees is kept for the next
-    log_every: int = at_least(1, 10)
-    checkpoint_every: int = at_least(1, 500)
-    keep: int = at_least(1, 2)  # checkpoints, the newest
-    keep_every: int = at_least(0, 0)  # steps: one every so many stays, its teacher in teachers/; 0: none
-    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # of several processes; auto: ddp while it fits
-    timeout_minutes: float = at_least(0.05, 30.0)  # without a step or a word of the others, before a run ends
-    max_unreadable: float = share(0.01)  # share of images that may be unreadable before the run stops
+    logits: Literal["chunks", "whole"] = "chunks"  # prototypes a slice at a time, or all at once
+    tokens: Literal["read", "all"] = "read"  # of the last block: only those that a loss reads, or all
+    keep_memory: bool = True  # on a CPU: reuse the memory of one step in the next
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # steps between checkpoints kept for good, with teachers/; 0: none
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # of several processes; auto: ddp if it fits
+    timeout_minutes: float = 30.0  # without progress, before the run ends with an error
+    max_unreadable: float = 0.01  # largest share of unreadable images; more stop the run
 
     def compiles(self, part: Literal["blocks", "colour"]) -> bool:
-        """Whether torch.compile makes this part."""
+        """Whether this part is compiled by torch.compile."""
         return self.compile in (part, "all")
 
 
@@ -181,5 +162,5 @@ class Recipe:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The section `backbone` without where its weights come from: what it is built from."""
-        return {key: value for key, value in self.backbone.items() if key not in BEGINNING}
+        """The section `backbone` without WEIGHT_KEYS: what the model is built from."""
+        return {key: value for key, value in self.backbone.items() if key not in WEIGHT_KEYS}

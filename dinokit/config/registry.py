@@ -30,7 +30,7 @@ def suggest(name: str, have: list[str], alike: float = 0.5) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-def refuse_below(config: Any, **least: float) -> None:
+def check_at_least(config: Any, **least: float) -> None:
     """For __post_init__ of a Config: refuse a number, or one of several, that is too small.
 
     Raises:
@@ -43,14 +43,14 @@ def refuse_below(config: Any, **least: float) -> None:
                 raise ValueError(f"{key}={number}, but it must be {low} or more.")
 
 
-def only_with(default: Any, **others: bool | tuple[str, ...]) -> Any:
+def only_if(default: Any, **others: bool | tuple[str, ...]) -> Any:
     """A field of a Config that is read only if other fields are so; given without, it is refused.
 
     Args:
         default: of the field.
         others: by name the values of which one must be there, or whether anything must be.
     """
-    return field(default=default, metadata={"only_with": others})
+    return field(default=default, metadata={"only_if": others})
 
 
 def source_field(kind: str, split: str, **more: bool) -> Any:
@@ -67,8 +67,8 @@ def source_field(kind: str, split: str, **more: bool) -> Any:
     return field(default=None, metadata={"registry": kind, "split": split, **more})
 
 
-def with_what(other: str, wanted: bool | tuple[str, ...]) -> str:
-    """What only_with() was told of another field, in words: 'with method=knn', 'without head'."""
+def condition_text(other: str, wanted: bool | tuple[str, ...]) -> str:
+    """What only_if() was told of another field, in words: 'with method=knn', 'without head'."""
     if isinstance(wanted, bool):
         return f"{'with' if wanted else 'without'} {other}"
     return f"with {' or '.join(f'{other}={word}' for word in wanted)}"

@@ -41,17 +41,17 @@ def typed(
     return {item.name: getattr(done, item.name) for item in fields(cls)}
 
 
-def unread(
+def keys_without_effect(
     cls: type[Any], values: Mapping[str, Any], where: str, besides: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Those of `values` that nothing reads as the others are, each with why (registry.only_with).
+    """Those of `values` that nothing reads as the others are, each with why (registry.only_if).
 
     A value that would be there anyway is none of them: a run writes every default into its recipe.
 
     Raises:
         ValueError: as typed().
     """
-    others = {f.name: f.metadata["only_with"] for f in fields(cls) if "only_with" in f.metadata}
+    others = {f.name: f.metadata["only_if"] for f in fields(cls) if "only_if" in f.metadata}
     done = typed(cls, values, where, besides)
     usual = typed(cls, {key: value for key, value in values.items() if key not in others}, where, besides)
     why = {}
@@ -65,7 +65,7 @@ def unread(
                     if there or there is False
                     else f"{join(where, other)} is not given"
                 )
-                why[key] = f"only {registry.with_what(other, wanted)}, and {here}"
+                why[key] = f"only {registry.condition_text(other, wanted)}, and {here}"
                 break
     return why
 

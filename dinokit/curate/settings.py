@@ -6,7 +6,7 @@ The defaults are those of DINOv2 (arXiv 2304.07193, section 3 and appendix A) wh
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinokit.config.registry import refuse_below
+from dinokit.config.registry import check_at_least
 
 STAGES = (
     "hash", "embed", "index", "neighbours", "dedup", "overlap", "clusters", "clean_index", "search",
@@ -28,7 +28,7 @@ class Embed:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        refuse_below(self, size=0, batch=1, workers=-1)
+        check_at_least(self, size=0, batch=1, workers=-1)
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Hash:
     processes: int = 1  # that decode and hash
 
     def __post_init__(self) -> None:
-        refuse_below(self, bits=-1, processes=1)
+        check_at_least(self, bits=-1, processes=1)
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Dedup:
     against: float = 0.45  # an image of the pool above it shows an evaluation image
 
     def __post_init__(self) -> None:
-        refuse_below(self, k=1, similarity=-1, against=-1)
+        check_at_least(self, k=1, similarity=-1, against=-1)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Index:
 
     def __post_init__(self) -> None:
         least = {"exact_below": 0, "lists": 0, "probe": 1, "pq": 0, "train": 1, "shard": 1, "recall": 1}
-        refuse_below(self, **least, threads=0)
+        check_at_least(self, **least, threads=0)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class KMeans:
     plus_plus: int = 5_000  # clusters up to which k-means++ draws the first centres; above, they are random
 
     def __post_init__(self) -> None:
-        refuse_below(self, iterations=0, points=0, plus_plus=0)
+        check_at_least(self, iterations=0, points=0, plus_plus=0)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Clusters:
     kmeans: KMeans = field(default_factory=KMeans)
 
     def __post_init__(self) -> None:
-        refuse_below(self, count=0)
+        check_at_least(self, count=0)
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Balance:
     kmeans: KMeans = field(default_factory=KMeans)
 
     def __post_init__(self) -> None:
-        refuse_below(self, images=0, levels=1, resample=0, nearest=1)
+        check_at_least(self, images=0, levels=1, resample=0, nearest=1)
         if not len(self.levels) == len(self.resample) == len(self.nearest):
             raise ValueError(
                 f"balance.levels, .resample and .nearest have {len(self.levels)}, {len(self.resample)} and "
@@ -140,7 +140,7 @@ class Seeds:
     cap: int = 1_000_000  # rule=cluster: images of all clusters together
 
     def __post_init__(self) -> None:
-        refuse_below(self, k=1, reserve=1, strict=0, min_hits=0, per_cluster=1, cap=1)
+        check_at_least(self, k=1, reserve=1, strict=0, min_hits=0, per_cluster=1, cap=1)
         if self.strict > 1:
             raise ValueError(f"strict={self.strict}, but it is a share of the seeds, from 0 to 1.")
 

@@ -1,4 +1,4 @@
-"""What a training step is given: the crops of B images, how to colour them, and what is masked.
+"""Training samples and batches: the crops of B images, their colour parameters and their masks.
 
 Crops are crop-major: crop 0 of all images, then crop 1 of all images, and so on; row g * B + i is crop g of
 image i.
@@ -7,11 +7,25 @@ Letters: B images in this batch on this process, G global crops, L local crops, 
 P columns of colour parameters, M masked patches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from dinokit.config.load import CropGroup, Crops
+from dinokit.data import augment
+from dinokit.data.decode import UNREADABLE, ImageLike
+from dinokit.data.masks import BlockMasks
+from dinokit.data.sampler import generator, hash_key, image_at, permute
+from dinokit.data.sources import ImageSource
+from dinokit.data.transforms import CropBoxes, MultiCrop, decode_reduced, size_of
+
+CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
+ATTEMPTS = 20  # images tried for one place before the run stops with an error
 
 
 @dataclass
@@ -24,7 +38,7 @@ class Sample:
     global_colour: Tensor  # (G, P) float32
     local_colour: Tensor  # (L, P)
     masks: Tensor | None  # (G, N) bool
-    unreadable: dict[str, str] = field(default_factory=dict)  # images passed over before this one, and why
+    unreadable: dict[str, str] = field(default_factory=dict)  # images replaced by this one: name -> reason
 
 
 @dataclass
@@ -37,51 +51,52 @@ class Batch:
     local_crops: Tensor  # (L*B, C, s, s); L may be 0
     global_colour: Tensor  # (G*B, P) float32
     local_colour: Tensor  # (L*B, P) float32
-    masks: Tensor | None  # (G*B, N) bool; none without masked losses
-    masked: Tensor  # (M,) int64: places in the flattened masks that are masked
-    mask_weight: Tensor  # (M,) float32: one over the number of masked patches in the same crop
-    unreadable: dict[str, str] = field(default_factory=dict)
+    masks: Tensor | None  # (G*B, N) bool; None without masked losses
+    masked: Tensor  # (M,) int64: indices of the masked patches in the flattened masks
+    mask_weight: Tensor  # (M,) float32: 1 / number of masked patches in the same crop
+    unreadable: dict[str, str] = field(default_factory=dict)  # name -> reason
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its pixels and masks on `device`, without waiting if its memory is pinned."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        """The batch with its pixels and masks on `device`; does not wait if its memory is pinned."""
+        return self._map_tensors(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The batch with its pixels and masks in page-locked memory. The DataLoader calls it."""
-        return self._each(Tensor.pin_memory)
+        return self._map_tensors(Tensor.pin_memory)
 
-    def split(self, parts: int) -> "list[Batch]":
-        """As `parts` batches of equally many images, in order, for gradient accumulation.
+    def split(self, count: int) -> "list[Batch]":
+        """`count` micro-batches of equally many images, in order, for gradient accumulation.
 
-        Split before moving to a device: which patches are masked is found anew, and a GPU would have to be
-        waited for.
+        Split before moving to a device: the masked patches are searched again, which would wait for a GPU.
 
         Raises:
-            ValueError: if the images cannot be split so.
+            ValueError: if the number of images is not divisible by `count`.
         """
-        if parts < 1 or self.images % parts:
-            raise ValueError(f"a batch of {self.images} images cannot be cut into {parts} equal parts.")
-        if parts == 1:
+        if count < 1 or self.images % count:
+            raise ValueError(
+                f"a batch of {self.images} images cannot be split into {count} equal micro-batches."
+            )
+        if count == 1:
             return [self]
-        size = self.images // parts
-        return [self._part(i * size, size) for i in range(parts)]
+        size = self.images // count
+        return [self._micro_batch(i * size, size) for i in range(count)]
 
-    def _part(self, start: int, size: int) -> "Batch":
+    def _micro_batch(self, start: int, size: int) -> "Batch":
         def take(x: Tensor) -> Tensor:
             rows = x.unflatten(0, (-1, self.images)) if len(x) else x[:, None]
             return rows[:, start : start + size].flatten(0, 1)
 
         masks = None if self.masks is None else take(self.masks)
-        masked, weight = _masked(masks)
+        masked, weight = _masked_patches(masks)
         return Batch(
             step=self.step, images=size,
             global_crops=take(self.global_crops), local_crops=take(self.local_crops),
             global_colour=take(self.global_colour), local_colour=take(self.local_colour),
             masks=masks, masked=masked, mask_weight=weight,
-            unreadable=self.unreadable if start == 0 else {},  # named once
+            unreadable=self.unreadable if start == 0 else {},  # reported once
         )  # fmt: skip
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
             global_crops=change(self.global_crops),
@@ -93,10 +108,10 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of one step as a batch."""
+    """The samples of one step as a batch."""
     masks = [sample.masks for sample in samples if sample.masks is not None]
     stacked = _crop_major(masks) if masks else None
-    masked, weight = _masked(stacked)
+    masked, weight = _masked_patches(stacked)
     return Batch(
         step=samples[0].step,
         images=len(samples),
@@ -107,12 +122,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         masks=stacked,
         masked=masked,
         mask_weight=weight,
-        unreadable={name: why for sample in samples for name, why in sample.unreadable.items()},
+        unreadable={name: reason for sample in samples for name, reason in sample.unreadable.items()},
     )
 
 
 def stack(rows: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """torch.stack(), with uint8 rows brought to [0, 1] among floats: a source may mix depths."""
+    """torch.stack(); if dtypes differ, uint8 rows are scaled to [0, 1], since a source may mix bit depths."""
     if len({row.dtype for row in rows}) > 1:
         rows = [row.float() / 255 if row.dtype == torch.uint8 else row for row in rows]
     return torch.stack(list(rows), dim=dim)
@@ -123,10 +138,91 @@ def _crop_major(rows: Sequence[Tensor]) -> Tensor:
     return stack(rows, dim=1).flatten(0, 1)
 
 
-def _masked(masks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where (G*B, N) masks are true, flattened, and one over the count in the same row: (M,), (M,)."""
+def _masked_patches(masks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The indices of True in flattened masks (G*B, N), and 1 / number of True in the same row: (M,), (M,)."""
     if masks is None:
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     masked = masks.flatten().nonzero().flatten()
     weight = 1 / masks.sum(dim=1).clamp(min=1).float()  # (G*B,)
     return masked, weight[masked // masks.shape[1]]
+
+
+class TrainDataset(Dataset[Sample]):
+    """The samples of a run, by (step, place). An unreadable image is named, and another takes its place.
+
+    A sample is a function of (step, place) alone.
+
+    Raises:
+        ValueError: if crops.decode=reduced and the source has no files to decode.
+    """
+
+    def __init__(
+        self, source: ImageSource, crops: Crops, masks: BlockMasks | None, seed: int, batch: int
+    ) -> None:
+        if crops.decode == "reduced" and not hasattr(source, "stored"):
+            raise ValueError(
+                f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} has images "
+                f"without files. Set crops.decode=whole, or give the source a method stored(index) -> bytes."
+            )
+        self.source, self.crops, self.masks, self.seed, self.batch = source, crops, masks, seed, batch
+        self.multi_crop = MultiCrop(crops)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        step, place = key
+        (global_crops, local_crops), unreadable = self._crops(step, place)
+        rng = generator(self.seed, step, place, COLOUR)
+        return Sample(
+            step=step,
+            global_crops=global_crops,
+            local_crops=local_crops,
+            global_colour=self._colour(self.crops.globals, rng),
+            local_colour=self._colour(self.crops.locals, rng),
+            masks=self._masks(step, place),
+            unreadable=unreadable,
+        )
+
+    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
+        unreadable: dict[str, str] = {}
+        for index in self._candidates(step, place):
+            try:
+                rng = generator(self.seed, step, place, CROPS)
+                return self.multi_crop(*self.read_image(index, rng)), unreadable
+            except UNREADABLE as error:
+                name = self.source.name(index)
+                unreadable[name] = str(error).removeprefix(f"{name} cannot be read: ") or type(error).__name__
+        raise RuntimeError(
+            f"{len(unreadable)} images in a row cannot be read, the last of them "
+            f"{', '.join(list(unreadable)[-3:])}: {list(unreadable.values())[-1]}"
+        )
+
+    def read_image(self, index: int, rng: np.random.Generator) -> tuple[ImageLike, CropBoxes]:
+        """A decoded image, and the boxes of its crops."""
+        if self.crops.decode == "reduced":
+            source: Any = self.source
+            return decode_reduced(source.stored(index), source.name(index), self.multi_crop, rng)
+        image, _ = self.source[index]
+        return image, self.multi_crop.draw(*size_of(image), rng)
+
+    def _candidates(self, step: int, place: int) -> Iterator[int]:
+        """The image of this place, then other images in case it is unreadable; none twice."""
+        n = len(self.source)
+        first = image_at(self.seed, step * self.batch + place, n)
+        yield first
+        for attempt in range(min(ATTEMPTS, n)):
+            other = permute(attempt, n, hash_key(self.seed, step, place))
+            if other != first:
+                yield other
+
+    def _colour(self, group: CropGroup, rng: np.random.Generator) -> Tensor:
+        rows = np.zeros((group.count, augment.COLUMNS), dtype=np.float32)
+        for crop in range(group.count):
+            rows[crop] = augment.draw(self.crops, group, crop, rng)
+        return torch.from_numpy(rows)
+
+    def _masks(self, step: int, place: int) -> Tensor | None:
+        if self.masks is None:
+            return None
+        total = self.crops.globals.count * self.batch
+        numbers = range(place, total, self.batch)  # crop-major, as in a batch
+        rows = [self.masks(self.seed, step, j, total, generator(self.seed, step, j, MASKS)) for j in numbers]
+        return torch.from_numpy(np.stack(rows))

@@ -4,6 +4,7 @@ Pillow reads everything but `.npy` arrays and those TIFF files that it would cut
 they go to tifffile. torchvision.io is not used: its PNG reader kills the process on a damaged file (0.29.1).
 """
 
+import struct
 from importlib import import_module
 from io import BytesIO
 
@@ -13,7 +14,10 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from dinokit.data.sources import ImageLike
+# An 8-bit image in mode RGB or L; or an array (H, W, C) of uint8, uint16, or float32 in [0, 1].
+ImageLike = Image.Image | np.ndarray
+
+UNREADABLE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2", ".pbm", ".pgm",

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from dinokit.data.dense import IGNORE
 from dinokit.data.sources import ImageLike
-from dinokit.data.transforms import to_tensor
+from dinokit.data.transforms import to_tensor, to_uint8
 
 Pair = tuple[Tensor, Tensor]  # image (C, H, W) float32 in [0, 1], map (H, W)
 
@@ -35,11 +35,6 @@ def to_tensors(image: ImageLike, target: np.ndarray) -> Pair:
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 255
     return pixels.contiguous(), torch.from_numpy(np.ascontiguousarray(target))
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """[0, 1] -> uint8, a quarter of the bytes to hand from process to process."""
-    return (pixels * 255).round_().clamp_(0, 255).byte()
 
 
 def shorter_side_to(pixels: Tensor, size: int) -> tuple[int, int]:

@@ -1,201 +1,300 @@
-"""Loader processes: from images by number to the batches of a run, or to the crops of an evaluation.
+"""Data loaders: one construction for training batches, whole images, and images with maps.
 
-A worker makes a Sample of (step, place) alone, without a memory of what it made before: so batches are the
-same for any number of workers and processes, and a run that goes on at step k sees the rest of what it would
-have seen.
+`build_loader` sets up worker processes, memory and signals. The functions below it choose the dataset and the
+order: `training_loader`, `image_loader`, `dense_training_loader` and `dense_loader`. Batches do not depend on
+the number of workers, because all random numbers are a function of (seed, step, place).
+
+b  images of a batch     C  channels     h, w  pixels of an image
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from dinokit.config.load import CropGroup, Crops
-from dinokit.data import augment
-from dinokit.data.batch import Batch, Sample, collate, stack
+from dinokit.config.load import Crops
+from dinokit.data.batch import Batch, TrainDataset, collate, stack
+from dinokit.data.decode import UNREADABLE, ImageLike
+from dinokit.data.dense import DenseSource
 from dinokit.data.masks import BlockMasks
-from dinokit.data.reduced import read_reduced
-from dinokit.data.sampler import generator, hash_key, image_at, permute
-from dinokit.data.sources import ImageLike, ImageSource
-from dinokit.data.transforms import CropBoxes, MultiCrop, size_of
-from dinokit.data.views import Transform
-from dinokit.data.workers import UNREADABLE, Steps, data_loader
+from dinokit.data.sampler import StepSampler, generator, image_at, process_places
+from dinokit.data.sources import ImageSource
+from dinokit.data.transforms import Transform, to_tensor, to_uint8
+from dinokit.runtime.distributed import cpu_cores, memory
 
-CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
-ATTEMPTS = 20  # images tried for one place before the run gives up
+MAX_WORKERS = 16
+PREFETCH_MEMORY = 0.25  # share of this process's memory that waiting batches may take
+DENSE = 3  # stream of random numbers of one place, after those of dinokit.data.batch
 
-
-class EvalBatch(NamedTuple):
-    crops: Tensor  # (b, C, size, size) uint8, or float32 in [0, 1]; zeros where the image is unreadable
-    labels: Tensor  # (b,) int64; -1 without a label, and where the image is unreadable
-    indices: Tensor  # (b,) int64: the images' numbers in the source
-    unreadable: list[str]  # names
+DenseTransform = Callable[[ImageLike, np.ndarray, np.random.Generator], tuple[Tensor, Tensor]]
 
 
-def loader(
+def build_loader(
+    dataset: Dataset[Any],
+    batches: Iterable[list[Any]],
+    collate_fn: Callable[[Any], Any],
+    workers: int,
+    pin: bool = False,
+    batch_bytes: int = 0,
+) -> DataLoader[Any]:
+    """A DataLoader whose workers ignore Ctrl-C, and which leaves torch's global random state unchanged.
+
+    Args:
+        dataset: makes an item from a key; picklable.
+        batches: the keys of each batch, in order.
+        collate_fn: makes a batch from items; picklable.
+        workers: processes; 0: load in this process; -1: one per core but one, at most 16, and fewer if their
+            batches would fill the memory.
+        pin: whether to put batches into page-locked memory, for a GPU.
+        batch_bytes: size of a batch. Waiting batches then take at most PREFETCH_MEMORY of the memory, but at
+            least one batch per worker.
+    """
+    most = int(memory() * PREFETCH_MEMORY) // batch_bytes if batch_bytes else sys.maxsize  # batches
+    if workers < 0:
+        workers = min(MAX_WORKERS, cpu_cores() - 1, max(most, 1))
+    prefetch = 2 if 2 * workers <= most else 1  # batches per worker
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # else it would draw from torch's global generator, and change training
+    )
+
+
+def _ignore_signals(_: int) -> None:
+    """Make a worker ignore Ctrl-C and a scheduler's warning, which reach every process of a job at once.
+
+    The parent handles them, and still needs batches to stop in order. A SIGTERM from the parent ends the
+    worker: Python sends it to each child at exit, and then waits for it.
+    """
+    for name in {"SIGINT", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():  # Windows has the first
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none; there, any SIGTERM ends the worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_parents_sigterm, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_on_parents_sigterm(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def training_loader(
     source: ImageSource, crops: Crops, masks: BlockMasks | None, *, seed: int, start_step: int, steps: int,
-    batch: int, rank: int = 0, world: int = 1, parts: int = 1, workers: int = -1, pin: bool = False,
+    batch: int, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = -1, pin: bool = False,
 ) -> Iterable[Batch]:  # fmt: skip
     """This process's part of the batches of steps `start_step` to `steps` - 1.
 
     Args:
-        source: the images; an unreadable one is named in its batch, and another takes its place.
-        crops: how they are cut and coloured.
-        masks: none if no loss needs them.
-        seed: of everything random.
+        source: the images. An unreadable one is named in its batch, and another takes its place.
+        crops: how they are cropped and coloured.
+        masks: None if no loss needs them.
+        seed: of all random numbers.
         start_step: the first step.
-        steps: the step to stop before: the length of the whole run.
-        batch: images a step over all processes.
+        steps: the length of the whole run: the step to stop before.
+        batch: images in a step over all processes.
         rank: the number of this process, of `world`.
         world: the number of processes.
-        parts: that a process takes its share in, by Batch.split(). The images of a part, over all processes,
-            are then the same for any number of these.
-        workers: loader processes; -1 is one a core but one, 16 at most, and fewer if what they hold would
-            fill the memory; 0 loads in this process.
-        pin: whether to put batches into page-locked memory, for a GPU.
+        accumulation: micro-batches that Batch.split() will make of a batch.
+        workers: as in build_loader.
+        pin: as in build_loader.
 
     Raises:
-        ValueError: if the batch cannot be shared out, the source is empty, or as TrainDataset.
-        RuntimeError: while iterating, if a worker dies (or ConnectionError, if it dies while it hands a batch
-            over), or if no readable image is found for a place.
+        ValueError: if the batch cannot be divided equally, the source is empty, or as TrainDataset.
+        RuntimeError: while iterating, if a worker dies (or ConnectionError, if it dies while it sends a
+            batch), or if no readable image is found for a place.
     """
-    if batch % (world * parts):
-        pieces = f" in {parts} parts each" if parts > 1 else ""
-        raise ValueError(
-            f"optim.batch={batch} images cannot be shared out over {world} processes{pieces}: "
-            f"take a multiple of {world * parts}, such as {-(-batch // (world * parts)) * world * parts}."
-        )
+    places = process_places(batch, rank, world, accumulation, "optim.batch")
     if not len(source):
-        raise ValueError("the data source holds no images.")
-    part, own = batch // parts, batch // parts // world
-    places = [start + rank * own + i for start in range(0, batch, part) for i in range(own)]
+        raise ValueError("the data source has no images.")
     pixels = sum(group.count * group.size**2 for group in (crops.globals, crops.locals)) * len(crops.mean)
-    return data_loader(
-        TrainDataset(source, crops, masks, seed, batch), Steps(start_step, steps, places), collate, workers,
-        pin, batch_bytes=pixels * len(places),  # of 8 bits
-    )  # fmt: skip
+    dataset = TrainDataset(source, crops, masks, seed, batch)
+    sampler = StepSampler(start_step, steps, places)
+    return build_loader(dataset, sampler, collate, workers, pin, batch_bytes=pixels * len(places))
 
 
-def view_loader(
+@dataclass
+class ImageBatch:
+    """Images of one batch of an evaluation or extraction; those of one shape are stacked."""
+
+    indices: Tensor  # (b,) int64: the images' numbers in the source
+    labels: Tensor  # (b,) int64; -1 without one, and where the image is unreadable
+    valid: Tensor  # (b,) bool: whether the image could be read
+    groups: list[tuple[Tensor, Tensor]]  # images (g, C, h, w), uint8 or float32, and their places (g,) in b
+    unreadable: list[str]  # names of the unreadable images
+    errors: list[str]  # a sentence about each of them
+
+    @property
+    def images(self) -> Tensor:
+        """The readable images (v, C, h, w), in order, if they all have one shape and there are any."""
+        if len(self.groups) != 1:
+            raise ValueError(f"the batch has images of {len(self.groups)} shapes; use its groups.")
+        return self.groups[0][0]
+
+
+def image_loader(
     source: ImageSource,
-    cut: Transform,
-    size: int,
-    order: Iterable[list[tuple[int, int]]],
+    transform: Transform,
+    batches: Iterable[list[tuple[int, int]]],
     workers: int,
-    channels: int,
-) -> Iterable[EvalBatch]:
-    """Views of images in the order of the caller: for each batch, (image, number of the draw) of each place.
+    pin: bool = False,
+) -> Iterable[ImageBatch]:
+    """Transformed images of a source.
 
-    `order` is asked for one batch after another. An unreadable image is zeros (channels, size, size).
+    Args:
+        source: the images; unreadable ones are named in their batch, and have no pixels there.
+        transform: applied to (image, index, draw).
+        batches: (index, draw) of the images of each batch, such as a RangeSampler. A generator is advanced
+            batch by batch.
+        workers: as in build_loader.
+        pin: as in build_loader.
     """
-    blank = partial(_collate_eval, channels=channels, size=size)
-    return data_loader(_Views(source, cut), order, blank, workers, pin=False)
+    read = partial(_read_image, transform)
+    return build_loader(_ReadDataset(source, read), batches, _collate_images, workers, pin)
 
 
-class TrainDataset(Dataset[Sample]):
-    """The samples of a run, by (step, place).
+class DenseBatch(NamedTuple):
+    """Images with maps of a training step."""
+
+    images: Tensor  # (b, C, h, w) uint8
+    targets: Tensor  # (b, h, w): class ids, or metres
+
+
+@dataclass
+class DenseSample:
+    """One image with its map, at the stored size."""
+
+    index: int  # in the source
+    image: Tensor  # (C, h, w) uint8
+    target: Tensor  # (h, w)
+
+
+def dense_training_loader(
+    source: DenseSource, transform: DenseTransform, *, seed: int, start_step: int, steps: int, batch: int,
+    rank: int = 0, world: int = 1, workers: int = -1,
+) -> Iterator[DenseBatch]:  # fmt: skip
+    """This process's part of the batches of steps `start_step` to `steps` - 1, for training a dense head.
+
+    Args:
+        source: images with maps. An unreadable one stops the work, because in a labelled set each counts, and
+            a mask that does not fit its image is a mistake to correct.
+        transform: makes an image and a map of one size for all.
+        seed: of all random numbers.
+        start_step: the first step.
+        steps: the step to stop before.
+        batch: images in a step over all processes.
+        rank: the number of this process, of `world`.
+        world: the number of processes.
+        workers: as in build_loader.
 
     Raises:
-        ValueError: if crops.decode=reduced and the source has no files to decode.
+        ValueError: if the batch cannot be divided equally; while iterating, if an image or map is unreadable.
     """
+    places, n = process_places(batch, rank, world), len(source)
+    batches = (
+        [(image_at(seed, step * batch + place, n), step, place) for place in places]
+        for step in range(start_step, steps)
+    )
+    dataset = _ReadDataset(source, partial(_read_augmented, transform, seed))
+    for items in build_loader(dataset, batches, list, workers):
+        _refuse_unreadable(items)
+        images, targets = zip(*((item.image, item.target) for item in items), strict=True)
+        yield DenseBatch(torch.stack(images), torch.stack(targets))
+
+
+def dense_loader(source: DenseSource, indices: Sequence[int], workers: int = -1) -> Iterator[DenseSample]:
+    """Images with maps, one at a time, in the order of `indices`.
+
+    Raises:
+        ValueError: while iterating, if an image or a map is unreadable.
+    """
+    batches = ([(index,)] for index in indices)
+    for items in build_loader(_ReadDataset(source, _read_dense), batches, list, workers):
+        _refuse_unreadable(items)
+        yield DenseSample(items[0].index, items[0].image, items[0].target)
+
+
+@dataclass
+class _Item:
+    """One image with its target; without them, and with an error, if it is unreadable."""
+
+    index: int
+    image: Any  # Tensor (C, h, w), or None
+    target: Any  # label, or Tensor (h, w), or None
+    name: str  # if it is unreadable
+    error: str  # a sentence with its name; raised in a worker, it would reach the user as a traceback
+
+
+class _ReadDataset(Dataset[_Item]):
+    """Items of a source, by keys whose first element is the index, after `read(image, target, key)`."""
 
     def __init__(
-        self, source: ImageSource, crops: Crops, masks: BlockMasks | None, seed: int, batch: int
+        self, source: ImageSource | DenseSource, read: Callable[[Any, Any, Any], tuple[Tensor, Any]]
     ) -> None:
-        if crops.decode == "reduced" and not hasattr(source, "stored"):
-            raise ValueError(
-                f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} gives "
-                f"pictures without files. Set crops.decode=whole, or give the source a method "
-                f"stored(index) -> bytes."
-            )
-        self.source, self.crops, self.masks, self.seed, self.batch = source, crops, masks, seed, batch
-        self.cut = MultiCrop(crops)
+        self.source, self.read = source, read
 
-    def __getitem__(self, at: tuple[int, int]) -> Sample:
-        step, place = at
-        (global_crops, local_crops), unreadable = self._crops(step, place)
-        rng = generator(self.seed, step, place, COLOUR)
-        return Sample(
-            step=step,
-            global_crops=global_crops,
-            local_crops=local_crops,
-            global_colour=self._colour(self.crops.globals, rng),
-            local_colour=self._colour(self.crops.locals, rng),
-            masks=self._masks(step, place),
-            unreadable=unreadable,
-        )
-
-    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
-        unreadable: dict[str, str] = {}
-        for index in self._candidates(step, place):
-            try:
-                rng = generator(self.seed, step, place, CROPS)
-                return self.cut(*self.picture(index, rng)), unreadable
-            except UNREADABLE as error:
-                name = self.source.name(index)
-                unreadable[name] = str(error).removeprefix(f"{name} cannot be read: ") or type(error).__name__
-        raise RuntimeError(
-            f"{len(unreadable)} images in a row cannot be read, the last being "
-            f"{', '.join(list(unreadable)[-3:])}: {list(unreadable.values())[-1]}"
-        )
-
-    def picture(self, index: int, rng: np.random.Generator) -> tuple[ImageLike, CropBoxes]:
-        """An image, decoded, and where in it its crops lie."""
-        if self.crops.decode == "reduced":
-            source: Any = self.source
-            return read_reduced(source.stored(index), source.name(index), self.cut, rng)
-        image, _ = self.source[index]
-        return image, self.cut.draw(*size_of(image), rng)
-
-    def _candidates(self, step: int, place: int) -> Iterator[int]:
-        """The image whose turn it is, then others in case it cannot be read; no image twice."""
-        n = len(self.source)
-        first = image_at(self.seed, step * self.batch + place, n)
-        yield first
-        for attempt in range(min(ATTEMPTS, n)):
-            other = permute(attempt, n, hash_key(self.seed, step, place))
-            if other != first:
-                yield other
-
-    def _colour(self, group: CropGroup, rng: np.random.Generator) -> Tensor:
-        rows = np.zeros((group.count, augment.COLUMNS), dtype=np.float32)
-        for crop in range(group.count):
-            rows[crop] = augment.draw(self.crops, group, crop, rng)
-        return torch.from_numpy(rows)
-
-    def _masks(self, step: int, place: int) -> Tensor | None:
-        if self.masks is None:
-            return None
-        total = self.crops.globals.count * self.batch
-        numbers = range(place, total, self.batch)  # crop-major, as in a batch
-        rows = [self.masks(self.seed, step, j, total, generator(self.seed, step, j, MASKS)) for j in numbers]
-        return torch.from_numpy(np.stack(rows))
-
-
-class _Views(Dataset[tuple[int, Tensor | None, int, str]]):
-    """Number, view, label and name of each image; no view if the image is unreadable."""
-
-    def __init__(self, source: ImageSource, cut: Transform) -> None:
-        self.source, self.cut = source, cut
-
-    def __getitem__(self, at: tuple[int, int]) -> tuple[int, Tensor | None, int, str]:
-        index, draw = at
+    def __getitem__(self, key: tuple[int, ...]) -> _Item:
+        index = key[0]
         try:
-            image, label = self.source[index]
-            return index, self.cut(image, index, draw), label, ""
-        except UNREADABLE:
-            return index, None, -1, self.source.name(index)
+            image, target = self.source[index]
+            return _Item(index, *self.read(image, target, key), "", "")
+        except UNREADABLE as error:
+            name, text = self.source.name(index), str(error) or type(error).__name__
+            return _Item(index, None, None, name, text if name in text else f"{name}: {text}")
 
 
-def _collate_eval(rows: Sequence[tuple[int, Tensor | None, int, str]], channels: int, size: int) -> EvalBatch:
-    blank = torch.zeros(channels, size, size, dtype=torch.uint8)
-    return EvalBatch(
-        crops=stack([blank if crop is None else crop for _, crop, _, _ in rows]),
-        labels=torch.tensor([label for _, _, label, _ in rows]),
-        indices=torch.tensor([index for index, _, _, _ in rows]),
-        unreadable=[name for _, crop, _, name in rows if crop is None],
+def _read_image(
+    transform: Transform, image: ImageLike, label: int, key: tuple[int, int]
+) -> tuple[Tensor, int]:
+    return transform(image, *key), label
+
+
+def _read_augmented(
+    transform: DenseTransform, seed: int, image: ImageLike, target: np.ndarray, key: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    _, step, place = key
+    return transform(image, target, generator(seed, step, place, DENSE))
+
+
+def _read_dense(image: ImageLike, target: np.ndarray, _: tuple[int]) -> tuple[Tensor, Tensor]:
+    pixels = to_tensor(image)[0].contiguous()
+    pixels = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
+    return pixels, torch.from_numpy(np.ascontiguousarray(target))
+
+
+def _refuse_unreadable(items: Sequence[_Item]) -> None:
+    for item in items:
+        if item.error:
+            raise ValueError(item.error)
+
+
+def _collate_images(items: Sequence[_Item]) -> ImageBatch:
+    shapes: dict[torch.Size, list[int]] = {}
+    for place, item in enumerate(items):
+        if item.image is not None:
+            shapes.setdefault(item.image.shape, []).append(place)
+    return ImageBatch(
+        indices=torch.tensor([item.index for item in items], dtype=torch.int64),
+        labels=torch.tensor([-1 if item.image is None else item.target for item in items], dtype=torch.int64),
+        valid=torch.tensor([item.image is not None for item in items], dtype=torch.bool),
+        groups=[
+            (stack([items[i].image for i in places]), torch.tensor(places)) for places in shapes.values()
+        ],
+        unreadable=[item.name for item in items if item.image is None],
+        errors=[item.error for item in items if item.image is None],
     )

@@ -2,7 +2,7 @@
 
 from dinokit.features.attention import attention
 from dinokit.features.cache import cached, load_cached
-from dinokit.features.extract import Features, Subset, extract, readable, spread
+from dinokit.features.extract import Features, Subset, extract, spread
 from dinokit.features.extract_store import Extraction, ExtractSpec, extract_to
 from dinokit.features.fingerprint import fingerprint, images_stamp
 from dinokit.features.store import Store, open_store
@@ -46,7 +46,6 @@ __all__ = [
     "normalised",
     "open_store",
     "patch_width",
-    "readable",
     "spread",
     "spread_blocks",
 ]  # fmt: skip

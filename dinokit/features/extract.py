@@ -6,16 +6,17 @@ N  images that could be read     W  numbers in a vector: the width of the backbo
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-from dinokit.data.loader import EvalBatch, view_loader
+from dinokit.data.loader import image_loader
+from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageLike, ImageSource
-from dinokit.data.views import CenterCrop, Transform
+from dinokit.data.transforms import CenterCrop, Transform
 from dinokit.features.fingerprint import images_stamp
 from dinokit.features.tokens import Pooling, device_of, frozen, normalised
 from dinokit.models import Backbone
@@ -115,17 +116,19 @@ def extract(
     device = device_of(backbone)
     share = range(rank(), len(source), world_size())  # disjoint, so that the sum over processes is complete
     rows = _Rows(len(source), pooling.width(backbone), device, partial)
-    order = _Batches(share[rows.processed :], batch, draw)
-    views = view_loader(source, cut or CenterCrop(resize, size), size, order, workers, backbone.channels)
+    order = RangeSampler([share[rows.processed :]], batch, draw)
+    batches = image_loader(source, cut or CenterCrop(resize, size), order, workers)
     finished = math.ceil(rows.processed / batch)
     try:
         with frozen(backbone), torch.inference_mode():
-            for views_batch in watch(views, finished + len(order), "features", finished):
-                valid = readable(source, views_batch)
-                crops = normalised(backbone, views_batch.crops[valid].to(device))
-                with torch.autocast(device.type, precision, enabled=precision is not None):
-                    vectors = pooling(backbone, crops) if len(crops) else rows.x[:0]
-                rows.add(views_batch.indices[valid], vectors, views_batch.labels[valid], len(valid))
+            for images in watch(batches, finished + len(order), "features", finished):
+                vectors = rows.x[:0]
+                if images.groups:
+                    crops = normalised(backbone, images.images.to(device))
+                    with torch.autocast(device.type, precision, enabled=precision is not None):
+                        vectors = pooling(backbone, crops)
+                valid = images.valid
+                rows.add(images.indices[valid], vectors, images.labels[valid], len(valid))
     except Stopped:
         rows.save()
         raise
@@ -182,22 +185,6 @@ class _Rows:
         self.x[indices], self.y[indices], self.valid[indices] = x.to(device), y.to(device), 1
 
 
-@dataclass
-class _Batches:
-    """Batches of (image, draw) over the images of a share."""
-
-    share: range
-    batch: int
-    draw: int
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.share) / self.batch)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.share), self.batch):
-            yield [(i, self.draw) for i in self.share[start : start + self.batch]]
-
-
 def _check_finite(x: Tensor, precision: torch.dtype | None) -> None:
     broken = int((~x.isfinite()).any(dim=1).sum())
     if broken:
@@ -205,13 +192,6 @@ def _check_finite(x: Tensor, precision: torch.dtype | None) -> None:
         raise ValueError(
             f"Features of {broken} of {len(x)} images are not finite: the weights are broken{hint}."
         )
-
-
-def readable(source: ImageSource, batch: EvalBatch) -> Tensor:
-    """(b,) bool. A batch has the names of unreadable images, not their numbers; they have no label."""
-    names = set(batch.unreadable)
-    unreadable = [bool(names) and source.name(int(i)) in names for i in batch.indices]
-    return ~(torch.tensor(unreadable) & (batch.labels < 0))
 
 
 def _first_reason(source: ImageSource) -> str:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 import dinokit
+from dinokit.data.loader import ImageBatch, image_loader
+from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageSource
-from dinokit.data.whole import FitTransform, WholeBatch, whole_loader
+from dinokit.data.transforms import FitTransform
 from dinokit.features.fingerprint import fingerprint
 from dinokit.features.store import (
     FORMAT,
@@ -45,7 +47,7 @@ class ExtractSpec:
     Attributes:
         tokens: some of cls, mean (of the patches), patch, registers.
         layers: 'last', 'lastN', or the indices of blocks, from 0.
-        fit: how an image is shown: crop, pad or resize (dinokit.data.whole.FitTransform).
+        fit: how an image is shown: crop, pad or resize (dinokit.data.transforms.FitTransform).
         size: pixels; 0: for crop the size that the backbone was trained with, else the size of the image.
         resize: pixels of the shorter side before a crop; 0: 256 / 224 of `size`.
         dtype: of the stored numbers.
@@ -144,7 +146,8 @@ class Extraction:
         mine = [number for number in missing_shards(self.out, self.about) if number % world == rank]
         ranges = [shard_range(n, self.about["shard"], len(self.source)) for n in mine]
         device = device_of(self.backbone)
-        loader = whole_loader(self.source, self.fit, ranges, batch, workers, device.type == "cuda")
+        batches = RangeSampler(ranges, batch)
+        loader = image_loader(self.source, self.fit, batches, workers, device.type == "cuda")
         with frozen(self.backbone), torch.inference_mode():
             computed = _one_ahead(self._compute(images, device, precision) for images in loader)
             for number, images in zip(mine, ranges, strict=True):
@@ -154,15 +157,15 @@ class Extraction:
                             loaded, tokens = next(computed)
                             images = images[len(loaded.labels) :]
                             writer.append(*self._assemble(loaded, tokens))
-                            on_progress(len(loaded.labels), loaded.unreadable)
+                            on_progress(len(loaded.labels), loaded.errors)
                 except OSError as error:
                     shards = shard_count(self.about)
                     complete = shards - len(missing_shards(self.out, self.about))
                     raise write_error(error, self.out, complete, shards) from None
 
     def _compute(
-        self, images: WholeBatch, device: torch.device, precision: torch.dtype | None
-    ) -> tuple[WholeBatch, list[dict[str, Tensor]]]:
+        self, images: ImageBatch, device: torch.device, precision: torch.dtype | None
+    ) -> tuple[ImageBatch, list[dict[str, Tensor]]]:
         """For each group of images of one shape, its rows of every token, on the device."""
         crops = [normalised(self.backbone, x.to(device, non_blocking=True)) for x, _ in images.groups]
         with torch.autocast(device.type, precision, enabled=precision is not None):
@@ -171,7 +174,7 @@ class Extraction:
         return images, [{t: token_rows(t, group).to(dtype) for t in self.spec.tokens} for group in layers]
 
     def _assemble(
-        self, images: WholeBatch, groups: list[dict[str, Tensor]]
+        self, images: ImageBatch, groups: list[dict[str, Tensor]]
     ) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
         """The rows of all groups as arrays in the order of the images, their records, and their names."""
         count = len(images.labels)
@@ -199,7 +202,7 @@ class Extraction:
                     arrays[token][at] = array
         if patches:
             arrays["patch"] = np.concatenate(patches)
-        return arrays, records, [self.source.name(images.start + i) for i in range(count)]
+        return arrays, records, [self.source.name(i) for i in images.indices.tolist()]
 
     def _writer(self, number: int) -> NpyShard | ParquetShard:
         if self.spec.files == "parquet":

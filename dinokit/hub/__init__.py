@@ -1,1 +1,1 @@
-"""What torch.hub's door, hubconf.py, opens to: released models, by the names and the API of their users."""
+"""torch.hub entry points: released models with the API of DINO and DINOv2."""

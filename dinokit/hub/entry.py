@@ -1,22 +1,26 @@
-"""The entry points of hubconf.py. Only torch is needed, until a file in safetensors is to be read."""
+"""The entry points of hubconf.py, and our vit with the API of DINO's and DINOv2's models.
 
-from collections.abc import Callable
+Code written for those models runs unchanged. A model here shares the vit's own tables of parameters and
+modules: the names in its state_dict are the official ones, without a prefix, and moving, loading or casting
+one does the same to the other. Only torch is needed, until a safetensors file is read.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dinokit.hub.official import DINO, DINOv2, LinearClassifier
 from dinokit.hub.released import DINOV2, RELEASED, Released
 from dinokit.models.vit import SIZES, Config, VisionTransformer
 from dinokit.weights import fill, load_backbone
+from dinokit.weights.architecture import MEAN, STD
 from dinokit.weights.checkpoint import open_checkpoint
-from dinokit.weights.found import MEAN, STD
-from dinokit.weights.reader import read
+from dinokit.weights.load import read
 
-# What the official entry points call the fields of our Config.
+# The official names of fields of our Config.
 OFFICIAL = {
     "img_size": "size",
     "in_chans": "channels",
@@ -25,11 +29,11 @@ OFFICIAL = {
     "interpolate_offset": "pos_offset",
     "interpolate_antialias": "pos_antialias",
 }
-TRAINED_ON = ("LVD142M", "IMAGENET1K", "NONE")  # what official code may give as `weights`, besides a path
+TRAINED_ON = ("LVD142M", "IMAGENET1K", "NONE")  # values of `weights` in official code, besides a path
 
 
-def backbone(name: str) -> Callable[..., nn.Module]:
-    """The entry point of a released backbone."""
+def backbone_entry(name: str) -> Callable[..., nn.Module]:
+    """The torch.hub entry point of a released backbone."""
     model = RELEASED[name]
 
     def entry(*, pretrained: bool = True, weights: str | Path | None = None, **changes: Any) -> nn.Module:
@@ -40,7 +44,7 @@ def backbone(name: str) -> Callable[..., nn.Module]:
     )
 
 
-def classifier(name: str) -> Callable[..., nn.Module]:
+def classifier_entry(name: str) -> Callable[..., nn.Module]:
     """The entry point of a released backbone with its linear classifier."""
     model = RELEASED[name]
 
@@ -53,27 +57,27 @@ def classifier(name: str) -> Callable[..., nn.Module]:
         **changes: Any,
     ) -> nn.Module:
         if layers not in (1, 4):
-            raise ValueError(f"layers={layers}: there are linear classifiers over 1 block and over 4.")
-        done = LinearClassifier(_backbone(model, pretrained, weights, changes), layers)
+            raise ValueError(f"layers={layers}: there are linear classifiers for 1 block and for 4.")
+        model_with_head = LinearClassifier(_backbone(model, pretrained, weights, changes), layers)
         file = head_weights or (fetch(model.linear_url(layers), "head_weights") if pretrained else None)
         if file is not None:
             try:
-                done.linear_head.load_state_dict(open_checkpoint(file).tensors, strict=True)
+                model_with_head.linear_head.load_state_dict(open_checkpoint(file).tensors, strict=True)
             except RuntimeError as error:
                 why = " ".join(line.strip() for line in str(error).splitlines()[1:4])
                 raise ValueError(
                     f"{file} is not the classifier of {name} with layers={layers}: {why}"
                 ) from None
-        return done
+        return model_with_head
 
-    text = f"{name} and its linear classifier of ImageNet-1k over the last layers=1 or 4 blocks: 1000 logits."
+    text = f"{name} and its linear classifier of ImageNet-1k on the last layers=1 or 4 blocks: 1000 logits."
     return _named(entry, f"{name}_lc", f"{text}\n\n    head_weights=PATH: a local file of the classifier.")
 
 
-def depther(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
+def depth_entry(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
     """The entry point of a released backbone with its depth head, linear ("ld") or DPT ("dd").
 
-    These need numpy, as all of dinokit but the backbones does.
+    It needs numpy; the entry points of backbones do not.
     """
     model = RELEASED[name]
 
@@ -87,28 +91,28 @@ def depther(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
         head_weights: str | Path | None = None,
         **changes: Any,
     ) -> nn.Module:
-        from dinokit.heads import released  # noqa: PLC0415 - needs numpy, which a backbone alone does not
+        from dinokit.heads import released  # noqa: PLC0415 - needs numpy
 
         vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
-        given = _given(pretrained, head_weights)
-        return released.depther(vit, name, kind, given, layers, weights, hub_range_bug)
+        find_file = _find_head(pretrained, head_weights)
+        return released.depther(vit, name, kind, find_file, layers, weights, hub_range_bug)
 
-    which = "linear depth head, over layers=1 or 4 blocks" if kind == "ld" else "DPT depth head"
+    which = "linear depth head, on layers=1 or 4 blocks" if kind == "ld" else "DPT depth head"
     text = f"{name} and its {which}: images in [0, 1] (b, 3, h, w) -> metres (b, 1, h, w)."
     entry.__name__ = entry.__qualname__ = f"{name}_{kind}"
     entry.__doc__ = f"""{text}
 
-    weights="NYU" (to 10 m) or "KITTI" (to 80 m) says which head.
+    weights="NYU" (to 10 m) or "KITTI" (to 80 m) selects the head.
     hub_range_bug=True gives a linear NYU head the range to 80 m, as a version of the official code did.
-    backbone_weights=PATH and head_weights=PATH read local files; what is not given is fetched once, or with
-    pretrained=False drawn at random.
-    Besides: {", ".join(OFFICIAL)}.
+    backbone_weights=PATH and head_weights=PATH read local files; other files are downloaded once, or
+    with pretrained=False initialised at random.
+    More arguments: {", ".join(OFFICIAL)}.
     """
     return entry
 
 
-def segmenter(name: str) -> Callable[..., nn.Module]:
-    """The entry point of a released backbone with its segmentation head. These need numpy too."""
+def segmentation_entry(name: str) -> Callable[..., nn.Module]:
+    """The entry point of a released backbone with its segmentation head. It needs numpy too."""
     model = RELEASED[name]
 
     def entry(
@@ -120,25 +124,25 @@ def segmenter(name: str) -> Callable[..., nn.Module]:
         head_weights: str | Path | None = None,
         **changes: Any,
     ) -> nn.Module:
-        from dinokit.heads import released  # noqa: PLC0415 - as in depther()
+        from dinokit.heads import released  # noqa: PLC0415 - needs numpy
 
         vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
-        return released.segmenter(vit, name, _given(pretrained, head_weights), layers, weights)
+        return released.segmenter(vit, name, _find_head(pretrained, head_weights), layers, weights)
 
     text = f"{name} and its segmentation head: images in [0, 1] (b, 3, h, w) -> logits (b, classes, h, w)."
     entry.__name__ = entry.__qualname__ = f"{name}_seg"
     entry.__doc__ = f"""{text}
 
-    weights="ADE20K" (150 classes) or "VOC2012" (21) says which head, layers=1 ("linear") or 4 ("ms") of them.
-    backbone_weights=PATH and head_weights=PATH read local files; what is not given is fetched once, or with
-    pretrained=False drawn at random.
-    Besides: {", ".join(OFFICIAL)}.
+    weights="ADE20K" (150 classes) or "VOC2012" (21) and layers=1 ("linear") or 4 ("ms") select the head.
+    backbone_weights=PATH and head_weights=PATH read local files; other files are downloaded once, or
+    with pretrained=False initialised at random.
+    More arguments: {", ".join(OFFICIAL)}.
     """
     return entry
 
 
-def _given(pretrained: bool, head_weights: str | Path | None) -> Callable[[str], str | Path] | None:
-    """From the path of a released head to its file: the one that is given, or fetched; None draws one."""
+def _find_head(pretrained: bool, head_weights: str | Path | None) -> Callable[[str], str | Path] | None:
+    """A function from the path of a released head to its local file; None for a head at random."""
 
     def file(path: str) -> str | Path:
         return head_weights or fetch(f"{DINOV2}/{path}", "head_weights")
@@ -150,34 +154,34 @@ def dinokit_backbone(weights: str | Path, heads: int | None = None) -> nn.Module
     """A backbone of your own, or of any file that dinokit reads, with the API of DINOv2's models.
 
     weights: a file, or the folder of a run, of Hugging Face or of timm.
-    heads: how many attention heads there are, for a file that does not say.
+    heads: the number of attention heads, for a file that does not contain it.
     """
     vit = load_backbone(weights, heads=heads)
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"{weights} holds a {type(vit).__name__}; only a vit has the official API.")
+        raise ValueError(f"{weights} contains a {type(vit).__name__}; only a vit has the official API.")
     return DINOv2(vit.requires_grad_(True)).eval()
 
 
 def fetch(url: str, key: str = "weights") -> Path:
-    """The local copy of a released file, in torch.hub's cache; fetched if it is not there yet.
+    """The local copy of a released file in torch.hub's cache; it is downloaded if it does not exist.
 
     Raises:
-        OSError: if it cannot be had; it says how to give a file by hand, under which key.
+        OSError: if the download fails; the message names the argument for a local file.
     """
-    path = cached(url)
+    path = cached_path(url)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
             raise OSError(
-                f"{url} cannot be fetched: {error}. Put it at {path} by hand, or give {key}=PATH."
+                f"{url} cannot be downloaded: {error}. Put it at {path} yourself, or give {key}=PATH."
             ) from None
     return path
 
 
-def cached(url: str) -> Path:
-    """Where torch.hub keeps the file of a URL."""
+def cached_path(url: str) -> Path:
+    """The path of a URL's file in torch.hub's cache."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
@@ -204,7 +208,7 @@ def _vit(
         fill(vit, weights, tolerate=["mask_token"], heads=heads)
         vit.input = replace(read(weights, heads=heads, values=False)[1].input, size=vit.input.size)
         return vit
-    if vit.channels == len(MEAN):  # as all were trained; who gives other images normalises them
+    if vit.channels == len(MEAN):  # all were trained so; for other channels the caller normalises
         vit.input = replace(vit.input, mean=MEAN, std=STD)
     if pretrained:
         fill(vit, fetch(model.url, key), heads=heads)
@@ -215,8 +219,114 @@ def _named(entry: Callable[..., nn.Module], name: str, text: str) -> Callable[..
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"""{text}
 
-    pretrained=True fetches the released file once; pretrained=False draws weights at random.
+    pretrained=True downloads the released file once; pretrained=False initialises weights at random.
     weights=PATH reads a local file of any format that dinokit reads.
-    Besides: {", ".join(OFFICIAL)}.
+    More arguments: {", ".join(OFFICIAL)}.
     """
     return entry
+
+
+class DINOv2(nn.Module):
+    """A vit with the API of torch.hub's facebookresearch/dinov2."""
+
+    _vit: VisionTransformer
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        _share(self, vit)
+        self.head = nn.Identity()
+        self.embed_dim = self.num_features = vit.width
+        self.patch_size, self.n_blocks, self.num_tokens = vit.patch, len(vit.blocks), 1
+        first: Any = vit.blocks[0]
+        self.num_heads, self.num_register_tokens = first.attn.heads, vit.registers
+
+    def forward(self, x: Any, masks: Any = None, is_training: bool = False) -> Any:
+        """Class tokens (b, D); with is_training the dict of forward_features.
+
+        Args:
+            x: (b, 3, h, w), or a list of such.
+            masks: (b, N) bool or None, or a list of these.
+            is_training: the official name of this argument.
+        """
+        features = self.forward_features(x, masks)
+        if is_training:
+            return features
+        if isinstance(features, list):
+            return [self.head(f["x_norm_clstoken"]) for f in features]
+        return self.head(features["x_norm_clstoken"])
+
+    def forward_features(self, x: Any, masks: Any = None) -> Any:
+        """As VisionTransformer.forward_features; for lists of images and masks, a list of its results."""
+        if isinstance(x, list | tuple):
+            return [
+                self._vit.forward_features(a, m) for a, m in zip(x, masks or [None] * len(x), strict=True)
+            ]
+        return self._vit.forward_features(x, masks)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """As VisionTransformer.get_intermediate_layers."""
+        return self._vit.get_intermediate_layers(x, n, reshape, return_class_token, norm)
+
+
+class DINO(nn.Module):
+    """A vit with the API of torch.hub's facebookresearch/dino."""
+
+    _vit: VisionTransformer
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        _share(self, vit)
+        self.embed_dim = self.num_features = vit.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> class tokens (b, D)."""
+        return self._vit([x], [None])[0].cls
+
+    def forward_features(self, x: Tensor) -> dict[str, Tensor | None]:
+        """As DINOv2's."""
+        return self._vit.forward_features(x)
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """All tokens (b, 1 + N, D), after the final norm, of the last n blocks."""
+        layers = self._vit.get_intermediate_layers(x, n, return_class_token=True)
+        return [torch.cat([cls[:, None], patches], dim=1) for patches, cls in layers]
+
+    def get_last_selfattention(self, x: Tensor) -> Tensor:
+        """(b, heads, 1 + N, 1 + N): attention weights of the last block, one row for each query token."""
+        last: Any = self._vit.blocks[-1]
+        before = [len(self._vit.blocks) - 2]
+        patches, cls = self._vit.get_intermediate_layers(x, before, False, True, norm=False)[0]
+        rows, attn = last.norm1(torch.cat([cls[:, None], patches], dim=1)), last.attn
+        q, k, _ = attn.qkv(rows).unflatten(2, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)
+
+
+class LinearClassifier(nn.Module):
+    """A backbone of DINOv2 and its released classifier of ImageNet-1k: 1000 logits."""
+
+    def __init__(self, backbone: DINOv2, layers: int) -> None:
+        super().__init__()
+        self.backbone, self.layers = backbone, layers
+        self.linear_head = nn.Linear((1 + layers) * backbone.embed_dim, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, 1000).
+
+        The input of the classifier is the class tokens of the last blocks, in the order of depth, and the
+        mean patch of the last block.
+        """
+        blocks = self.backbone.get_intermediate_layers(x, self.layers, return_class_token=True)
+        vectors = [cls for _, cls in blocks] + [blocks[-1][0].mean(dim=1)]
+        return self.linear_head(torch.cat(vectors, dim=1))
+
+
+def _share(model: nn.Module, vit: VisionTransformer) -> None:
+    model._parameters, model._buffers, model._modules = vit._parameters, vit._buffers, vit._modules
+    model.__dict__["_vit"] = vit  # not a child: that would add a prefix to every key

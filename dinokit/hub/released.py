@@ -1,4 +1,4 @@
-"""The models that DINO and DINOv2 released: what there is, how large, where. It is imported in no time."""
+"""The models that DINO and DINOv2 released: names, sizes and URLs. Importing it is fast."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ LICENCE = "Apache-2.0"  # of the code and of the weights, in both projects
 
 @dataclass(frozen=True)
 class Released:
-    """A model that can be had from torch.hub."""
+    """A released model of torch.hub."""
 
     name: str  # of the entry point
     parameters: int  # of the backbone
     url: str  # of its file
     size: str  # a key of SIZES in dinokit.models.vit
-    values: Mapping[str, object] = field(default_factory=dict)  # of the vit's Config, besides
+    values: Mapping[str, object] = field(default_factory=dict)  # more fields of the vit's Config
     licence: str = LICENCE
 
     @property
@@ -25,7 +25,7 @@ class Released:
         return self.values["patch"]
 
     def linear_url(self, layers: int) -> str:
-        """Where the linear classifier over so many blocks lies, 1 or 4; DINOv2 has them alone."""
+        """The URL of the linear classifier on 1 or 4 blocks; only DINOv2 has them."""
         return self.url.replace(
             "_pretrain.pth", "_linear_head.pth" if layers == 1 else f"_linear{layers}_head.pth"
         )

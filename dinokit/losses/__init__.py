@@ -1,54 +1,93 @@
-"""What the student is trained to do. A shelf: a file here is a key of `losses` in a recipe.
+"""The training objectives. A registry: a file here is a key of `losses` in a recipe.
 
-A file defines `Config`, a dataclass with at least `weight`, and
+An entry defines `Config`, a dataclass with at least `weight`, and
 
-    build(cfg: Config) -> nn.Module     # with .weight: float and forward(views: Views) -> Tensor ()
+    build(cfg: Config, prototypes: Mapping[HeadName, int]) -> nn.Module
 
-`Config.uses = frozenset({"masks"})` (a ClassVar) says that the loss reads the masked patches;
+`prototypes` is the number of prototypes of each head; a loss that does not need it may define `build(cfg)`.
+The module has `weight: float` and `forward(views: Views) -> Tensor` of shape (). It may have a method
+`end_of_step()`, which the trainer calls in every process after each optimiser step: there it updates its
+statistics.
+
+`Config.uses = frozenset({"masks"})` (a ClassVar) declares that the loss reads the masked patches;
 `Config.least_images` (a ClassVar) is the smallest number of images that it can compare.
 
 Letters: B images in this forward pass on this process, G global crops, L local crops, D width, K prototypes,
 M masked patches.
 """
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinokit.losses._targets import Targets, Which, sinkhorn_knopp
-from dinokit.models.head import LazyLogits, slices
+from dinokit.config import registry
+from dinokit.losses import chunked
+from dinokit.models.head import LazyLogits
+
+HeadName = Literal["cls", "patch"]  # the head of the class token, or that of the patches
 
 
 @dataclass
 class Views:
-    """What student and teacher saw of one batch. Losses compute in float32 whatever the dtype here.
+    """The outputs of student and teacher for one batch, which the losses compare.
 
-    `scores.logits()` gives all logits; loss and gradient without them is what losses/_entropy.py is for.
+    Losses compute in float32 whatever the dtype here. `student_cls.logits()` gives the logits of all
+    prototypes; losses/chunked.py computes a loss without ever holding them all.
     """
 
     student_cls: LazyLogits  # (G+L, B, K) of the class token, global crops first
     teacher_cls: LazyLogits  # (G, B, K)
     student_feature: Tensor  # (G, B, D) class token of the backbone, after its final norm
     student_patch: LazyLogits  # (M, K') of masked patches; M may be 0
-    teacher_patch: LazyLogits  # (M, K') of the same places in the unmasked crops
+    teacher_patch: LazyLogits  # (M, K') of the same patches in the unmasked crops
     mask_weight: Tensor  # (M,) one over the number of masked patches in the same crop
     teacher_temp: float
-    new_step: bool  # the first forward pass of an optimiser step; only then may kept statistics move on
-    whole_logits: bool = False  # compute losses from all logits at once, as they are written in the papers
+    whole_logits: bool = False  # compute losses from all logits at once, as the papers write them
 
-    def teacher(self, which: Which) -> LazyLogits:
-        """The teacher's scores by one of the heads."""
-        return self.teacher_cls if which == "cls" else self.teacher_patch
+    def teacher(self, head: HeadName) -> LazyLogits:
+        """The teacher's logits of a head."""
+        return self.teacher_cls if head == "cls" else self.teacher_patch
 
-    def parts(self, which: Which) -> list[slice]:
-        """The prototypes of one of the heads in slices, for logits of the student and targets alike."""
-        student = self.student_cls if which == "cls" else self.student_patch
-        return slices(student, self.teacher(which))
+    def slices(self, head: HeadName) -> list[slice]:
+        """The slices of a head's prototypes, the same for student and teacher."""
+        student = self.student_cls if head == "cls" else self.student_patch
+        return chunked.prototype_slices(student, self.teacher(head))
 
     @cached_property
-    def balanced(self) -> dict[Which, Targets]:
-        """The targets of both heads by Sinkhorn-Knopp, for whichever losses ask."""
-        teachers, parts = [self.teacher_cls, self.teacher_patch], [self.parts("cls"), self.parts("patch")]
-        cls, patch = sinkhorn_knopp(teachers, self.teacher_temp, parts=parts)
+    def balanced_targets(self) -> dict[HeadName, chunked.SlicedTargets]:
+        """The Sinkhorn-Knopp targets of both heads in slices, computed once for all losses."""
+        teachers, slices = [self.teacher_cls, self.teacher_patch], [self.slices("cls"), self.slices("patch")]
+        cls, patch = chunked.sinkhorn_knopp(teachers, self.teacher_temp, slices=slices)
         return {"cls": cls, "patch": patch}
+
+
+def build_losses(
+    sections: Mapping[str, Mapping[str, Any]], prototypes: Mapping[HeadName, int]
+) -> nn.ModuleList:
+    """The losses of a recipe, in its order.
+
+    Args:
+        sections: by name, the values of each loss's Config.
+        prototypes: K of each head; a shared head stands under both names.
+    """
+    return nn.ModuleList(_build(name, values, prototypes) for name, values in sections.items())
+
+
+def _build(name: str, values: Mapping[str, Any], prototypes: Mapping[HeadName, int]) -> nn.Module:
+    module = registry.find("losses", name)
+    cfg = module.Config(**values)
+    takes_prototypes = len(inspect.signature(module.build).parameters) > 1
+    loss: nn.Module = module.build(cfg, prototypes) if takes_prototypes else module.build(cfg)
+    return loss
+
+
+def end_of_step(losses: nn.Module) -> None:
+    """Update the statistics of losses after an optimiser step. Every process must call it."""
+    for module in losses.modules():
+        update = getattr(module, "end_of_step", None)
+        if update is not None:
+            update()

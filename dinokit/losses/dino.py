@@ -1,20 +1,21 @@
-"""DINO: a crop must predict what the teacher says of another crop of the same image.
+"""DINO: the student's crop predicts the teacher's output for another crop of the same image.
 
 Caron et al. 2021 (arXiv 2104.14294), section 3.1; targets by Sinkhorn-Knopp as in DINOv2 (arXiv 2304.07193),
-or by a centre.
+or by centering.
 
     S  student crops: global ones first, then local    T  teacher crops: the global ones    B, K  as in Views
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dinokit.losses import Views
-from dinokit.losses._entropy import cross_entropy
-from dinokit.losses._targets import Targets, build_targets
+from dinokit.losses import HeadName, Views, chunked
+from dinokit.losses.centering import Centering
+from dinokit.losses.sinkhorn import Sinkhorn
 
 
 @dataclass
@@ -25,26 +26,23 @@ class Config:
     center_momentum: float = 0.9  # of the centre, with targets=centering
 
 
-def dino(student: Tensor, teacher: Tensor, temp: float) -> Tensor:
-    """Mean cross-entropy over all pairs of a student crop and another teacher crop. Returns ().
+def dino(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean cross-entropy over images and all pairs of a student crop and another teacher crop. Returns ().
 
-    The mean is over the batch too. Crop t of the teacher is crop t of the student; a crop is never compared
-    with itself.
+    Crop t of the teacher is crop t of the student; a crop is never compared with itself.
 
     Args:
         student: (S, B, K) logits.
         teacher: (T, B, K) probabilities, no gradient.
-        temp: of the student.
+        temperature: of the student.
     """
-    student = student.float() / temp
-    # A target sums to 1, so its cross-entropy is logsumexp minus an inner product: no log-softmax is kept.
-    inner = torch.einsum("sbk,tbk->st", student, teacher) / student.shape[1]
-    entropy = student.logsumexp(dim=-1).mean(dim=1, keepdim=True) - inner  # (S, T)
-    return (entropy * _pairs(len(student), len(teacher), inner.device)).sum()
+    log_p = (student.float() / temperature).log_softmax(dim=-1)
+    entropy = -torch.einsum("tbk,sbk->st", teacher, log_p) / student.shape[1]  # (S, T)
+    return (entropy * pair_weights(len(student), len(teacher), entropy.device)).sum()
 
 
-def _pairs(students: int, teachers: int, device: torch.device) -> Tensor:
-    """The share of each pair of crops in the loss, (S, T)."""
+def pair_weights(students: int, teachers: int, device: torch.device) -> Tensor:
+    """The weight of each pair of crops in the mean, (S, T): 0 for a crop and itself."""
     others = 1 - torch.eye(students, teachers, device=device)
     return others / (others.numel() - min(others.shape))
 
@@ -52,22 +50,27 @@ def _pairs(students: int, teachers: int, device: torch.device) -> Tensor:
 class DINOLoss(nn.Module):
     """dino() with its targets."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, prototypes: Mapping[HeadName, int]) -> None:
         super().__init__()
         self.weight, self.student_temp = cfg.weight, cfg.student_temp
-        self.targets = build_targets(cfg.targets, cfg.center_momentum)
+        centering = cfg.targets == "centering"
+        self.targets = Centering(prototypes["cls"], cfg.center_momentum) if centering else Sinkhorn()
 
     def forward(self, views: Views) -> Tensor:
         """()."""
-        targets: Targets = self.targets(views, "cls")
+        if not views.whole_logits:
+            return self._in_slices(views)
+        teacher = self.targets(views.teacher_cls.logits(), views.teacher_temp)  # (T, B, K)
+        return dino(views.student_cls.logits(), teacher, self.student_temp)
+
+    def _in_slices(self, views: Views) -> Tensor:
+        """The same, for a slice of the prototypes at a time."""
         crops, images = views.teacher_cls.rows.shape[:2]
-        if views.whole_logits:
-            teacher = targets.probabilities().unflatten(0, (crops, images))
-            return dino(views.student_cls.logits(), teacher, self.student_temp)
         device = views.teacher_cls.rows.device
-        pairs = _pairs(len(views.student_cls.rows), crops, device)
+        pairs = pair_weights(len(views.student_cls.rows), crops, device)
         weight = torch.full((images,), 1 / images, device=device)
-        return cross_entropy(views.student_cls, targets, pairs, weight, self.student_temp)
+        targets = self.targets.in_slices(views, "cls")
+        return chunked.cross_entropy(views.student_cls, targets, pairs, weight, self.student_temp)
 
 
 build = DINOLoss

@@ -1,17 +1,18 @@
-"""iBOT: a masked patch must be told as the teacher, who sees it, tells it.
+"""iBOT: the student predicts the teacher's output for a masked patch, which the teacher sees.
 
 Zhou et al. 2021 (arXiv 2111.07832); normalised as in DINOv2 (arXiv 2304.07193): by all global crops, masked
 or not.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from dinokit.losses import Views
-from dinokit.losses._entropy import cross_entropy
-from dinokit.losses._targets import Targets, build_targets
+from dinokit.losses import HeadName, Views, chunked
+from dinokit.losses.centering import Centering
+from dinokit.losses.sinkhorn import Sinkhorn
 from dinokit.models.head import LazyLogits
 
 
@@ -24,39 +25,44 @@ class Config:
     center_momentum: float = 0.9  # of the centre, with targets=centering
 
 
-def ibot(student: Tensor, teacher: Tensor, weight: Tensor, crops: int, temp: float) -> Tensor:
-    """Cross-entropy of masked patches, averaged in each crop, summed, over the number of crops. Returns ().
+def ibot(student: Tensor, teacher: Tensor, weight: Tensor, crops: int, temperature: float) -> Tensor:
+    """Cross-entropy of masked patches: the mean in each crop, summed, over the number of crops. Returns ().
 
     Args:
         student: (M, K) logits of the masked patches.
         teacher: (M, K) probabilities, no gradient.
         weight: (M,), one over the number of masked patches in the same crop.
         crops: global crops in the batch, those without a mask included.
-        temp: of the student.
+        temperature: of the student.
     """
-    student = student.float() / temp
-    entropy = student.logsumexp(dim=-1) - (student * teacher).sum(dim=-1)  # (M,)
+    log_p = (student.float() / temperature).log_softmax(dim=-1)
+    entropy = -(teacher * log_p).sum(dim=-1)  # (M,)
     return (entropy * weight).sum() / crops
 
 
 class IBOTLoss(nn.Module):
     """ibot() with its targets."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, prototypes: Mapping[HeadName, int]) -> None:
         super().__init__()
         self.weight, self.student_temp = cfg.weight, cfg.student_temp
-        self.targets = build_targets(cfg.targets, cfg.center_momentum)
+        centering = cfg.targets == "centering"
+        self.targets = Centering(prototypes["patch"], cfg.center_momentum) if centering else Sinkhorn()
 
     def forward(self, views: Views) -> Tensor:
         """()."""
-        targets: Targets = self.targets(views, "patch")
         crops = views.teacher_cls.rows.shape[:2].numel()
-        if views.whole_logits:
-            student, teacher = views.student_patch.logits(), targets.probabilities()
-            return ibot(student, teacher, views.mask_weight, crops, self.student_temp)
-        one = LazyLogits(views.student_patch.rows[None], views.student_patch.prototypes)
+        if not views.whole_logits:
+            return self._in_slices(views, crops)
+        teacher = self.targets(views.teacher_patch.logits(), views.teacher_temp)  # (M, K)
+        return ibot(views.student_patch.logits(), teacher, views.mask_weight, crops, self.student_temp)
+
+    def _in_slices(self, views: Views, crops: int) -> Tensor:
+        """The same, for a slice of the prototypes at a time."""
+        student = LazyLogits(views.student_patch.rows[None], views.student_patch.prototypes)
         pairs = views.mask_weight.new_ones(1, 1)
-        return cross_entropy(one, targets, pairs, views.mask_weight / crops, self.student_temp)
+        targets = self.targets.in_slices(views, "patch")
+        return chunked.cross_entropy(student, targets, pairs, views.mask_weight / crops, self.student_temp)
 
 
 build = IBOTLoss

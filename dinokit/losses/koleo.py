@@ -1,4 +1,4 @@
-"""KoLeo: push each class feature away from its nearest neighbour, so that the batch fills the sphere.
+"""KoLeo: pushes each class feature away from its nearest neighbour, so that the features of a batch spread.
 
 Sablayrolles et al. 2019 (arXiv 1806.03198); DINOv2 gives it weight 0.1 (arXiv 2304.07193).
 """
@@ -18,7 +18,7 @@ from dinokit.runtime.distributed import all_gather_rows, rank
 class Config:
     least_images: ClassVar[int] = 2
     weight: float = 0.1
-    distributed: bool = False  # nearest among the images of all processes; else, as in DINOv2, of this one
+    distributed: bool = False  # search the images of all processes; else, as in DINOv2, of this one
     eps: float = 1e-8  # added to a distance in [0, 2]: a duplicate costs -log(eps) = 18.4, not infinity
 
 
@@ -53,7 +53,7 @@ class KoLeoLoss(nn.Module):
 
     def forward(self, views: Views) -> Tensor:
         """()."""
-        # One term a global crop, summed: two crops of one image are near on purpose, never compare them.
+        # One term for each global crop: two crops of one image should be close, so they are not compared.
         return torch.stack([koleo(x, self.eps, self.distributed) for x in views.student_feature]).sum()
 
 

@@ -56,7 +56,7 @@ def launch() -> Launch:
         )  # fmt: skip
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone
         world = int(env["SLURM_STEP_NUM_TASKS"])
-        job = 7 * int(job_number() or 0) + int(env.get("SLURM_STEP_ID", 0))
+        job = 7 * int(slurm_job_id() or 0) + int(env.get("SLURM_STEP_ID", 0))
         return Launch(
             int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)),
             _tasks_here(env.get("SLURM_STEP_TASKS_PER_NODE", str(world)), int(env.get("SLURM_NODEID", 0))),
@@ -66,7 +66,7 @@ def launch() -> Launch:
     return Launch()
 
 
-def job_number() -> str:
+def slurm_job_id() -> str:
     """SLURM's number of the job that this process belongs to; empty outside of one."""
     return os.environ.get("SLURM_JOB_ID", "")
 
@@ -86,7 +86,7 @@ def _tasks_here(counts: str, node: int) -> int:
     return each[node] if node < len(each) else each[0]
 
 
-def cores() -> int:
+def cpu_cores() -> int:
     """CPU cores for this process: those it may run on, shared out with the others on its node."""
     have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ours = launch()
@@ -96,7 +96,7 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Bytes of main memory for this process: the machine's or container's, shared out as cores() are."""
+    """Bytes of main memory for this process: the machine's or container's, shared out as cpu_cores() are."""
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     said = limit.read_text().strip() if limit.exists() else ""
@@ -149,7 +149,7 @@ def gather_objects(x: Any) -> list[Any]:
     return found
 
 
-def of_first(x: Any) -> Any:
+def broadcast(x: Any) -> Any:
     """Process 0's x, in every process. It waits for process 0."""
     if world_size() == 1:
         return x

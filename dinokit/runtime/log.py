@@ -25,7 +25,7 @@ from rich.text import Text
 
 from dinokit.runtime.distributed import rank
 from dinokit.runtime.files import write_text
-from dinokit.runtime.signals import Stopped, stop_here
+from dinokit.runtime.signals import Stopped, should_stop
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class RunLog:
         finally:
             self._show()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for people, on the console and in run.log."""
         if self.main:
             self.console.print(text, markup=False)
@@ -122,7 +122,7 @@ class RunLog:
         self.text.flush()
 
 
-def before_and_after(out: Path) -> list[str]:
+def first_and_last_scores(out: Path) -> list[str]:
     """A table, line by line: what each evaluator said of a run first, and last; empty without evaluators."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
@@ -158,13 +158,13 @@ def watch(items: Iterable[T], total: int, text: str, done: int = 0, together: bo
     hidden = rank() > 0 or not console.is_terminal
     for item in track(items, text, total, done, console=console, disable=hidden, transient=True):
         yield item
-        if stop_here(together):
+        if should_stop(together):
             break
-    if stop_here(together=True):
+    if should_stop(together=True):
         raise Stopped
 
 
-def tell(text: str) -> None:
+def info(text: str) -> None:
     """A line for people, on standard error; process 0 says it."""
     if rank() == 0:
         console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""How a command is told to stop: Ctrl-C, kill or a scheduler's warning; all processes stop at one place."""
+"""Stop signals: Ctrl-C, kill or a scheduler's warning ask a command to save and end."""
 
 import os
 import signal
@@ -9,89 +9,90 @@ import torch
 
 from dinokit.runtime.distributed import all_reduce_max, rank
 
-STOPS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # from kill, and from SLURM before it ends a job
+STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # from kill, and from SLURM before a job ends
 
 
 class Stopped(KeyboardInterrupt):
-    """All processes stopped at the same place, as one of them was asked to."""
+    """All processes stopped at the same place because one of them received a stop signal."""
 
 
-class Told:
-    """Whether a command was told to stop: the handler of the signals, which notes each.
+class StopSignal:
+    """Signal handler that records the stop signals which this process receives.
 
     Args:
-        between_items: whether whatever goes through log.watch() stops there; else the command asks for itself
-            after every step.
+        between_items: whether log.watch() stops between two items; if not, the caller asks after every step.
     """
 
     def __init__(self, between_items: bool) -> None:
         self.between_items = between_items
-        self.asked: list[int] = []  # what this process was sent
-        self.agreed = 0  # what one of all was sent, when they last agreed
+        self.received: list[int] = []  # signals to this process
+        self.received_anywhere = 0  # a signal to any process, 0 if none; known since on_any_process()
 
     def __call__(self, number: int, _: object) -> None:
-        """Note a signal; a second Ctrl-C ends at once.
+        """Record a signal.
 
         Raises:
-            KeyboardInterrupt: at that.
+            KeyboardInterrupt: at the second Ctrl-C, which ends the command at once.
         """
-        if number == signal.SIGINT and number in self.asked:
+        if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
         if number == signal.SIGINT and rank() == 0:
-            now = "the batch, step or C that it is at" if self.between_items else "this step"
-            text = f"\nstops after {now}; Ctrl-C again ends at once, and loses what was not saved\n"
+            unit = "batch or step" if self.between_items else "step"
+            text = f"\nstops after the current {unit}; press Ctrl-C again to stop at once without saving\n"
             os.write(2, text.encode())
-        self.asked.append(number)
+        self.received.append(number)
 
-    def here(self) -> bool:
-        """Whether this process was."""
-        return bool(self.asked)
+    def on_this_process(self) -> bool:
+        """Whether this process received a stop signal."""
+        return bool(self.received)
 
-    def anywhere(self) -> bool:
-        """Whether any process was, the same in all; all must call it equally often.
+    def on_any_process(self) -> bool:
+        """Whether any process received a stop signal. All processes must call this equally often.
 
-        It costs one number to every process, between CPUs, and no wait for a GPU.
+        It reduces one number between CPUs and does not wait for a GPU.
         """
-        self.agreed = int(all_reduce_max(torch.tensor(max(self.asked, default=0), dtype=torch.int32)))
-        return bool(self.agreed)
+        latest = torch.tensor(max(self.received, default=0), dtype=torch.int32)
+        self.received_anywhere = int(all_reduce_max(latest))
+        return bool(self.received_anywhere)
 
 
 @contextmanager
-def stop_signals(between_items: bool = False) -> Iterator[Told]:
-    """While open, Ctrl-C or a signal of STOPS asks to save and end; a second Ctrl-C ends at once.
+def stop_signals(between_items: bool = False) -> Iterator[StopSignal]:
+    """Handle Ctrl-C and STOP_SIGNALS inside the block as requests to save and end.
 
-    Launchers and schedulers repeat themselves: that changes nothing, even when the block has been left. The
-    whole process is meant: a block begins with what the one around it heard, and gives back what it hears.
+    Blocks may be nested: an inner block starts with the signals that the outer one received, and hands its
+    own to the outer one. After a stop the outermost block ignores STOP_SIGNALS, because launchers and
+    schedulers send them repeatedly and the process should still end with its own exit status.
 
     Args:
-        between_items: as Told.
+        between_items: as for StopSignal.
     """
-    told = Told(between_items)
-    before = {number: signal.signal(number, told) for number in (signal.SIGINT, *STOPS)}
-    around = before[signal.SIGINT]
-    if isinstance(around, Told):
-        told.asked += around.asked
+    stop = StopSignal(between_items)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, *STOP_SIGNALS)}
+    outer = before[signal.SIGINT]
+    if isinstance(outer, StopSignal):
+        stop.received += outer.received
     try:
-        yield told
+        yield stop
     finally:
-        outermost = not isinstance(around, Told)
+        received = {stop.received_anywhere, *stop.received} - {0}
+        ending = not isinstance(outer, StopSignal) and not received.isdisjoint(STOP_SIGNALS)
         for number, handler in before.items():
-            # All has been saved or done, and what is left is to end: with the status that says so.
-            spent = outermost and number in STOPS and not {told.agreed, *told.asked}.isdisjoint(STOPS)
-            signal.signal(number, signal.SIG_IGN if spent else handler)
-        if isinstance(around, Told):
-            around.asked += {told.agreed, *told.asked} - {0}
+            ignored = ending and number in STOP_SIGNALS
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+        if isinstance(outer, StopSignal):
+            outer.received += received
 
 
-def stop_here(together: bool) -> bool:
-    """Whether to stop between two items, if that is listened to.
+def should_stop(together: bool) -> bool:
+    """Whether to stop between two items; False outside stop_signals(between_items=True).
 
-    log.watch() asks, far below whoever listens: it need not be handed down, for it is this process's handler.
+    log.watch() calls this. It finds the StopSignal as the handler of this process.
 
     Args:
-        together: whether all processes ask this equally often, and stop if one was told.
+        together: whether all processes ask equally often, and stop if any of them received a signal.
     """
-    told = signal.getsignal(signal.SIGINT)
-    if not isinstance(told, Told) or not told.between_items:
+    stop = signal.getsignal(signal.SIGINT)
+    if not isinstance(stop, StopSignal) or not stop.between_items:
         return False
-    return told.anywhere() if together else told.here()
+    return stop.on_any_process() if together else stop.on_this_process()

@@ -3,8 +3,8 @@
 import torch
 
 from dinokit.config.load import Recipe
+from dinokit.losses.chunked import GPU_CHUNK
 from dinokit.models import Backbone
-from dinokit.models.head import GPU_CHUNK
 from dinokit.train.student_teacher import build_backbone
 
 # Bytes a token and a unit of width that a transformer block keeps in 16-bit, attention weights not stored:
@@ -37,7 +37,7 @@ def tokens_of(backbone: Backbone, size: int) -> int:
 def _logits(recipe: Recipe, backbone: Backbone, images: int) -> int:
     """Bytes: the teacher's logits stay, in float32, and the student's too if `run.logits` is whole.
 
-    One loss at a time needs three times its student's logits besides, or twice those of a chunk.
+    One loss at a time needs its student's logits, or those of a chunk, in 32 and in 16 bits besides.
     """
     views, whole = recipe.crops.globals.count, recipe.run.logits == "whole"
     heads = [(recipe.heads.cls, images * views, images * (views + recipe.crops.locals.count))]
@@ -47,4 +47,4 @@ def _logits(recipe: Recipe, backbone: Backbone, images: int) -> int:
         heads.append((recipe.heads.patch or recipe.heads.cls, patches, patches))
     stay = sum((taught + whole * asked) * head.prototypes for head, taught, asked in heads)
     most = max(asked * head.prototypes for head, _, asked in heads)
-    return 4 * (stay + (3 * most if whole else 2 * min(most, GPU_CHUNK)))
+    return round(4 * (stay + 1.5 * (most if whole else min(most, GPU_CHUNK))))

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from dinokit.runtime.distributed import gather_objects, of_first, rank, world_size
+from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
 from dinokit.runtime.files import atomic, remove, sync_folder
 
 MARK = "complete.json"
@@ -161,7 +161,7 @@ def newest(folder: Path) -> Found | None:
 
 def latest(folder: Path) -> Found | None:
     """newest() as process 0 sees it, in every process."""
-    return of_first(newest(folder) if rank() == 0 else None)
+    return broadcast(newest(folder) if rank() == 0 else None)
 
 
 def verify(found: Found) -> None:

@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinokit.config import registry
 from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
-from dinokit.losses import Views
+from dinokit.losses import Views, build_losses
 from dinokit.models import Tokens
 from dinokit.models.head import LazyLogits
 from dinokit.runtime.distributed import local
 from dinokit.train.frozen import read_teacher
-from dinokit.train.student_teacher import Network, both_scores, build_head, read
+from dinokit.train.student_teacher import Network, both_scores, build_head, prototypes_of, read
 
 GUIDE = "guide_"  # before the names of the losses that fresh heads learn by
 
@@ -68,8 +67,9 @@ class Distillation(nn.Module):
         self.whole_logits = recipe.run.logits == "whole"
         self.all_tokens = recipe.run.tokens == "all"
         self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
-        self.losses = _losses(recipe)
-        self.guide_losses = _losses(recipe) if self.teacher.heads is None else nn.ModuleList()
+        self.losses = build_losses(recipe.losses, prototypes_of(recipe))
+        fresh = self.teacher.heads is None
+        self.guide_losses = build_losses(recipe.losses if fresh else {}, prototypes_of(recipe))
         self.register_buffer("fingerprint", torch.tensor(list(bytes.fromhex(self.teacher.fingerprint))))
         self.register_load_state_dict_pre_hook(_refuse_another_teacher)
 
@@ -79,13 +79,12 @@ class Distillation(nn.Module):
         self.average.eval()
         return self
 
-    def forward(self, batch: Batch, teacher_temp: float, new_step: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, teacher_temp: float) -> dict[str, Tensor]:
         """Every loss (), before its weight; those of fresh heads are named 'guide_...'.
 
         Args:
             batch: crops are normalised floats; without masks.
             teacher_temp: softmax temperature of the teacher's targets.
-            new_step: whether this is the first part of an optimiser step.
         """
         groups = [batch.global_crops, *([batch.local_crops] if len(batch.local_crops) else [])]
         seen = self.teacher.see(batch.global_crops)
@@ -104,7 +103,6 @@ class Distillation(nn.Module):
             teacher_patch=teacher[1].detach(),
             mask_weight=torch.full((patches.numel(),), 1 / patches[1], device=seen.cls.device),
             teacher_temp=teacher_temp,
-            new_step=new_step,
             whole_logits=self.whole_logits,
         )
         with torch.autocast(batch.global_crops.device.type, enabled=False):
@@ -122,8 +120,8 @@ class Distillation(nn.Module):
             student_feature=seen.cls.unflatten(0, (-1, images)),
             student_patch=teacher[1],
         )
-        if "balanced" in vars(views):  # the same teacher: what it asks is not reckoned twice
-            vars(own)["balanced"] = views.balanced
+        if "balanced_targets" in vars(views):  # the same teacher: what it asks is not reckoned twice
+            vars(own)["balanced_targets"] = views.balanced_targets
         values = {GUIDE + name: loss(own) for name, loss in zip(self.names, self.guide_losses, strict=True)}
         return {name: value for name, value in values.items() if value.requires_grad}
 
@@ -133,12 +131,6 @@ class Distillation(nn.Module):
         own = [p for name, p in self.student.named_parameters() if not name.startswith("guide.")]
         average = [local(p) for p in self.average.parameters()]
         torch._foreach_lerp_(average, [local(p) for p in own], 1 - momentum)
-
-
-def _losses(recipe: Recipe) -> nn.ModuleList:
-    return nn.ModuleList(
-        registry.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
-    )
 
 
 def _refuse_another_teacher(

@@ -20,9 +20,9 @@ import torch
 from dinokit.config.load import Recipe, load_recipe, to_yaml
 from dinokit.models import Backbone
 from dinokit.runtime.device import pick_precision
-from dinokit.runtime.distributed import gather_objects, of_first, rank, world_size
+from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
 from dinokit.runtime.files import PARTS, atomic, remove, write_text
-from dinokit.train.hold import LOCK
+from dinokit.runtime.run_lock import LOCK
 from dinokit.weights import save_backbone
 
 # Settings that may change when a run goes on, because they do not change what it learns.
@@ -70,7 +70,7 @@ def with_precision(recipe: Recipe, device: torch.device) -> Recipe:
     saved, wanted = Path(recipe.run.out) / "recipe.yaml", recipe.run.precision
     if wanted == "auto" and saved.exists():
         wanted = load_recipe(saved).run.precision
-    precision = of_first(pick_precision(wanted, device))
+    precision = broadcast(pick_precision(wanted, device))
     return replace(recipe, run=replace(recipe.run, precision=precision))
 
 

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from dinokit.config.load import Recipe
-from dinokit.data.loader import loader
+from dinokit.data.loader import training_loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
 from dinokit.runtime.device import keep_freed_memory, pick_device
 from dinokit.runtime.distributed import rank, world_size
-from dinokit.runtime.log import RunLog, before_and_after
+from dinokit.runtime.log import RunLog, first_and_last_scores
+from dinokit.runtime.run_lock import run_lock
 from dinokit.runtime.signals import Stopped, stop_signals
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, Found
 from dinokit.train.folder import open_run, with_precision
-from dinokit.train.hold import alone_in
 from dinokit.train.parallel import whole_backbone
 from dinokit.train.parts import parts_of_step
 from dinokit.train.processes import agree, images_of, joined
@@ -38,12 +38,12 @@ def train(recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] =
         ValueError: before the first step, if recipe, folder and source do not fit together.
         TrainingError: if a loss is not finite, or too many images cannot be read.
         OSError: if a checkpoint cannot be written.
-        Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step. Told
-            by a signal of STOPS, the process no longer hears these, for a launcher repeats them.
+        Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last
+            step. After one of STOP_SIGNALS the process ignores these, because a launcher repeats them.
     """
     device = pick_device(recipe.run.device)
     keep_freed_memory(recipe.run)
-    with joined(device, recipe.run.timeout_minutes) as watchdog, alone_in(Path(recipe.run.out)):
+    with joined(device, recipe.run.timeout_minutes) as watchdog, run_lock(Path(recipe.run.out)):
         return _train(recipe, source, evaluators, device, watchdog)
 
 
@@ -63,10 +63,10 @@ def _train(
     model, recipe = begin(recipe, first=found is None)
     step = Step(recipe, device, parts, model)
     masks = block_masks(recipe, step.model.student.backbone)
-    batches = loader(  # before run.out is there, which would hold a recipe that its images do not fit
+    batches = training_loader(  # checks the images against the recipe before run.out is made
         source, recipe.crops, masks, seed=recipe.run.seed, start_step=found.step if found else 0,
-        steps=recipe.optim.steps, batch=recipe.optim.batch, rank=rank(), world=world_size(), parts=parts,
-        workers=recipe.run.workers, pin=device.type == "cuda",
+        steps=recipe.optim.steps, batch=recipe.optim.batch, rank=rank(), world=world_size(),
+        accumulation=parts, workers=recipe.run.workers, pin=device.type == "cuda",
     )  # fmt: skip
     open_run(recipe)
     unreadable = Unreadable(recipe.run.max_unreadable, len(source))
@@ -75,21 +75,21 @@ def _train(
     images = images_of(source)
     start = _resume(found, step, unreadable, images)
     saved = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
-    with stop_signals() as told, RunLog(out, recipe.optim.steps, start) as log, saved:
+    with stop_signals() as stop, RunLog(out, recipe.optim.steps, start) as log, saved:
         run = Run(recipe, out, step, log, evaluators, unreadable, saved, images, watchdog)
         run.introduce(len(source), start)
         run.evaluate(start, always=start in (0, recipe.optim.steps))  # one that was cut short is done again
         for batch in run.timed(batches):
             run.advance(batch)
-            if told.anywhere() and batch.step + 1 < recipe.optim.steps:  # after the last, it just ends
+            if stop.on_any_process() and batch.step + 1 < recipe.optim.steps:  # after the last, it just ends
                 run.save(batch.step + 1)
                 saved.finish()
-                log.say(f"stopped after step {batch.step + 1}; the same command goes on from here")
+                log.info(f"stopped after step {batch.step + 1}; the same command goes on from here")
                 raise Stopped
         saved.finish()
-        for line in before_and_after(out):
-            log.say(line)
-        log.say(f"done: {out / 'teacher.safetensors'}")
+        for line in first_and_last_scores(out):
+            log.info(line)
+        log.info(f"done: {out / 'teacher.safetensors'}")
     return out
 
 

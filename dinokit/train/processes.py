@@ -27,7 +27,7 @@ import dinokit
 from dinokit.config.load import Recipe
 from dinokit.data.sources import ImageSource
 from dinokit.runtime.device import pick_device
-from dinokit.runtime.distributed import Launch, gather_objects, launch, of_first, rank, world_size
+from dinokit.runtime.distributed import Launch, broadcast, gather_objects, launch, rank, world_size
 from dinokit.runtime.signals import Stopped
 from dinokit.train.watchdog import Watchdog
 
@@ -103,7 +103,7 @@ def agree(recipe: Recipe, source: ImageSource, out: Path) -> None:
                     f"{prints[0]['host']}): {value}, not {prints[0][what]}. All processes must be given the "
                     f"same command, code and data: is the same folder mounted at the same place everywhere?"
                 )
-    token = of_first(os.urandom(8).hex())
+    token = broadcast(os.urandom(8).hex())
     mark = out / f".{token}.part"
     if rank() == 0:
         mark.parent.mkdir(parents=True, exist_ok=True)

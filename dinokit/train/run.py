@@ -13,7 +13,7 @@ from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
 from dinokit.models import Backbone
 from dinokit.runtime.device import memory_share, peak_memory
-from dinokit.runtime.distributed import all_reduce_sum, gather_objects, of_first, rank, world_size
+from dinokit.runtime.distributed import all_reduce_sum, broadcast, gather_objects, rank, world_size
 from dinokit.runtime.log import RunLog
 from dinokit.train.blocks import as_written
 from dinokit.train.checkpoint import Checkpoints
@@ -62,14 +62,14 @@ class Run:
         run, world, parts = self.recipe.run, world_size(), self.step.parts
         among = f", {world} processes" if world > 1 else ""
         what = f"{images} images, {self.step.device.type} {run.precision}{among}, run.out={self.out}"
-        self.log.say(f"{self.recipe.name}: {what}")
+        self.log.info(f"{self.recipe.name}: {what}")
         if parts != run.accumulate:
-            self.log.say(
+            self.log.info(
                 f"each step in {parts} parts, not run.accumulate={run.accumulate}: so {world} processes keep "
                 f"the batch of {self.recipe.optim.batch} images"
             )
         if start:
-            self.log.say(f"goes on after step {start}")
+            self.log.info(f"goes on after step {start}")
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for them counted."""
@@ -134,7 +134,7 @@ class Run:
 
     def evaluate(self, done: int, always: bool = False) -> None:
         """Let every evaluator that is due, or every one, judge the teacher, unless it has, at this step."""
-        judged = of_first(self.log.judged) if done == self.log.start else ()
+        judged = broadcast(self.log.judged) if done == self.log.start else ()
         due = [e for e in self.evaluators if (always or done % e.every == 0) and e.name not in judged]
         if not due:
             return
@@ -147,7 +147,7 @@ class Run:
                 scores = evaluator.judge(backbone)
             self.log.record(done, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
             text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
-            self.log.say(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")
+            self.log.info(f"{evaluator.name} after step {done}: {text}  ({time.monotonic() - begun:.1f} s)")
         self.since = time.monotonic()
 
     def save(self, done: int) -> None:
@@ -177,4 +177,4 @@ class Run:
         found = {name: why for part in gather_objects(self.unread) for name, why in part.items()}
         self.unread.clear()
         for line in self.unreadable.add(found, seen=done * self.recipe.optim.batch):
-            self.log.say(line)
+            self.log.info(line)

@@ -15,8 +15,7 @@ from dinokit.models import Backbone
 from dinokit.runtime.distributed import rank
 from dinokit.train.distill import Distillation
 from dinokit.train.student_teacher import StudentTeacher
-from dinokit.weights import save_backbone
-from dinokit.weights.fill import fill
+from dinokit.weights import fill, save_backbone
 
 NAME = "start.safetensors"  # of the filled backbone in the run's folder
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from dinokit.config.load import Recipe
 from dinokit.data.augment import Photometric
 from dinokit.data.batch import Batch
+from dinokit.losses import end_of_step
 from dinokit.runtime.device import DTYPES
 from dinokit.runtime.distributed import rank, world_size
 from dinokit.train import state
@@ -63,6 +64,7 @@ class Step:
         self.scaler.update()
         # Also after an overflow, which left the student as it was: to ask for that would wait for the device.
         self.model.update_teacher(s.momentum(step))
+        end_of_step(self.model)
         return values
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
@@ -75,7 +77,7 @@ class Step:
             seen = self.coloured(part)
             with synced(self.replica, last=i == parts - 1):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    losses = self.replica(seen, temp, new_step=i == 0)
+                    losses = self.replica(seen, temp)
                 del seen  # the backward pass reads copies in half precision: the crops need not outlive it
                 total = sum(self._weight(name) * value for name, value in losses.items())
                 self.scaler.scale(total / parts).backward()

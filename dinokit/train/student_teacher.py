@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dinokit.config import registry
 from dinokit.config.load import Head, Recipe
 from dinokit.data.batch import Batch
-from dinokit.losses import Views
+from dinokit.losses import HeadName, Views, build_losses
 from dinokit.models import Backbone, Input
 from dinokit.models.head import LazyLogits, PrototypeHead
 from dinokit.runtime.distributed import local
@@ -83,9 +83,7 @@ class StudentTeacher(nn.Module):
         self.whole_logits = recipe.run.logits == "whole"
         self.all_tokens = recipe.run.tokens == "all"
         self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
-        self.losses = nn.ModuleList(
-            registry.build("losses", {"name": name, **cfg}) for name, cfg in recipe.losses.items()
-        )
+        self.losses = build_losses(recipe.losses, prototypes_of(recipe))
 
     @property
     def average(self) -> Network:
@@ -98,13 +96,12 @@ class StudentTeacher(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, batch: Batch, teacher_temp: float, new_step: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, teacher_temp: float) -> dict[str, Tensor]:
         """Every loss (), before its weight, for a coloured batch on the device of the parameters.
 
         Args:
             batch: crops are normalised floats.
             teacher_temp: softmax temperature of the teacher's targets.
-            new_step: whether this is the first part of an optimiser step.
         """
         groups, masks = [batch.global_crops], [batch.masks]
         if len(batch.local_crops):
@@ -114,7 +111,6 @@ class StudentTeacher(nn.Module):
             student=read(self.student.backbone, groups, masks, batch.masked, self.all_tokens),
             batch=batch,
             teacher_temp=teacher_temp,
-            new_step=new_step,
         )
         with torch.autocast(batch.global_crops.device.type, enabled=False):
             return {name: loss(views) for name, loss in zip(self.names, self.losses, strict=True)}
@@ -129,9 +125,7 @@ class StudentTeacher(nn.Module):
     def _see(self, crops: Tensor, masked: Tensor) -> Read:
         return read(self.teacher.backbone, [crops], [None], masked, self.all_tokens)
 
-    def _views(
-        self, teacher: Read, student: Read, batch: Batch, teacher_temp: float, new_step: bool
-    ) -> Views:
+    def _views(self, teacher: Read, student: Read, batch: Batch, teacher_temp: float) -> Views:
         images = batch.images
         with torch.no_grad():
             teacher_cls, teacher_patch = self.teacher.scores(teacher.cls[0], teacher.patches)
@@ -144,9 +138,14 @@ class StudentTeacher(nn.Module):
             teacher_patch=teacher_patch,
             mask_weight=batch.mask_weight,
             teacher_temp=teacher_temp,
-            new_step=new_step,
             whole_logits=self.whole_logits,
         )
+
+
+def prototypes_of(recipe: Recipe) -> dict[HeadName, int]:
+    """The number of prototypes of each head."""
+    heads = recipe.heads
+    return {"cls": heads.cls.prototypes, "patch": (heads.patch or heads.cls).prototypes}
 
 
 def build_backbone(recipe: Recipe) -> Backbone:

@@ -1,4 +1,4 @@
-"""How far the tensors of a file and those of a backbone are the same: by name, and by shape."""
+"""Compares the tensors of a file with those of a backbone: names and shapes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ class Coverage:
     total: int  # tensors of the backbone
     missing: dict[str, Shape] = field(default_factory=dict)  # in the backbone, not in the file
     left_over: dict[str, Shape] = field(default_factory=dict)  # in the file, not in the backbone
-    misshapen: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)  # asked for, found
-    resampled: str = ""  # what was done to the positional embedding, in words
+    misshapen: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)  # in the backbone, in the file
+    resampled: str = ""  # what was changed in the positional embedding
 
     @property
     def complete(self) -> bool:
-        """Whether every tensor has its place."""
+        """Whether all tensors match."""
         return not (self.missing or self.left_over or self.misshapen)
 
     def __str__(self) -> str:
@@ -37,9 +37,9 @@ class Coverage:
         return "; ".join([*parts, self.resampled] if self.resampled else parts)
 
     def problems(self, tolerate: Sequence[str] = ()) -> list[str]:
-        """What does not fit, each with both shapes, but for names (or patterns, as '*.gamma') to tolerate.
+        """Tensors that do not match, with both shapes, without the tolerated names.
 
-        A shape that does not fit is never tolerated.
+        Names may be patterns such as '*.gamma'. A different shape is never tolerated.
         """
         wrong = [
             f"{name}: asked for {shape}, absent"
@@ -57,7 +57,7 @@ class Coverage:
 
 
 def compare(want: Mapping[str, Shape], have: Mapping[str, Shape]) -> Coverage:
-    """Coverage of a backbone with tensors `want` by a file with tensors `have`."""
+    """The Coverage of a backbone with tensors `want` by a file with tensors `have`."""
     return Coverage(
         len(want),
         {name: shape for name, shape in want.items() if name not in have},
@@ -67,7 +67,7 @@ def compare(want: Mapping[str, Shape], have: Mapping[str, Shape]) -> Coverage:
 
 
 def first(problems: Sequence[str], count: int = 5) -> str:
-    """The first few, and how many more there are."""
+    """The first few problems, and the number of the others."""
     more = f"; and {len(problems) - count} more" if len(problems) > count else ""
     return "; ".join(problems[:count]) + more
 

@@ -1,4 +1,4 @@
-"""Write a vit in the format of another library, open it there, and measure that it says the same."""
+"""Exports a vit to the format of another library, opens it there, and compares the features."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from dinokit.models import Backbone
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import aside, remove
+from dinokit.weights.export_check import TOLERANCE, Exported, difference
 from dinokit.weights.formats import dinov2, huggingface, onnx, timm
-from dinokit.weights.written import TOLERANCE, Written, difference
 
 WRITERS = {"timm": timm.write, "hf": huggingface.write, "dinov2": dinov2.write, "onnx": onnx.write}
 
 
 def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None) -> Iterator[str]:
-    """Write a backbone, and say in sentences what was written and how far it is the same.
+    """Write a backbone; yields sentences about the files and the difference of the features.
 
-    What stands at `out` is replaced once the new one was opened and compared, and stays if anything fails.
+    An existing `out` is replaced after the new one was opened and compared, and stays if anything fails.
 
     Args:
         backbone: a vit, in eval mode.
@@ -24,36 +24,36 @@ def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None
         size: pixels of the images that an ONNX graph takes; None: any multiple of the patch.
 
     Raises:
-        ValueError: if the backbone is no vit, or what was written does not say the same; it then lies in the
+        ValueError: if the backbone is no vit, or the exported one gives other features; it is then in the
             folder `out`.wrong.
-        RuntimeError: if a library is not there; it says what to install.
+        RuntimeError: if a library is not installed; it says what to install.
         OSError: if the files cannot be written.
     """
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"Only a `vit` can be exported, and this backbone is a {type(backbone).__name__}.")
     out = Path(out)
     with aside(out) as folder:
-        written = WRITERS[to](backbone, folder / out.resolve().name, size)
+        exported = WRITERS[to](backbone, folder / out.resolve().name, size)
         try:
-            said = list(_compared(backbone, written))
+            comparisons = list(_compare(backbone, exported))
         except ValueError as error:
             wrong = out.resolve().with_name(f"{out.resolve().name}.wrong")
             remove(wrong)
             folder.rename(wrong)
-            raise ValueError(f"{error} It lies in {wrong}; nothing was done to {out}.") from None
+            raise ValueError(f"{error} It lies in {wrong}; {out} was not changed.") from None
     yield f"Written: {out}"
-    yield from said
-    yield from written.notes
-    yield f"Open it with: {written.command(out)}"
+    yield from comparisons
+    yield from exported.notes
+    yield f"Open it with: {exported.command(out)}"
 
 
-def _compared(vit: VisionTransformer, written: Written) -> Iterator[str]:
-    for size in written.sizes:
-        gap, largest = difference(vit, written, size)
+def _compare(vit: VisionTransformer, exported: Exported) -> Iterator[str]:
+    for size in exported.sizes:
+        gap, largest = difference(vit, exported, size)
         text = f"Largest difference at {size} x {size} pixels: {gap:.1e} (values up to {largest:.2g})."
         if gap <= TOLERANCE * max(largest, 1.0):
             yield text
-        elif size == written.sizes[0] or written.every_size:
-            raise ValueError(f"What was written does not say what the backbone says. {text}")
+        elif size == exported.sizes[0] or exported.every_size:
+            raise ValueError(f"The exported backbone does not give the features of the backbone. {text}")
         else:
             yield f"{text} There the positional embedding is resampled, by another rule than the vit's."

@@ -14,7 +14,7 @@ from dinokit.__main__ import main
 from dinokit.bench.step import Form, bench_steps, model_flops, plain
 from dinokit.bench.synthetic import Files
 from dinokit.config.load import load_recipe
-from dinokit.data.loader import loader
+from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
 from dinokit.train.loop import block_masks
 from dinokit.train.student_teacher import StudentTeacher
@@ -156,7 +156,7 @@ def test_flops_counted_without_data_are_those_of_a_real_step():
     recipe = load_recipe("small_photos", [*SMALL, "data={name: scenes}", "optim.batch=2", "run.logits=whole"])
     model = StudentTeacher(recipe).train()
     masks = block_masks(recipe, model.student.backbone)
-    batches = loader(
+    batches = training_loader(
         build(Config(size=48)), recipe.crops, masks, seed=0, start_step=0, steps=1, batch=2, workers=0
     )
     batch = next(iter(batches))

@@ -109,7 +109,7 @@ def test_told_to_stop_half_way_it_keeps_what_it_has_and_goes_on_to_the_same_scor
         out, err = capfd.readouterr()
         assert not out
         assert err.endswith("dinokit: interrupted: the same command goes on\n")
-        assert ("stops after the batch, step or C that it is at; Ctrl-C again" in err) == (name == "SIGINT")
+        assert ("stops after the current batch or step; press Ctrl-C again" in err) == (name == "SIGINT")
         assert looked() < at + 12  # it stopped after this batch
     assert main(words(what)) == 0
     assert scores(capfd.readouterr().out) == want

@@ -43,7 +43,7 @@ def test_identify_says_format_architecture_and_coverage(capsys, drawn, tmp_path)
     assert "DINOv2, training dump" in out
     assert "width=128, depth=2, heads=2, patch=14" in out
     assert "35 of 35 tensors; nothing missing, nothing left over" in out
-    assert "2 of 64 channels are supposed" in out
+    assert "2 of 64 channels are assumed" in out
 
 
 def test_identify_of_a_part_names_what_is_missing_and_fails(capsys, drawn, tmp_path):

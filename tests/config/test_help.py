@@ -7,7 +7,7 @@ FILE = """
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinokit.config.registry import only_with
+from dinokit.config.registry import only_if
 
 raise RuntimeError("this file must not be run")
 
@@ -26,7 +26,7 @@ class Config:
         "a"  # inside of it
     )
     bare: str = "a # b"
-    hung: int = only_with(3, inside=("b",), long=True, plain=False)  # on others
+    hung: int = only_if(3, inside=("b",), long=True, plain=False)  # on others
     wanted: str = "???"
 
 

@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-from dinokit.config.load import Optim, data_section, load_recipe, parse_overrides, to_yaml
+from dinokit.config.check import RANGES, range_of, settings_of
+from dinokit.config.load import Optim, load_recipe, parse_overrides, read_data_section, to_yaml
 from dinokit.config.registry import recipe_names
 
 BASE = """
@@ -136,7 +138,7 @@ def test_a_saved_recipe_is_read_back_as_it_was(base, tmp_path):
     recipe = load_recipe(base, given)
     (tmp_path / "saved.yaml").write_text(to_yaml(recipe))
     assert load_recipe(tmp_path / "saved.yaml") == recipe
-    assert data_section(to_yaml(recipe)) == recipe.data
+    assert read_data_section(to_yaml(recipe)) == recipe.data
     assert recipe.name == "other"
 
 
@@ -150,7 +152,7 @@ ASKED = {  # what a shipped recipe leaves open beside its data
 def test_a_shipped_recipe_is_read_back_as_it_was(name):
     given = ["data.path=somewhere"] if "path: ???" in shipped(name) else []
     recipe = load_recipe(name, [*given, *ASKED.get(name, [])])
-    assert data_section(to_yaml(recipe)) == recipe.data
+    assert read_data_section(to_yaml(recipe)) == recipe.data
 
 
 def shipped(name: str) -> str:
@@ -192,10 +194,10 @@ MISTAKES = {
     "teacher.frozen=???": "teacher.frozen must be given, as in teacher.frozen=VALUE.",
     "optim.steps=0": "optim.steps=0: it must be 1 or more.",
     "run.keep=0": "run.keep=0: it must be 1 or more.",
-    "optim.warmup=625000": "optim.warmup=625000 leaves nothing of optim.steps=625000. A shorter run",
-    "run.keep_every=7": "run.keep_every=7 is no multiple of run.checkpoint_every=",
+    "optim.warmup=625000": "optim.warmup=625000 leaves nothing of optim.steps=625000. For a short run",
+    "run.keep_every=7": "run.keep_every=7 is not a multiple of run.checkpoint_every=",
     "masks.images=0.001": "masks.images=0.001 of 128 global crops in a step is none",
-    "run.accumulate=7": "optim.batch=64 cannot be cut into run.accumulate=7 equal parts.",
+    "run.accumulate=7": "optim.batch=64 cannot be divided into run.accumulate=7 equal micro-batches.",
     "crops.globals.blur=[0,0,1]": "crops.globals.blur gives 3 probabilities for crops.globals.count=2 crops",
     "crops.locals.solarize=[0,0]": "crops.locals.solarize gives 2 probabilities for crops.locals.count=4",
     "crops.mean=[0.5]": "crops.mean has 1 channels, crops.std has 3.",
@@ -203,7 +205,7 @@ MISTAKES = {
     "crops.blur_kernel=4": "crops.blur_kernel=4 must be odd.",
     "losses=null": "losses is empty, so there is nothing to learn from. There is: ",
     "masks=null": "losses.ibot learns from masked patches, but there is no section `masks`.",
-    "losses.ibot=null": "`masks` is given, but no loss of this recipe reads it; take it out with masks=null.",
+    "losses.ibot=null": "`masks` is given, but no loss of this recipe uses it; remove it with masks=null.",
     "run.accumulate=64": "losses.koleo needs 2 images at a time, but optim.batch=64 in",
 }
 
@@ -212,6 +214,18 @@ MISTAKES = {
 def test_a_value_that_cannot_be_is_named_with_its_full_key(base, override):
     with pytest.raises(ValueError, match=f"^{re.escape(MISTAKES[override])}"):
         load_recipe(base, [override])
+
+
+def test_every_number_of_a_recipe_has_a_range():
+    recipe = load_recipe("dinov2_vitg14", ["data.path=x"])
+    numbers = {
+        key
+        for key, value in settings_of(recipe)
+        if isinstance(value, int | float | tuple) and not isinstance(value, bool)
+    }
+    assert {key for key in numbers if range_of(key) is None} == set()
+    used = {key for key in RANGES if any(fnmatch(number, key) for number in numbers)}
+    assert used == RANGES.keys()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +244,7 @@ def test_a_word_that_is_near_to_one_of_those_that_may_be_given_is_answered_with_
 
 
 def test_a_warm_up_shorter_than_one_stair_is_refused(base):
-    with pytest.raises(ValueError, match=r"temp_warmup=9 is less than one stair of teacher.temp_every=10"):
+    with pytest.raises(ValueError, match=r"temp_warmup=9 is less than teacher.temp_every=10"):
         load_recipe(base, ["teacher.temp_warmup=9", "teacher.temp_every=10"])
 
 

@@ -53,7 +53,7 @@ def described(item) -> tuple[str, str, str, str, dict[str, str]]:
 def test_what_a_field_is_read_with_can_be(kind, name):
     there = {item.name: item for item in fields(registry.read_config(kind, name))}
     for item in there.values():
-        for other, wanted in item.metadata.get("only_with", {}).items():
+        for other, wanted in item.metadata.get("only_if", {}).items():
             assert other in there
             assert isinstance(wanted, bool) or set(wanted) < set(get_args(there[other].type))
 
@@ -61,7 +61,8 @@ def test_what_a_field_is_read_with_can_be(kind, name):
 @pytest.mark.parametrize("name", registry.names("losses"))
 def test_a_loss_has_a_weight(name):
     assert "weight" in {item.name for item in fields(registry.read_config("losses", name))}
-    assert registry.build("losses", {"name": name, "weight": 0.25}).weight == 0.25
+    (loss,) = losses.build_losses({name: {"weight": 0.25}}, {"cls": 8, "patch": 8})
+    assert loss.weight == 0.25
 
 
 @pytest.mark.parametrize("name", registry.names("models"))
@@ -198,10 +199,10 @@ def elsewhere(package) -> Path:
 def test_a_loss_of_another_package_is_checked_completed_and_built(elsewhere):
     section = load_recipe(elsewhere).losses["elsewhere.length"]
     assert section["weight"] == 2.0
-    loss = registry.build("losses", {"name": "elsewhere.length", **section})
+    (loss,) = losses.build_losses({"elsewhere.length": section}, {"cls": 8, "patch": 8})
     rows = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
     none = torch.zeros(0)
-    assert loss(Views(none, none, rows, none, none, none, 0.04, True)).item() == 3.0
+    assert loss(Views(none, none, rows, none, none, none, 0.04)).item() == 3.0
     elsewhere.write_text(elsewhere.read_text().replace("power: one", "power: three"))
     with pytest.raises(ValueError, match=r"^losses\.elsewhere\.length\.power: .*three"):
         load_recipe(elsewhere)

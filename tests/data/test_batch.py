@@ -107,7 +107,7 @@ def test_parts_without_local_crops_or_masks_have_none() -> None:
 
 
 def test_unequal_parts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"6 images .* 4 equal parts"):
+    with pytest.raises(ValueError, match=r"6 images .* 4 equal micro-batches"):
         collate(samples()).split(4)
 
 

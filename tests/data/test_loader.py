@@ -15,10 +15,17 @@ from PIL import Image
 from dinokit.config.load import CropGroup, Crops, Masks
 from dinokit.data.augment import Photometric
 from dinokit.data.batch import Batch
-from dinokit.data.loader import EvalBatch, loader, view_loader
+from dinokit.data.loader import (
+    DenseBatch,
+    ImageBatch,
+    dense_loader,
+    dense_training_loader,
+    image_loader,
+    training_loader,
+)
 from dinokit.data.masks import BlockMasks
-from dinokit.data.sampler import image_at
-from dinokit.data.views import CenterCrop
+from dinokit.data.sampler import RangeSampler, image_at
+from dinokit.data.transforms import CenterCrop, FitTransform
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
@@ -74,7 +81,7 @@ class Files:
 
 def run(source: object, *, start: int = 0, steps: int = 6, **changes: object) -> list[Batch]:
     settings = {"masks": MASKS, "seed": 3, "batch": 4, "workers": 0, **changes}
-    return list(loader(source, CROPS, start_step=start, steps=steps, **settings))
+    return list(training_loader(source, CROPS, start_step=start, steps=steps, **settings))
 
 
 def shown(batch: Batch) -> list[int]:
@@ -151,7 +158,9 @@ def test_a_batch_can_be_coloured() -> None:
 
 def test_without_masks_or_local_crops_batches_have_none() -> None:
     crops = Crops(globals=CropGroup(size=32), locals=CropGroup(count=0))
-    batch = next(iter(loader(Plain(), crops, None, seed=0, start_step=0, steps=1, batch=4, workers=0)))
+    batch = next(
+        iter(training_loader(Plain(), crops, None, seed=0, start_step=0, steps=1, batch=4, workers=0))
+    )
     assert batch.masks is None
     assert len(batch.local_crops) == len(batch.local_colour) == 0
 
@@ -231,31 +240,117 @@ def test_an_empty_source_is_refused() -> None:
 
 
 def test_what_workers_receive_can_be_pickled() -> None:
-    data = loader(Plain(), CROPS, MASKS, seed=0, start_step=0, steps=2, batch=4, workers=2)
+    data = training_loader(Plain(), CROPS, MASKS, seed=0, start_step=0, steps=2, batch=4, workers=2)
     for part in (data.dataset, data.collate_fn, data.worker_init_fn):
         pickle.dumps(part)
 
 
-def middles(source: Plain, batch: int, workers: int) -> Iterable[EvalBatch]:
-    order = [[(i, 0) for i in range(j, min(j + batch, len(source)))] for j in range(0, len(source), batch)]
-    return view_loader(source, CenterCrop(40, 32), 32, order, workers, channels=3)
+def center_crops(source: Plain, batch: int, workers: int) -> Iterable[ImageBatch]:
+    return image_loader(source, CenterCrop(40, 32), RangeSampler([range(len(source))], batch), workers)
 
 
 def test_images_for_evaluation_come_in_order_with_their_labels() -> None:
     source = Plain(11, bad=[7])
     for workers in (0, 2):
-        batches = list(middles(source, batch=4, workers=workers))
-        assert [len(b.crops) for b in batches] == [4, 4, 3]
+        batches = list(center_crops(source, batch=4, workers=workers))
+        assert [len(b.indices) for b in batches] == [4, 4, 3]
         assert torch.cat([b.indices for b in batches]).tolist() == list(range(11))
         assert torch.cat([b.labels for b in batches]).tolist() == [-1 if i == 7 else i % 2 for i in range(11)]
-        crops = torch.cat([b.crops for b in batches])
-        assert crops.shape == (11, 3, 32, 32)
-        assert crops.dtype == torch.uint8
-        assert crops[:, 2, 16, 16].tolist() == [0 if i == 7 else i for i in range(11)]
+        assert torch.cat([b.valid for b in batches]).tolist() == [i != 7 for i in range(11)]
+        images = torch.cat([b.images for b in batches])
+        assert images.shape == (10, 3, 32, 32)
+        assert images.dtype == torch.uint8
+        assert images[:, 2, 16, 16].tolist() == [i for i in range(11) if i != 7]
         assert [b.unreadable for b in batches] == [[], ["images/7.jpg"], []]
+        assert [b.errors for b in batches] == [[], ["images/7.jpg: damaged"], []]
 
 
 def test_a_second_reading_for_evaluation_equals_the_first() -> None:
-    data = middles(Plain(5), batch=2, workers=1)
+    data = center_crops(Plain(5), batch=2, workers=1)
     first, second = list(data), list(data)
-    assert all(torch.equal(a.crops, b.crops) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+
+
+class Mixed(Plain):
+    """Images of two shapes and two bit depths."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image, label = super().__getitem__(index)
+        image = image if index % 2 else image[:20]
+        return (image.astype(np.float32) / 255 if index == 3 else image), label
+
+
+def test_images_of_one_shape_are_stacked_with_their_places() -> None:
+    transform = FitTransform("resize", 0, 0, patch=4)
+    (batch,) = image_loader(Mixed(6, bad=[4]), transform, RangeSampler([range(6)], 6), workers=0)
+    assert [(tuple(images.shape), places.tolist()) for images, places in batch.groups] == [
+        ((2, 3, 20, 48), [0, 2]),
+        ((3, 3, 40, 48), [1, 3, 5]),
+    ]
+    assert batch.groups[1][0].dtype == torch.float32  # an 8-bit image is scaled to [0, 1] beside a float one
+    torch.testing.assert_close(batch.groups[1][0][:, 2, 5, 5], torch.tensor([1, 3, 5]) / 255)
+    with pytest.raises(ValueError, match="2 shapes"):
+        _ = batch.images
+
+
+def test_a_batch_without_a_readable_image_has_no_group() -> None:
+    (batch,) = center_crops(Plain(2, bad=[0, 1]), batch=4, workers=0)
+    assert batch.groups == []
+    assert batch.valid.tolist() == [False, False]
+
+
+class Maps:
+    """Image i is of one colour, i, and so is its map; one may be damaged."""
+
+    classes = ()
+
+    def __init__(self, bad: int = -1) -> None:
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index == self.bad:
+            raise ValueError("damaged")
+        return np.full((8, 8, 3), index, np.uint8), np.full((8, 8), index, np.int16)
+
+    def name(self, index: int) -> str:
+        return f"maps/{index}.png"
+
+
+def shifted(
+    image: np.ndarray, target: np.ndarray, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A transform that shows which random numbers it was given."""
+    return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(target + rng.integers(1000))
+
+
+def dense_run(start: int = 0, **changes: int) -> list[DenseBatch]:
+    settings = {"seed": 5, "steps": 5, "batch": 4, "workers": 0, **changes}
+    return list(dense_training_loader(Maps(), shifted, start_step=start, **settings))
+
+
+def test_dense_batches_do_not_depend_on_workers_start_or_processes() -> None:
+    all_batches = dense_run()
+    for other in (dense_run(workers=2), dense_run(start=2)):
+        for one, two in zip(all_batches[-len(other) :], other, strict=True):
+            assert torch.equal(one.images, two.images)
+            assert torch.equal(one.targets, two.targets)
+    for one, *shares in zip(all_batches, dense_run(world=2), dense_run(world=2, rank=1), strict=True):
+        assert torch.equal(torch.cat([share.images for share in shares]), one.images)
+        assert torch.equal(torch.cat([share.targets for share in shares]), one.targets)
+    indices = [int(image[0, 0, 0]) for batch in all_batches for image in batch.images]
+    assert indices == [image_at(5, position, 7) for position in range(20)]
+    with pytest.raises(ValueError, match=r"batch=4 .* 3 processes"):
+        dense_run(world=3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_map_stops_the_work_with_its_name(workers: int) -> None:
+    samples = list(dense_loader(Maps(), [3, 1], workers))
+    assert [(s.index, int(s.image[0, 0, 0]), int(s.target[0, 0])) for s in samples] == [(3, 3, 3), (1, 1, 1)]
+    with pytest.raises(ValueError, match=r"^maps/2\.png: damaged$"):
+        list(dense_loader(Maps(bad=2), range(4), workers))
+    with pytest.raises(ValueError, match=r"^maps/2\.png: damaged$"):
+        list(dense_training_loader(Maps(2), shifted, seed=5, start_step=0, steps=5, batch=4, workers=workers))

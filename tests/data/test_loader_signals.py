@@ -13,7 +13,7 @@ SCRIPT = """
 import signal, sys, time
 import numpy as np
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data.loader import loader
+from dinokit.data.loader import training_loader
 
 
 class Source:
@@ -32,7 +32,7 @@ class Source:
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 crops = Crops(globals=CropGroup(size=8), locals=CropGroup(count=0), blur_kernel=3)
-batches = iter(loader(Source(), crops, None, seed=0, start_step=0, steps=10**6, batch=2, workers=2))
+batches = iter(training_loader(Source(), crops, None, seed=0, start_step=0, steps=10**6, batch=2, workers=2))
 """
 
 

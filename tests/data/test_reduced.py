@@ -14,11 +14,19 @@ from PIL import Image
 from dinokit.config.load import CropGroup, Crops, load_recipe
 from dinokit.data.batch import Batch
 from dinokit.data.decode import decode, jpeg_size
-from dinokit.data.loader import loader
-from dinokit.data.reduced import LEAST, moved, read_reduced, smallest_part
+from dinokit.data.loader import training_loader
 from dinokit.data.sampler import generator
 from dinokit.data.sources import ImageLike, folder, scenes
-from dinokit.data.transforms import Box, CropBoxes, MultiCrop, size_of
+from dinokit.data.transforms import (
+    LEAST_RESIZE,
+    Box,
+    CropBoxes,
+    MultiCrop,
+    decode_reduced,
+    largest_reduction,
+    reduce_boxes,
+    size_of,
+)
 from dinokit.train.folder import differences
 
 CUT = MultiCrop(Crops())  # 2 x 224 and 8 x 96, as DINO and DINOv2 have them
@@ -48,7 +56,7 @@ def whole(data: bytes, cut: MultiCrop, place: int) -> tuple[torch.Tensor, torch.
 
 
 def read(data: bytes, cut: MultiCrop, place: int) -> tuple[ImageLike, CropBoxes]:
-    return read_reduced(data, "x", cut, generator(0, 0, place, 0))
+    return decode_reduced(data, "x", cut, generator(0, 0, place, 0))
 
 
 def drawn(size: tuple[int, int], place: int) -> CropBoxes:
@@ -67,7 +75,7 @@ LARGE = pytest.mark.parametrize(
 
 def at(size: tuple[int, int], part: int) -> int:
     """A place whose crops let an image of that size be decoded at that part."""
-    return next(p for p in range(20) if smallest_part(drawn(size, p), CUT.cfg) == part)
+    return next(p for p in range(20) if largest_reduction(drawn(size, p), CUT.cfg) == part)
 
 
 def by_pillow(data: bytes, boxes: CropBoxes, part: int, cut: MultiCrop) -> tuple[torch.Tensor, ...]:
@@ -115,17 +123,17 @@ def test_crops_are_those_of_a_whole_decoding(pattern, resampled, shifted, size, 
 def test_boxes_move_by_half_a_pixel_at_most_and_stay_in_an_image_that_is_as_small_as_they_allow(
     size: tuple[int, int], among: set[int]
 ) -> None:
-    """Over many draws: each edge within half a pixel of where it belongs, each crop shrunk by LEAST."""
+    """Over many draws: each edge within half a pixel of its place, each crop reduced by LEAST_RESIZE."""
     parts = set()
     for place in range(200):
         boxes = drawn(size, place)
-        part = smallest_part(boxes, CUT.cfg)
+        part = largest_reduction(boxes, CUT.cfg)
         parts.add(part)
         shrink = [min(b.width, b.height) / 224 for b in boxes.globals]
         shrink += [min(b.width, b.height) / 96 for b in boxes.locals]
-        assert part == 1 or min(shrink) >= LEAST * part
-        assert part == 8 or min(shrink) < LEAST * part * 2
-        for before, after in zip(chain(*boxes), chain(*moved(boxes, part)), strict=True):
+        assert part == 1 or min(shrink) >= LEAST_RESIZE * part
+        assert part == 8 or min(shrink) < LEAST_RESIZE * part * 2
+        for before, after in zip(chain(*boxes), chain(*reduce_boxes(boxes, part)), strict=True):
             assert abs(after.left - before.left / part) <= 0.5
             assert abs(after.top - before.top / part) <= 0.5
             assert abs(after.left + after.width - (before.left + before.width) / part) <= 0.5
@@ -152,7 +160,7 @@ def test_an_image_that_is_not_large_enough_is_decoded_whole_to_the_bit(
 
 def test_as_many_random_numbers_are_drawn_as_for_a_whole_decoding() -> None:
     one, other = generator(0, 0, 0, 0), generator(0, 0, 0, 0)
-    read_reduced(saved(smooth(2000, 1500)), "x", CUT, one)
+    decode_reduced(saved(smooth(2000, 1500)), "x", CUT, one)
     CUT.draw(500, 375, other)
     assert one.random() == other.random()
 
@@ -223,7 +231,9 @@ def test_a_loader_gives_the_same_crops_and_colours_whole_or_reduced(tmp_path: Pa
 
     def batches(decode: str, workers: int = 0) -> list[Batch]:
         cfg = replace(SMALL.cfg, decode=decode)
-        return list(loader(source, cfg, None, seed=0, start_step=0, steps=2, batch=4, workers=workers))
+        return list(
+            training_loader(source, cfg, None, seed=0, start_step=0, steps=2, batch=4, workers=workers)
+        )
 
     first, once_more, other = batches("reduced"), batches("reduced", workers=1), batches("whole")
     for a, b, c in zip(first, once_more, other, strict=True):
@@ -237,7 +247,7 @@ def test_a_loader_gives_the_same_crops_and_colours_whole_or_reduced(tmp_path: Pa
 def test_a_source_without_files_is_refused_with_the_way_out() -> None:
     source, cfg = scenes.build(scenes.Config()), replace(SMALL.cfg, decode="reduced")
     with pytest.raises(ValueError, match=r"source Scenes .* crops\.decode=whole"):
-        loader(source, cfg, None, seed=0, start_step=0, steps=1, batch=1)
+        training_loader(source, cfg, None, seed=0, start_step=0, steps=1, batch=1)
 
 
 def test_a_run_is_not_gone_on_with_under_another_decoding() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from dinokit import evaluation
 from dinokit.config import registry
-from dinokit.config.load import section_values, unread
+from dinokit.config.load import keys_without_effect, section_values
 from dinokit.eval import depth, segmentation, video
 from dinokit.models import Input, Tokens
 
@@ -71,7 +71,7 @@ def sections(root, **more):
 def config(module, name, usual, **values):
     """Of these settings, and those of the usual ones that are read with them."""
     done = {"workers": 0, **usual, **values}
-    left_out = unread(module.Config, done, name).keys() - values.keys()
+    left_out = keys_without_effect(module.Config, done, name).keys() - values.keys()
     return module.Config(
         **section_values("eval", name, {k: done[k] for k in done if k not in left_out}, name)
     )

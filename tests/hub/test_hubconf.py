@@ -15,13 +15,12 @@ from dinokit.features import dense
 from dinokit.heads.dpt import DPT
 from dinokit.heads.linear import LinearDepth, to_size
 from dinokit.heads.released import save_head
-from dinokit.hub.entry import cached, fetch
-from dinokit.hub.official import DINO, DINOv2, LinearClassifier
+from dinokit.hub.entry import DINO, DINOv2, LinearClassifier, cached_path, fetch
 from dinokit.hub.released import RELEASED
 from dinokit.models import Input
 from dinokit.models.vit import Config, VisionTransformer
 from dinokit.weights import save_backbone
-from dinokit.weights.written import section_of
+from dinokit.weights.export_check import section_of
 
 ROOT = Path(__file__).parents[2]
 hubconf = SimpleNamespace(**run_path(str(ROOT / "hubconf.py")))
@@ -99,7 +98,7 @@ def test_the_urls_are_those_of_the_released_files():
 
 def test_a_file_in_torch_hub_s_cache_is_not_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = cached(RELEASED["dinov2_vits14"].url)
+    path = cached_path(RELEASED["dinov2_vits14"].url)
     assert path == tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
     path.parent.mkdir(parents=True)
     torch.save(VisionTransformer(Config(size=518, patch=14)).state_dict(), path)
@@ -111,7 +110,7 @@ def test_a_file_in_torch_hub_s_cache_is_not_fetched_again(tmp_path, monkeypatch)
 def test_a_file_that_cannot_be_fetched_says_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(
-        OSError, match=r"cannot be fetched: .*Put it at .*x.pth by hand, or give weights=PATH"
+        OSError, match=r"cannot be downloaded: .*Put it at .*x.pth yourself, or give weights=PATH"
     ):
         fetch((tmp_path / "nowhere" / "x.pth").as_uri())
 
@@ -212,7 +211,7 @@ def test_one_s_own_backbone_has_the_same_api(vit, tmp_path):
 def test_what_an_entry_point_does_not_take_is_named():
     with pytest.raises(TypeError, match=r"dinov2_vits14 takes no image_size; it takes img_size"):
         hubconf.dinov2_vits14(pretrained=False, image_size=224)
-    with pytest.raises(ValueError, match=r"layers=2: there are linear classifiers over 1 block and over 4"):
+    with pytest.raises(ValueError, match=r"layers=2: there are linear classifiers for 1 block and for 4"):
         hubconf.dinov2_vits14_lc(pretrained=False, layers=2)
 
 

@@ -3,28 +3,27 @@
 import pytest
 import torch
 
-from dinokit.losses import Views
-from dinokit.losses._targets import Centering, sinkhorn_knopp
+from dinokit.losses import Views, chunked
+from dinokit.losses.centering import Centering
 from dinokit.losses.dino import dino
 from dinokit.losses.ibot import ibot
 from dinokit.losses.koleo import koleo
+from dinokit.losses.sinkhorn import sinkhorn_knopp
 from dinokit.models.head import LazyLogits
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def scores_of(logits: torch.Tensor) -> LazyLogits:
-    return LazyLogits(logits, torch.eye(logits.shape[1]))
+def in_slices(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    lazy = LazyLogits(logits, torch.eye(logits.shape[1]))
+    return chunked.sinkhorn_knopp([lazy], temperature)[0].probabilities()
 
 
-def balanced(logits: torch.Tensor, temp: float) -> torch.Tensor:
-    return sinkhorn_knopp([scores_of(logits)], temp)[0].probabilities()
-
-
-def centred(centering: Centering, logits: torch.Tensor, temp: float) -> torch.Tensor:
-    none, scores = torch.zeros(0, 1), scores_of(logits)
-    views = Views(scores, scores, none, scores, scores, none, teacher_temp=temp, new_step=True)
-    return centering(views, "cls").probabilities()
+def centered_in_slices(centering: Centering, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    none, lazy = torch.zeros(0, 1), LazyLogits(logits, torch.eye(logits.shape[1]))
+    return centering.in_slices(
+        Views(lazy, lazy, none, lazy, lazy, none, temperature), "patch"
+    ).probabilities()
 
 
 @pytest.fixture
@@ -32,7 +31,8 @@ def losses(golden):
     return golden("losses")
 
 
-def test_sinkhorn_is_the_recorded_one(losses):
+@pytest.mark.parametrize("balanced", [sinkhorn_knopp, in_slices])
+def test_sinkhorn_is_the_recorded_one(losses, balanced):
     got = balanced(losses["teacher_logits"], losses["teacher_temp"].item())
     torch.testing.assert_close(got, losses["sinkhorn"], **CLOSE)
     got = balanced(losses["patch_teacher_logits"], losses["patch_teacher_temp"].item())
@@ -42,33 +42,38 @@ def test_sinkhorn_is_the_recorded_one(losses):
 def test_dino_and_its_gradient_are_the_recorded_ones(losses):
     teacher = losses["sinkhorn"].unflatten(0, (2, -1))
     images = teacher.shape[1]
-    parts = [losses["student_global"].requires_grad_(), losses["student_local"].requires_grad_()]
-    value = dino(torch.cat(parts).unflatten(0, (-1, images)), teacher, losses["student_temp"].item())
-    locals_ = len(parts[1]) // images
+    groups = [losses["student_global"].requires_grad_(), losses["student_local"].requires_grad_()]
+    value = dino(torch.cat(groups).unflatten(0, (-1, images)), teacher, losses["student_temp"].item())
+    locals_ = len(groups[1]) // images
     pairs = 2 + 2 * locals_
     # The recording holds the sum over local pairs, and the mean of the two pairs of global crops.
     want = losses["local_sum_over_pairs"] + 2 * losses["global_cross_sum"]
     torch.testing.assert_close(value * pairs, want, **CLOSE)
     (value * pairs).backward()
-    torch.testing.assert_close(parts[1].grad, losses["grad_local"], **CLOSE)
-    torch.testing.assert_close(parts[0].grad / 2, losses["grad_global"], **CLOSE)
+    torch.testing.assert_close(groups[1].grad, losses["grad_local"], **CLOSE)
+    torch.testing.assert_close(groups[0].grad / 2, losses["grad_global"], **CLOSE)
 
 
-def test_centering_is_the_recorded_one_over_two_steps(losses):
-    centering, temp = Centering(momentum=0.9), losses["teacher_temp"].item()
+@pytest.mark.parametrize("centered", [Centering.__call__, centered_in_slices])
+def test_centering_is_the_recorded_one_over_two_steps(losses, centered):
+    centering, temp = (
+        Centering(losses["teacher_logits"].shape[1], momentum=0.9),
+        losses["teacher_temp"].item(),
+    )
     for step in (1, 2):
         logits = losses["teacher_logits" if step == 1 else "teacher_logits_2"]
-        got = centred(centering, logits, temp)
+        got = centered(centering, logits, temp)
         torch.testing.assert_close(got, losses[f"centering_step{step}"].reshape(got.shape), **CLOSE)
-    centering.fold()
+        centering.end_of_step()
     torch.testing.assert_close(centering.center, losses["center_after_2"].flatten(), **CLOSE)
 
 
-def test_centering_of_patches_is_the_recorded_one(losses):
-    centering = Centering(momentum=0.9)
-    got = centred(centering, losses["patch_teacher_logits"], losses["patch_teacher_temp"].item())
+@pytest.mark.parametrize("centered", [Centering.__call__, centered_in_slices])
+def test_centering_of_patches_is_the_recorded_one(losses, centered):
+    centering = Centering(losses["patch_teacher_logits"].shape[1], momentum=0.9)
+    got = centered(centering, losses["patch_teacher_logits"], losses["patch_teacher_temp"].item())
     torch.testing.assert_close(got, losses["patch_centering_step1"].reshape(got.shape), **CLOSE)
-    centering.fold()
+    centering.end_of_step()
     torch.testing.assert_close(centering.center, losses["patch_center_after_1"].flatten(), **CLOSE)
 
 

@@ -1,13 +1,10 @@
 """The projection head."""
 
-import math
-
 import pytest
 import torch
 from torch.nn.utils.parametrizations import weight_norm
 
-from dinokit.models import head
-from dinokit.models.head import CPU_CHUNK, LazyLogits, PrototypeHead, Prototypes, slices
+from dinokit.models.head import PrototypeHead, Prototypes
 
 
 @pytest.mark.parametrize(
@@ -26,9 +23,7 @@ def test_it_has_as_many_parameters_as_the_published_ones(width, prototypes, bott
     assert sum(p.numel() for p in head.parameters()) == count
 
 
-@pytest.mark.parametrize("chunk", [1, 15, 10**6])
-def test_prototypes_are_a_weight_normalised_linear_layer(chunk, generator, monkeypatch):
-    monkeypatch.setattr(head, "CPU_CHUNK", chunk)
+def test_prototypes_are_a_weight_normalised_linear_layer(generator):
     ours = Prototypes(5, 7, norm_last_layer=False)
     with torch.no_grad():
         ours.weight_g.copy_(torch.rand(7, 1, generator=generator))
@@ -70,12 +65,3 @@ def test_a_held_length_is_not_trained():
 def test_half_precision_features_of_length_zero_stay_finite():
     head = PrototypeHead(4, 5, 8, 3, 1, norm_last_layer=False).half()
     assert head(torch.zeros(2, 4, dtype=torch.float16)).logits().isfinite().all()
-
-
-@pytest.mark.parametrize("rows", [(0,), (3, 5), (7,)])
-def test_slices_are_all_prototypes_once_and_small_for_whoever_has_most_rows(rows):
-    scores = LazyLogits(torch.zeros(*rows, 2), torch.zeros(CPU_CHUNK // 3, 2))
-    parts = slices(LazyLogits(torch.zeros(2, 2), scores.prototypes), scores)
-    covered = [i for part in parts for i in range(part.start, part.stop)]
-    assert covered == list(range(len(scores.prototypes)))
-    assert all((part.stop - part.start) * math.prod(rows) <= CPU_CHUNK for part in parts)

@@ -30,7 +30,7 @@ def test_a_run_that_goes_on_drops_what_it_will_write_again(tmp_path):
 
 def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
     with RunLog(tmp_path, steps=10, start=0) as log:
-        log.say("hello [red]")
+        log.info("hello [red]")
         log.step(5, {"dino": 1.23456, "lr": 0.001})
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "hello [red]"
@@ -41,7 +41,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
 
 def fail_after_a_line(folder):
     with RunLog(folder, steps=10, start=0) as log:
-        log.say("before")
+        log.info("before")
         raise RuntimeError
 
 

@@ -5,8 +5,8 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
-from dinokit.data.loader import loader
-from dinokit.models import head
+from dinokit.data.loader import training_loader
+from dinokit.losses import chunked
 from dinokit.train import activations
 from dinokit.train.activations import tokens_of
 from dinokit.train.loop import block_masks
@@ -22,7 +22,9 @@ def seen(recipe):
     """A model and its batch, the crops as floats."""
     model = StudentTeacher(recipe).train()
     source, masks = registry.build("data.sources", recipe.data), block_masks(recipe, model.student.backbone)
-    batch = next(iter(loader(source, recipe.crops, masks, seed=0, start_step=0, steps=1, batch=8, workers=0)))
+    batch = next(
+        iter(training_loader(source, recipe.crops, masks, seed=0, start_step=0, steps=1, batch=8, workers=0))
+    )
     batch.global_crops, batch.local_crops = batch.global_crops / 255, batch.local_crops / 255
     return model, batch
 
@@ -42,7 +44,7 @@ def most_bytes(recipe, counting):
 @pytest.mark.parametrize(("logits", "chunk"), [("whole", 2**26), ("chunks", 2**26), ("chunks", 2**14)])
 def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, chunk, patch):
     """By what 8,192 more prototypes cost: all else stays."""
-    for place, name in ((head, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
+    for place, name in ((chunked, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
         monkeypatch.setattr(place, name, chunk)
     lived, counted = [], []
     for prototypes in (32768, 40960):
@@ -81,11 +83,11 @@ def test_the_backward_pass_is_counted_as_published():
     assert tokens == 32 * (2 * 257 + 8 * 50)
     asked, taught = 32 * (2 + 8) * 131_072, 32 * 2 * 131_072
     patches = round(32 * 2 * 256 * 0.5 * 0.3) * 131_072  # half the images, 10 to 50 % of their patches
-    logits = 4 * (asked + taught + 2 * patches + 3 * patches)
+    logits = 4 * (asked + taught + 2 * patches + 1.5 * patches)
     assert kept * 2**30 == pytest.approx(tokens * 1536 * 40 * 34 + logits)
     giant.run.checkpointing = "full"
     kept = activations.activations(giant, 32)[1]
     assert kept * 2**30 == pytest.approx(tokens * 1536 * (40 * 4 + 34) + logits)
     giant.run.logits = "chunks"
     kept -= activations.activations(giant, 32)[1]
-    assert kept * 2**30 == pytest.approx(4 * (asked + patches + 3 * patches - 2 * 2**26))
+    assert kept * 2**30 == pytest.approx(4 * (asked + patches + 1.5 * patches - 1.5 * 2**26))

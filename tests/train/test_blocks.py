@@ -6,7 +6,7 @@ from torch.compiler import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinokit.config import registry
-from dinokit.data.loader import loader
+from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
 from dinokit.train import loop
 from dinokit.train.loop import Evaluator, block_masks
@@ -15,7 +15,7 @@ from dinokit.train.step import Step
 
 def batches(recipe, step, steps):
     masks = block_masks(recipe, step.model.student.backbone)
-    return loader(
+    return training_loader(
         build(Config(size=48)), recipe.crops, masks, seed=0, start_step=0, steps=steps, batch=4, workers=0
     )
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dinokit.config import registry
-from dinokit.runtime.signals import STOPS
+from dinokit.runtime.signals import STOP_SIGNALS
 from dinokit.train import loop
 from dinokit.train.checkpoint import latest
 from dinokit.train.finite import TrainingError
@@ -117,14 +117,14 @@ def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "the same command goes on from here" in out
-    assert ("stops after this step; Ctrl-C again ends at once" in err) == (number == signal.SIGINT)
+    assert ("stops after the current step; press Ctrl-C again" in err) == (number == signal.SIGINT)
     assert "Traceback" not in err
     train(tiny("broken", *LONG))
     same_run(whole, broken)
 
 
 @pytest.mark.usefixtures("signals_given_back")
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, same_run):
     """What says it is the evaluator, which comes last of all that a step is followed by."""
     whole = train(tiny("whole"), [Evaluator("probe", 6, lambda _: {"x": 0.0})])
@@ -137,7 +137,7 @@ def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, 
         return {"x": 0.0}
 
     told = train(tiny("told"), [Evaluator("probe", 6, judge)])
-    assert {signal.getsignal(each) for each in STOPS} == {signal.SIG_IGN}  # a scheduler repeats itself
+    assert {signal.getsignal(each) for each in STOP_SIGNALS} == {signal.SIG_IGN}  # a scheduler repeats itself
     assert len(calls) == 2
     assert "stopped" not in (told / "run.log").read_text()
     same_run(whole, told)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dinokit.runtime.distributed import cores, first_host, launch
+from dinokit.runtime.distributed import cpu_cores, first_host, launch
 from dinokit.train.checkpoint import newest
 
 NEITHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -82,9 +82,9 @@ def test_the_first_host_of_a_list(nodes, first):
 
 def test_cores_are_shared_out_on_a_node(environment):
     environment()
-    have = cores()
+    have = cpu_cores()
     environment(RANK="0", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1")
-    assert cores() == max(have // 2, 1)
+    assert cpu_cores() == max(have // 2, 1)
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def test_what_does_not_say_the_same_does_not_replace_what_did(drawn, tmp_path, t
 
 
 def test_a_graph_with_its_weights_beside_it_opens_where_it_was_asked_for(drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr("dinokit.weights.formats.onnx.LARGEST", 1000)
+    monkeypatch.setattr("dinokit.weights.formats.onnx.MAX_BYTES", 1000)
     vit = drawn()
     write(vit, "onnx", tmp_path / "x.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.onnx.data"]
@@ -183,5 +183,5 @@ def test_a_graph_of_one_size_says_the_same_and_takes_any_number_of_images(drawn,
         x = torch.randn(images, 3, 28, 28)
         for have, want in zip(session.run(None, {"images": x.numpy()}), said_by(vit, x), strict=True):
             np.testing.assert_allclose(have, want, rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="size=30 is no multiple of the backbone's patch"):
+    with pytest.raises(ValueError, match="size=30 is not a multiple of the backbone's patch"):
         write(vit, "onnx", tmp_path / "x.onnx", size=30)

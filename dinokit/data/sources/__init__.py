@@ -11,11 +11,7 @@ a field `split` in its Config, one of "all", "train", "test".
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-from PIL import Image
-
-# An 8-bit image in mode RGB or L; or an array (H, W, C) of uint8, uint16, or float32 in [0, 1].
-ImageLike = Image.Image | np.ndarray
+from dinokit.data.decode import ImageLike as ImageLike
 
 
 class ImageSource(Protocol):

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from dinokit.config.registry import refuse_below
+from dinokit.config.registry import check_at_least
 from dinokit.data.scenes.renderer import Renderer, Scene
 from dinokit.data.scenes.shapes import NAMES
 from dinokit.data.sources import ImageLike
@@ -23,7 +23,7 @@ class Config:
     split: Literal["train", "test"] = "test"
 
     def __post_init__(self) -> None:
-        refuse_below(self, size=32, videos=1, frames=3, objects=1, seed=0)
+        check_at_least(self, size=32, videos=1, frames=3, objects=1, seed=0)
 
 
 class SceneVideo:

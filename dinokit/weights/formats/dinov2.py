@@ -1,4 +1,4 @@
-"""DINOv2's own files (arXiv 2304.07193): pretrain files, with registers or without, and training dumps."""
+"""The files of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193): backbones and checkpoints."""
 
 from pathlib import Path
 
@@ -6,52 +6,68 @@ import torch
 from torch import Tensor
 
 from dinokit.models.vit import VisionTransformer
+from dinokit.weights.architecture import (
+    HEAD,
+    StoredBackbone,
+    backbone_tensors,
+    infer_config,
+    is_vit,
+    stored_vit,
+)
 from dinokit.weights.checkpoint import Checkpoint, open_checkpoint
-from dinokit.weights.formats._names import backbone_tensors, is_vit
-from dinokit.weights.found import HEAD, Found, anatomy, found_vit
-from dinokit.weights.written import Written, heads_of, two_sizes
+from dinokit.weights.export_check import Exported, heads_of, two_sizes
 
 
-def read(file: Checkpoint, heads: int | None) -> Found | None:
-    """A ViT with a mask token."""
-    tensors, beside = backbone_tensors(file.tensors)
+def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
+    """DINOv2: a ViT with a mask token or registers."""
+    tensors, ignored = backbone_tensors(file.tensors)
     if not is_vit(tensors) or not {"mask_token", "register_tokens"} & set(tensors):
         return None
     with_registers = " with registers" if "register_tokens" in tensors else ""
-    kind = f"DINOv2{with_registers}, {'training dump' if file.wrapper or beside else 'pretrain file'}"
-    return found_vit(kind, tensors, heads, None, [*beside, *file.beside])
+    kind = f"DINOv2{with_registers}, {'training dump' if file.wrapper or ignored else 'pretrain file'}"
+    return stored_vit(kind, tensors, heads, None, [*ignored, *file.other_keys])
 
 
-def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written:
-    """The pretrain file: a flat dict of tensors, as torch.save writes it.
+def read_dino(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
+    """DINO: a ViT without LayerScale, registers and mask token; timm's copies have the same tensors."""
+    tensors, ignored = backbone_tensors(file.tensors)
+    others = ("mask_token", "register_tokens", "reg_token", "blocks.0.ls1.gamma")
+    if "architecture" in file.config or not is_vit(tensors) or any(name in tensors for name in others):
+        return None
+    kind = "DINO, full checkpoint" if file.wrapper else "DINO, pretrain file (timm's have the same tensors)"
+    return stored_vit(kind, tensors, heads, None, [*ignored, *file.other_keys])
+
+
+def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
+    """Write the pretrain file: a flat dict of tensors, by torch.save.
 
     Args:
-        vit: to write; one of DINO has the names of DINO's own file.
+        vit: to write; a DINO backbone has the names of DINO's own file.
         out: the new file.
-        size: not used; only a graph has one.
+        size: not used; it is for ONNX.
     """
     torch.save({name: tensor.cpu().clone() for name, tensor in vit.state_dict().items()}, out)
     heads, official = heads_of(vit), (0.0, True) if vit.registers else (0.1, False)
     notes = []
     if vit.width != HEAD * heads:
         notes.append(
-            f"The file cannot say that there are {heads} heads: its readers suppose {HEAD} channels a head. "
-            f"load_backbone needs heads={heads}."
+            f"The file has no place for the number of heads, {heads}: its readers assume {HEAD} channels per "
+            f"head. load_backbone needs heads={heads}."
         )
     if (vit.offset, vit.antialias) != official:
         notes.append(
-            f"The file cannot say that positions are resampled with offset={vit.offset}, "
+            f"The file has no place for the resampling of positions, offset={vit.offset}, "
             f"antialias={vit.antialias}: its readers use {official[0]}, {official[1]}."
         )
     tensors = open_checkpoint(out).tensors
-    again = VisionTransformer(anatomy(tensors, heads)[0]).eval()  # as its readers take it to be
+    again = VisionTransformer(infer_config(tensors, heads)[0]).eval()  # as its readers build it
     again.load_state_dict(tensors, strict=True)
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = again([images], [None])[0]
         return tokens.cls, tokens.patches
 
-    return Written(
+    return Exported(
         lambda path: f"dinokit.weights.load_backbone('{path}'), or torch.hub.load(..., weights='{path}')",
         forward,
         two_sizes(vit),

@@ -1,7 +1,7 @@
-"""Hugging Face: Dinov2Model, Dinov2WithRegistersModel, and ViTModel, which carries DINO there.
+"""Hugging Face: Dinov2Model, Dinov2WithRegistersModel, and ViTModel for DINO.
 
-Files have the names that transformers wrote until its version 5, and still writes; the names that its models
-have had in memory since then are read too.
+Files have the names that transformers writes; the names that its models have in memory since version 5 are
+read too.
 """
 
 import json
@@ -15,11 +15,16 @@ from dinokit.models import Input
 from dinokit.models.block import NORM_EPS
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import write_text
+from dinokit.weights.architecture import (
+    StoredBackbone,
+    count_groups,
+    infer_config,
+    input_size,
+    stored_vit,
+)
 from dinokit.weights.checkpoint import Checkpoint
-from dinokit.weights.formats._names import groups
-from dinokit.weights.found import Found, anatomy, found_vit, shown_size
-from dinokit.weights.safe import write_tensors
-from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
+from dinokit.weights.export_check import Exported, heads_of, metadata_of, two_sizes
+from dinokit.weights.tensor_files import write_tensors
 
 PREFIX = re.compile(r"^(?:dinov2|dinov2_with_registers|vit)\.")
 TOP = {
@@ -42,44 +47,48 @@ BLOCK = {  # Dinov2Model's names in files; then ViTModel's, and those that model
     "attention.v_proj": "attn.v", "attention.o_proj": "attn.proj",
     "mlp.gate_proj": "mlp.w1", "mlp.up_proj": "mlp.w2", "mlp.down_proj": "mlp.w3",
 }  # fmt: skip
-JOINED = (("attn.qkv", ("attn.q", "attn.k", "attn.v")), ("mlp.w12", ("mlp.w1", "mlp.w2")))  # along the rows
+MERGED = (("attn.qkv", ("attn.q", "attn.k", "attn.v")), ("mlp.w12", ("mlp.w1", "mlp.w2")))  # along the rows
 NAME = re.compile(r"^(?:encoder\.layers?|layers?)\.(\d+)\.(.+?)(\.weight|\.bias|)$")
 
 
-def read(file: Checkpoint, heads: int | None) -> Found | None:
+def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
     """A model of transformers, with or without a classifier around it."""
     named = {PREFIX.sub("", name): value for name, value in file.tensors.items()}
     known = {our_name(name): name for name in named}
     if "embeddings.cls_token" not in named or "blocks.0.attn.q.weight" not in known:
         return None
-    tensors = joined({new: named[old] for new, old in known.items() if new})
+    tensors = merge_projections({new: named[old] for new, old in known.items() if new})
     act, kind = file.config.get("hidden_act", "gelu"), file.config.get("model_type", "")
     if act != "gelu":
-        raise ValueError(f"its config.json says hidden_act={act}, and the vit has gelu")
+        raise ValueError(f"its config.json has hidden_act={act}, and the vit has gelu")
     rest = [name for name in named if not our_name(name)]
-    outer = ("pooler.",) if kind == "vit" else ("pooler.", "classifier.")  # a ViT's tells of other training
-    beside = [name for name in rest if name.startswith(outer)]
-    tensors |= {name: named[name] for name in rest if name not in beside}
+    outer = (
+        ("pooler.",) if kind == "vit" else ("pooler.", "classifier.")
+    )  # a classifier of ViTModel means other training
+    ignored = [name for name in rest if name.startswith(outer)]
+    tensors |= {name: named[name] for name in rest if name not in ignored}
     heads = heads or file.config.get("num_attention_heads")
-    about = file.processor
+    processor = file.processor
     shown = None
-    if {"image_mean", "image_std"} <= set(about):
-        config = anatomy(tensors, heads)[0]
+    if {"image_mean", "image_std"} <= set(processor):
+        config = infer_config(tensors, heads)[0]
         shown = Input(
-            _crop(about) or shown_size(config),
-            tuple(map(float, about["image_mean"])),
-            tuple(map(float, about["image_std"])),
+            _crop(processor) or input_size(config),
+            tuple(map(float, processor["image_mean"])),
+            tuple(map(float, processor["image_std"])),
         )
-    architecture = ", ".join(file.config.get("architectures") or [kind or "Dinov2Model or a like one"])
-    found = found_vit(f"Hugging Face, {architecture}", tensors, heads, shown, groups(beside) + file.beside)
+    architecture = ", ".join(file.config.get("architectures") or [kind or "Dinov2Model or similar"])
+    stored = stored_vit(
+        f"Hugging Face, {architecture}", tensors, heads, shown, count_groups(ignored) + file.other_keys
+    )
     eps = file.config.get("layer_norm_eps", 1e-6)
     if eps != 1e-6:
-        found.notes.append(f"Its config.json says layer_norm_eps={eps}; the vit has 1e-6, as DINO trained.")
-    return found
+        stored.notes.append(f"Its config.json has layer_norm_eps={eps}; the vit has 1e-6, as DINO.")
+    return stored
 
 
 def our_name(name: str) -> str:
-    """Our name of a tensor, or '' if it belongs to no backbone; q, k and v are still apart."""
+    """Our name of a tensor, with q, k and v separate; '' if it is not part of a backbone."""
     match = NAME.match(name)
     if match:
         number, what, kind = match.groups()
@@ -88,18 +97,18 @@ def our_name(name: str) -> str:
     return TOP.get(name, f"{TOP[stem]}{dot}{kind}" if stem in TOP else "")
 
 
-def joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def merge_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Queries, keys and values, and the two halves of a SwiGLU, as one matrix each."""
-    done = dict(tensors)
+    merged = dict(tensors)
     for name in tensors:
         block, _, rest = name.partition(".attn.q." if ".attn.q." in name else ".mlp.w1.")
-        for whole, parts in JOINED:
+        for whole, parts in MERGED:
             names = [f"{block}.{part}.{rest}" for part in parts]
-            if name == names[0] and all(n in done for n in names):
-                done[f"{block}.{whole}.{rest}"] = torch.cat([done.pop(n) for n in names])
-    if "mask_token" in done:
-        done["mask_token"] = done["mask_token"].reshape(1, -1)  # ViTModel has one dimension more
-    return done
+            if name == names[0] and all(n in merged for n in names):
+                merged[f"{block}.{whole}.{rest}"] = torch.cat([merged.pop(n) for n in names])
+    if "mask_token" in merged:
+        merged["mask_token"] = merged["mask_token"].reshape(1, -1)  # ViTModel has one dimension more
+    return merged
 
 
 def _crop(processor: dict[str, object]) -> int | None:
@@ -108,19 +117,19 @@ def _crop(processor: dict[str, object]) -> int | None:
     return side if isinstance(side, int) else None
 
 
-def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written:
-    """A folder that AutoModel.from_pretrained and AutoImageProcessor.from_pretrained open.
+def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
+    """Write a folder for AutoModel.from_pretrained and AutoImageProcessor.from_pretrained.
 
     A vit with registers becomes a Dinov2WithRegistersModel, any other a Dinov2Model; one without LayerScale
-    gets gains of 1, which is the same.
+    gets scales of 1, which is equal.
 
     Args:
         vit: to write.
         out: the folder.
-        size: not used; only a graph has one.
+        size: not used; it is for ONNX.
 
     Raises:
-        RuntimeError: if transformers is not there.
+        RuntimeError: if transformers is not installed.
     """
     try:
         import transformers
@@ -128,14 +137,16 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         raise RuntimeError("to=hf needs transformers: pip install -e '.[huggingface]'") from None
     notes = []
     if vit.registers and not hasattr(vit, "mask_token"):
-        notes.append("Dinov2WithRegistersModel has a mask token, and the vit none: it is written as zeros.")
+        notes.append(
+            "Dinov2WithRegistersModel has a mask token, and the vit has none: it is written as zeros."
+        )
     if vit.channels != 3:
         notes.append(
             f"AutoImageProcessor makes RGB; for {vit.channels} channels images must be prepared by hand."
         )
     write_text(out / "config.json", json.dumps(_config(vit), indent=2))
     write_text(out / "preprocessor_config.json", json.dumps(_processor(vit), indent=2))
-    write_tensors(out / "model.safetensors", theirs(vit), metadata_of(vit))
+    write_tensors(out / "model.safetensors", to_huggingface(vit), metadata_of(vit))
     model, report = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
@@ -147,16 +158,16 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         rows = model(images).last_hidden_state
         return rows[:, 0], rows[:, 1 + vit.registers :]
 
-    return Written(
+    return Exported(
         lambda path: f"transformers.AutoModel.from_pretrained('{path}')", forward, two_sizes(vit), notes=notes
     )
 
 
-def theirs(vit: VisionTransformer) -> dict[str, Tensor]:
+def to_huggingface(vit: VisionTransformer) -> dict[str, Tensor]:
     """Our tensors by the names in Hugging Face's files."""
     top = {ours: name for name, ours in TOP.items()}
-    block = {ours: name for name, ours in reversed(BLOCK.items())}  # of several names the first
-    done: dict[str, Tensor] = {}
+    block = {ours: name for name, ours in reversed(BLOCK.items())}  # of several names take the first
+    renamed: dict[str, Tensor] = {}
     for name, tensor in vit.state_dict().items():
         parts = {name: tensor.detach().cpu().clone()}
         if ".attn.qkv." in name:
@@ -167,15 +178,15 @@ def theirs(vit: VisionTransformer) -> dict[str, Tensor]:
             match = re.match(r"^blocks\.(\d+)\.(.+?)(\.weight|\.bias|)$", part)
             stem, dot, kind = part.rpartition(".")
             if match:
-                done[f"encoder.layer.{match[1]}.{block[match[2]]}{match[3]}"] = value
+                renamed[f"encoder.layer.{match[1]}.{block[match[2]]}{match[3]}"] = value
             else:
-                done[top.get(part) or f"{top[stem]}{dot}{kind}"] = value
+                renamed[top.get(part) or f"{top[stem]}{dot}{kind}"] = value
     for i in range(len(vit.blocks)):
         for j in (1, 2):
-            done.setdefault(f"encoder.layer.{i}.layer_scale{j}.lambda1", torch.ones(vit.width))
+            renamed.setdefault(f"encoder.layer.{i}.layer_scale{j}.lambda1", torch.ones(vit.width))
     if vit.registers:
-        done.setdefault("embeddings.mask_token", torch.zeros(1, vit.width))
-    return done
+        renamed.setdefault("embeddings.mask_token", torch.zeros(1, vit.width))
+    return renamed
 
 
 def _config(vit: VisionTransformer) -> dict[str, object]:

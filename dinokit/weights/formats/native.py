@@ -1,7 +1,7 @@
-"""Our own file: safetensors that carries its architecture, its input and its recipe.
+"""Our own format: safetensors with the architecture, the input and the recipe in the metadata.
 
-The metadata has the texts `dinokit` (the version that wrote the file), `backbone` (JSON: the recipe's
-section, its `name` included), `input` (JSON: size, mean, std) and `recipe` (YAML).
+The metadata contains the texts `dinokit` (the version that wrote the file), `backbone` (JSON: the recipe's
+section, with its `name`), `input` (JSON: size, mean, std) and `recipe` (YAML).
 """
 
 import json
@@ -14,34 +14,37 @@ from torch import nn
 
 import dinokit
 from dinokit.models import Backbone, Input
+from dinokit.weights.architecture import StoredBackbone
 from dinokit.weights.checkpoint import Checkpoint
-from dinokit.weights.found import Found
-from dinokit.weights.safe import write_tensors
+from dinokit.weights.tensor_files import write_tensors
 
 
-def read(file: Checkpoint, heads: int | None) -> Found | None:
-    """Any backbone of a shelf, ours or another package's; the file says which.
+def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
+    """Any registered backbone, of dinokit or of another package; the file has its name.
 
     Raises:
         ValueError: if the header is damaged.
     """
-    about = file.metadata
-    if "dinokit" not in about:
+    metadata = file.metadata
+    if "dinokit" not in metadata:
         return None
     try:
-        section = dict(json.loads(about["backbone"]))
+        section = dict(json.loads(metadata["backbone"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"its header is damaged: `backbone`: {error!r}. Copy or download it again") from None
     try:
-        shown = json.loads(about["input"])
-        parts = int(shown["size"]), tuple(map(float, shown["mean"])), tuple(map(float, shown["std"]))
+        trained_with = json.loads(metadata["input"])
+        mean, std = (tuple(map(float, trained_with[key])) for key in ("mean", "std"))
+        shown = Input(int(trained_with["size"]), mean, std)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"its header is damaged: `input`: {error!r}. Copy or download it again") from None
     if heads and section.get("heads", heads) != heads:
-        raise ValueError(f"it says that it has {section['heads']} heads, so heads={heads} cannot be right")
-    version = about["dinokit"]
-    return Found(
-        f"dinokit {version}", file.tensors, section, Input(*parts), [], [], about.get("recipe", ""), version
+        raise ValueError(
+            f"it has {section['heads']} heads according to its header, so heads={heads} cannot be right"
+        )
+    version = metadata["dinokit"]
+    return StoredBackbone(
+        f"dinokit {version}", file.tensors, section, shown, [], [], metadata.get("recipe", ""), version
     )
 
 
@@ -51,9 +54,9 @@ def save_backbone(
     """Write a backbone so that `load_backbone` can rebuild it from this file alone.
 
     Args:
-        path: of the new file, written whole or not at all.
-        backbone: its parameters, buffers and `input` are kept.
-        section: the recipe's section `backbone`: its `name`, and what it was built from.
+        path: of the new file, which is written atomically.
+        backbone: its parameters, buffers and `input` are saved.
+        section: the section `backbone` of the recipe: its `name` and settings.
         recipe_yaml: the recipe that trained it, for people.
 
     Raises:
@@ -62,7 +65,9 @@ def save_backbone(
     """
     assert isinstance(backbone, nn.Module)
     if not section.get("name"):
-        raise ValueError("The section of a backbone needs its `name`, or nobody could rebuild it.")
+        raise ValueError(
+            "The section of a backbone needs its `name`: without it the backbone cannot be rebuilt."
+        )
     metadata = {
         "dinokit": dinokit.__version__,
         "backbone": json.dumps(dict(section)),

@@ -1,8 +1,8 @@
-"""ONNX: a graph from normalised images to `cls` and `patches`, for images of one size or of any.
+"""ONNX: a graph from normalised images to `cls` and `patches`, for images of one size or of any size.
 
-Resampling positions is written as two small matrices, one a side of the grid, made of plain arithmetic: the
-bicubic kernel at the distance of every new place from every old one. So the graph takes any size, offset and
-antialiasing included, and needs no operator that runtimes disagree about.
+Positions are resampled by two small matrices, one for each side of the grid: the bicubic kernel at the
+distance of every new position from every old one. So the graph takes any size, with offset and antialiasing,
+and needs no operator that differs between runtimes.
 
     M  side of the stored grid     h, w  the patch grid of an image     D  width
 """
@@ -17,43 +17,43 @@ from torch import Tensor, nn
 
 from dinokit.models.linear import LayerScale, project
 from dinokit.models.vit import VisionTransformer
-from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
+from dinokit.weights.export_check import Exported, heads_of, metadata_of, two_sizes
 
-LARGEST = 2**31 - 2**20  # bytes in one file of protobuf, with room for the graph; more weights lie beside it
+MAX_BYTES = 2**31 - 2**20  # of one protobuf file, less space for the graph; larger weights go to another file
 
 
-def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written:
-    """One file (and beside it `*.data` for more than two gigabytes of weights).
+def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
+    """Write one file, and `*.data` beside it for more than two gigabytes of weights.
 
     Args:
         vit: to write.
         out: the new file.
-        size: pixels of the images; None: any multiple of the patch. The number of images is free.
+        size: pixels of the images; None: any multiple of the patch. Any number of images.
 
     Raises:
-        RuntimeError: if a library is not there.
-        ValueError: if the size is no multiple of the patch.
+        RuntimeError: if a library is not installed.
+        ValueError: if the size is not a multiple of the patch.
     """
     if size is not None and (size < 1 or size % vit.patch):
-        raise ValueError(f"size={size} is no multiple of the backbone's patch, {vit.patch} pixels.")
+        raise ValueError(f"size={size} is not a multiple of the backbone's patch, {vit.patch} pixels.")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ModuleNotFoundError as error:
         raise RuntimeError(f"to=onnx needs {error.name}: pip install -e '.[onnx]'") from None
     side = size or vit.patch * (vit.side + 1)
-    free = {0: torch.export.Dim("batch")}
+    dynamic = {0: torch.export.Dim("batch")}
     if size is None:
-        free |= {2: vit.patch * torch.export.Dim("rows"), 3: vit.patch * torch.export.Dim("columns")}
+        dynamic |= {2: vit.patch * torch.export.Dim("rows"), 3: vit.patch * torch.export.Dim("columns")}
     images = torch.zeros(2, vit.channels, side, side + (vit.patch if size is None else 0))
-    with torch.no_grad():  # with gradients, layers keep what an inference does not need
+    with torch.no_grad():  # with gradients, layers save more than inference needs
         program = torch.onnx.export(
-            Graph(vit).eval(), (images,), dynamo=True, verbose=False, dynamic_shapes={"images": free},
+            Graph(vit).eval(), (images,), dynamo=True, verbose=False, dynamic_shapes={"images": dynamic},
             input_names=["images"], output_names=["cls", "patches"],
         )  # fmt: skip
     assert program is not None
     program.model.metadata_props.update(metadata_of(vit))
-    program.save(out, external_data=sum(p.numel() * 4 for p in vit.parameters()) > LARGEST)
+    program.save(out, external_data=sum(p.numel() * 4 for p in vit.parameters()) > MAX_BYTES)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
 
     mean, std = json.dumps(vit.input.mean), json.dumps(vit.input.std)
     notes = [f"It takes images (batch, {vit.channels}, h, w) in [0, 1] minus {mean}, divided by {std}."]
-    return Written(
+    return Exported(
         lambda path: f"onnxruntime.InferenceSession('{path}').run(['cls', 'patches'], {{'images': images}})",
         forward,
         [size] if size else two_sizes(vit),
@@ -72,7 +72,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
 
 
 class Graph(nn.Module):
-    """A vit in plain tensor operations: no branch depends on a size."""
+    """A vit in plain tensor operations, without branches that depend on a size."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Graph(nn.Module):
 
 
 class Positions(nn.Module):
-    """interpolate_grid() of dinokit.models.vit for any grid, as plain arithmetic."""
+    """interpolate_grid() of dinokit.models.vit for any grid, in plain arithmetic."""
 
     places: Tensor
     grid: Tensor
@@ -110,7 +110,7 @@ class Positions(nn.Module):
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.side, self.offset, self.antialias = vit.side, vit.offset, vit.antialias
-        # Without antialiasing the kernel reaches over the border, where the outermost places are repeated.
+        # Without antialiasing the kernel crosses the border, where the outermost positions are repeated.
         border = 0 if vit.antialias else 2
         places = torch.arange(-border, vit.side + border)
         inside = places.clamp(0, vit.side - 1)
@@ -121,13 +121,13 @@ class Positions(nn.Module):
     def forward(self, rows: Tensor, columns: Tensor) -> Tensor:
         """The numbers 0 to h - 1 and 0 to w - 1 -> (h, w, D)."""
         h, w = (torch.ones_like(x, dtype=torch.float32).sum() for x in (rows, columns))
-        stored = (h == self.side) & (w == self.side)  # then the grid is taken as it is
+        stored = (h == self.side) & (w == self.side)  # then the grid is not resampled
         offset = torch.where(stored, 0.0, self.offset)
         down, across = self._weights(rows, h + offset), self._weights(columns, w + offset)
         return torch.einsum("hi,ijd,wj->hwd", down, self.grid, across)
 
     def _weights(self, new: Tensor, length: Tensor) -> Tensor:
-        """(n,) places of the new grid and its length -> (n, places of the old one)."""
+        """(n,) positions of the new grid and its length -> (n, positions of the old grid)."""
         ratio = self.side / length
         distance = (new[:, None] + 0.5) * ratio - 0.5 - self.places
         if not self.antialias:
@@ -137,7 +137,7 @@ class Positions(nn.Module):
 
 
 def cubic(distance: Tensor, a: float) -> Tensor:
-    """The bicubic kernel (Keys, 1981); torch takes a = -0.75, and -0.5 with antialiasing."""
+    """The bicubic kernel (Keys, 1981); torch uses a = -0.75, and -0.5 with antialiasing."""
     x = distance.abs()
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((x - 5) * x + 8) * x * a - 4 * a

@@ -11,59 +11,67 @@ from torch import Tensor
 from dinokit.models import Input
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import write_text
+from dinokit.weights.architecture import (
+    StoredBackbone,
+    backbone_tensors,
+    infer_config,
+    input_size,
+    is_vit,
+    stored_vit,
+)
 from dinokit.weights.checkpoint import Checkpoint
-from dinokit.weights.formats._names import backbone_tensors, is_vit
-from dinokit.weights.found import Found, anatomy, found_vit, shown_size
-from dinokit.weights.safe import read_tensors, write_tensors
-from dinokit.weights.written import Written, heads_of, metadata_of, two_sizes
+from dinokit.weights.export_check import Exported, heads_of, metadata_of, two_sizes
+from dinokit.weights.tensor_files import read_tensors, write_tensors
 
-WORDS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # up to which width a name is nearest
+NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # the largest width of each name
 PACKED = re.compile(r"^(blocks\.\d+\.mlp)\.fc([12])\.")
 
 
-def read(file: Checkpoint, heads: int | None) -> Found | None:
-    """A ViT without a mask token: LayerScale or registers, or timm's config.json, tell it from DINO's own."""
-    tensors, beside = backbone_tensors(file.tensors)
+def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
+    """A ViT without a mask token. LayerScale, registers or config.json distinguish it from DINO's file."""
+    tensors, ignored = backbone_tensors(file.tensors)
     if not is_vit(tensors) or "mask_token" in tensors:
         return None
     if not ("architecture" in file.config or {"reg_token", "blocks.0.ls1.gamma"} & set(tensors)):
         return None
-    tensors = ours(tensors)
+    tensors = from_timm(tensors)
     heads = heads or file.config.get("model_args", {}).get("num_heads")
-    about = file.config.get("pretrained_cfg", {})
+    pretrained = file.config.get("pretrained_cfg", {})
     shown = None
-    if {"mean", "std"} <= set(about):
-        size = shown_size(anatomy(tensors, heads)[0])
-        shown = Input(size, tuple(map(float, about["mean"])), tuple(map(float, about["std"])))
+    if {"mean", "std"} <= set(pretrained):
+        size = input_size(infer_config(tensors, heads)[0])
+        shown = Input(size, tuple(map(float, pretrained["mean"])), tuple(map(float, pretrained["std"])))
     kind = f"timm, {file.config['architecture']}" if "architecture" in file.config else "timm"
-    return found_vit(kind, tensors, heads, shown, [*beside, *file.beside])
+    return stored_vit(kind, tensors, heads, shown, [*ignored, *file.other_keys])
 
 
-def ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of timm as ours: the class token holds its own position, the packed SwiGLU is called fc1, fc2."""
-    done = dict(tensors)
-    if "reg_token" in done:
-        done["register_tokens"] = done.pop("reg_token")
-    position = done["pos_embed"]
-    if round(position.shape[1] ** 0.5) ** 2 == position.shape[1]:  # patches alone
-        done["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
-    first, second = (done.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
+def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for timm's tensors; its cls_token includes the position, fc1, fc2 may be a packed SwiGLU."""
+    renamed = dict(tensors)
+    if "reg_token" in renamed:
+        renamed["register_tokens"] = renamed.pop("reg_token")
+    position = renamed["pos_embed"]
+    if round(position.shape[1] ** 0.5) ** 2 == position.shape[1]:  # without the class token
+        renamed["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
+    first, second = (renamed.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
     if first is not None and second is not None and len(first) == 2 * second.shape[1]:
         new = {"1": "w12", "2": "w3"}
-        done = {PACKED.sub(lambda m: f"{m[1]}.{new[m[2]]}.", name): value for name, value in done.items()}
-    return done
+        renamed = {
+            PACKED.sub(lambda m: f"{m[1]}.{new[m[2]]}.", name): value for name, value in renamed.items()
+        }
+    return renamed
 
 
-def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written:
-    """A folder that timm.create_model('local-dir:...') opens, or, if it ends in .safetensors, the file alone.
+def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
+    """Write a folder for timm.create_model('local-dir:...') or, if `out` ends in .safetensors, only the file.
 
     Args:
         vit: to write.
         out: the folder, or the file.
-        size: not used; only a graph has one.
+        size: not used; it is for ONNX.
 
     Raises:
-        RuntimeError: if timm is not there.
+        RuntimeError: if timm is not installed.
     """
     try:
         import timm
@@ -71,17 +79,19 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         raise RuntimeError("to=timm needs timm: pip install timm") from None
     name, args = _model(vit)
     model: Any
-    alone = out.suffix == ".safetensors"
-    write_tensors(out if alone else out / "model.safetensors", theirs(vit.state_dict()), metadata_of(vit))
-    if alone:
+    only_file = out.suffix == ".safetensors"
+    write_tensors(
+        out if only_file else out / "model.safetensors", to_timm(vit.state_dict()), metadata_of(vit)
+    )
+    if only_file:
         model = timm.create_model(name, **args)
         model.load_state_dict(read_tensors(out), strict=True)
         call = f"timm.create_model('{name}', {', '.join(f'{key}={value}' for key, value in args.items())})"
-        opens = f"{call}.load_state_dict(safetensors.torch.load_file('PATH'))"
+        command = f"{call}.load_state_dict(safetensors.torch.load_file('PATH'))"
     else:
         write_text(out / "config.json", json.dumps(_config(vit, name, args), indent=2))
         model = timm.create_model(f"local-dir:{out}", pretrained=True)
-        opens = "timm.create_model('local-dir:PATH', pretrained=True)"
+        command = "timm.create_model('local-dir:PATH', pretrained=True)"
     model.eval()
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,28 +99,31 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Written
         return rows[:, 0], rows[:, 1 + vit.registers :]
 
     notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
-    return Written(lambda path: opens.replace("PATH", str(path)), forward, two_sizes(vit), notes=notes)
+    return Exported(lambda path: command.replace("PATH", str(path)), forward, two_sizes(vit), notes=notes)
 
 
-def theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names as timm's; the reverse of ours()."""
-    done = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if name != "mask_token"}
-    if "register_tokens" in done:
-        done["reg_token"] = done.pop("register_tokens")
-        position = done.pop("pos_embed")
-        done["cls_token"] = done["cls_token"] + position[:, :1]
-        done["pos_embed"] = position[:, 1:].contiguous()
+def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names as timm's; the reverse of from_timm()."""
+    renamed = {
+        name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if name != "mask_token"
+    }
+    if "register_tokens" in renamed:
+        renamed["reg_token"] = renamed.pop("register_tokens")
+        position = renamed.pop("pos_embed")
+        renamed["cls_token"] = renamed["cls_token"] + position[:, :1]
+        renamed["pos_embed"] = position[:, 1:].contiguous()
     return {
-        name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): t for name, t in done.items()
+        name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): t
+        for name, t in renamed.items()
     }
 
 
 def _model(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
-    """The name of timm's model that is nearest, and all arguments that make it this one."""
+    """The name of the most similar model of timm, and the arguments that make it this one."""
     first: Any = vit.blocks[0]
     swiglu, scaled = hasattr(first.mlp, "w12"), hasattr(first.ls1, "gamma")
-    word = next((word for width, word in WORDS.items() if vit.width <= width), "large")
-    word = "small" if word == "tiny" and scaled else word  # DINOv2 has no tiny one
+    word = next((word for width, word in NAMES.items() if vit.width <= width), "large")
+    word = "small" if word == "tiny" and scaled else word  # DINOv2 has no tiny model
     name = f"vit_{'giant' if swiglu else word}_patch14{'_reg4' if vit.registers else ''}_dinov2"
     if not (swiglu or scaled or vit.registers):
         name = f"vit_{word}_patch16_224"
@@ -125,7 +138,7 @@ def _model(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
         "init_values": 1e-5 if scaled else None,
         "dynamic_img_size": True,
     }
-    if swiglu:  # half a channel more, so that rounding down gives the width inside
+    if swiglu:  # half a channel more: timm rounds the hidden width down
         args["mlp_ratio"] = (first.mlp.w12.out_features + 0.5) / vit.width
     if vit.registers:
         args |= {"reg_tokens": vit.registers, "no_embed_class": True}

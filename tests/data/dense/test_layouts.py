@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinokit.config import registry
 from dinokit.config.load import section_values
-from dinokit.data.pair_loader import whole_pairs
+from dinokit.data.loader import dense_loader
 from dinokit.data.sources import scenes
 
 
@@ -171,7 +171,7 @@ def test_a_map_of_another_size_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"a.png: the map has 6 x 4 pixels, its image 5 x 4"):
         pairs[0]
     with pytest.raises(ValueError, match=r"^[^\n]*a.png: the map has 6 x 4 pixels[^\n]*$"):
-        list(whole_pairs(pairs, [0], workers=1))  # without the worker's traceback
+        list(dense_loader(pairs, [0], workers=1))  # without the worker's traceback
 
 
 @pytest.mark.parametrize(

@@ -174,10 +174,10 @@ def test_bytes_that_are_no_safetensors_are_refused_in_words(tmp_path, data):
 
 
 @pytest.mark.parametrize("keep", [0.999, 0.5, 0.01])
-def test_a_file_cut_off_anywhere_is_said_to_be_cut_off(saved, keep):
+def test_a_file_cut_off_anywhere_is_reported_as_truncated(saved, keep):
     data = saved.read_bytes()
     saved.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(ValueError, match=r"is cut off: .* Copy or download it again"):
+    with pytest.raises(ValueError, match=r"is truncated: .* Copy or download it again"):
         load_backbone(saved)
 
 

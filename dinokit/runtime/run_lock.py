@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from dinokit.runtime.distributed import job_number, of_first, rank
+from dinokit.runtime.distributed import broadcast, rank, slurm_job_id
 
 LOCK = ".lock"  # in the run's folder, while the run is at work
 LEASE = 120.0  # seconds; a file server gives up the locks of a machine that is gone after 90 or so (NFS 4)
@@ -24,7 +24,7 @@ NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # errors of a file syst
 
 
 @contextmanager
-def alone_in(out: Path) -> Iterator[None]:
+def run_lock(out: Path) -> Iterator[None]:
     """Have a run's folder, for the length of the block. All processes enter it, and process 0 holds it.
 
     A job that starts again may find its own lock, left by a node that died: it waits LEASE seconds for it.
@@ -35,7 +35,7 @@ def alone_in(out: Path) -> Iterator[None]:
     made = not out.exists()
     file, who = _take(out / LOCK) if rank() == 0 else (None, "")
     try:
-        if who := of_first(who):
+        if who := broadcast(who):
             raise ValueError(
                 f"run.out={out} is in use by {who}. Two runs would spoil each other's files: wait for that "
                 f"one, or end it and give the same command again, or choose another run.out."
@@ -53,7 +53,7 @@ def alone_in(out: Path) -> Iterator[None]:
 def _take(path: Path) -> tuple[IO[str] | None, str]:
     """The locked file, or who holds it. Neither, where the file system has no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    job = f", job {job_number()}" if job_number() else ""
+    job = f", job {slurm_job_id()}" if slurm_job_id() else ""
     deadline = time.monotonic() + LEASE
     while True:
         file = path.open("a+", encoding="utf-8")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dinokit.models import Input
 from dinokit.models.vit import VisionTransformer
 from dinokit.weights import describe, load_backbone
-from dinokit.weights.reader import read
+from dinokit.weights.load import read
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -74,7 +74,7 @@ def test_dino_s_full_checkpoint_gives_the_teacher(drawn, tmp_path):
     same(load_backbone(tmp_path / "x.pth"), x, tokens.cls, tokens.patches)
     _, found = read(tmp_path / "x.pth")
     assert found.format == "DINO, full checkpoint"
-    assert found.beside == ["head (2 tensors)", "student", "optimizer", "epoch", "args", "dino_loss"]
+    assert found.ignored == ["head (2 tensors)", "student", "optimizer", "epoch", "args", "dino_loss"]
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -96,7 +96,7 @@ def test_dinov2_s_training_dump_with_blocks_in_chunks(drawn, tmp_path):
     same(load_backbone(tmp_path / "teacher_checkpoint.pth"), x, tokens.cls, tokens.patches)
     found = read(tmp_path / "teacher_checkpoint.pth")[1]
     assert found.format == "DINOv2, training dump"
-    assert found.beside == ["dino_head (1 tensors)", "ibot_head (1 tensors)"]
+    assert found.ignored == ["dino_head (1 tensors)", "ibot_head (1 tensors)"]
 
 
 TIMM = [
@@ -176,7 +176,7 @@ def test_a_model_in_several_files(tmp_path):
     assert torch.equal(load_backbone(tmp_path).cls_token, back.cls_token)
     assert rows.shape[1] == 1 + back([x], [None])[0].patches.shape[1]
     shards[0].unlink()
-    with pytest.raises(LookupError, match=f"not there: {shards[0].name}"):
+    with pytest.raises(LookupError, match=f"missing: {shards[0].name}"):
         load_backbone(tmp_path)
 
 
@@ -195,7 +195,8 @@ def test_vit_s_14_at_its_real_size_is_timm_s(tmp_path, registers):
 def test_half_precision_comes_in_as_float32(drawn, tmp_path):
     save_file({n: t.half() for n, t in drawn().state_dict().items()}, tmp_path / "x.safetensors")
     assert {p.dtype for p in load_backbone(tmp_path / "x.safetensors").parameters()} == {torch.float32}
-    assert read(tmp_path / "x.safetensors")[1].notes[-1] == "The file holds float16; the backbone is float32."
+    _, stored = read(tmp_path / "x.safetensors")
+    assert stored.notes[-1] == "The file contains float16; the backbone is float32."
 
 
 def test_what_is_loaded_does_not_change_with_its_file(drawn, tmp_path):
@@ -251,7 +252,7 @@ STRANGERS = {
 @pytest.mark.parametrize("what", STRANGERS)
 def test_a_model_of_another_kind_is_called_what_it_is(tmp_path, what):
     torch.save({name: torch.zeros(2, 2) for name in STRANGERS[what]}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=f"holds no backbone that dinokit knows, but {what}"):
+    with pytest.raises(ValueError, match=f"contains no backbone that dinokit knows, but {what}"):
         load_backbone(tmp_path / "x.pth")
 
 
@@ -262,7 +263,7 @@ def test_a_model_of_another_kind_is_called_what_it_is(tmp_path, what):
         ("vit_small_patch16_dinov3", "a ViT that stores no positions, such as DINOv3"),
         ("vit_base_patch16_clip_224", "norm_pre.*It looks like a CLIP-like model"),
         ("beit_base_patch16_224", "a Swin or BEiT, whose positions are relative"),
-        ("vit_base_patch16_siglip_224", "holds no backbone that dinokit knows"),
+        ("vit_base_patch16_siglip_224", "contains no backbone that dinokit knows"),
         ("resnet18", "a convolutional network"),
         ("swin_tiny_patch4_window7_224", "a Swin or BEiT"),
     ],
@@ -302,7 +303,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, way):
         file.write_bytes(pickle.dumps({"more": Evil(trace)}))
     else:
         torch.save(data, file, _use_new_zipfile_serialization=way == "zip")
-    with pytest.raises(ValueError, match=r"would run code of its own: it asks for .*mkdir.*Nothing was run"):
+    with pytest.raises(ValueError, match=r"would run code of its own: it imports .*mkdir.*Nothing was run"):
         load_backbone(file)
     assert not trace.exists()
 
@@ -320,7 +321,7 @@ def test_a_cut_off_pth_is_said_to_be(drawn, tmp_path, zipped, keep):
     torch.save(drawn().state_dict(), file, _use_new_zipfile_serialization=zipped)
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(ValueError, match=r"it is cut off or damaged. Copy or download it again"):
+    with pytest.raises(ValueError, match=r"it is truncated or damaged. Copy or download it again"):
         load_backbone(file)
 
 
@@ -335,7 +336,7 @@ def test_what_is_no_weights_at_all_is_said_to_be(tmp_path):
         with pytest.raises(ValueError, match=words):
             load_backbone(tmp_path / name)
     torch.save([torch.ones(2)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds one list, not tensors by name"):
+    with pytest.raises(ValueError, match="contains one list, not tensors by name"):
         load_backbone(tmp_path / "list.pth")
     torch.save({"epoch": 3, "ema": {"a": torch.ones(2)}}, tmp_path / "keys.pth")
     with pytest.raises(ValueError, match="its keys are: epoch, ema"):

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data import workers as module
-from dinokit.data.loader import loader
-from dinokit.data.workers import data_loader
+from dinokit.data import loader as module
+from dinokit.data.loader import build_loader, training_loader
 from dinokit.runtime.distributed import memory
 
 GIB = 2**30
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.fixture
 def machine(monkeypatch):
     """16 cores and 64 GiB, of which 16 may wait."""
-    monkeypatch.setattr(module, "cores", lambda: 16)
+    monkeypatch.setattr(module, "cpu_cores", lambda: 16)
     monkeypatch.setattr(module, "memory", lambda: 64 * GIB)
 
 
@@ -38,7 +37,7 @@ def machine(monkeypatch):
     ],
 )
 def test_batches_that_wait_take_no_more_than_a_quarter_of_the_memory(batch, asked, workers, ready):
-    made = data_loader([0], [[0]], list, asked, pin=False, batch_bytes=batch)
+    made = build_loader([0], [[0]], list, asked, pin=False, batch_bytes=batch)
     assert (made.num_workers, made.prefetch_factor) == (workers, ready)
 
 
@@ -46,7 +45,7 @@ def test_batches_that_wait_take_no_more_than_a_quarter_of_the_memory(batch, aske
 def test_a_step_of_two_thousand_images_is_held_once_a_worker():
     crops = Crops(globals=CropGroup(size=224), locals=CropGroup(count=8, size=96))
     # A batch is 2048 * 3 * (2 * 224**2 + 8 * 96**2) = 1.07e9 bytes, and 30 of them are 32 GB.
-    made = loader(["x"] * 4, crops, None, seed=0, start_step=0, steps=1, batch=2048)
+    made = training_loader(["x"] * 4, crops, None, seed=0, start_step=0, steps=1, batch=2048)
     assert (made.num_workers, made.prefetch_factor) == (15, 1)
 
 

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from dinokit.train import hold
-from dinokit.train.hold import LOCK, alone_in
+from dinokit.runtime import run_lock as lock_module
+from dinokit.runtime.run_lock import LOCK, run_lock
 
 
 def stay(out, job, with_child, ready):
     """Hold the folder for ever; with a forked child, as a data loader's worker is, that lives longer."""
     os.environ["SLURM_JOB_ID"] = job
-    with alone_in(out):
+    with run_lock(out):
         child = 0
         if with_child:
             child = os.fork()
@@ -52,7 +52,7 @@ def test_a_second_run_is_refused_and_told_who_is_there(tmp_path, other):
     process, _ = other("77")
     with (
         pytest.raises(ValueError, match=rf"in use by process {process.pid} on \S+, job 77\. Two runs"),
-        alone_in(tmp_path),
+        run_lock(tmp_path),
     ):
         pass
     assert (tmp_path / LOCK).exists()
@@ -63,16 +63,16 @@ def test_a_killed_run_leaves_the_folder_free_even_while_its_workers_live(tmp_pat
     process.kill()
     process.join()
     os.kill(child, 0)
-    with alone_in(tmp_path):
+    with run_lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / LOCK).read_text()
 
 
 def test_nothing_is_left_when_a_run_ends(tmp_path):
-    with pytest.raises(KeyboardInterrupt), alone_in(tmp_path / "run"):
+    with pytest.raises(KeyboardInterrupt), run_lock(tmp_path / "run"):
         raise KeyboardInterrupt
     assert not (tmp_path / "run").exists()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(KeyboardInterrupt), alone_in(tmp_path / "mine"):
+    with pytest.raises(KeyboardInterrupt), run_lock(tmp_path / "mine"):
         raise KeyboardInterrupt
     assert list((tmp_path / "mine").iterdir()) == []
 
@@ -88,12 +88,12 @@ def test_a_job_that_starts_again_waits_for_what_its_dead_node_held(tmp_path, oth
             process.kill()
             process.join()
 
-    monkeypatch.setattr(hold.time, "sleep", sleep)
-    with alone_in(tmp_path):
+    monkeypatch.setattr(lock_module.time, "sleep", sleep)
+    with run_lock(tmp_path):
         assert len(tries) == 2
     other("77")
-    monkeypatch.setattr(hold, "LEASE", -1.0)
-    with pytest.raises(ValueError, match="in use by"), alone_in(tmp_path):
+    monkeypatch.setattr(lock_module, "LEASE", -1.0)
+    with pytest.raises(ValueError, match="in use by"), run_lock(tmp_path):
         pass
 
 
@@ -107,8 +107,8 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_not_taken_for_the_folder(tmp
         times.append(how)
         real(file, how)
 
-    monkeypatch.setattr(hold.fcntl, "lockf", lockf)
-    with alone_in(tmp_path):
+    monkeypatch.setattr(lock_module.fcntl, "lockf", lockf)
+    with run_lock(tmp_path):
         assert (tmp_path / LOCK).exists()
     assert len(times) == 2
 
@@ -117,8 +117,8 @@ def test_without_locks_a_run_works_and_says_so(tmp_path, monkeypatch, capsys):
     def lockf(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(hold.fcntl, "lockf", lockf)
-    with alone_in(tmp_path):
+    monkeypatch.setattr(lock_module.fcntl, "lockf", lockf)
+    with run_lock(tmp_path):
         assert not list(tmp_path.iterdir())
     assert "no file locks here" in capsys.readouterr().err
 

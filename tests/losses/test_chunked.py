@@ -1,20 +1,19 @@
-"""The cross-entropy by parts against the plain formulas, in values and gradients."""
+"""The sliced forms against the plain ones, in values and gradients."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
-from dinokit.losses import Views, dino, ibot
-from dinokit.losses._entropy import cross_entropy
-from dinokit.losses._targets import sinkhorn_knopp
-from dinokit.models import head
+from dinokit.losses import Views, chunked, dino, ibot
+from dinokit.losses.chunked import cross_entropy, prototype_slices, sinkhorn_knopp
 from dinokit.models.head import LazyLogits
 
 
 @pytest.fixture(params=[1, 40, 10**6])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(head, "CPU_CHUNK", request.param)
+    monkeypatch.setattr(chunked, "CPU_CHUNK", request.param)
     return request.param
 
 
@@ -25,27 +24,27 @@ def make(shape, k, generator, grad=False):
 
 
 def both_ways(build, views):
-    """Value and gradients of the student's four tensors, from whole logits and by parts."""
-    done = []
+    """Value and gradients of the student's four tensors, from whole logits and in slices."""
+    results = []
     leaves = [x for s in (views.student_cls, views.student_patch) for x in (s.rows, s.prototypes)]
     for views.whole_logits in (True, False):
         value = build()(views)
         grads = torch.autograd.grad(1.7 * value, leaves, allow_unused=True)
-        done.append((value.detach(), [g for g in grads if g is not None]))
-    return done
+        results.append((value.detach(), [g for g in grads if g is not None]))
+    return results
 
 
 @pytest.mark.parametrize("kind", ["sinkhorn", "centering"])
 @pytest.mark.parametrize(("crops", "masked"), [((2, 5), 7), ((2, 2), 0), ((1, 3), 1)])
 @pytest.mark.parametrize("name", ["dino", "ibot"])
-def test_both_losses_are_the_same_from_whole_logits_and_by_parts(name, kind, crops, masked, chunk, generator):
+def test_both_losses_are_the_same_whole_and_in_slices(name, kind, crops, masked, chunk, generator):
     (teachers, students), module = crops, {"dino": dino, "ibot": ibot}[name]
     views = Views(
         make((students, 4), 33, generator, grad=True), make((teachers, 4), 33, generator),
         torch.zeros(0), make((masked,), 21, generator, grad=True), make((masked,), 21, generator),
-        torch.rand(masked, generator=generator), teacher_temp=0.05, new_step=True,
+        torch.rand(masked, generator=generator), teacher_temp=0.05,
     )  # fmt: skip
-    build = partial(module.build, module.Config(targets=kind))
+    build = partial(module.build, module.Config(targets=kind), {"cls": 33, "patch": 21})
     (want, want_grads), (got, got_grads) = both_ways(build, views)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert len(want_grads) == 2
@@ -54,7 +53,7 @@ def test_both_losses_are_the_same_from_whole_logits_and_by_parts(name, kind, cro
 
 
 def test_no_tensor_of_all_student_logits_is_ever_made(generator, monkeypatch):
-    monkeypatch.setattr(head, "CPU_CHUNK", 64)
+    monkeypatch.setattr(chunked, "CPU_CHUNK", 64)
     student, teacher = make((3, 4), 500, generator, grad=True), make((2, 4), 500, generator)
     targets = sinkhorn_knopp([teacher], 0.1)[0]
     largest = []
@@ -79,7 +78,16 @@ def test_a_target_of_a_crop_that_it_is_not_paired_with_does_not_matter(generator
     cross_entropy(student, targets, pairs, torch.ones(3), 0.1).backward()
     assert student.rows.grad[1].abs().max() == 0
     before = student.rows.grad.clone()
-    targets.parts[0][:3] = 1 / 9
+    targets.slices[0][:3] = 1 / 9
     student.rows.grad = None
     cross_entropy(student, targets, pairs, torch.ones(3), 0.1).backward()
     torch.testing.assert_close(student.rows.grad, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [(0,), (3, 5), (7,)])
+def test_slices_are_all_prototypes_once_and_small_for_whoever_has_most_rows(rows):
+    lazy = LazyLogits(torch.zeros(*rows, 2), torch.zeros(chunked.CPU_CHUNK // 3, 2))
+    parts = prototype_slices(LazyLogits(torch.zeros(2, 2), lazy.prototypes), lazy)
+    covered = [i for part in parts for i in range(part.start, part.stop)]
+    assert covered == list(range(len(lazy.prototypes)))
+    assert all((part.stop - part.start) * math.prod(rows) <= chunked.CPU_CHUNK for part in parts)
