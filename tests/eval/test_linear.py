@@ -158,7 +158,7 @@ def test_another_test_set_is_judged_among_its_own_classes(colours, mean, tmp_pat
         ({"held_out": 0.0}, "held_out=0.0"),
         ({"lr": []}, "The grid is empty"),
         ({"steps": 0}, "steps=0"),
-        ({"blocks": [5]}, "5 blocks were asked for, but the backbone has 4"),
+        ({"blocks": [5]}, "5 blocks were asked for, but Mean has 4"),
         ({"lr": [1e39]}, "Every head of the grid diverged"),
     ],
 )
