@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "commands config",
     "bench": "config data features models runtime train",
-    "commands": "bench config curate data evaluation features hub models results results_training runtime "
+    "commands": "bench config curate data evaluation features hub models results runtime "
                 "slurm train weights",
     "config": "",
     "curate": "config data features models runtime weights",
@@ -31,8 +31,7 @@ MAY_IMPORT = {
     "hub": "heads models weights",
     "losses": "config models runtime",
     "models": "config",
-    "results": "",
-    "results_training": "config results",
+    "results": "config",
     "runtime": "config",
     "slurm": "config runtime",
     "train": "config data features losses models runtime weights",
