@@ -118,7 +118,9 @@ def _only(section: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
 
 
 def _stage(name: str) -> str:
-    name = OLD_STAGES.get(name, name)
+    if name in OLD_STAGES:
+        print(f"stage={name} is now called stage={OLD_STAGES[name]}.")
+        name = OLD_STAGES[name]
     if name not in STAGES:
         near = registry.suggest(name, [*STAGES])
         raise ValueError(f"stage={name}: there is no such stage.{near} Stages are: {', '.join(STAGES)}.")
