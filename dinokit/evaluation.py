@@ -13,8 +13,8 @@ from dinokit.config import registry
 from dinokit.config.load import keys_without_effect, merged, read_data_section, read_mapping, section_values
 
 if TYPE_CHECKING:
-    from dinokit.models import Backbone
-
+    from dinokit import models
+from dinokit.models import Backbone
 
 LAID_OUT = {  # what a folder holds that is given by its path alone
     "data.sources": "one sub-folder a class",
@@ -115,7 +115,7 @@ def load_judged(weights: str | None, made: Mapping[str, Any] | None, device: str
     rest = {key: value for key, value in made.items() if key != "name"}
     torch.manual_seed(0)
     section = {"name": name, **section_values("models", name, rest, "backbone")}
-    backbone: Backbone = registry.build("models", section)
+    backbone = models.build(section)
     return backbone.to(where).eval()
 
 

