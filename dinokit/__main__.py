@@ -1,78 +1,32 @@
-"""dinokit VERB [WHAT] [key=value ...]: train, judge and use self-supervised visual features."""
+"""dinokit COMMAND [key=value ...]: train, evaluate and use self-supervised visual features."""
 
 import ast
 import signal
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from dinokit import __version__
 from dinokit.commands import parse
 from dinokit.config import registry
 
-FLAGS = {
-    "--help": "what a verb takes",
-    "--version": "of dinokit",
-    "--traceback": "show where in the code an error arose",
+OPTIONS = {
+    "--help": "help for a command: usage, keys, examples",
+    "--version": "the version of dinokit",
+    "--traceback": "show the Python traceback of an error",
 }
 
 
-def overview() -> str:
-    """The help: this module's first line, and that of every verb. Imports none of them."""
-    lines = [__doc__ or "", ""]
-    for verb in registry.names("commands"):
-        source = registry.locate("commands", verb).read_text(encoding="utf-8")
-        call, _, what = ((ast.get_docstring(ast.parse(source)) or "").splitlines()[0]).partition(": ")
-        lines += [call, f"    {what}"]
-    lines += ["", "With any verb:", *(f"    {flag:<13}{what}" for flag, what in FLAGS.items())]
-    return "\n".join(lines)
-
-
-def answer(argv: Sequence[str]) -> None:
-    """Run what a command line asks for."""
-    if not argv or argv[0].startswith("-"):
-        command = parse("", argv, [*FLAGS, "-h"])
-        print(f"dinokit {__version__}" if "--version" in command.flags else overview())
-        return
-    verb = argv[0]
-    if verb not in registry.names("commands"):
-        have = registry.names("commands")
-        raise LookupError(
-            f"There is no verb '{verb}'.{registry.suggest(verb, have)} Verbs are: {', '.join(have)}."
-        )
-    module = registry.find("commands", verb)
-    own: dict[str, str] = getattr(module, "FLAGS", {})
-    command = parse(verb, argv[1:], [*FLAGS, "-h", *own])
-    if command.flags.keys() & {"--help", "-h"}:
-        more = [module.describe(command.words)] if hasattr(module, "describe") else []
-        print(
-            "\n".join(
-                [
-                    (module.__doc__ or "").strip(),
-                    *(f"{flag}  {what}" for flag, what in own.items()),
-                    "",
-                    *more,
-                ]
-            )
-        )
-        return
-    try:
-        module.run(command)
-    except KeyboardInterrupt:
-        if getattr(module, "RESUMES", False):
-            raise KeyboardInterrupt("the same command goes on") from None
-        raise
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line. Returns the exit status: 0, or 2 if something was asked that cannot be done.
+    """Run a command line, by default that of this process.
 
-    Args:
-        argv: the words; None: those of this process.
+    Returns:
+        The exit status: 0; 2 for an error, which is printed in one line; 130 after a stop signal.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        answer(argv)
+        _run(argv)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         if "--traceback" in argv:
             raise
@@ -85,15 +39,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """What a shell or a scheduler starts: main(), and then nothing that could be told to stop.
+    """The entry point of the program `dinokit`: main(), then exit.
 
-    A job whose process dies of a signal while it ends would be started again, for nothing.
+    After main() the process ignores stop signals: a job whose process dies of a signal while it exits would
+    be started again for nothing.
     """
     status = main()
-    # Those of signals.STOP_SIGNALS, which is not imported: it takes PyTorch, and Windows has one of them.
+    # The same as signals.STOP_SIGNALS, which cannot be imported without torch; Windows has only one of them.
     for name in {"SIGTERM", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     sys.exit(status)
+
+
+def _run(argv: Sequence[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        flags = parse("", argv, [*OPTIONS, "-h"]).flags
+        print(f"dinokit {__version__}" if "--version" in flags else _overview())
+        return
+    name, available = argv[0], registry.names("commands")
+    if name not in available:
+        near = registry.suggest(name, available)
+        raise LookupError(f"There is no command '{name}'.{near} Commands are: {', '.join(available)}.")
+    module = registry.find("commands", name)
+    command = parse(name, argv[1:], [*OPTIONS, "-h", *getattr(module, "FLAGS", {})])
+    if command.flags.keys() & {"--help", "-h"}:
+        print(_help(module, command.words))
+        return
+    try:
+        module.run(command)
+    except KeyboardInterrupt:
+        if getattr(module, "RESUMES", False):
+            raise KeyboardInterrupt("the same command resumes") from None
+        raise
+
+
+def _overview() -> str:
+    """The help without a command: the first line of every command's docstring. Imports none of them."""
+    lines = [__doc__ or "", ""]
+    for name in registry.names("commands"):
+        source = registry.locate("commands", name).read_text(encoding="utf-8")
+        usage, _, purpose = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0].partition(": ")
+        lines += [usage, f"    {purpose}"]
+    lines += ["", "Options of every command:"]
+    return "\n".join([*lines, *(f"    {option:<13}{text}" for option, text in OPTIONS.items())])
+
+
+def _help(module: ModuleType, words: Sequence[str]) -> str:
+    """The help for one command: its docstring, its options, and what its describe() adds."""
+    lines = [(module.__doc__ or "").strip()]
+    lines += [f"{option}  {text}" for option, text in getattr(module, "FLAGS", {}).items()]
+    return "\n".join([*lines, "", *([module.describe(words)] if hasattr(module, "describe") else [])])
 
 
 if __name__ == "__main__":

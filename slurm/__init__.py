@@ -1,1 +1,1 @@
-"""Jobs on a SLURM cluster, installed as dinokit.slurm: from a profile and a command to a job."""
+"""Submits dinokit commands as jobs to a SLURM cluster; installed as dinokit.slurm."""

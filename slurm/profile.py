@@ -1,4 +1,4 @@
-"""A profile: what a job asks a cluster for, in YAML. Nothing here names a cluster, and nothing asks one."""
+"""Profiles: the resources that a job asks a cluster for, read from YAML files and checked."""
 
 import math
 from collections.abc import Mapping
@@ -16,25 +16,27 @@ YEAR = 8766.0  # hours
 
 @dataclass
 class Config:
-    partition: str = ""  # one, or several with commas; empty: the cluster's own choice, as all that is empty
+    """The keys of a profile. An empty key is not given to SLURM, so the cluster's default holds."""
+
+    partition: str = ""  # one, or several with commas
     account: str = ""
     qos: str = ""
     constraint: str = ""  # a feature that the nodes must have
     nodes: int = 1
     gpus: int = 0  # a node
-    tasks: int = 0  # processes a node; 0: one a GPU for a command that they can share, else one
+    tasks: int = 0  # processes a node; 0: one a GPU for a command that can divide its work, else one
     cpus: int = 1  # a process
-    memory: float = 0.0  # GB a node; 0: all that a node has
+    memory: float = 0.0  # GB a node; 0: all memory of the node
     hours: float = 24.0  # after which SLURM ends the job
-    notice: int = 120  # seconds before that in which the job is told to save
-    restarts: int = 100  # how often the job starts again after it had to stop; 0: never
-    at_once: int = 0  # jobs of an array that run at a time; 0: as many as the cluster lets
-    venv: str = ""  # folder of the Python environment in the job; empty: the one that submits
+    notice: int = 120  # seconds before that when the job is asked to save
+    restarts: int = 100  # how often the job is requeued after it had to stop; 0: never
+    at_once: int = 0  # jobs of an array that run at a time; 0: no limit of ours
+    venv: str = ""  # folder of the Python environment in the job; empty: the one of this process
     container: str = ""  # an image to run in, by apptainer
     setup: list[str] = field(default_factory=list)  # shell lines before the command
     sbatch: dict[str, Any] = field(
         default_factory=dict
-    )  # its other options: {mail-type: END, exclusive: true}
+    )  # other options of sbatch: {mail-type: END, exclusive: true}
 
     def __post_init__(self) -> None:
         least = {
@@ -56,13 +58,15 @@ class Config:
                 f"4:00:00 is a number of seconds; write 4."
             )
         if self.notice >= 60 * self.minutes:
-            raise ValueError(f"notice={self.notice} seconds leave nothing of hours={self.hours:g}.")
+            raise ValueError(
+                f"notice={self.notice} seconds are all of hours={self.hours:g}: no time to work is left."
+            )
         if self.venv and self.container:
-            raise ValueError("venv and container are given: Python is in one of them.")
+            raise ValueError("venv and container are given, but Python can be in only one of them.")
 
     @property
     def minutes(self) -> int:
-        """The time limit, as SLURM counts it."""
+        """The time limit in whole minutes, as SLURM wants it."""
         return math.ceil(self.hours * 60)
 
 
@@ -75,27 +79,28 @@ def find_profile(profile: str) -> Path:
     """The file of a profile: a name in slurm/profiles/, or a path.
 
     Raises:
-        LookupError: if there is none; it lists those that there are.
+        LookupError: if there is no such profile; the message lists the profiles.
     """
     return find_yaml("profile", profile, profile_names(), _folder())
 
 
 def load_profile(profile: str, changes: Mapping[str, Any]) -> Config:
-    """A profile, with changes from the command line.
+    """Read a profile, and change keys by values from the command line.
 
     Raises:
         ValueError, LookupError: for an unknown profile or key, or a value that does not fit.
     """
     path = find_profile(profile)
-    held = read_mapping(path, "profile", Config)
+    values = read_mapping(path, "profile", Config)
     try:
-        section_values("slurm", "profile", _readable(held), "")
+        section_values("slurm", "profile", _normalised(values), "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Config(**section_values("slurm", "profile", _readable({**held, **changes}), ""))
+    return Config(**section_values("slurm", "profile", _normalised({**values, **changes}), ""))
 
 
-def _readable(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _normalised(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`setup` as a list; refuses hours that are not a number."""
     hours = values.get("hours")
     if isinstance(hours, str):
         raise ValueError(

@@ -1,15 +1,15 @@
-"""A job by submitit, the only file that imports it: how one is written, sent, asked after and ended.
+"""Writes, submits, queries and cancels jobs with submitit; the only file that imports it.
 
-submitit writes the batch script and, for each job, a pickle of become(COMMAND). SLURM starts one process a
-task, which reads the pickle and turns into `dinokit COMMAND`. From there on the job is that command line:
-signals reach it, and its exit status reaches the batch script, which alone decides whether it runs again.
+submitit writes the batch script and, for each job, a pickle of exec_dinokit(COMMAND). SLURM starts one
+process a task, which reads the pickle and becomes `dinokit COMMAND`. So signals reach that command line
+directly, and its exit status reaches the batch script. The script alone decides whether the job runs again:
 
-    it was told to stop          by the notice before the time limit, a preemption with grace or scancel
-                                 --signal: it saved and ended, as after Ctrl-C; the script requeues the job
-    it did not listen in time    the script requeues the job half a minute before the limit
-    scontrol requeue, preemption by requeue: SLURM itself tells it to stop, and then runs the job again
-    it was cancelled             it saved, and that is all
-    it failed                    so does the job: whoever sent it reads the log and sends it again
+    asked to stop by a signal    (notice before the time limit, preemption with grace, scancel --signal): the
+                                 command saved and ended, as after Ctrl-C. The script requeues the job
+    did not stop in time         the script requeues the job half a minute before the limit
+    scontrol requeue, preemption by requeue: SLURM itself asks it to stop, and runs the job again
+    cancelled                    the command saved; the job ends
+    failed                       the job fails: read the log, and submit it again
 """
 
 import os
@@ -28,123 +28,125 @@ from submitit.core.utils import FailedJobError
 from dinokit.config.registry import suggest
 from dinokit.slurm.profile import Config
 
-LAST = 30  # seconds before the limit when a job that did not listen is requeued
-# What srun ends with if its processes were told to stop: 130 is dinokit's own status, the others SIGUSR1's
-# and SIGUSR2's, while a process starts. SIGTERM's is none: srun sends that to the rest if one has failed.
+REQUEUE_MARGIN = 30  # seconds before the limit when a job that did not stop is requeued
+# Exit statuses of srun after a request to stop: 130 is dinokit's own, 138 and 140 are those of SIGUSR1 and
+# SIGUSR2 while a process starts. SIGTERM's is not one: srun sends it to the other processes if one failed.
 STOPPED = "130|138|140"
-LIVE = "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED"  # may yet run
+# States of jobs that still run, or may run again.
+ACTIVE = "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED"
 
 
 @dataclass
-class Asked:
-    """What is to be run, and how."""
+class JobRequest:
+    """A job, or an array of jobs, to submit."""
 
-    name: str  # of the job
-    commands: list[list[str]]  # behind `dinokit`; several are an array
+    name: str
+    commands: list[list[str]]  # the words after `dinokit`; several commands make an array
     tasks: int  # processes a node
-    after: str = ""  # jobs that must have ended well before, 'ID' or 'ID:ID'
-    goes_on: bool = False  # whether the command, given again, goes on where it stopped
+    after: str = ""  # jobs that must end successfully first: 'ID' or 'ID:ID'
+    resumes: bool = False  # whether the command resumes when it is given again
 
 
-def become(command: Sequence[str]) -> NoReturn:
-    """In the job: turn this process into `dinokit COMMAND`."""
+def exec_dinokit(command: Sequence[str]) -> NoReturn:
+    """Replace this process by `dinokit COMMAND`; called in the job."""
     os.execv(sys.executable, [sys.executable, "-m", "dinokit", *command])
 
 
-def script(asked: Asked, profile: Config, folder: Path) -> str:
-    """The batch script; it can be written where there is no SLURM."""
-    executor = _executor(asked, profile, folder)
-    if len(asked.commands) > 1:
-        executor.parameters["map_count"] = len(asked.commands)
+def batch_script(request: JobRequest, profile: Config, folder: Path) -> str:
+    """The text of the batch script; needs no SLURM."""
+    executor = _executor(request, profile, folder)
+    if len(request.commands) > 1:
+        executor.parameters["map_count"] = len(request.commands)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def check_cluster(profile: Config) -> None:
-    """Look whether there is a cluster here, with the profile's partition and so many nodes in it.
+    """Check that this machine has SLURM, with the profile's partition and enough nodes in it.
 
     Raises:
-        LookupError: if there is no such partition; it lists those that there are.
-        ValueError: if it never has so many nodes: the job would wait for ever.
-        RuntimeError: if there is no SLURM here, or none that answers.
+        LookupError: if there is no such partition; the message lists the partitions.
+        ValueError: if the partition has too few nodes: the job would wait for ever.
+        RuntimeError: if there is no SLURM here, or it does not answer.
     """
     if shutil.which("sbatch") is None:
         raise RuntimeError(
             "There is no SLURM here: the program sbatch was not found. Log in to a machine of the cluster "
-            "from which jobs are submitted (at some sites after `module load slurm`). --dry-run needs none."
+            "from which jobs are submitted (at some sites after `module load slurm`). --dry-run works here."
         )
-    rows = [line.split("|") for line in _ask("sinfo", "--noheader", "--format=%P|%D").splitlines()]
-    own = [name.removesuffix("*") for name, _ in rows if name.endswith("*")]  # marked: the default
-    have = {name.removesuffix("*"): int(nodes) for name, nodes in rows}
-    asked = list(filter(None, profile.partition.split(","))) or own
-    for name in asked:
-        if name not in have:
+    rows = [line.split("|") for line in _run_slurm("sinfo", "--noheader", "--format=%P|%D").splitlines()]
+    default = [name.removesuffix("*") for name, _ in rows if name.endswith("*")]
+    nodes_of = {name.removesuffix("*"): int(nodes) for name, nodes in rows}
+    names = list(filter(None, profile.partition.split(","))) or default
+    for name in names:
+        if name not in nodes_of:
             raise LookupError(
-                f"There is no partition '{name}'.{suggest(name, list(have))} sinfo has: {', '.join(have)}."
+                f"There is no partition '{name}'.{suggest(name, list(nodes_of))} sinfo has: "
+                f"{', '.join(nodes_of)}."
             )
-    most = max((have[name] for name in asked), default=profile.nodes)
+    most = max((nodes_of[name] for name in names), default=profile.nodes)
     if profile.nodes > most:
-        raise ValueError(f"nodes={profile.nodes}, but partition {', '.join(asked)} has {most}.")
+        raise ValueError(f"nodes={profile.nodes}, but partition {', '.join(names)} has {most}.")
 
 
-def send(asked: Asked, profile: Config, folder: Path) -> list[str]:
-    """Hand a job, or an array of jobs, to SLURM. Returns their numbers.
+def submit_jobs(request: JobRequest, profile: Config, folder: Path) -> list[str]:
+    """Submit a job, or an array of jobs, to SLURM. Returns their numbers.
 
     Raises:
-        RuntimeError: if SLURM refuses; with its words.
+        RuntimeError: if SLURM refuses; with its message.
     """
     try:
-        jobs = _executor(asked, profile, folder).map_array(become, asked.commands)
+        jobs = _executor(request, profile, folder).map_array(exec_dinokit, request.commands)
     except FailedJobError as error:
         raise RuntimeError(f"SLURM refuses the job: {' '.join(str(error).split())}") from None
     return [job.job_id for job in jobs]
 
 
-def states(jobs: Sequence[str]) -> dict[str, str]:
-    """SLURM's word for each job: PENDING (WHY), RUNNING, COMPLETED, FAILED, ...; UNKNOWN if it forgot it.
+def job_states(jobs: Sequence[str]) -> dict[str, str]:
+    """The state of each job: PENDING (REASON), RUNNING, COMPLETED, FAILED, ...; UNKNOWN if SLURM forgot it.
 
     Raises:
-        RuntimeError: if there is no SLURM that answers.
+        RuntimeError: if SLURM does not answer.
     """
     queue = [
         line.split("|")
-        for line in _ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r").splitlines()
+        for line in _run_slurm("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r").splitlines()
     ]
-    found = {job: f"{state} ({why})" if state == "PENDING" else state for job, state, why in queue}
-    gone: list[SlurmJob[Any]] = [
-        SlurmJob(folder=".", job_id=job, tasks=[0]) for job in jobs if job not in found
+    queued = {job: f"{state} ({why})" if state == "PENDING" else state for job, state, why in queue}
+    others: list[SlurmJob[Any]] = [
+        SlurmJob(folder=".", job_id=job, tasks=[0]) for job in jobs if job not in queued
     ]
-    ended = {job.job_id: job.state.split()[0] for job in gone}  # without 'by 1000' behind CANCELLED
-    return {job: found.get(job) or ended[job] for job in jobs}
+    ended = {job.job_id: job.state.split()[0] for job in others}  # 'CANCELLED by 1000' without 'by 1000'
+    return {job: queued.get(job) or ended[job] for job in jobs}
 
 
-def knows(job: str) -> bool:
-    """Whether SLURM has a job in its queue, or had a little while ago; other people's too."""
+def job_exists(job: str) -> bool:
+    """Whether a job is in SLURM's queue, or was a short time ago; jobs of other users too."""
     return not subprocess.run(["scontrol", "show", "job", job], capture_output=True, check=False).returncode
 
 
-def cancel(job: str) -> None:
-    """End a job, or all jobs of an array by its number.
+def cancel_job(job: str) -> None:
+    """Cancel a job, or all jobs of an array by its number.
 
     Raises:
-        RuntimeError: if SLURM cannot; with its words.
+        RuntimeError: if SLURM cannot cancel it; with its message.
     """
-    _ask("scancel", job)
+    _run_slurm("scancel", job)
 
 
-def logs(job: str, folder: Path) -> list[Path]:
-    """What a job's processes said, a file each, in the order of rank; the first has the batch script too."""
+def log_files(job: str, folder: Path) -> list[Path]:
+    """The logs of a job's processes, by rank; the first also has the output of the batch script."""
     return sorted(folder.glob(f"{job}_*_log.out"), key=lambda path: (len(path.name), path.name))
 
 
-class _Anywhere(SlurmExecutor):
-    """submitit's, which refuses to be made where there is no srun; but a script is only text."""
+class _OfflineExecutor(SlurmExecutor):
+    """An executor that can also be made without srun, to write a script."""
 
     @classmethod
     def affinity(cls) -> int:
         return 1
 
 
-def _executor(asked: Asked, profile: Config, folder: Path) -> SlurmExecutor:
+def _executor(request: JobRequest, profile: Config, folder: Path) -> SlurmExecutor:
     python = shlex.quote(f"{Path(profile.venv).expanduser()}/bin/python" if profile.venv else sys.executable)
     if profile.container:
         python = f"apptainer exec --nv {shlex.quote(profile.container)} python3"
@@ -154,48 +156,48 @@ def _executor(asked: Asked, profile: Config, folder: Path) -> SlurmExecutor:
         "qos": profile.qos,
         "constraint": profile.constraint,
         "gpus_per_node": profile.gpus,
-        "dependency": f"afterok:{asked.after}" if asked.after else "",
+        "dependency": f"afterok:{request.after}" if request.after else "",
     }
     options: dict[str, Any] = {"requeue" if profile.restarts else "no-requeue": True}
-    if asked.after:
+    if request.after:
         options["kill-on-invalid-dep"] = "yes"
-    executor = _Anywhere(folder=folder, python=python)
+    executor = _OfflineExecutor(folder=folder, python=python)
     executor.update_parameters(
-        job_name=asked.name,
+        job_name=request.name,
         time=profile.minutes,
         nodes=profile.nodes,
-        ntasks_per_node=asked.tasks,
+        ntasks_per_node=request.tasks,
         cpus_per_task=profile.cpus,
         mem=f"{profile.memory:g}G" if profile.memory else "0",
         signal_delay_s=profile.notice,
-        wckey=None,  # not submitit's name, which a site may not know
-        array_parallelism=profile.at_once or len(asked.commands),
+        wckey=None,  # submitit would give its own name, which a site may refuse
+        array_parallelism=profile.at_once or len(request.commands),
         stderr_to_stdout=True,
-        srun_args=["--kill-on-bad-exit=1"],  # when one process fails, the others would wait for it
-        setup=_before(asked, profile, folder),
-        teardown=_behind(asked, profile),
+        srun_args=["--kill-on-bad-exit=1"],  # otherwise, when one process fails, the others wait for it
+        setup=_setup(request, profile, folder),
+        teardown=_teardown(request, profile),
         additional_parameters={**options, **profile.sbatch},
         **{key: value for key, value in given.items() if value},
     )
     return executor
 
 
-def _before(asked: Asked, profile: Config, folder: Path) -> list[str]:
-    """Lines before the command: where the code is, how many threads; and an alarm, if it may run again."""
+def _setup(request: JobRequest, profile: Config, folder: Path) -> list[str]:
+    """Lines before the command: the code, the threads, and an alarm if the job may be requeued."""
     code = shlex.quote(f"{folder}/code")
-    first, more = " ".join(shlex.join(asked.commands[0]).split()), len(asked.commands) - 1
+    first, more = " ".join(shlex.join(request.commands[0]).split()), len(request.commands) - 1
     lines = [
-        f"# Each process becomes: dinokit {first}" + (f"; there are {more} more such jobs" if more else ""),
+        f"# Each process becomes: dinokit {first}" + (f"; the array has {more} more jobs" if more else ""),
         f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        "export PYTHONSAFEPATH=1  # else the code in the working folder would be found first",
+        "export PYTHONSAFEPATH=1  # otherwise Python finds the code in the working folder first",
         "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT  # of another launcher",
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK",
         *profile.setup,
     ]
-    if asked.goes_on and profile.restarts:
-        array = len(asked.commands) > 1
+    if request.resumes and profile.restarts:
+        array = len(request.commands) > 1
         job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if array else "$SLURM_JOB_ID"
-        seconds = 60 * profile.minutes - min(LAST, profile.notice // 2)
+        seconds = 60 * profile.minutes - min(REQUEUE_MARGIN, profile.notice // 2)
         lines += [
             f'job="{job}"',
             'again() { [ "${SLURM_RESTART_COUNT:-0}" -lt '
@@ -206,10 +208,10 @@ def _before(asked: Asked, profile: Config, folder: Path) -> list[str]:
     return lines
 
 
-def _behind(asked: Asked, profile: Config) -> list[str]:
-    """Lines behind the command: what was told to stop runs again, unless the job was cancelled."""
+def _teardown(request: JobRequest, profile: Config) -> list[str]:
+    """Lines after the command: requeue the job if it was asked to stop, unless it was cancelled."""
     lines = ["status=$?"]
-    if asked.goes_on and profile.restarts:
+    if request.resumes and profile.restarts:
         lines += [
             "kill $alarm 2>/dev/null",
             f"case $status in {STOPPED})",
@@ -219,14 +221,14 @@ def _behind(asked: Asked, profile: Config) -> list[str]:
     return [*lines, "exit $status"]
 
 
-def _ask(*words: str) -> str:
-    """What a program of SLURM answers."""
+def _run_slurm(*words: str) -> str:
+    """The output of a program of SLURM."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         raise RuntimeError(f"There is no SLURM here: the program {words[0]} was not found.") from None
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"SLURM does not answer: {' '.join(words)} took more than a minute.") from None
-    if done.returncode:
-        raise RuntimeError(f"SLURM's {' '.join(words)} fails: {' '.join(done.stderr.split())}")
-    return done.stdout
+    if process.returncode:
+        raise RuntimeError(f"SLURM's {' '.join(words)} fails: {' '.join(process.stderr.split())}")
+    return process.stdout

@@ -36,7 +36,7 @@ def quick(*words: str) -> subprocess.CompletedProcess:
     [
         ([], "dinokit train RECIPE"),
         (["--help"], "dinokit train RECIPE"),
-        (["--help"], "    judge frozen features"),
+        (["--help"], "    evaluate frozen features"),
         (["train", "--help"], "scenes_cpu"),
         (["eval", "knn", "--help"], "few_shot"),
         (["eval", "all", "--help"], "eval_scenes"),
@@ -67,7 +67,7 @@ def test_help_is_given_at_once(words, answer):
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["trian", "scenes_cpu"], "There is no verb 'trian'. Did you mean 'train'?"),
+        (["trian", "scenes_cpu"], "There is no command 'trian'. Did you mean 'train'?"),
         (["train", "scene_cpu"], "There is no recipe 'scene_cpu'. Did you mean 'scenes_cpu'?"),
         (["train", "scenes_cpu", "optm.lr=1"], "there is no key 'optm'. Did you mean 'optim'?"),
         (
@@ -120,8 +120,8 @@ def test_help_is_given_at_once(words, answer):
         (["eval", "all", "weights=x", "recipe=eval_scenes", "knn.kk=3"], "knn.kk: there is no key 'kk'"),
         (["eval", "all", "weights=x", "recipe=eval_scenes", "kn=3"], "reads a key 'kn'. Did you mean 'knn'?"),
         (["results", "a=1"], "dinokit results takes folders"),
-        (["submit", "profile=gpu"], "Which command? It stands behind --"),
-        (["submit", "--", "train", "scenes_cpu"], "profile must be given. There is: cpu, gpu"),
+        (["submit", "profile=gpu"], "Which command? Give it after --"),
+        (["submit", "--", "train", "scenes_cpu"], "profile must be given. Profiles are: cpu, gpu"),
         (["submit", "statsu"], "Did you mean 'status'?"),
         (["submit", "status", "12"], "No job 12 was submitted from here"),
         (["submit", "logs"], "Nothing was submitted from here"),
@@ -129,29 +129,29 @@ def test_help_is_given_at_once(words, answer):
         (["submit", "profile=mine.yaml", "--", "train", "scenes_cpu"], "slurm/profiles there is: cpu, gpu."),
         (
             ["submit", "profile=gpu", "masks=null", "--", "train", "scenes_cpu"],
-            "A profile has: partition, account, qos, constraint, nodes, gpus, tasks, cpus, memory, hours, "
-            "notice, restarts, at_once, venv, container, setup, sbatch. What is for dinokit train stands "
-            "behind --: -- train ... masks=null",
+            "The keys of a profile are: partition, account, qos, constraint, nodes, gpus, tasks, cpus, "
+            "memory, hours, notice, restarts, at_once, venv, container, setup, sbatch. Give settings of "
+            "dinokit train after --: -- train ... masks=null",
         ),
         (
             ["submit", "profile=gpu", "--", "train", "scenes_cpu", "--dry-run"],
-            "What is for the job stands before --: --dry-run -- ...",
+            "Give settings of the job before --: --dry-run -- ...",
         ),
         (["submit", "profile=gpu", "--", "eval", "knn", "weights=x", "gpus=1"], "before --: gpus=1 -- ..."),
         (["submit", "profile=gpu", "--", "eval", "knn", "wieghts=x"], "Did you mean 'weights'?"),
         (["submit", "profile=gpu", "--", "extract", "wieghts=x"], "Did you mean 'weights'?"),
         (["submit", "profile=gpu", "--", "curate", "curate_small", "out=x"], "pool.path must be given"),
         (["submit", "profile=gpu", "--", "dinokit", "train"], "'dinokit' to submit. Leave that word out."),
-        (["submit", "run.out=x", "--", "train"], "profile must be given. There is"),
+        (["submit", "run.out=x", "--", "train"], "profile must be given. Profiles are"),
         (
             ["submit", "run.out=x", "--", "train"],
-            "train stands behind --: -- train ... run.out=x",
+            "train after --: -- train ... run.out=x",
         ),
-        (["submit", "profile=gpu", "k=5", "--", "eval", "knn"], "behind --: -- eval ... k=5"),
+        (["submit", "profile=gpu", "k=5", "--", "eval", "knn"], "after --: -- eval ... k=5"),
         (["submit", "profile=gpu", "--", "train", "scenes_cpu", "nodes=2"], "before --: nodes=2 -- ..."),
         (
             ["submit", "profile=gpu", "--", "trian", "scenes_cpu"],
-            "no verb 'trian' to submit. Did you mean 'train'?",
+            "no command 'trian' to submit. Did you mean 'train'?",
         ),
         (["submit", "profile=gpu", "--", "train", "scenes_cpu", "optim.lrr=1"], "Did you mean 'lr"),
         (
@@ -163,9 +163,12 @@ def test_help_is_given_at_once(words, answer):
             "nodes may be 1, 2, 4.",
         ),
         (["submit", "profile=gpu", "nodes=2", "--", "export", "weights=x"], "export works in one process"),
-        (["submit", "profile=gpu", "array=1-3", "--", "eval", "knn"], "all its jobs would do the same"),
+        (["submit", "profile=gpu", "array=1-3", "--", "eval", "knn"], "all its jobs would be the same"),
         (["submit", "profile=gpu", "array=no/*", "--", "eval", "knn", "weights={}"], "has no values"),
-        (["submit", "profile=gpu", "after=soon", "--", "train", "scenes_cpu"], "after=soon: numbers of jobs"),
+        (
+            ["submit", "profile=gpu", "after=soon", "--", "train", "scenes_cpu"],
+            "after=soon: give numbers of jobs",
+        ),
         (
             ["submit", "profile=gpu", "--", "train", "scenes_cpu"],
             "There is no SLURM here: the program sbatch",
@@ -272,7 +275,7 @@ runpy.run_module("dinokit", run_name="__main__")
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-@pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["no-such-verb"], 2)])
+@pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["no-such-command"], 2)])
 def test_a_signal_that_comes_while_the_process_ends_leaves_its_status(number, words, status):
     command = [sys.executable, "-c", LATE, str(int(number)), *words]
     assert subprocess.run(command, capture_output=True).returncode == status

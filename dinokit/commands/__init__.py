@@ -1,21 +1,21 @@
-"""What `dinokit` can be told to do. A shelf: a file here is a verb of the command line.
+"""Commands of the `dinokit` program. A registry: each file that defines `run` is a command.
 
-A file's docstring is its help: the first line says how it is called and what it does. It defines
+The docstring of a command is its help; the first line is 'usage: purpose'. A command defines
 
     run(command: Command) -> None
 
 and may define
 
-    FLAGS: dict[str, str]                       # its own options, such as {"--json": "print JSON alone"};
-                                                # "--against=" is one that takes a value
-    describe(words: Sequence[str]) -> str       # more help, once asked: what may be given
-    check(command: Command) -> Any              # what run() begins with: it raises for settings that cannot
-                                                # be, and `dinokit submit` asks it before a night in the queue
-    MULTI_PROCESS = True                               # processes that were started together share its work
-    RESUMES = True                              # given again, it goes on where it stopped
+    FLAGS: dict[str, str]                      # its options with their help: {"--json": "print JSON"};
+                                               # an option "--against=" takes a value
+    describe(words: Sequence[str]) -> str      # more help, made only for --help: available names and keys
+    check(command: Command) -> Any             # checks the settings, as `dinokit submit` does before a job
+                                               # waits in the queue; raises ValueError or LookupError
+    MULTI_PROCESS = True                       # several processes can share its work
+    RESUMES = True                             # the same command resumes after a stop
 
-Every heavy import waits inside these functions, and settings are checked before it: help and typos are
-answered at once.
+Imports of torch and other large packages stand inside these functions, after the checks of the settings, so
+that help and error messages appear at once.
 """
 
 from collections.abc import Sequence
@@ -26,30 +26,30 @@ from dinokit.config.registry import suggest
 
 @dataclass
 class Command:
-    """What was typed behind the verb."""
+    """The parsed words of a command line behind the name of the command."""
 
-    words: list[str]  # those without '='
+    words: list[str]  # without '=', as names of recipes
     settings: list[str]  # key=value
-    flags: dict[str, str] = field(default_factory=dict)  # by name, dashes included; "" without a value
-    rest: list[str] = field(default_factory=list)  # what stood behind --
+    flags: dict[str, str] = field(default_factory=dict)  # options such as "--json", with value or ""
+    rest: list[str] = field(default_factory=list)  # everything behind --
 
-    def one_word(self, of: str, have: Sequence[str] = ()) -> str:
+    def one_word(self, meaning: str, available: Sequence[str] = ()) -> str:
         """The only word.
 
         Args:
-            of: what it names, for the error.
-            have: what may be given, for the error.
+            meaning: what the word names, for the error.
+            available: names that may be given, for the error.
 
         Raises:
-            ValueError: if there is none, or more than one.
+            ValueError: if there is no word, or more than one.
         """
         if len(self.words) == 1:
             return self.words[0]
-        there = f" There is: {', '.join(have)}." if have else ""
+        listed = f" There is: {', '.join(available)}." if available else ""
         if not self.words:
-            raise ValueError(f"Which {of}?{there}")
+            raise ValueError(f"Which {meaning}?{listed}")
         raise ValueError(
-            f"'{self.words[1]}' is not of the form key=value, and the {of} was given already: "
+            f"'{self.words[1]}' is not of the form key=value, and the {meaning} was given already: "
             f"'{self.words[0]}'."
         )
 
@@ -63,49 +63,50 @@ class Command:
             raise ValueError(f"'{self.words[0]}' is not of the form key=value.{hint}")
 
 
-def parse(verb: str, words: Sequence[str], options: Sequence[str]) -> Command:
-    """The words behind `verb`, sorted.
+def parse(name: str, argv: Sequence[str], options: Sequence[str]) -> Command:
+    """Parse the command line of the command `name`.
 
     Args:
-        verb: for the errors.
-        words: what was typed.
-        options: those that there are; one that ends in '=' takes a value, as --name=value or --name value.
+        name: of the command, for errors.
+        argv: the words behind it.
+        options: available options; one that ends in '=' takes a value, as --option=value or --option value.
 
     Raises:
-        ValueError: for an option that there is not, or one with a value too many or too few.
+        ValueError: for an unknown option, a missing value, or a value for an option without one.
     """
-    command, todo = Command([], []), list(words)
-    while todo:
-        word = todo.pop(0)
+    command, remaining = Command([], []), list(argv)
+    while remaining:
+        word = remaining.pop(0)
         if word == "--":
-            command.rest, todo = todo, []
+            command.rest, remaining = remaining, []
         elif word.startswith("-"):
-            name, equals, value = word.partition("=")
-            if name not in options and f"{name}=" not in options:
-                near = suggest(name, [option.rstrip("=") for option in options])
+            option, equals, value = word.partition("=")
+            if option not in options and f"{option}=" not in options:
+                near = suggest(option, [each.rstrip("=") for each in options])
                 raise ValueError(
-                    f"There is no option {name} of dinokit {verb}.{near} Settings are given as key=value."
+                    f"There is no option {option} of dinokit {name}.{near} Settings are given as key=value."
                 )
-            wants = f"{name}=" in options
-            if wants and not equals and todo:
-                value = todo.pop(0)
-            if wants != bool(value):
-                raise ValueError(f"{name} takes {'a value' if wants else 'no value'}: dinokit {verb} --help.")
-            command.flags[name] = value
+            takes_value = f"{option}=" in options
+            if takes_value and not equals and remaining:
+                value = remaining.pop(0)
+            if takes_value != bool(value):
+                needs = "a value" if takes_value else "no value"
+                raise ValueError(f"{option} takes {needs}: dinokit {name} --help.")
+            command.flags[option] = value
         else:
             (command.settings if "=" in word else command.words).append(word)
     return command
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """The number of a part, from 0, and how many there are: 3/16 is (3, 16), and nothing is (0, 1).
+    """Parse the setting part=I/N: '3/16' is (3, 16), and '' is (0, 1).
 
     Raises:
         ValueError: if the text is neither.
     """
     if not text:
         return 0, 1
-    number, slash, of = text.partition("/")
-    if not slash or not number.isdecimal() or not of.isdecimal() or int(number) >= int(of):
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal() or int(number) >= int(count):
         raise ValueError(f"part={text}: it is I/N, with I from 0 to N - 1, as part=0/16.")
-    return int(number), int(of)
+    return int(number), int(count)

@@ -1,9 +1,9 @@
-"""dinokit bench step|data|attention|eval [RECIPE] [key=value ...]: how fast things are on this machine.
+"""dinokit bench step|data|attention|eval [RECIPE] [key=value ...]: measure speed and memory on this machine.
 
-Each figure stands beside the machine's own rate of matrix products, measured in the same run. RECIPE is
-small_photos unless you give one. Of the keys, batch=N is short for optim.batch=N (8; for data 32); rounds=N
-is how many times each figure is taken (5; the median counts); with input=data, step and data read the
-recipe's data, and with input=synthetic they need none.
+The rate of matrix products, measured in the same run, is printed beside the results. RECIPE is small_photos
+unless you give one. batch=N is short for optim.batch=N (default 8; for data 32). rounds=N is the number of
+measurements (default 5), of which the median is printed. With input=data, step and data read the data of the
+recipe; with input=synthetic (default) they need none.
 
 dinokit bench step heads.cls.prototypes=65536 batch=8 --against plain
 dinokit bench data
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dinokit.bench.step import StepReport
 
 FLAGS = {
-    "--json": "print one line of JSON and nothing else",
+    "--json": "print only one line of JSON",
     "--against=": "plain: run the step with every switch at its plainest in turn, and print the ratio",
 }
 KINDS = "step", "data", "attention", "eval"

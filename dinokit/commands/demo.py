@@ -1,4 +1,10 @@
-"""dinokit demo [key=value ...]: pretrain on the built-in scenes, judge, print a table; takes minutes."""
+"""dinokit demo [key=value ...]: train on built-in scenes, evaluate, print tables; takes minutes.
+
+The run is in runs/demo. The keys are those of the recipe scenes_cpu.
+
+dinokit demo
+dinokit demo optim.steps=200 run.out=runs/short
+"""
 
 from dataclasses import replace
 from math import gcd

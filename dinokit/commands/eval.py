@@ -1,4 +1,4 @@
-"""dinokit eval EVALUATOR weights=FILE_OR_RUN [key=value ...]: judge frozen features; the last line is JSON.
+"""dinokit eval EVALUATOR weights=FILE_OR_RUN [key=value ...]: evaluate frozen features, print JSON last.
 
 Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source
 given by its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of weights=...

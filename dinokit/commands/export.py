@@ -5,11 +5,11 @@ to=hf       out=FOLDER: AutoModel.from_pretrained(FOLDER), AutoImageProcessor.fr
 to=dinov2   out=X.pth: the layout of the official files, of DINO's for a vit without LayerScale
 to=onnx     out=X.onnx: a graph from images to cls and patches; size=N fixes the images' size
 
-What was written is opened again by that library, and the largest difference of its features is printed.
-Only then it takes the place of what stood at out; if anything fails, that stays.
-weights is a file, or a folder of a run, of Hugging Face or of timm. heads=N says how many attention heads
-there are, for a file that does not.
+The command loads the new file with that library, compares the features and prints the largest difference.
+It replaces an older file at out only after that. weights is a file, or a folder of a run, of Hugging Face or
+of timm. heads=N gives the number of attention heads if the file does not.
 
+dinokit export weights=runs/photos to=timm out=photos_timm
 dinokit export weights=runs/photos to=onnx out=photos.onnx
 """
 
@@ -25,7 +25,7 @@ KEYS = ["weights", "to", "out", "size", "heads"]
 
 
 def run(command: Command) -> None:
-    command.no_words(" Say weights=FILE to=FORMAT out=PATH.")
+    command.no_words(" Give weights=FILE to=FORMAT out=PATH.")
     values = parse_overrides(command.settings)
     for key in values:
         if key not in KEYS:
@@ -41,9 +41,7 @@ def run(command: Command) -> None:
     file = to in ("dinov2", "onnx") or (to == "timm" and out.suffix == ".safetensors")
     if out.is_dir() if file else out.is_file():
         have, new = ("folder", "file") if file else ("file", "folder")
-        raise ValueError(
-            f"out={out} is a {have} that is there, and to={to} writes a {new}: give another out."
-        )
+        raise ValueError(f"out={out} is a {have}, but to={to} writes a {new}: give another out.")
     heads = _whole("heads", values.get("heads"))
     from dinokit.weights import load_backbone
     from dinokit.weights.export import export
@@ -54,5 +52,5 @@ def run(command: Command) -> None:
 
 def _whole(key: str, value: Any) -> int | None:
     if value is not None and not (isinstance(value, int) and value > 0):
-        raise ValueError(f"{key}={value} is no number: it takes a whole one, 1 or more.")
+        raise ValueError(f"{key}={value} must be a whole number, 1 or more.")
     return value

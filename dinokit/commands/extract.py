@@ -1,8 +1,8 @@
-"""dinokit extract weights=FILE_OR_RUN data.path=IMAGES out=DIR [key=value ...]: features of images, to disk.
+"""dinokit extract weights=FILE_OR_RUN data.path=IMAGES out=DIR [key=value ...]: save features of images.
 
-Goes on where it stopped when it is given again. Unreadable images are listed, and their rows are NaN.
-data.name=folder unless another is given. fit=crop shows the middle of an image; fit=pad and fit=resize show
-the whole of it, on a grid of whole patches. Python reads DIR with dinokit.features.open_store(DIR).
+The same command resumes after a stop. Unreadable images are listed, and their rows are NaN. Images are read
+from a folder unless data.name is given. fit=crop takes the centre of an image; fit=pad and fit=resize take
+all of it, on a grid of whole patches. Python reads DIR with dinokit.features.open_store(DIR).
 
 dinokit extract weights=runs/photos data.path=PHOTOS out=features tokens=cls,mean
 dinokit extract weights=vits14.pth data.path=PHOTOS out=dense tokens=patch layers=last4 fit=resize size=518

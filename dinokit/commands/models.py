@@ -1,8 +1,8 @@
-"""dinokit models [PATTERN | identify FILE]: what is released, or what a file of weights holds.
+"""dinokit models [PATTERN | identify FILE]: list released models, or describe a file of weights.
 
-A list has names, parameters, patch, licence, whether the file lies in torch.hub's cache, and its URL.
-identify says which format a file is of, which backbone is in it, and whether every tensor has its place;
-heads=N says how many attention heads there are, for a file that does not.
+The list shows name, parameters, patch size, licence, whether the file is in the cache of torch.hub, and URL.
+identify prints the format of a file, its backbone, and whether all its tensors are used. heads=N gives the
+number of attention heads if the file does not.
 
 dinokit models 'dinov2*'
 dinokit models identify dinov2_vits14_pretrain.pth
@@ -65,7 +65,7 @@ def _list(names: Sequence[str]) -> None:
 
 def _identify(source: str, heads: Any) -> None:
     if heads is not None and not (isinstance(heads, int) and heads > 0):
-        raise ValueError(f"heads={heads} is no number of attention heads.")
+        raise ValueError(f"heads={heads} must be a whole number of attention heads, 1 or more.")
     from dinokit.weights.load import build, coverage, read, refusal
 
     file, stored = read(source, heads=heads, values=False)

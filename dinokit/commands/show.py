@@ -1,11 +1,12 @@
-"""dinokit show RECIPE [key=value ...]: the whole recipe, its size, memory and learning rate; runs nothing.
+"""dinokit show RECIPE [key=value ...]: print a complete recipe, with model size, memory and learning rate.
 
-Every default is filled in; the output is a recipe itself: dinokit show scenes_cpu > mine.yaml
+Nothing is trained. Every default is filled in, and the output is a recipe itself.
 
-With nodes=N gpus=N (of a node), also what it needs on such a cluster: memory of a GPU, bytes sent in a step,
-and, with images_per_second=N as measured on one GPU, the speed to expect. gpu_gib=80 (memory of a GPU),
-gpu_gbyte=300 (GB/s inside a node) and node_gbit=400 (Gbit/s of a node's network) are assumed otherwise.
+nodes=N gpus=N (GPUs of a node) estimates the run on a cluster: memory of a GPU, bytes sent in a step, and,
+with images_per_second=N as measured on one GPU, the expected speed. It assumes gpu_gib=80 (memory of a GPU),
+gpu_gbyte=300 (GB/s inside a node) and node_gbit=400 (Gbit/s of a node's network) unless you set them.
 
+dinokit show scenes_cpu > mine.yaml
 dinokit show dinov2_vitg14 data.path=LIST nodes=12 gpus=8 images_per_second=35
 """
 

@@ -1,45 +1,53 @@
 """dinokit submit profile=PROFILE [key=value ...] -- COMMAND: run a command as a job on a SLURM cluster.
 
-What stands behind -- is what you would type behind `dinokit`. A run that must stop, at its time limit or for
-a job with more rights, saves, starts again by itself and goes on exactly. docs/slurm.md tells the rest.
+The words after -- are those that you would type after `dinokit`. A run that must stop, at its time limit or
+for a job with a higher priority, saves, starts again by itself and resumes exactly. See docs/slurm.md.
 
 dinokit submit profile=gpu partition=a100 nodes=4 -- train dinov2_vitl14 data.path=DATA
 dinokit submit profile=gpu gpus=1 after=1234 -- eval knn weights=runs/dinov2_vitl14
 dinokit submit profile=gpu gpus=1 array='runs/dinov2_vitl14/teachers/*.safetensors' -- eval knn weights={}
-dinokit submit status [JOB ...]       what was submitted from this folder, and how it goes
-dinokit submit logs [JOB]             what a job said; without a number, the newest
+dinokit submit status [JOB ...]       the jobs that were submitted from this folder, and their states
+dinokit submit logs [JOB]             the log of a job; without a number, of the newest
 dinokit submit cancel JOB [JOB ...]   a run saves before it ends
 
-array=VALUES makes a job for each value: FROM-TO, A,B,C, or a pattern of files. In the command, {} is the
-value, {name} its last part without ending, and {number} counts from 0. after=JOB[,JOB] waits until these have
-ended well.
+array=VALUES submits a job for each value: FROM-TO, A,B,C, or a pattern of files. In the command, {} is the
+value, {name} its file name without ending, and {number} counts from 0. after=JOB[,JOB] waits until these jobs
+have completed successfully.
 """
 
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dinokit.commands import Command, _jobs
+from dinokit.commands import Command, parse
 from dinokit.config import registry
-from dinokit.config.load import parse_overrides
+from dinokit.config.load import Recipe, load_recipe, parse_overrides
+
+if TYPE_CHECKING:
+    from dinokit.slurm.profile import Config
 
 FLAGS = {"--dry-run": "print the batch script, and submit nothing"}
+OWN_KEYS = ("profile", "array", "after")  # before --, besides the keys of a profile
+PLACEHOLDERS = ("{}", "{name}", "{number}")
 
 
 def run(command: Command) -> None:
-    ways = {"status": _status, "logs": _logs, "cancel": _cancel}
+    actions = {"status": _status, "logs": _logs, "cancel": _cancel}
     if not command.words:
         _submit(command)
         return
     word, *jobs = command.words
-    if word not in ways or command.settings or command.rest:
+    if word not in actions or command.settings or command.rest:
+        near = registry.suggest(word, list(actions))
         raise ValueError(
-            f"'{word}' is not of the form key=value.{registry.suggest(word, list(ways))} To submit: dinokit "
-            f"submit profile=PROFILE -- COMMAND. What was submitted: dinokit submit {'|'.join(ways)} [JOB]."
+            f"'{word}' is not of the form key=value.{near} To submit: dinokit submit profile=PROFILE -- "
+            f"COMMAND. Submitted jobs: dinokit submit {'|'.join(actions)} [JOB]."
         )
-    ways[word](jobs)
+    actions[word](jobs)
 
 
 def describe(words: Sequence[str]) -> str:
@@ -55,141 +63,240 @@ def describe(words: Sequence[str]) -> str:
 def _submit(command: Command) -> None:
     from dinokit.slurm import record
     from dinokit.slurm.profile import load_profile, profile_names
-    from dinokit.slurm.snapshot import copy_code, copy_recipes
 
-    own = {key: value for key, value in (text.split("=", 1) for text in command.settings) if key in _jobs.OWN}
-    settings = [text for text in command.settings if text.split("=", 1)[0] not in _jobs.OWN]
+    pairs = [(text, *text.split("=", 1)) for text in command.settings]
+    own = {key: value for _, key, value in pairs if key in OWN_KEYS}
+    settings = [text for text, key, _ in pairs if key not in OWN_KEYS]
     if not command.rest:
         raise ValueError(
-            "Which command? It stands behind --, as in: dinokit submit profile=gpu -- train RECIPE."
+            "Which command? Give it after --, as in: dinokit submit profile=gpu -- train RECIPE."
         )
-    verb, behind = command.rest[0], _jobs.belongs_behind(settings, command.rest[0])
+    name, hint = command.rest[0], _hint_after(settings, command.rest[0])
     if "profile" not in own:
         raise ValueError(
-            f"profile must be given. There is: {', '.join(profile_names())}; or give a file's path.{behind}"
+            f"profile must be given. Profiles are: {', '.join(profile_names())}; or give a file's path.{hint}"
         )
-    if behind:
-        raise ValueError(f"A profile has: {', '.join(_jobs.profile_keys())}.{behind}")
+    if hint:
+        raise ValueError(f"The keys of a profile are: {', '.join(_profile_keys())}.{hint}")
     profile = load_profile(own["profile"], parse_overrides(settings))
-    commands = _jobs.for_each(own.get("array"), command.rest)
-    tasks, goes_on = _jobs.shape(verb, profile)
-    named = set[str]().union(*(_jobs.check(words, profile, tasks) for words in commands))
-    name = "-".join(Path(word).stem for word in command.rest[:2] if "=" not in word)
+    commands = _array(own.get("array"), command.rest)
+    tasks, resumes = _tasks(name, profile)
+    modules = set[str]().union(*(_check(words, profile, tasks) for words in commands))
+    title = "-".join(Path(word).stem for word in command.rest[:2] if "=" not in word)
     from dinokit.slurm import submit
 
-    asked = submit.Asked(name, commands, tasks, _earlier(own.get("after", "")), goes_on)
+    request = submit.JobRequest(title, commands, tasks, _dependencies(own.get("after", "")), resumes)
     if "--dry-run" in command.flags:
-        print(submit.script(asked, profile, (record.JOBS / f"DATE-{name}").absolute()))
+        print(submit.batch_script(request, profile, (record.JOBS / f"DATE-{title}").absolute()))
         return
     submit.check_cluster(profile)
-    _check_earlier(asked.after)
-    if goes_on and not asked.after:
-        _not_twice(commands)
-    folder = record.new_folder(name)
+    _check_dependencies(request.after)
+    if resumes and not request.after:
+        _refuse_queued(commands)
+    folder = record.new_folder(title)
     try:
-        copy_code(folder / "code", named)
-        asked.commands = copy_recipes(folder / "recipes", commands)
-        jobs = submit.send(asked, profile, folder)
+        record.copy_code(folder / "code", modules)
+        request.commands = record.copy_recipes(folder / "recipes", commands)
+        jobs = submit.submit_jobs(request, profile, folder)
     except BaseException:
         shutil.rmtree(folder)
         raise
-    done = record.write(folder, jobs, commands, [f"profile={own['profile']}", *settings])
-    many = f" ({jobs[0]} to {jobs[-1]})" if len(jobs) > 1 else ""
-    print(f"job {done.number}{many}: nodes={profile.nodes}, processes a node: {tasks}, in {folder}")
-    print(
-        f"how it goes: dinokit submit status {done.number}; what it says: dinokit submit logs {done.number}"
-    )
+    number = record.write_record(folder, jobs, commands, [f"profile={own['profile']}", *settings]).number
+    array = f" ({jobs[0]} to {jobs[-1]})" if len(jobs) > 1 else ""
+    print(f"job {number}{array}: nodes={profile.nodes}, processes a node: {tasks}, in {folder}")
+    print(f"state: dinokit submit status {number}; log: dinokit submit logs {number}")
 
 
-def _earlier(after: str) -> str:
-    """'1,2' as SLURM has it: '1:2'."""
+def _dependencies(after: str) -> str:
+    """'1,2' as SLURM writes it: '1:2'."""
     jobs = [job for job in after.split(",") if job]
     for job in jobs:
         if not re.fullmatch(r"\d+(_\d+)?", job):
             raise ValueError(
-                f"after={after}: numbers of jobs, as `dinokit submit status` shows them: after=1234."
+                f"after={after}: give numbers of jobs, as `dinokit submit status` shows them: after=1234."
             )
     return ":".join(jobs)
 
 
-def _check_earlier(after: str) -> None:
-    """Refuse to wait for a job that has not ended well, or is not known: SLURM takes the latter for done."""
+def _check_dependencies(after: str) -> None:
+    """Refuse to wait for a job that failed, or that SLURM does not know and would treat as completed."""
     from dinokit.slurm import record, submit
 
-    have = {each.number: each.jobs for each in record.records()}
-    jobs = [job for number in filter(None, after.split(":")) for job in have.get(number, [number])]
-    for job, state in submit.states(jobs).items():
-        if state == "UNKNOWN" and not submit.knows(job):
+    jobs_of = {each.number: each.jobs for each in record.read_records()}
+    jobs = [job for number in filter(None, after.split(":")) for job in jobs_of.get(number, [number])]
+    for job, state in submit.job_states(jobs).items():
+        if state == "UNKNOWN" and not submit.job_exists(job):
             raise LookupError(
-                f"after={job}: SLURM knows no such job, or has forgotten it. Those submitted from here: "
-                f"dinokit submit status."
+                f"after={job}: SLURM knows no such job, or has forgotten it. Jobs that were submitted from "
+                f"here: dinokit submit status."
             )
-        if state.split()[0] not in (*submit.LIVE, "COMPLETED", "UNKNOWN"):
+        if state.split()[0] not in (*submit.ACTIVE, "COMPLETED", "UNKNOWN"):
             raise ValueError(
-                f"after={job}: that job is {state}, so one that waits for its good end would never run. "
-                f"Submit it again, and wait for the new number."
+                f"after={job}: that job is {state}, so a job that waits for it would never run. Submit it "
+                f"again, and wait for the new number."
             )
 
 
-def _not_twice(commands: list[list[str]]) -> None:
-    """Refuse what is in the queue already: two such jobs at once would write to the same place."""
+def _refuse_queued(commands: list[list[str]]) -> None:
+    """Refuse commands that are already in the queue: two such jobs would write to the same files."""
     from dinokit.slurm import record, submit
 
-    old = {j: w for each in record.records() for j, w in zip(each.jobs, each.commands, strict=True)}
-    for job, state in submit.states([j for j, words in old.items() if words in commands]).items():
-        if state.split()[0] in submit.LIVE:
+    old = {j: w for each in record.read_records() for j, w in zip(each.jobs, each.commands, strict=True)}
+    for job, state in submit.job_states([j for j, words in old.items() if words in commands]).items():
+        if state.split()[0] in submit.ACTIVE:
             raise ValueError(
-                f"Job {job} is {state} and does the same: {' '.join(old[job])}. after={job} waits until it "
-                f"has ended; dinokit submit cancel {job} ends it."
+                f"Job {job} is {state} and runs the same command: {' '.join(old[job])}. after={job} waits "
+                f"until it has ended; dinokit submit cancel {job} ends it."
             )
 
 
 def _status(words: list[str]) -> None:
     from dinokit.slurm import record
-    from dinokit.slurm.submit import states
+    from dinokit.slurm.submit import job_states
 
-    found = record.find(words) if words else [(each, each.jobs) for each in record.records()]
-    if not found:
+    selected = record.find_jobs(words) if words else [(each, each.jobs) for each in record.read_records()]
+    if not selected:
         print(f"Nothing was submitted from here (there is no {record.JOBS}).")
         return
-    state = states([job for _, jobs in found for job in jobs])
-    for each, jobs in found:
-        lines = [(job, " ".join(command)) for job, command in zip(each.jobs, each.commands, strict=True)]
-        for job, command in lines:
+    states = job_states([job for _, jobs in selected for job in jobs])
+    for each, jobs in selected:
+        for job, command in zip(each.jobs, each.commands, strict=True):
             if job in jobs:
-                print(f"{job:<12} {state[job]:<20} {each.submitted}  {command}")
+                print(f"{job:<12} {states[job]:<20} {each.submitted}  {' '.join(command)}")
 
 
 def _logs(words: list[str]) -> None:
     from dinokit.slurm import record
-    from dinokit.slurm.submit import logs, states
+    from dinokit.slurm.submit import job_states, log_files
 
-    have = record.records()
-    if not words and not have:
+    records = record.read_records()
+    if not words and not records:
         raise LookupError(f"Nothing was submitted from here (there is no {record.JOBS}).")
-    for each, jobs in record.find(words or [have[-1].number]):
+    for each, jobs in record.find_jobs(words or [records[-1].number]):
         for job in jobs:
-            first, *others = logs(job, Path(each.folder)) or [None]
+            first, *others = log_files(job, Path(each.folder)) or [None]
             if first is None:
-                print(f"job {job} is {states([job])[job]} and has said nothing yet.")
+                print(f"job {job} is {job_states([job])[job]} and has written no log yet.")
                 continue
             print(f"== {first}\n{first.read_text(encoding='utf-8', errors='replace').rstrip()}")
-            for path in others:  # only process 0 tells of a run; the others speak when they fail
-                said = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                own = [line for line in said if not line.startswith("submitit ")]
-                if own:
-                    print("\n".join([f"== {path}", *own]))
+            for path in others:  # process 0 logs the run; the other processes write only when they fail
+                text = path.read_text(encoding="utf-8", errors="replace")
+                lines = [line for line in text.splitlines() if not line.startswith("submitit ")]
+                if lines:
+                    print("\n".join([f"== {path}", *lines]))
 
 
 def _cancel(words: list[str]) -> None:
     from dinokit.slurm import record
-    from dinokit.slurm.submit import cancel
+    from dinokit.slurm.submit import cancel_job
 
     if not words:
         raise ValueError("Which job? dinokit submit status lists them.")
-    record.find(words)
+    record.find_jobs(words)
     for word in words:
-        cancel(word)
-        print(
-            f"job {word} is told to end; a run saves first, and dinokit submit with the same command goes on"
+        cancel_job(word)
+        print(f"job {word} is cancelled. A run saves first; dinokit submit with the same command resumes it.")
+
+
+def _hint_after(settings: list[str], name: str) -> str:
+    """A sentence if one of the settings before -- belongs to the command: where to put it.
+
+    Such a key is not a profile's, and not similar to one, as node=2 is, unless a recipe has exactly this key.
+    """
+    recipe, keys = {item.name for item in fields(Recipe)}, _profile_keys()
+    for text in settings:
+        key = _key(text)
+        if key in recipe or (key not in keys and not get_close_matches(key, keys, n=1, cutoff=0.65)):
+            return f" Give settings of dinokit {name} after --: -- {name} ... {text}"
+    return ""
+
+
+def _array(array: str | None, words: list[str]) -> list[list[str]]:
+    """The command for each value of an array; without an array, the command."""
+    if array is None:
+        return [words]
+    if not any(placeholder in word for word in words for placeholder in PLACEHOLDERS):
+        raise ValueError(f"array={array}, but the command has no {{}}: all its jobs would be the same.")
+    if bounds := re.fullmatch(r"(\d+)-(\d+)", array):
+        values = [str(n) for n in range(int(bounds[1]), int(bounds[2]) + 1)]
+    elif any(mark in array for mark in "*?["):
+        root = Path(array).anchor or "."
+        values = sorted(str(path) for path in Path(root).glob(str(Path(array).relative_to(root))))
+    else:
+        values = [value for value in array.split(",") if value]
+    if not values:
+        raise ValueError(f"array={array} has no values: give FROM-TO, A,B,C, or a pattern of existing files.")
+    return [[_fill(word, value, number) for word in words] for number, value in enumerate(values)]
+
+
+def _fill(word: str, value: str, number: int) -> str:
+    values = dict(zip(PLACEHOLDERS, (value, Path(value).stem, str(number)), strict=True))
+    return re.sub(r"{(name|number)?}", lambda match: values[match[0]], word)
+
+
+def _tasks(name: str, profile: "Config") -> tuple[int, bool]:
+    """Processes a node for a command, and whether the command resumes."""
+    names = [each for each in registry.names("commands") if each != "submit"]
+    if name not in names:
+        near = " Leave that word out." if name == "dinokit" else registry.suggest(name, names)
+        raise LookupError(f"There is no command '{name}' to submit.{near} Commands are: {', '.join(names)}.")
+    module = registry.find("commands", name)
+    multi_process = getattr(module, "MULTI_PROCESS", False)
+    tasks = profile.tasks or (profile.gpus if multi_process else 1) or 1
+    if not multi_process and profile.nodes * tasks > 1:
+        raise ValueError(
+            f"dinokit {name} works in one process, but nodes={profile.nodes} and tasks={tasks} ask for "
+            f"{profile.nodes * tasks} processes, which would all do the same. Give nodes=1 tasks=1."
         )
+    return tasks, getattr(module, "RESUMES", False)
+
+
+def _check(words: Sequence[str], profile: "Config", tasks: int) -> set[str]:
+    """Raise the errors now that the job would raise when it starts.
+
+    Returns:
+        The dotted names of modules in the command.
+    """
+    from dinokit.slurm.record import dotted_names, is_dotted
+
+    name, rest = words[0], words[1:]
+    module = registry.find("commands", name)
+    try:
+        command = parse(name, rest, list(getattr(module, "FLAGS", {})))
+        modules = dotted_names(parse_overrides(command.settings)) | set(filter(is_dotted, command.words))
+        if name == "train":
+            recipe = load_recipe(command.one_word("recipe", registry.recipe_names()), command.settings)
+            modules |= dotted_names(vars(recipe))
+            _check_batch(recipe, profile.nodes, tasks)
+        elif hasattr(module, "check"):
+            module.check(command)
+    except ValueError as error:
+        raise ValueError(f"{error}{_hint_before(rest)}") from None
+    return modules
+
+
+def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
+    from dinokit.train.parts import parts_of_step
+
+    try:
+        parts_of_step(recipe, nodes * tasks)
+    except ValueError as error:
+        batch = recipe.optim.batch
+        possible = [n for n in range(1, 2 * nodes + 1) if batch % (n * tasks) == 0]
+        each = f"{tasks} process{'es' if tasks > 1 else ''} a node"
+        near = f" With {each}, nodes may be {', '.join(map(str, possible))}." if possible else ""
+        raise ValueError(f"nodes={nodes} and {each}: {error}{near}") from None
+
+
+def _hint_before(words: Sequence[str]) -> str:
+    """A sentence if one of the words after -- belongs to the job: where to put it."""
+    own = [text for text in words if _key(text) in (*_profile_keys(), *OWN_KEYS, *FLAGS)]
+    return f" Give settings of the job before --: {own[0]} -- ..." if own else ""
+
+
+def _key(text: str) -> str:
+    return re.split(r"[.=]", text)[0]
+
+
+def _profile_keys() -> list[str]:
+    return [item.name for item in fields(registry.read_config("slurm", "profile"))]

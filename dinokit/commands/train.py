@@ -1,6 +1,6 @@
-"""dinokit train RECIPE [key=value ...]: pretrain, or go on with the run in run.out.
+"""dinokit train RECIPE [key=value ...]: train a backbone, or resume the run in run.out.
 
-RECIPE is a name in configs/ or the path of a YAML file. The same command goes on with an interrupted run.
+RECIPE is a name in configs/ or the path of a YAML file. The same command resumes an interrupted run.
 
 dinokit train scenes_cpu data.name=folder data.path=PHOTOS
 dinokit train small_photos data.path=PHOTOS run.out=runs/photos
@@ -47,23 +47,23 @@ def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
     from dinokit.runtime.distributed import launch
     from dinokit.train.loop import Evaluator
 
-    done = []
+    evaluators = []
     for name, section in recipe.evals.items():
         values = {key: value for key, value in section.items() if key != "every"}
         sources = evaluation.source_fields(name)
         unlabelled = evaluation.needs_labels(name) and not source.classes
         if any(values[key] is None for key in sources) and unlabelled:
             text = (
-                f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To watch the "
-                f"run by it, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}."
+                f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To evaluate "
+                f"the run, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}."
             )
             if launch().rank == 0:
                 print(text, file=sys.stderr)
             continue
         values = evaluation.with_data(name, values, recipe.data)
-        if "max_unreadable" in values:  # what the run may lack, an evaluator may
+        if "max_unreadable" in values:  # an evaluator allows what the run allows
             values["max_unreadable"] = max(values["max_unreadable"], recipe.run.max_unreadable)
         if recipe.backbone.get("weights"):
             values = evaluation.with_start(name, values, f"{recipe.run.out}/start.safetensors")
-        done.append(Evaluator(name, section["every"], partial(evaluation.run_evaluator, name, values)))
-    return done
+        evaluators.append(Evaluator(name, section["every"], partial(evaluation.run_evaluator, name, values)))
+    return evaluators

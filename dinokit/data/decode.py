@@ -1,7 +1,7 @@
-"""From the bytes of a file to an image: the only file that knows image formats.
+"""Decodes the bytes of image files and of maps. The only file that knows image formats.
 
-Pillow reads everything but `.npy` arrays and those TIFF files that it would cut down to 8 bits or 3 bands;
-they go to tifffile. torchvision.io is not used: its PNG reader kills the process on a damaged file (0.29.1).
+Pillow reads everything but `.npy` arrays and those TIFF files that it would reduce to 8 bits or 3 bands,
+which tifffile reads. torchvision.io is not used: its PNG reader crashes on a damaged file (0.29.1).
 """
 
 import struct
@@ -17,6 +17,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 # An 8-bit image in mode RGB or L; or an array (H, W, C) of uint8, uint16, or float32 in [0, 1].
 ImageLike = Image.Image | np.ndarray
 
+# What reading a damaged or missing image raises.
 UNREADABLE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
 
 SUFFIXES = (
@@ -24,7 +25,7 @@ SUFFIXES = (
     ".ppm", ".npy",
 )  # fmt: skip
 
-_LUMA = np.array([19595, 38470, 7471], np.uint32)  # ITU-R 601, of 65536: the whole numbers that Pillow uses
+_LUMA = np.array([19595, 38470, 7471], np.uint32)  # ITU-R 601, times 65536: the integers that Pillow uses
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BITS, _SAMPLES = 258, 277  # TIFF tags: bits per sample, samples per pixel
 _RGB = 2  # TIFF photometric interpretation
@@ -37,30 +38,29 @@ def suffix(name: str) -> str:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG, from its header; None for what is no JPEG, or looks like none."""
+    """Width and height of a JPEG, from its header; None for other files and damaged headers."""
     try:
         image = Image.open(BytesIO(data))
-    except Exception:  # as in decode(), which says what is wrong
+    except Exception:  # as in decode(), which then raises an error that says what is wrong
         return None
     return image.size if isinstance(image, JpegImageFile) else None
 
 
-def decode(data: bytes, name: str, channels: int, part: int = 1) -> ImageLike:
+def decode(data: bytes, name: str, channels: int, reduction: int = 1) -> ImageLike:
     """The image in `data`, with `channels` channels.
 
-    With 3 channels it is RGB and with 1 it is grey, converted if need be as Pillow's `convert` does: a
-    palette is looked up, alpha is dropped. With any other number the file must hold just that many, and they
-    come as stored. 16 bits stay 16 bits in PNG, TIFF, `.npy` and grey PGM; of JPEG 2000, AVIF and PPM in
-    colour, Pillow gives 8. The orientation that EXIF notes is not applied: pixels come as they are stored. Of
-    an animation or a stack of pages, the first is read. An array in `.npy` is (H, W) or (H, W, C).
+    With 3 channels it is RGB and with 1 it is grey, converted if necessary as Pillow's `convert` does: a
+    palette is applied, alpha is dropped. With any other number the file must have exactly that many, and they
+    are returned as stored. 16 bits stay 16 bits in PNG, TIFF, `.npy` and grey PGM; Pillow reads JPEG 2000,
+    AVIF and colour PPM with 8. The EXIF orientation is not applied. The first frame or page of several is
+    read. An array in `.npy` is (H, W) or (H, W, C).
 
     Args:
         data: the whole file.
         name: what to call it in messages.
         channels: as `backbone.channels`.
-        part: 2, 4 or 8 decodes a JPEG at that part of its sides, rounded up: libjpeg leaves out the higher
-            frequencies of each block of 8 x 8 pixels. Its sides are at least twice that. Other files are
-            whole always.
+        reduction: 2, 4 or 8 decodes a JPEG with its sides divided by that, rounded up: libjpeg omits the
+            higher frequencies of each block of 8 x 8 pixels. Other formats are always decoded at full size.
 
     Returns:
         For 8 bits and 1 or 3 channels a loaded Pillow image in mode L or RGB; otherwise an array
@@ -68,7 +68,7 @@ def decode(data: bytes, name: str, channels: int, part: int = 1) -> ImageLike:
 
     Raises:
         ValueError: if the file is damaged, cut short or in no known format, if its channels or values do not
-            fit, or if it has more pixels than Pillow lets pass; the message begins with `name`.
+            fit, or if it has more pixels than Pillow's limit; the message begins with `name`.
     """
     try:
         if data.startswith(b"\x93NUMPY"):
@@ -79,21 +79,23 @@ def decode(data: bytes, name: str, channels: int, part: int = 1) -> ImageLike:
         stored = image.tile[0].args if image.format == "PNG" and image.tile else None
         if stored in ("LA;16B", "RGB;16B", "RGBA;16B"):
             return _deep_png(data, str(stored), channels)
-        if part > 1:
-            image.draft(None, (image.width // part, image.height // part))
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
         return _pillow(image, channels)
     except UnidentifiedImageError:
         raise ValueError(
-            f"{name} cannot be read: {len(data)} bytes that begin like no image format."
+            f"{name} cannot be read: {len(data)} bytes that do not begin like an image format."
         ) from None
-    except Exception as error:  # a decoder raises anything on damage: SyntaxError, struct.error, zlib.error
+    except (
+        Exception
+    ) as error:  # a decoder may raise anything for a damaged file: SyntaxError, struct.error, zlib.error
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def decode_map(data: bytes, name: str) -> np.ndarray:
-    """The numbers of a map, one a pixel, as stored: (H, W) of uint8, uint16, int32 or float32.
+    """The numbers of a map, one per pixel, as stored: (H, W) of uint8, uint16, int32 or float32.
 
-    A palette is not looked up: its indices are the numbers.
+    A palette is not applied: its indices are the numbers.
 
     Raises:
         ValueError: if the file is damaged, in no known format, in JPEG, or has more than one channel; the
@@ -109,25 +111,25 @@ def decode_map(data: bytes, name: str) -> np.ndarray:
         image.load()
     except UnidentifiedImageError:
         raise ValueError(
-            f"{name} cannot be read: {len(data)} bytes that begin like no image format."
+            f"{name} cannot be read: {len(data)} bytes that do not begin like an image format."
         ) from None
     except Exception as error:  # as in decode()
         raise ValueError(f"{name} cannot be read: {error}") from error
     if image.format == "JPEG":
-        raise ValueError(f"{name} is a JPEG, which changes numbers: store maps as PNG.")
+        raise ValueError(f"{name} is a JPEG, whose compression changes numbers: store maps as PNG.")
     return _numbers(np.array(image), name)
 
 
 def _numbers(array: np.ndarray, name: str) -> np.ndarray:
     if array.ndim != 2:
         raise ValueError(
-            f"{name} is of shape {array.shape}: a map holds one number a pixel, so it has one channel. Turn "
-            f"colours into ids first."
+            f"{name} has the shape {array.shape}: a map has one number per pixel, so one channel. Convert "
+            f"colours to ids first."
         )
     if array.dtype == np.bool_:
         return array.astype(np.uint8)
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} holds {array.dtype}, no numbers.")
+        raise ValueError(f"{name} has values of type {array.dtype}, which are not numbers.")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -136,23 +138,23 @@ def _pillow(image: ImageFile, channels: int) -> ImageLike:
     if image.mode.startswith("I") or image.mode == "F":
         array = np.array(image)
         if array.dtype == np.int32 and array.min() >= 0 and array.max() <= np.iinfo(np.uint16).max:
-            array = array.astype(np.uint16)  # Pillow keeps 16 bits of some formats in 32
+            array = array.astype(np.uint16)  # Pillow reads 16 bits of some formats as 32
         return _colour(array, channels, alpha=False)
     if channels not in (1, 3):
         return _checked(np.array(image), channels)
     mode = "RGB" if channels == 3 else "L"
     if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert(mode)  # in one move, Pillow warns
+        return image.convert("RGBA").convert(mode)  # Pillow warns if this is one step
     return image if image.mode == mode else image.convert(mode)
 
 
 def _deep_png(data: bytes, stored: str, channels: int) -> np.ndarray:
-    """A PNG of 16 bits with colour or alpha; `stored` is what Pillow calls the order of its bytes.
+    """A PNG of 16 bits with colour or alpha; `stored` is Pillow's name for the order of its bytes.
 
-    Pillow has no mode for these and would keep the upper bytes only. But it can be asked for the lower ones:
-    a second reading takes the big-endian numbers for little-endian ones.
+    Pillow has no mode for these and returns the upper bytes only. A second reading, which declares the
+    big-endian numbers as little-endian, returns the lower bytes.
     """
-    if stored == "LA;16B":  # a pixel is as wide as one of RGBA
+    if stored == "LA;16B":  # a pixel has as many bytes as one of RGBA
         array = _planes(data, "RGBA").view(">u2").astype(np.uint16)
     else:
         high, low = _planes(data, stored), _planes(data, stored.replace("16B", "16L"))
@@ -172,8 +174,8 @@ def _tiff(data: bytes, channels: int) -> ImageLike:
     except UnidentifiedImageError:
         return _many_bands(data, channels)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    uncut = max(tags.get(_BITS, (1,))) <= 8 or image.mode in ("I;16", "I;16B", "F")
-    if uncut and tags.get(_SAMPLES, 1) == len(image.getbands()):
+    fits_pillow = max(tags.get(_BITS, (1,))) <= 8 or image.mode in ("I;16", "I;16B", "F")
+    if fits_pillow and tags.get(_SAMPLES, 1) == len(image.getbands()):
         return _pillow(image, channels)
     return _many_bands(data, channels)
 
@@ -182,28 +184,30 @@ def _many_bands(data: bytes, channels: int) -> np.ndarray:
     try:
         tifffile = import_module("tifffile")
     except ModuleNotFoundError:
-        raise ValueError("TIFF files of many bands or deep colour need: pip install -e '.[tiff]'") from None
+        raise ValueError(
+            "TIFF files with many bands or 16-bit colour need: pip install -e '.[tiff]'"
+        ) from None
     with tifffile.TiffFile(BytesIO(data)) as file:
         series = file.series[0]
         axes = series.axes
         if not {"Y", "X"} <= set(axes) or len(axes) > 3:
-            raise ValueError(f"its axes are {axes}; an image has Y, X and at most one more.")
+            raise ValueError(f"its axes are {axes}; an image must have Y, X and at most one more.")
         if series.size > 2 * (Image.MAX_IMAGE_PIXELS or series.size) * max(channels, 4):
             raise ValueError(
                 f"its shape {series.shape} is larger than Pillow's limit, PIL.Image.MAX_IMAGE_PIXELS."
             )
-        array = series.asarray().transpose(axes.index("Y"), axes.index("X"), *_other(axes))
+        array = series.asarray().transpose(axes.index("Y"), axes.index("X"), *_other_axes(axes))
         if series.keyframe.photometric != _RGB and array.ndim == 3:
             return _checked(array, channels)
         return _colour(array, channels, alpha=bool(set(series.keyframe.extrasamples) & {1, 2}))
 
 
-def _other(axes: str) -> list[int]:
-    return [place for place, axis in enumerate(axes) if axis not in "YX"]
+def _other_axes(axes: str) -> list[int]:
+    return [i for i, axis in enumerate(axes) if axis not in "YX"]
 
 
 def _colour(array: np.ndarray, channels: int, alpha: bool) -> np.ndarray:
-    """Convert between grey and RGB, with or without alpha, where that is what `channels` asks for."""
+    """Convert between grey and RGB, and drop alpha, if `channels` is 1 or 3."""
     array = array[..., None] if array.ndim == 2 else array
     if channels in (1, 3) and array.shape[2] != channels:
         array = array[..., :-1] if alpha else array
@@ -221,10 +225,14 @@ def _grey(array: np.ndarray) -> np.ndarray:
 
 
 def _checked(array: np.ndarray, channels: int) -> np.ndarray:
-    """The array as (H, W, channels), uint8, uint16 or float32, if it is that."""
+    """The array as (H, W, channels), uint8, uint16 or float32.
+
+    Raises:
+        ValueError: if its shape or its values do not fit.
+    """
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or not array.size:
-        raise ValueError(f"its shape is {array.shape}; an image is (height, width, channels).")
+        raise ValueError(f"its shape is {array.shape}; an image must be (height, width, channels).")
     if array.shape[2] != channels:
         raise ValueError(
             f"it has {array.shape[2]} channels, but backbone.channels is {channels}. "
@@ -233,11 +241,11 @@ def _checked(array: np.ndarray, channels: int) -> np.ndarray:
     if array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):
             raise ValueError(
-                f"its values go from {array.min():g} to {array.max():g}; floats must lie in [0, 1]."
+                f"its values range from {array.min():g} to {array.max():g}; floats must be in [0, 1]."
             )
         return np.ascontiguousarray(array, np.float32)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
-        raise ValueError(f"its values are {array.dtype}; uint8, uint16 and floats in [0, 1] can be read.")
+        raise ValueError(f"its values are {array.dtype}; it must be uint8, uint16 or floats in [0, 1].")
     return np.ascontiguousarray(array, array.dtype.newbyteorder("="))

@@ -1,4 +1,4 @@
-"""From an image and its map to what a dense head is trained on: geometry and colour, in the worker.
+"""Random transforms of an image and its map for training dense heads, in the loader's worker processes.
 
 C  channels     H, W  of the image     S  side of a square crop
 """
@@ -12,21 +12,21 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from dinokit.data.decode import ImageLike
 from dinokit.data.dense import IGNORE
-from dinokit.data.sources import ImageLike
 from dinokit.data.transforms import to_tensor, to_uint8
 
 Pair = tuple[Tensor, Tensor]  # image (C, H, W) float32 in [0, 1], map (H, W)
 
-TRIES = 10  # crops drawn before one with a class beyond its cap is taken
-# What is kept of an image of H x W, as top, bottom, left, right: NYU's photos have a white rim, and KITTI's
-# are brought to one size, 352 x 1216 at the bottom.
+ATTEMPTS = 10  # crops drawn before one is used in which a class is above the cap
+# The part of an image of H x W to use, as top, bottom, left, right: photos of NYU have a white border, and
+# those of KITTI are cropped to one size, 352 x 1216 at the bottom.
 BORDERS = {
     "none": lambda h, w: (0, h, 0, w),
     "nyu": lambda h, w: (45, min(472, h), 43, min(608, w)),
     "kitti": lambda h, w: (max(h - 352, 0), h, max((w - 1216) // 2, 0), max((w - 1216) // 2, 0) + 1216),
 }
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, 0.5, 0.5, 18 / 180  # of photometric distortion, all +-
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 32 / 255, 0.5, 0.5, 18 / 180  # photometric distortion, all +-
 
 
 def to_tensors(image: ImageLike, target: np.ndarray) -> Pair:
@@ -45,7 +45,7 @@ def shorter_side_to(pixels: Tensor, size: int) -> tuple[int, int]:
 
 
 def resize_image(pixels: Tensor, height: int, width: int) -> Tensor:
-    """(C, H, W) -> (C, height, width), bilinear without antialiasing, as the published protocols have it."""
+    """(C, H, W) -> (C, height, width), bilinear without antialiasing, as in the published protocols."""
     return F.interpolate(pixels[None], (height, width), mode="bilinear", align_corners=False)[0]
 
 
@@ -56,16 +56,16 @@ def resize_map(target: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SegmentationTransform:
-    """Random resize, crop with a cap on the largest class, mirror image, photometric distortion.
+    """Random resize, crop with a cap on the largest class, flip, photometric distortion.
 
-    The recipe of DINOv2's segmentation heads (arXiv 2304.07193, section 7.4) in MMSegmentation's numbers.
+    The recipe of DINOv2's segmentation heads (arXiv 2304.07193, section 7.4) with MMSegmentation's numbers.
     """
 
-    resize: int  # pixels: the shorter side, times a number from `ratio`
-    ratio: tuple[float, float]
+    resize: int  # pixels: the shorter side, times a random factor
+    ratio: tuple[float, float]  # of the random factor
     crop: int  # S, pixels
-    fill: tuple[float, ...]  # C numbers in [0, 1]: the colour beyond an image that is smaller than S
-    cap: float = 0.75  # most that one class may have of a crop's judged pixels
+    fill: tuple[float, ...]  # C numbers in [0, 1]: the colour beyond an image smaller than S
+    cap: float = 0.75  # largest share of one class in the evaluated pixels of a crop
     flip: float = 0.5
     distort: bool = True
 
@@ -74,7 +74,7 @@ class SegmentationTransform:
         pixels, ids = to_tensors(image, target)
         size = shorter_side_to(pixels, max(1, round(self.resize * rng.uniform(*self.ratio))))
         pixels, ids = resize_image(pixels, *size), resize_map(ids, *size)
-        top, left = self._place(ids, rng)
+        top, left = self._crop_position(ids, rng)
         pixels = pixels[:, top : top + self.crop, left : left + self.crop]
         ids = ids[top : top + self.crop, left : left + self.crop]
         if rng.random() < self.flip:
@@ -83,29 +83,29 @@ class SegmentationTransform:
             pixels = photometric_distortion(pixels, rng)
         return to_uint8(pad_image(pixels, self.crop, self.fill)), pad_map(ids, self.crop, IGNORE)
 
-    def _place(self, ids: Tensor, rng: np.random.Generator) -> tuple[int, int]:
+    def _crop_position(self, ids: Tensor, rng: np.random.Generator) -> tuple[int, int]:
         room = [max(side - self.crop, 0) for side in ids.shape]
-        place = (0, 0)
-        for _ in range(TRIES):
-            place = (int(rng.integers(room[0] + 1)), int(rng.integers(room[1] + 1)))
-            part = ids[place[0] : place[0] + self.crop, place[1] : place[1] + self.crop]
-            counts = part[part != IGNORE].flatten().bincount()
+        position = (0, 0)
+        for _ in range(ATTEMPTS):
+            position = (int(rng.integers(room[0] + 1)), int(rng.integers(room[1] + 1)))
+            crop = ids[position[0] : position[0] + self.crop, position[1] : position[1] + self.crop]
+            counts = crop[crop != IGNORE].flatten().bincount()
             if (counts > 0).sum() > 1 and counts.max() < self.cap * counts.sum():
                 break
-        return place
+        return position
 
 
 @dataclass(frozen=True)
 class DepthTransform:
-    """Rotation, mirror image, crop, and colour, for depth: the recipe of DINOv2's heads (section 7.4)."""
+    """Random rotation, flip, crop and colour, for depth: the recipe of DINOv2's heads (section 7.4)."""
 
-    resize: int  # pixels of the shorter side before all else; 0: as stored
-    border: str  # what is cut off the stored image, a key of BORDERS
+    resize: int  # pixels of the shorter side, first of all; 0: as stored
+    border: str  # of the stored image to cut off, a key of BORDERS
     crop: tuple[int, int]  # height, width
     fill: tuple[float, ...]  # as in SegmentationTransform
-    rotate: float = 2.5  # degrees, at most, for half of the images
+    rotate: float = 2.5  # largest angle in degrees, for half of the images
     flip: float = 0.5
-    brightness: float = 0.25  # at most, for half of the images, with gamma and colour by a tenth
+    brightness: float = 0.25  # largest change, for half of the images, with gamma and tint by 0.1
 
     def __call__(self, image: ImageLike, target: np.ndarray, rng: np.random.Generator) -> Pair:
         """Image (C, height, width) uint8, depth (height, width) float32 metres."""
@@ -123,8 +123,7 @@ class DepthTransform:
             pixels, depth = pixels.flip(-1), depth.flip(-1)
         height, width = (min(a, b) for a, b in zip(self.crop, depth.shape, strict=True))
         top, left = (
-            int(rng.integers(side - part + 1))
-            for side, part in zip(depth.shape, (height, width), strict=True)
+            int(rng.integers(side - cut + 1)) for side, cut in zip(depth.shape, (height, width), strict=True)
         )
         pixels = pixels[:, top : top + height, left : left + width]
         depth = depth[top : top + height, left : left + width]
@@ -138,8 +137,8 @@ class DepthTransform:
 def photometric_distortion(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     """Brightness, contrast, saturation and hue of (C, H, W), each for half of the images.
 
-    Contrast and brightness here are a product and a sum; contrast comes before or after the colours (SSD,
-    arXiv 1512.02325). Images without three channels keep their colour.
+    Contrast is a factor and brightness a sum; contrast comes before or after the colours (SSD, arXiv
+    1512.02325). The colour of images with other than three channels does not change.
     """
     x = pixels
     if rng.random() < 0.5:
@@ -149,35 +148,35 @@ def photometric_distortion(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     if contrast and contrast_first:
         x = (x * factor).clamp(0, 1)
     saturate, saturation = rng.random() < 0.5, rng.uniform(1 - SATURATION, 1 + SATURATION)
-    turn, hue = rng.random() < 0.5, rng.uniform(-HUE, HUE)
+    rotate, hue = rng.random() < 0.5, rng.uniform(-HUE, HUE)
     if len(x) == 3:
-        x = _saturated(x, saturation) if saturate else x
-        x = tv.adjust_hue(x, hue) if turn else x
+        x = _adjust_saturation(x, saturation) if saturate else x
+        x = tv.adjust_hue(x, hue) if rotate else x
     if contrast and not contrast_first:
         x = (x * factor).clamp(0, 1)
     return x
 
 
 def pad_image(pixels: Tensor, size: int | tuple[int, int], fill: tuple[float, ...]) -> Tensor:
-    """(C, H, W) as (C, *size), with `fill` below and to the right of what there is."""
+    """Pads (C, H, W) with `fill` at the bottom and the right to (C, *size)."""
     height, width = (size, size) if isinstance(size, int) else size
     if pixels.shape[1:] == (height, width):
         return pixels
-    done = torch.tensor(fill).view(-1, 1, 1).repeat(1, height, width)
-    done[:, : pixels.shape[1], : pixels.shape[2]] = pixels
-    return done
+    padded = torch.tensor(fill).view(-1, 1, 1).repeat(1, height, width)
+    padded[:, : pixels.shape[1], : pixels.shape[2]] = pixels
+    return padded
 
 
 def pad_map(target: Tensor, size: int | tuple[int, int], value: int) -> Tensor:
-    """(H, W) as `size`, with `value` below and to the right of what there is."""
+    """Pads (H, W) with `value` at the bottom and the right to `size`."""
     height, width = (size, size) if isinstance(size, int) else size
     missing = (0, width - target.shape[1], 0, height - target.shape[0])
     return F.pad(target, missing, value=value).contiguous()
 
 
-def _saturated(x: Tensor, factor: float) -> Tensor:
-    """HSV's saturation times `factor`, hue and value kept: channels move away from the largest one."""
+def _adjust_saturation(x: Tensor, factor: float) -> Tensor:
+    """Multiplies the saturation of HSV by `factor`: channels move away from the largest one."""
     high = x.amax(dim=0, keepdim=True)
     chroma = high - x.amin(dim=0, keepdim=True)
-    most = high / chroma.clamp_min(1e-8)  # the factor that makes the saturation 1
-    return high - (high - x) * most.clamp_max(factor)
+    limit = high / chroma.clamp_min(1e-8)  # the factor at which the saturation is 1
+    return high - (high - x) * limit.clamp_max(factor)

@@ -1,7 +1,7 @@
-"""What the class token looks at: its attention in one block, computed from that block's queries and keys.
+"""Attention of the class token over all tokens in one block, computed from its queries and keys.
 
-Attention kernels never form the weights. So the network runs as ever, one block's queries and keys are caught
-on the way, and only the class token's row of weights is computed of them: O(T * D).
+Attention kernels do not return their weights. So a hook records the queries and keys of one block during a
+normal forward pass, and only the row of the class token is computed from them: O(T * D).
 
     b  images     H  heads     T  tokens: class, registers, patches     D  width     d  D / H
 """
@@ -18,18 +18,18 @@ def attention(backbone: Backbone, crops: Tensor, block: int = -1) -> Tensor:
     """Softmax attention of the class token over all tokens, in one block.
 
     The last N of T are the patches, row by row: attention(...)[..., -N:].unflatten(2, (h, w)) are H maps.
-    The blocks after this one are computed in vain; take the last, as DINO does (arXiv 2104.14294, figure 1).
+    DINO uses the last block (arXiv 2104.14294, figure 1).
 
     Args:
-        backbone: a ViT of ours or of timm, on the device of the crops; left as it is.
+        backbone: a ViT of ours or of timm, on the device of the crops; it does not change.
         crops: (b, C, h, w), normalised.
-        block: its number, from 0; from the end if negative.
+        block: its index, from 0; negative ones count from the end.
 
     Returns:
         (b, H, T) float32; rows sum to 1.
 
     Raises:
-        ValueError: if there is no such block, or its attention is of another kind.
+        ValueError: if there is no such block, or it has another kind of attention.
     """
     depth = len(backbone.blocks)
     if not -depth <= block < depth:
@@ -39,28 +39,26 @@ def attention(backbone: Backbone, crops: Tensor, block: int = -1) -> Tensor:
     qkv = getattr(layer, "qkv", None)
     if not isinstance(layer, nn.Module) or not isinstance(qkv, nn.Linear) or not heads:
         raise ValueError(
-            f"Block {block} of {type(backbone).__name__} has no attention that is made by one linear layer "
-            f"`attn.qkv`, so its weights cannot be computed here."
+            f"Block {block} of {type(backbone).__name__} has no attention with one linear layer "
+            f"`attn.qkv`, so its weights cannot be computed."
         )
-    caught: list[Tensor] = []
-    handle = qkv.register_forward_hook(lambda _, __, out: caught.append(out))
+    recorded: list[Tensor] = []
+    handle = qkv.register_forward_hook(lambda _, __, out: recorded.append(out))
     try:
         with frozen(backbone):
             backbone([crops], [None])
     finally:
         handle.remove()
-    return _weights(layer, caught[0].reshape(len(crops), -1, qkv.out_features), int(heads))
+    return _weights(layer, recorded[0].reshape(len(crops), -1, qkv.out_features), int(heads))
 
 
 def _weights(layer: nn.Module, qkv: Tensor, heads: int) -> Tensor:
     """(b, T, 3 * D) -> (b, H, T)."""
     q, k, _ = qkv.float().unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (b, H, T, d)
-    q, k = (
-        norm(x)
-        for norm, x in ((getattr(layer, "q_norm", _same), q[:, :, :1]), (getattr(layer, "k_norm", _same), k))
-    )
+    q = getattr(layer, "q_norm", _identity)(q[:, :, :1])
+    k = getattr(layer, "k_norm", _identity)(k)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(dim=-1)[:, :, 0]
 
 
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x

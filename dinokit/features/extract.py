@@ -1,6 +1,6 @@
 """Computes one feature vector for each image of a source, in the order of the source.
 
-N  images that could be read     W  numbers in a vector: the width of the backbone for the class token alone
+N  images that could be read     W  numbers in a vector: the width D for one class token
 """
 
 import math

@@ -15,10 +15,10 @@ PLAIN = bool, int, float, str, tuple, Input, torch.dtype, type(None)
 def fingerprint(module: Backbone | nn.Module, *, settings: bool = False) -> str:
     """SHA-256 of a module's tensors, as 64 hexadecimal digits.
 
-    By default it covers what a file of weights holds: name, type, shape and values of every tensor in
-    state_dict(). It does not depend on the file format, and recipes, feature stores and checkpoints hold it.
+    By default it covers what a file of weights contains: name, type, shape and values of every tensor in
+    state_dict(). It does not depend on the file format. Recipes, feature stores and checkpoints contain it.
 
-    With `settings` it also covers what no file holds: buffers that are not saved, and the modules' plain
+    With `settings` it also covers what no file contains: buffers that are not saved, and the modules' plain
     attributes (number of heads, patch size ...). Backbones with the same value compute the same features.
     Use it for caches and results; it may change with the version of dinokit.
 

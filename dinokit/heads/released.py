@@ -221,7 +221,7 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken zip, a foreign pickle, a short read: each has its own type
-        raise ValueError(f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read as tensors only: {str(error).splitlines()[0]}") from None
     content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     head = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}

@@ -84,7 +84,7 @@ def _train(
             if stop.on_any_process() and batch.step + 1 < recipe.optim.steps:  # after the last, it just ends
                 run.save(batch.step + 1)
                 saved.finish()
-                log.info(f"stopped after step {batch.step + 1}; the same command goes on from here")
+                log.info(f"stopped after step {batch.step + 1}; the same command resumes from here")
                 raise Stopped
         saved.finish()
         for line in first_and_last_scores(out):

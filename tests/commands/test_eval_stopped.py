@@ -108,7 +108,7 @@ def test_told_to_stop_half_way_it_keeps_what_it_has_and_goes_on_to_the_same_scor
         assert main(words(what)) == 130
         out, err = capfd.readouterr()
         assert not out
-        assert err.endswith("dinokit: interrupted: the same command goes on\n")
+        assert err.endswith("dinokit: interrupted: the same command resumes\n")
         assert ("stops after the current batch or step; press Ctrl-C again" in err) == (name == "SIGINT")
         assert looked() < at + 12  # it stopped after this batch
     assert main(words(what)) == 0
@@ -218,7 +218,7 @@ def test_a_signal_to_the_last_process_stops_all(what, ranks, number, words, fold
         processes[-1].send_signal(number)
     for status, out, err in ended(processes):
         assert (status, out) == (130, "")
-        assert err.endswith("dinokit: interrupted: the same command goes on\n")
+        assert err.endswith("dinokit: interrupted: the same command resumes\n")
         assert "Traceback" not in err
     assert looked() < whole
     Path("slow").unlink()

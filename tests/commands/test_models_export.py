@@ -82,7 +82,7 @@ def test_a_folder_in_the_place_of_the_file_to_write_is_refused(capsys, tmp_path,
     (tmp_path / "a.safetensors").mkdir()
     status, _, err = typed(capsys, f"export weights=x to={to} out={tmp_path}/a.safetensors")
     assert status == 2
-    assert "is a folder that is there" in err
+    assert "is a folder, but to=" in err
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_folder_in_the_place_of_the_file_to_write_is_refused(capsys, tmp_path,
         ("export weights=x to=tim out=y", "There is no format to=tim. Did you mean 'timm'"),
         ("export weights=x to=timm ou=y", "There is no key 'ou'. Did you mean 'out'"),
         ("export weights=x to=hf out=y size=224", "size=224 is for to=onnx"),
-        ("export weights=x to=onnx out=y size=large", "size=large is no number"),
+        ("export weights=x to=onnx out=y size=large", "size=large must be a whole number"),
         ("export weights=nowhere.pth to=hf out=y", "There is no file nowhere.pth"),
         ("models identify", "Which file of weights?"),
         ("models identify x head=3", "There is no key 'head'. Did you mean 'heads'"),

@@ -162,7 +162,7 @@ def test_a_stopped_curation_resumes_and_ends_with_the_same_manifest(planted, tmp
     words = ["curate", "curate_small", *settings_of(planted, tmp_path / "out")]
     command = [sys.executable, "-c", DINOKIT, *words]
     for stage, number, message in (
-        ("index", signal.SIGINT, "interrupted: the same command goes on"),
+        ("index", signal.SIGINT, "interrupted: the same command resumes"),
         ("neighbours", signal.SIGKILL, ""),
         ("retrieve", signal.SIGKILL, ""),
     ):

@@ -1,4 +1,4 @@
-"""Batches: the order of their rows, what is masked, and their parts, against loops over samples."""
+"""Batches: the order of their rows, what is masked, and their micro-batches, against loops over samples."""
 
 import pickle
 
@@ -78,14 +78,14 @@ def test_without_masks_nothing_is_masked() -> None:
     assert batch.masked.shape == batch.mask_weight.shape == (0,)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 6])
-def test_parts_are_the_batches_of_their_own_samples(parts: int) -> None:
-    size = B // parts
-    for i, part in enumerate(collate(samples()).split(parts)):
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_a_micro_batch_is_the_batch_of_its_samples(count: int) -> None:
+    size = B // count
+    for i, micro_batch in enumerate(collate(samples()).split(count)):
         alone = collate(samples()[i * size : (i + 1) * size])
-        check_masked(part)
-        assert part.images == alone.images == size
-        assert part.unreadable == ({"bad4.jpg": "cut short"} if i == 0 else {})
+        check_masked(micro_batch)
+        assert micro_batch.images == alone.images == size
+        assert micro_batch.unreadable == ({"bad4.jpg": "cut short"} if i == 0 else {})
         for key in (
             "global_crops",
             "local_crops",
@@ -95,18 +95,18 @@ def test_parts_are_the_batches_of_their_own_samples(parts: int) -> None:
             "masked",
             "mask_weight",
         ):
-            torch.testing.assert_close(getattr(part, key), getattr(alone, key))
+            torch.testing.assert_close(getattr(micro_batch, key), getattr(alone, key))
 
 
-def test_parts_without_local_crops_or_masks_have_none() -> None:
-    for part in collate(samples(masks=False, local_crops=0)).split(2):
-        assert part.local_crops.shape == (0, 3, 2, 2)
-        assert part.local_colour.shape == (0, 2)
-        assert part.masks is None
-        assert len(part.global_crops) == G * 3
+def test_micro_batches_without_local_crops_or_masks_have_none() -> None:
+    for micro_batch in collate(samples(masks=False, local_crops=0)).split(2):
+        assert micro_batch.local_crops.shape == (0, 3, 2, 2)
+        assert micro_batch.local_colour.shape == (0, 2)
+        assert micro_batch.masks is None
+        assert len(micro_batch.global_crops) == G * 3
 
 
-def test_unequal_parts_are_refused() -> None:
+def test_unequal_micro_batches_are_refused() -> None:
     with pytest.raises(ValueError, match=r"6 images .* 4 equal micro-batches"):
         collate(samples()).split(4)
 

@@ -133,7 +133,7 @@ def test_a_file_that_is_cut_short_is_refused_by_name(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", intact())
 def test_whatever_is_wrong_with_a_file_it_is_a_value_error(kind: str) -> None:
-    data, rng, said = intact()[kind], random.Random(0), []
+    data, rng, messages = intact()[kind], random.Random(0), []
     for _ in range(60):
         damaged = bytearray(data)
         for _ in range(3):
@@ -141,9 +141,9 @@ def test_whatever_is_wrong_with_a_file_it_is_a_value_error(kind: str) -> None:
         try:
             decode(bytes(damaged), "x", 3)
         except ValueError as error:
-            said.append(str(error))
-    assert said
-    assert all(text.startswith("x cannot be read") for text in said)
+            messages.append(str(error))
+    assert messages
+    assert all(text.startswith("x cannot be read") for text in messages)
 
 
 def test_a_text_file_is_no_image() -> None:

@@ -6,23 +6,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dinokit.data import lines
-from dinokit.data.lines import Lines
+from dinokit.data import names as module
+from dinokit.data.names import Lines
 
 PIECES = st.sampled_from(["a.jpg", "b/c d.png", "é.jpg", "#", "# no", " ", "\t", "", "\r", "  x.png ", "#x"])
 
 
 def by_python(data: bytes) -> list[str]:
     text = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    kept = [line.strip() for line in text]
-    return [line.decode("utf-8", "surrogateescape") for line in kept if line and not line.startswith(b"#")]
+    lines = [line.strip() for line in text]
+    return [line.decode("utf-8", "surrogateescape") for line in lines if line and not line.startswith(b"#")]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(pieces=st.lists(PIECES, max_size=60), mark=st.booleans(), end=st.booleans(), block=st.integers(1, 40))
 def test_they_are_those_that_python_reads(tmp_path, monkeypatch, pieces, mark, end, block):
-    monkeypatch.setattr(lines, "BLOCK", block)
-    monkeypatch.setattr(lines, "EVERY", 5)
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "EVERY", 5)
     data = (b"\xef\xbb\xbf" if mark else b"") + "\n".join(pieces).encode() + (b"\n" if end else b"")
     path = tmp_path / "list.txt"
     path.write_bytes(data)

@@ -98,26 +98,26 @@ def assert_same(one: list[Batch], other: list[Batch]) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken() -> list[Batch]:
+def uninterrupted() -> list[Batch]:
     return run(Plain())
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_are_the_same_for_any_number_of_workers(workers: int, unbroken: list[Batch]) -> None:
-    assert_same(run(Plain(), workers=workers), unbroken)
+def test_batches_are_the_same_for_any_number_of_workers(workers: int, uninterrupted: list[Batch]) -> None:
+    assert_same(run(Plain(), workers=workers), uninterrupted)
 
 
-def test_a_run_that_goes_on_sees_the_rest_of_an_unbroken_one(unbroken: list[Batch]) -> None:
-    assert_same(run(Plain(), start=4), unbroken[4:])
+def test_a_resumed_run_sees_the_rest_of_an_uninterrupted_one(uninterrupted: list[Batch]) -> None:
+    assert_same(run(Plain(), start=4), uninterrupted[4:])
     assert run(Plain(), start=6) == []
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_batches_of_all_processes_make_that_of_one(world: int, unbroken: list[Batch]) -> None:
+def test_the_batches_of_all_processes_make_that_of_one(world: int, uninterrupted: list[Batch]) -> None:
     ranks = [run(Plain(), rank=rank, world=world) for rank in range(world)]
-    for whole, *parts in zip(unbroken, *ranks, strict=True):
+    for whole, *shares in zip(uninterrupted, *ranks, strict=True):
         for key in TENSORS:
-            crop_major = [getattr(part, key).unflatten(0, (-1, part.images)) for part in parts]
+            crop_major = [getattr(share, key).unflatten(0, (-1, share.images)) for share in shares]
             assert torch.equal(torch.cat(crop_major, dim=1).flatten(0, 1), getattr(whole, key)), key
 
 
@@ -127,17 +127,17 @@ def test_each_image_comes_once_a_pass_and_passes_differ() -> None:
     assert seen[:20] != seen[20:]
 
 
-def test_another_seed_is_another_run(unbroken: list[Batch]) -> None:
+def test_another_seed_is_another_run(uninterrupted: list[Batch]) -> None:
     other = run(Plain(), seed=4)
-    assert shown(other[0]) + shown(other[1]) != shown(unbroken[0]) + shown(unbroken[1])
-    assert not torch.equal(other[0].global_colour, unbroken[0].global_colour)
+    assert shown(other[0]) + shown(other[1]) != shown(uninterrupted[0]) + shown(uninterrupted[1])
+    assert not torch.equal(other[0].global_colour, uninterrupted[0].global_colour)
 
 
-def test_half_of_a_steps_crops_are_masked_over_all_processes(unbroken: list[Batch]) -> None:
-    for batch in unbroken:
+def test_half_of_a_steps_crops_are_masked_over_all_processes(uninterrupted: list[Batch]) -> None:
+    for batch in uninterrupted:
         assert batch.masks is not None
         assert batch.masks.any(dim=1).sum() <= 4
-    total = sum(int(b.masks.any(dim=1).sum()) for b in unbroken if b.masks is not None)
+    total = sum(int(b.masks.any(dim=1).sum()) for b in uninterrupted if b.masks is not None)
     assert total >= 20  # of 24; a share of a few patches may be rounded to none
 
 
@@ -167,14 +167,14 @@ def test_without_masks_or_local_crops_batches_have_none() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named_and_another_takes_its_place(
-    workers: int, unbroken: list[Batch]
+    workers: int, uninterrupted: list[Batch]
 ) -> None:
     bad = {2, 3, 4}
     batches = run(Plain(bad=bad), workers=workers)
     named = Counter(name for batch in batches for name in batch.unreadable)
     turns = {image_at(3, position, 23) for position in range(24)}
     assert {f"images/{i}.jpg" for i in bad & turns} <= set(named) <= {f"images/{i}.jpg" for i in bad}
-    for batch, before in zip(batches, unbroken, strict=True):
+    for batch, before in zip(batches, uninterrupted, strict=True):
         for now, then in zip(shown(batch), shown(before), strict=True):
             assert now not in bad
             assert now == then or then in bad
@@ -182,17 +182,17 @@ def test_an_unreadable_image_is_named_and_another_takes_its_place(
     assert_same(batches, run(Plain(bad=bad)))
 
 
-def test_why_an_image_cannot_be_read_stands_beside_its_name_which_is_told_once() -> None:
+def test_the_reason_why_an_image_cannot_be_read_is_reported_with_its_name_once() -> None:
     class Bands(Plain):
         def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
             if index in self.bad:
                 raise ValueError(f"{self.name(index)} cannot be read: it has 4 channels. Set channels=4.")
             return super().__getitem__(index)
 
-    told = {
+    reasons = {
         name: why for batch in run(Bands(bad={2, 3}), workers=1) for name, why in batch.unreadable.items()
     }
-    assert told == {f"images/{i}.jpg": "it has 4 channels. Set channels=4." for i in (2, 3)}
+    assert reasons == {f"images/{i}.jpg": "it has 4 channels. Set channels=4." for i in (2, 3)}
 
 
 def test_damaged_files_are_passed_over(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_an_empty_source_is_refused() -> None:
 
 def test_what_workers_receive_can_be_pickled() -> None:
     data = training_loader(Plain(), CROPS, MASKS, seed=0, start_step=0, steps=2, batch=4, workers=2)
-    for part in (data.dataset, data.collate_fn, data.worker_init_fn):
-        pickle.dumps(part)
+    for received in (data.dataset, data.collate_fn, data.worker_init_fn):
+        pickle.dumps(received)
 
 
 def center_crops(source: Plain, batch: int, workers: int) -> Iterable[ImageBatch]:

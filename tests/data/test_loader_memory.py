@@ -50,6 +50,10 @@ def test_a_step_of_two_thousand_images_is_held_once_a_worker():
 
 
 def test_memory_is_the_machines_or_less():
-    told = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
-    have = int(told.split()[1]) * 1024 if told else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    have = (
+        int(meminfo.split()[1]) * 1024
+        if meminfo
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     assert 2**28 < memory() <= have * 1.01

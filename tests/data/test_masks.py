@@ -16,13 +16,13 @@ def step_of(cfg: Masks, grid: tuple[int, int], total: int, seed: int = 0, step: 
 
 
 def by_hand(
-    wanted: int, rows: int, columns: int, rng: np.random.Generator
+    target: int, rows: int, columns: int, rng: np.random.Generator
 ) -> tuple[set[tuple[int, int]], list[int]]:
     """The rule as a loop over sets of cells; also the sizes of what each box added."""
     covered: set[tuple[int, int]] = set()
     added = []
-    while len(covered) < wanted:
-        cap = min(wanted - len(covered), 0.5 * rows * columns)
+    while len(covered) < target:
+        cap = min(target - len(covered), 0.5 * rows * columns)
         for _ in range(10):
             area, ratio = (
                 rng.uniform(min(4, cap), max(4, cap)),
@@ -65,14 +65,14 @@ def test_slices_are_dealt_to_crops_anew_each_step() -> None:
 
 def test_the_number_of_patches_and_their_places_are_as_by_the_rule_written_with_sets() -> None:
     cfg = Masks(images=1.0, patches=(0.3, 0.3))
-    wanted, tries = int(0.3 * 144), 1500
+    target, tries = int(0.3 * 144), 1500
     mine = step_of(cfg, (12, 12), tries).reshape(tries, 12, 12)
     rng = np.random.Generator(np.random.PCG64(0))
     theirs = np.zeros((tries, 12, 12), dtype=bool)
     for mask in theirs:
-        for cell in by_hand(wanted, 12, 12, rng)[0]:
+        for cell in by_hand(target, 12, 12, rng)[0]:
             mask[cell] = True
-    assert mine.sum(axis=(1, 2)).max() <= wanted
+    assert mine.sum(axis=(1, 2)).max() <= target
     assert mine.sum(axis=(1, 2)).mean() == pytest.approx(theirs.sum(axis=(1, 2)).mean(), abs=0.4)
     deviation = math.sqrt(2 * 0.25 / tries)
     assert np.abs(mine.mean(axis=0) - theirs.mean(axis=0)).max() < 4.5 * deviation

@@ -32,7 +32,7 @@ def small(**changes: object) -> Crops:
     return Crops(**{**groups, **changes})
 
 
-def cut(cfg: Crops, image: ImageLike, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def crops_of(cfg: Crops, image: ImageLike, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     crops = MultiCrop(cfg)
     return crops(image, crops.draw(*size_of(image), rng))
 
@@ -108,11 +108,11 @@ def test_arrays_of_any_depth_and_channels_show_the_same_crops(channels: int, dty
         np.float32: image.astype(np.float32) / 255,
     }[dtype]
     cfg = small(mean=(0.5,) * channels, std=(0.2,) * channels)
-    large, little = cut(cfg, deep, generator(0, 0, 0, 0))
+    large, little = crops_of(cfg, deep, generator(0, 0, 0, 0))
     assert large.shape == (2, channels, 32, 32)
     assert little.shape == (3, channels, 16, 16)
     assert large.dtype == little.dtype == (torch.uint8 if dtype is np.uint8 else torch.float32)
-    for crops, eight in zip((large, little), cut(cfg, image, generator(0, 0, 0, 0)), strict=True):
+    for crops, eight in zip((large, little), crops_of(cfg, image, generator(0, 0, 0, 0)), strict=True):
         level = crops if dtype is np.uint8 else crops * 255
         assert (level.float() - eight.float()).abs().max() < 3
         assert level.float().std() > 5
@@ -120,7 +120,7 @@ def test_arrays_of_any_depth_and_channels_show_the_same_crops(channels: int, dty
 
 def test_deep_images_stay_in_zero_to_one_where_bicubic_overshoots() -> None:
     checks = (np.indices((40, 40)).sum(axis=0) // 5 % 2).astype(np.float32)[..., None].repeat(3, axis=2)
-    crops, _ = cut(small(), checks, generator(0, 0, 0, 0))
+    crops, _ = crops_of(small(), checks, generator(0, 0, 0, 0))
     assert crops.min() == 0
     assert crops.max() == 1
 
@@ -128,15 +128,15 @@ def test_deep_images_stay_in_zero_to_one_where_bicubic_overshoots() -> None:
 def test_pictures_of_pillow_and_read_only_arrays_are_taken() -> None:
     image = photo()
     image.setflags(write=False)
-    one = cut(small(), Image.fromarray(image), generator(0, 0, 0, 0))
-    other = cut(small(), image, generator(0, 0, 0, 0))
+    one = crops_of(small(), Image.fromarray(image), generator(0, 0, 0, 0))
+    other = crops_of(small(), image, generator(0, 0, 0, 0))
     assert torch.equal(one[0], other[0])
     gray = Image.fromarray(image).convert("L")
-    assert cut(small(mean=(0.5,), std=(0.2,)), gray, generator(0, 0, 0, 0))[0].shape == (2, 1, 32, 32)
+    assert crops_of(small(mean=(0.5,), std=(0.2,)), gray, generator(0, 0, 0, 0))[0].shape == (2, 1, 32, 32)
 
 
 def test_crops_depend_on_their_generator_alone_and_differ() -> None:
-    first, again, other = (cut(small(), photo(), generator(0, 0, place, 0)) for place in (0, 0, 1))
+    first, again, other = (crops_of(small(), photo(), generator(0, 0, place, 0)) for place in (0, 0, 1))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
@@ -149,20 +149,20 @@ def test_images_are_mirrored_as_often_as_asked(key: str) -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 64, dtype=np.uint8)[:, None, None], (64, 64, 3))
     ramp = ramp.swapaxes(0, 1) if key == "flip" else ramp
     cfg = small(**{"flip": 0.0, key: 0.3}, globals=CropGroup(count=1000, size=8))
-    crops, _ = cut(cfg, np.ascontiguousarray(ramp), generator(0, 0, 0, 0))
+    crops, _ = crops_of(cfg, np.ascontiguousarray(ramp), generator(0, 0, 0, 0))
     ends = crops.float().mean(dim=2 if key == "flip" else 3)[:, 0]  # (1000, 8)
     mirrored = (ends[:, 0] > ends[:, -1]).float().mean().item()
     assert mirrored == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 1000))
 
 
 def test_no_local_crops_are_an_empty_tensor() -> None:
-    _, none = cut(small(locals=CropGroup(count=0, size=16)), photo(), generator(0, 0, 0, 0))
+    _, none = crops_of(small(locals=CropGroup(count=0, size=16)), photo(), generator(0, 0, 0, 0))
     assert none.shape == (0, 3, 16, 16)
 
 
 def test_an_image_of_other_channels_is_refused_with_the_keys() -> None:
     with pytest.raises(ValueError, match=r"4 channels, crops\.mean and crops\.std have 3"):
-        cut(small(), photo(channels=4), generator(0, 0, 0, 0))
+        crops_of(small(), photo(channels=4), generator(0, 0, 0, 0))
 
 
 @pytest.mark.parametrize(

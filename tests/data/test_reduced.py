@@ -1,4 +1,4 @@
-"""JPEGs decoded at a part of their size: the same crops as of whole ones, within errors stated here."""
+"""JPEGs decoded at reduced size: the same crops as from full size, within the errors stated here."""
 
 import io
 from dataclasses import replace
@@ -29,7 +29,7 @@ from dinokit.data.transforms import (
 )
 from dinokit.train.folder import differences
 
-CUT = MultiCrop(Crops())  # 2 x 224 and 8 x 96, as DINO and DINOv2 have them
+MULTI_CROP = MultiCrop(Crops())  # 2 x 224 and 8 x 96, as DINO and DINOv2 have them
 
 
 def smooth(width: int, height: int) -> np.ndarray:
@@ -50,17 +50,17 @@ def saved(pixels: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def whole(data: bytes, cut: MultiCrop, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-    image = decode(data, "x", len(cut.cfg.mean))
-    return cut(image, cut.draw(*size_of(image), generator(0, 0, place, 0)))
+def whole(data: bytes, multi_crop: MultiCrop, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    image = decode(data, "x", len(multi_crop.cfg.mean))
+    return multi_crop(image, multi_crop.draw(*size_of(image), generator(0, 0, place, 0)))
 
 
-def read(data: bytes, cut: MultiCrop, place: int) -> tuple[ImageLike, CropBoxes]:
-    return decode_reduced(data, "x", cut, generator(0, 0, place, 0))
+def read(data: bytes, multi_crop: MultiCrop, place: int) -> tuple[ImageLike, CropBoxes]:
+    return decode_reduced(data, "x", multi_crop, generator(0, 0, place, 0))
 
 
 def drawn(size: tuple[int, int], place: int) -> CropBoxes:
-    return CUT.draw(*size, generator(0, 0, place, 0))
+    return MULTI_CROP.draw(*size, generator(0, 0, place, 0))
 
 
 def apart(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> np.ndarray:
@@ -69,26 +69,28 @@ def apart(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> np.
 
 
 LARGE = pytest.mark.parametrize(
-    ("size", "part"), [((2000, 1500), 2), ((1999, 1501), 2), ((4000, 3000), 4), ((4003, 3005), 4)]
+    ("size", "factor"), [((2000, 1500), 2), ((1999, 1501), 2), ((4000, 3000), 4), ((4003, 3005), 4)]
 )
 
 
-def at(size: tuple[int, int], part: int) -> int:
-    """A place whose crops let an image of that size be decoded at that part."""
-    return next(p for p in range(20) if largest_reduction(drawn(size, p), CUT.cfg) == part)
+def at(size: tuple[int, int], factor: int) -> int:
+    """A place whose crops let an image of that size be reduced by that factor."""
+    return next(p for p in range(20) if largest_reduction(drawn(size, p), MULTI_CROP.cfg) == factor)
 
 
-def by_pillow(data: bytes, boxes: CropBoxes, part: int, cut: MultiCrop) -> tuple[torch.Tensor, ...]:
-    """Crops that Pillow cuts from the whole image, where `boxes` of one at a part of its size lie in it."""
-    image = decode(data, "x", len(cut.cfg.mean))
+def by_pillow(data: bytes, boxes: CropBoxes, factor: int, multi_crop: MultiCrop) -> tuple[torch.Tensor, ...]:
+    """Crops that Pillow cuts from the full image; `boxes` are in an image reduced by a factor."""
+    image = decode(data, "x", len(multi_crop.cfg.mean))
     assert isinstance(image, Image.Image)
-    groups = zip((cut.cfg.globals.size, cut.cfg.locals.size), boxes, strict=True)
-    return tuple(torch.stack([_by_pillow(image, box, part, size) for box in drawn]) for size, drawn in groups)
+    groups = zip((multi_crop.cfg.globals.size, multi_crop.cfg.locals.size), boxes, strict=True)
+    return tuple(
+        torch.stack([_by_pillow(image, box, factor, size) for box in drawn]) for size, drawn in groups
+    )
 
 
-def _by_pillow(image: Image.Image, box: Box, part: int, size: int) -> torch.Tensor:
-    right, bottom = min((box.left + box.width) * part, image.width), (box.top + box.height) * part
-    edges = box.left * part, box.top * part, right, min(bottom, image.height)
+def _by_pillow(image: Image.Image, box: Box, factor: int, size: int) -> torch.Tensor:
+    right, bottom = min((box.left + box.width) * factor, image.width), (box.top + box.height) * factor
+    edges = box.left * factor, box.top * factor, right, min(bottom, image.height)
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, edges))
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy()).flip(box.flips)
@@ -98,20 +100,20 @@ def _by_pillow(image: Image.Image, box: Box, part: int, size: int) -> torch.Tens
 @pytest.mark.parametrize(
     ("pattern", "resampled", "shifted"), [(smooth, (0.3, 2), (0.6, 4)), (noise, (1.5, 10), (2.5, 18))]
 )
-def test_crops_are_those_of_a_whole_decoding(pattern, resampled, shifted, size, part) -> None:
+def test_crops_are_those_of_a_whole_decoding(pattern, resampled, shifted, size, factor) -> None:
     """Errors in grey levels of 255, the mean, and what one number in a thousand may exceed.
 
     `resampled`: against what Pillow cuts from the whole image at the very same place. `shifted`: against the
     crops of the whole image, from whose boxes these are up to half a pixel away.
     """
-    data, place = saved(pattern(*size)), at(size, part)
-    image, boxes = read(data, CUT, place)
-    assert size_of(image) == tuple(-(-side // part) for side in size)
+    data, place = saved(pattern(*size)), at(size, factor)
+    image, boxes = read(data, MULTI_CROP, place)
+    assert size_of(image) == tuple(-(-side // factor) for side in size)
     for theirs, (mean, most) in (
-        (by_pillow(data, boxes, part, CUT), resampled),
-        (whole(data, CUT, place), shifted),
+        (by_pillow(data, boxes, factor, MULTI_CROP), resampled),
+        (whole(data, MULTI_CROP, place), shifted),
     ):
-        errors = apart(CUT(image, boxes), theirs)
+        errors = apart(MULTI_CROP(image, boxes), theirs)
         assert errors.mean() < mean
         assert np.percentile(errors, 99.9) <= most
 
@@ -124,26 +126,26 @@ def test_boxes_move_by_half_a_pixel_at_most_and_stay_in_an_image_that_is_as_smal
     size: tuple[int, int], among: set[int]
 ) -> None:
     """Over many draws: each edge within half a pixel of its place, each crop reduced by LEAST_RESIZE."""
-    parts = set()
+    factors = set()
     for place in range(200):
         boxes = drawn(size, place)
-        part = largest_reduction(boxes, CUT.cfg)
-        parts.add(part)
+        factor = largest_reduction(boxes, MULTI_CROP.cfg)
+        factors.add(factor)
         shrink = [min(b.width, b.height) / 224 for b in boxes.globals]
         shrink += [min(b.width, b.height) / 96 for b in boxes.locals]
-        assert part == 1 or min(shrink) >= LEAST_RESIZE * part
-        assert part == 8 or min(shrink) < LEAST_RESIZE * part * 2
-        for before, after in zip(chain(*boxes), chain(*reduce_boxes(boxes, part)), strict=True):
-            assert abs(after.left - before.left / part) <= 0.5
-            assert abs(after.top - before.top / part) <= 0.5
-            assert abs(after.left + after.width - (before.left + before.width) / part) <= 0.5
-            assert abs(after.top + after.height - (before.top + before.height) / part) <= 0.5
+        assert factor == 1 or min(shrink) >= LEAST_RESIZE * factor
+        assert factor == 8 or min(shrink) < LEAST_RESIZE * factor * 2
+        for before, after in zip(chain(*boxes), chain(*reduce_boxes(boxes, factor)), strict=True):
+            assert abs(after.left - before.left / factor) <= 0.5
+            assert abs(after.top - before.top / factor) <= 0.5
+            assert abs(after.left + after.width - (before.left + before.width) / factor) <= 0.5
+            assert abs(after.top + after.height - (before.top + before.height) / factor) <= 0.5
             assert after.left >= 0
             assert after.top >= 0
-            assert after.left + after.width <= -(-size[0] // part)
-            assert after.top + after.height <= -(-size[1] // part)
+            assert after.left + after.width <= -(-size[0] // factor)
+            assert after.top + after.height <= -(-size[1] // factor)
             assert after.flips == before.flips
-    assert parts == among
+    assert factors == among
 
 
 @pytest.mark.parametrize("pattern", [smooth, noise])
@@ -153,15 +155,15 @@ def test_an_image_that_is_not_large_enough_is_decoded_whole_to_the_bit(
 ) -> None:
     data = saved(pattern(*size))
     for place in range(5):
-        image, boxes = read(data, CUT, place)
+        image, boxes = read(data, MULTI_CROP, place)
         assert size_of(image) == size
-        assert apart(CUT(image, boxes), whole(data, CUT, place)).max() == 0
+        assert apart(MULTI_CROP(image, boxes), whole(data, MULTI_CROP, place)).max() == 0
 
 
 def test_as_many_random_numbers_are_drawn_as_for_a_whole_decoding() -> None:
     one, other = generator(0, 0, 0, 0), generator(0, 0, 0, 0)
-    decode_reduced(saved(smooth(2000, 1500)), "x", CUT, one)
-    CUT.draw(500, 375, other)
+    decode_reduced(saved(smooth(2000, 1500)), "x", MULTI_CROP, one)
+    MULTI_CROP.draw(500, 375, other)
     assert one.random() == other.random()
 
 
@@ -197,10 +199,10 @@ def test_a_jpeg_of_any_kind_is_reduced_and_its_orientation_stays_as_stored(optio
 def test_a_jpeg_of_other_channels_is_reduced_to_the_same_colours(mode: str, channels: int) -> None:
     file = io.BytesIO()
     Image.fromarray(smooth(403, 301)).convert(mode).save(file, "JPEG", quality=95)
-    cut = MultiCrop(replace(SMALL.cfg, mean=(0.5,) * channels, std=(0.2,) * channels))
-    image, boxes = read(file.getvalue(), cut, 0)
+    multi_crop = MultiCrop(replace(SMALL.cfg, mean=(0.5,) * channels, std=(0.2,) * channels))
+    image, boxes = read(file.getvalue(), multi_crop, 0)
     assert size_of(image) == (202, 151)
-    assert apart(cut(image, boxes), by_pillow(file.getvalue(), boxes, 2, cut)).mean() < 1
+    assert apart(multi_crop(image, boxes), by_pillow(file.getvalue(), boxes, 2, multi_crop)).mean() < 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
@@ -211,10 +213,10 @@ def test_files_of_other_kinds_are_whole(kind: str) -> None:
     assert apart(SMALL(image, boxes), whole(data, SMALL, 0)).max() == 0
 
 
-@pytest.mark.parametrize("kept", [2, 100, 5000])
-def test_a_file_that_is_cut_short_is_named(kept: int) -> None:
+@pytest.mark.parametrize("size", [2, 100, 5000])
+def test_a_file_that_is_cut_short_is_named(size: int) -> None:
     with pytest.raises(ValueError, match=r"^x cannot be read"):
-        read(saved(noise(403, 301))[:kept], SMALL, 0)
+        read(saved(noise(403, 301))[:size], SMALL, 0)
 
 
 def test_the_size_of_what_is_no_jpeg_is_not_told() -> None:

@@ -20,12 +20,16 @@ def test_the_middle_is_the_centre_crop_in_every_draw():
 
 
 def test_a_part_is_a_function_of_seed_draw_and_image_alone():
-    cut = RandomResizedCrop(16, seed=1)
-    again = cut(places(), 5, 2)
+    transform = RandomResizedCrop(16, seed=1)
+    again = transform(places(), 5, 2)
     assert again.shape == (3, 16, 16)
     assert again.dtype == torch.uint8
     assert torch.equal(again, RandomResizedCrop(16, seed=1)(places(), 5, 2))
-    for other in (cut(places(), 5, 3), cut(places(), 6, 2), RandomResizedCrop(16, seed=2)(places(), 5, 2)):
+    for other in (
+        transform(places(), 5, 3),
+        transform(places(), 6, 2),
+        RandomResizedCrop(16, seed=2)(places(), 5, 2),
+    ):
         assert not torch.equal(again, other)
 
 

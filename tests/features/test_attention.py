@@ -25,7 +25,7 @@ def backbone(request, vit):
 
 
 @pytest.mark.parametrize("block", [0, 1, -1])
-def test_the_kernels_output_is_the_values_weighed_by_it(backbone, block):
+def test_attention_times_values_equals_the_output_of_the_kernel(backbone, block):
     """The class token's row before the output projection is the sum of weights times values."""
     crops = torch.randn(2, 3, 32, 48 if backbone.patch == 8 else 32)
     layer = backbone.blocks[block].attn
@@ -48,7 +48,7 @@ def test_the_kernels_output_is_the_values_weighed_by_it(backbone, block):
     assert weights.std() > 1e-3  # not uniform: the test could fail
 
 
-def test_nothing_of_the_backbone_is_changed(vit):
+def test_the_backbone_does_not_change(vit):
     vit.train()
     state = copy.deepcopy(vit.state_dict())
     attention(vit, torch.randn(1, 3, 32, 32))
@@ -57,12 +57,12 @@ def test_nothing_of_the_backbone_is_changed(vit):
     assert all(torch.equal(value, state[name]) for name, value in vit.state_dict().items())
 
 
-def test_what_has_no_such_block_says_so(vit):
+def test_a_missing_block_is_refused(vit):
     with pytest.raises(ValueError, match="block=3: the backbone has 3 blocks"):
         attention(vit, torch.randn(1, 3, 32, 32), 3)
     pixels = registry.build("models", {"name": "pixels"})
     with pytest.raises(ValueError, match="block=-1: the backbone has 0 blocks"):
         attention(pixels, torch.randn(1, 3, 32, 32))
     vit.blocks[2].attn.qkv = torch.nn.Identity()
-    with pytest.raises(ValueError, match="no attention that is made by one linear layer"):
+    with pytest.raises(ValueError, match="no attention with one linear layer"):
         attention(vit, torch.randn(1, 3, 32, 32))

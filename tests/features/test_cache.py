@@ -58,11 +58,11 @@ class Watched(nn.Module):
 def asked(tmp_path, net, source, reading=Pooling(), **values):  # noqa: B008
     watched = Watched(net)
     cfg = Config(cache=str(tmp_path / "cache"), workers=0, **values)
-    done = features_of(cfg, "train", watched, source, reading)
-    return done, sum(watched.calls)
+    features = features_of(cfg, "train", watched, source, reading)
+    return features, sum(watched.calls)
 
 
-def test_what_was_made_is_read_and_is_the_same_to_the_last_bit(tmp_path, folder):
+def test_cached_features_are_equal_to_computed_ones(tmp_path, folder):
     first, made = asked(tmp_path, vit(), opened(folder))
     second, again = asked(tmp_path, vit(), opened(folder))
     assert (made, again) == (6, 0)
@@ -80,7 +80,7 @@ from dinokit.eval.knn import Config
 from dinokit.features import Pooling
 torch.set_num_threads(1)
 sys.modules["dinokit.features.extract"].SAVE_SECONDS = 0.0
-images, kept, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
+images, cache, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.manual_seed(0)
 shape = {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 8, "size": 16}
 net = registry.build("models", shape).eval()
@@ -92,27 +92,27 @@ def count(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 net.register_forward_pre_hook(count)
 source = registry.build("data.sources", {"name": "folder", "path": images, "labels": "folders"})
-cfg = Config(cache=kept, workers=0, batch=2, max_unreadable=1.0)
-done = features_of(cfg, "train", net, source, Pooling())
-torch.save({"x": done.x, "y": done.y, "lost": done.unreadable, "calls": calls}, kept + ".pt")
+cfg = Config(cache=cache, workers=0, batch=2, max_unreadable=1.0)
+features = features_of(cfg, "train", net, source, Pooling())
+torch.save({"x": features.x, "y": features.y, "lost": features.unreadable, "calls": calls}, cache + ".pt")
 """
 
 
 @pytest.mark.slow
-def test_a_set_whose_process_was_killed_is_gone_on_with(tmp_path, folder):
+def test_extraction_resumes_after_the_process_was_killed(tmp_path, folder):
     for i in range(6, 12):
         Image.new("RGB", (20, 20), (0, 20 * i, 100)).save(folder / "ab"[i % 2] / f"{i}.png")
     (folder / "a" / "2.png").write_bytes(b"")
 
     def go(out, stop):
         words = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / out), str(stop)]
-        done = subprocess.run(words, capture_output=True, text=True)
-        return done, torch.load(tmp_path / f"{out}.pt") if (tmp_path / f"{out}.pt").exists() else None
+        features = subprocess.run(words, capture_output=True, text=True)
+        return features, torch.load(tmp_path / f"{out}.pt") if (tmp_path / f"{out}.pt").exists() else None
 
     assert go("cut", stop=4)[0].returncode == -9
     parts = sorted((tmp_path / "cut").iterdir())
     assert len(parts) == 3
-    parts[2].write_bytes(parts[2].read_bytes()[:-1])  # cut short: what it held is made again
+    parts[2].write_bytes(parts[2].read_bytes()[:-1])  # cut short: its rows are computed again
     rest, found = go("cut", stop=0)
     whole, want = go("whole", stop=0)
     assert found is not None, rest.stderr
@@ -124,12 +124,12 @@ def test_a_set_whose_process_was_killed_is_gone_on_with(tmp_path, folder):
     assert len(list((tmp_path / "cut").iterdir())) == 1  # the entry
 
 
-def test_the_names_of_unreadable_images_are_saved(tmp_path, folder):
+def test_the_names_of_unreadable_images_are_cached(tmp_path, folder):
     (folder / "a" / "0.png").write_bytes(b"")
     for _ in range(2):
-        done, _ = asked(tmp_path, vit(), opened(folder), max_unreadable=0.5)
-        assert done.unreadable == [str(folder / "a" / "0.png")]
-        assert len(done.x) == 5
+        features, _ = asked(tmp_path, vit(), opened(folder), max_unreadable=0.5)
+        assert features.unreadable == [str(folder / "a" / "0.png")]
+        assert len(features.x) == 5
 
 
 def change_a_pixel(folder):
@@ -149,7 +149,7 @@ def change_a_pixel(folder):
         lambda folder: (folder / "a").rename(folder / "c"),
     ],
 )
-def test_images_that_changed_are_looked_at_anew(tmp_path, folder, change):
+def test_changed_images_are_computed_again(tmp_path, folder, change):
     asked(tmp_path, vit(), opened(folder))
     change(folder)
     assert asked(tmp_path, vit(), opened(folder))[1] > 0
@@ -158,12 +158,12 @@ def test_images_that_changed_are_looked_at_anew(tmp_path, folder, change):
 @pytest.mark.parametrize(
     "values", [{"size": 8}, {"resize": 40}, {"precision": "bf16"}, {"reading": Pooling(2, "mean")}]
 )
-def test_another_view_precision_or_reading_is_made_anew(tmp_path, folder, values):
+def test_another_view_precision_or_pooling_is_computed_again(tmp_path, folder, values):
     asked(tmp_path, vit(), opened(folder), precision="fp32")
     assert asked(tmp_path, vit(), opened(folder), **{"precision": "fp32", **values})[1] == 6
 
 
-def test_some_of_the_images_are_not_taken_for_all(tmp_path, folder):
+def test_a_subset_has_its_own_entry(tmp_path, folder):
     asked(tmp_path, vit(), opened(folder))
     assert asked(tmp_path, vit(), spread(opened(folder), 3))[1] == 3
 
@@ -172,7 +172,7 @@ def full(backbone):
     return fingerprint(backbone, settings=True)
 
 
-def test_other_weights_or_another_network_with_the_same_weights_have_different_fingerprints():
+def test_fingerprints_differ_for_other_weights_and_with_settings_for_other_settings():
     a, b = vit(), vit()
     assert full(a) == full(b)
     assert full(a) == full(b.train())
@@ -188,12 +188,12 @@ def test_other_weights_or_another_network_with_the_same_weights_have_different_f
     assert full(c) != before  # in no file of weights, and yet what it says depends on it
 
 
-def test_the_class_token_is_cut_out_of_what_the_linear_grid_saved(tmp_path, folder):
+def test_the_class_token_is_taken_from_the_cached_linear_grid(tmp_path, folder):
     asked(tmp_path, vit(), opened(folder), Pooling(4, "mean"))
-    done, again = asked(tmp_path, vit(), opened(folder))
+    features, again = asked(tmp_path, vit(), opened(folder))
     assert again == 0
-    alone, _ = asked(tmp_path / "elsewhere", vit(), opened(folder))
-    torch.testing.assert_close(done.x, alone.x)
+    direct, _ = asked(tmp_path / "elsewhere", vit(), opened(folder))
+    torch.testing.assert_close(features.x, direct.x)
 
 
 class Silent:
@@ -208,7 +208,7 @@ class Silent:
         return Image.new("RGB", (20, 20), (index, 0, 0)), index % 2
 
 
-def test_a_source_that_does_not_say_when_it_changes_is_never_cached(tmp_path):
+def test_a_source_without_a_stamp_is_never_cached(tmp_path):
     assert images_stamp(Silent()) is None
     assert [asked(tmp_path, vit(), Silent())[1] for _ in range(2)] == [3, 3]
     assert not (tmp_path / "cache").exists()
@@ -224,7 +224,7 @@ def entry(tmp_path, name="a", rows=3):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[: len(b) // 2], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""]
 )
-def test_a_damaged_entry_is_made_anew(tmp_path, damage):
+def test_a_damaged_entry_is_computed_again(tmp_path, damage):
     entry(tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
@@ -233,7 +233,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path, damage):
     assert load_cached(tmp_path, "a", CPU).x.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_above_the_limit_what_was_longest_unused_goes(tmp_path, monkeypatch):
+def test_above_the_limit_the_longest_unused_entries_are_deleted(tmp_path, monkeypatch):
     for number, name in enumerate("abc"):
         entry(tmp_path, name, rows=1000)
         for file in tmp_path.iterdir():

@@ -54,11 +54,11 @@ class Linear(nn.Module):
 
     def forward(self, crops, masks):
         assert masks == [None] * len(crops)
-        done = []
+        features = []
         for x in crops:
             cls = self.drop(self.norm(self.map(x.mean(dim=(2, 3)))))
-            done.append(Tokens(cls, cls[:, None][:, :0], cls[:, None]))
-        return done
+            features.append(Tokens(cls, cls[:, None][:, :0], cls[:, None]))
+        return features
 
 
 @pytest.fixture
@@ -79,24 +79,24 @@ def by_hand(net, source, index):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100])
-def test_a_row_is_what_the_backbone_says_of_that_image_alone(backbone, batch):
+def test_a_row_is_the_output_of_the_backbone_for_that_image(backbone, batch):
     source = Squares()
-    done = extract(backbone, source, 8, 8, batch)
-    assert done.x.dtype == torch.float32
-    assert done.y.tolist() == [i % 3 for i in range(23)]
-    assert done.unreadable == []
-    for i, row in enumerate(done.x.double().numpy()):
+    features = extract(backbone, source, 8, 8, batch)
+    assert features.x.dtype == torch.float32
+    assert features.y.tolist() == [i % 3 for i in range(23)]
+    assert features.unreadable == []
+    for i, row in enumerate(features.x.double().numpy()):
         np.testing.assert_allclose(row, by_hand(backbone, source, i), atol=1e-5)
 
 
 def test_unreadable_images_are_left_out_and_named(backbone):
     source = Squares(lost=(0, 4, 5, 6, 7, 22))
-    done = extract(backbone, source, 8, 8, batch=4)  # one batch is lost as a whole
-    kept = [i for i in range(23) if i not in source.lost]
-    assert done.unreadable == [f"square-{i}" for i in sorted(source.lost)]
-    assert done.y.tolist() == [i % 3 for i in kept]
+    features = extract(backbone, source, 8, 8, batch=4)  # one batch is lost as a whole
+    readable = [i for i in range(23) if i not in source.lost]
+    assert features.unreadable == [f"square-{i}" for i in sorted(source.lost)]
+    assert features.y.tolist() == [i % 3 for i in readable]
     whole = extract(backbone, Squares(), 8, 8).x
-    torch.testing.assert_close(done.x, whole[kept])
+    torch.testing.assert_close(features.x, whole[readable])
 
 
 def test_black_images_without_labels_are_not_taken_for_unreadable_ones(backbone):
@@ -104,25 +104,25 @@ def test_black_images_without_labels_are_not_taken_for_unreadable_ones(backbone)
         def colour(self, index):
             return np.zeros(3, np.uint8)
 
-    done = extract(backbone, Black(n=6, lost=(2,), labelled=False), 8, 8)
-    assert done.unreadable == ["square-2"]
-    assert done.y.tolist() == [-1] * 5
+    features = extract(backbone, Black(n=6, lost=(2,), labelled=False), 8, 8)
+    assert features.unreadable == ["square-2"]
+    assert features.y.tolist() == [-1] * 5
 
 
-def test_the_backbone_is_left_exactly_as_it_was(backbone):
+def test_extraction_does_not_change_the_backbone(backbone):
     backbone.train()
     backbone.norm.eval()
     backbone.map.requires_grad_(False)
     modes = [m.training for m in backbone.modules()]
-    wanted = [p.requires_grad for p in backbone.parameters()]
+    requires_grad = [p.requires_grad for p in backbone.parameters()]
     state = {name: value.clone() for name, value in backbone.state_dict().items()}
     extract(backbone, Squares(), 8, 8)
     assert [m.training for m in backbone.modules()] == modes
-    assert [p.requires_grad for p in backbone.parameters()] == wanted
+    assert [p.requires_grad for p in backbone.parameters()] == requires_grad
     assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
 
 
-def test_the_mode_comes_back_after_an_error(backbone):
+def test_the_mode_is_restored_after_an_error(backbone):
     backbone.train()
     with contextlib.suppress(KeyError), frozen(backbone):
         assert not backbone.drop.training
@@ -130,7 +130,7 @@ def test_the_mode_comes_back_after_an_error(backbone):
     assert backbone.drop.training
 
 
-def test_the_dice_of_training_are_not_thrown(backbone):
+def test_extraction_uses_no_random_numbers_of_training(backbone):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     extract(backbone.train(), Squares(), 8, 8)
@@ -138,9 +138,9 @@ def test_the_dice_of_training_are_not_thrown(backbone):
 
 
 def test_something_can_be_trained_on_the_features(backbone):
-    done = extract(backbone, Squares(), 8, 8)
+    features = extract(backbone, Squares(), 8, 8)
     probe = nn.Linear(5, 3)
-    nn.functional.cross_entropy(probe(done.x), done.y).backward()
+    nn.functional.cross_entropy(probe(features.x), features.y).backward()
     assert probe.weight.grad.abs().sum() > 0
 
 
@@ -184,7 +184,7 @@ def test_sizes_that_do_not_fit_are_refused_before_an_image_is_read(backbone, res
         extract(backbone, Squares(lost=range(23)), resize, size)
 
 
-def test_nothing_readable_says_why(backbone):
+def test_a_source_without_readable_images_is_refused_with_the_reason(backbone):
     with pytest.raises(ValueError, match="None of the 5 images can be read: square-0 is damaged"):
         extract(backbone, Squares(n=5, lost=range(5)), 8, 8)
 
@@ -197,7 +197,7 @@ def test_features_that_are_not_finite_are_refused(backbone):
 
 
 @pytest.mark.parametrize("order", ["in turn", "in blocks"])
-def test_a_spread_meets_every_class_about_equally_in_whatever_order_they_lie(order):
+def test_spread_selects_classes_about_equally_in_any_order(order):
     class Labels(Squares):
         def __getitem__(self, index):
             return None, index % 10 if order == "in turn" else index * 10 // self.n
@@ -213,7 +213,7 @@ def test_a_spread_meets_every_class_about_equally_in_whatever_order_they_lie(ord
 
 
 @pytest.mark.parametrize("count", [0, 23, 24])
-def test_a_spread_over_all_is_the_source_itself(count):
+def test_spread_over_all_images_is_the_source(count):
     assert spread(source := Squares(), count) is source
 
 
@@ -226,14 +226,14 @@ from dinokit.features import extract
 rank = int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 torch.manual_seed(0)
-done = extract(Linear(), Squares(n=9, lost=(3, 4)), 8, 8, batch=2)
-print(json.dumps([done.x.tolist(), done.y.tolist(), done.unreadable]))
+features = extract(Linear(), Squares(n=9, lost=(3, 4)), 8, 8, batch=2)
+print(json.dumps([features.x.tolist(), features.y.tolist(), features.unreadable]))
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
-def test_two_processes_each_get_what_one_would(tmp_path):
+def test_two_processes_get_the_features_of_one(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [
         sys.executable,
@@ -244,8 +244,8 @@ def test_two_processes_each_get_what_one_would(tmp_path):
     runs = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     results = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
     torch.manual_seed(0)
-    alone = extract(Linear(), Squares(n=9, lost=(3, 4)), 8, 8)
+    single = extract(Linear(), Squares(n=9, lost=(3, 4)), 8, 8)
     for x, y, unreadable in results:
-        torch.testing.assert_close(torch.tensor(x), alone.x)
-        assert y == alone.y.tolist()
+        torch.testing.assert_close(torch.tensor(x), single.x)
+        assert y == single.y.tolist()
         assert unreadable == ["square-3", "square-4"]

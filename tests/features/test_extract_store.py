@@ -67,7 +67,7 @@ def whole(vit_file, photos, tmp_path, capsys):
     return folder, contents(tmp_path / "whole")
 
 
-def test_killed_and_started_again_it_leaves_the_same_bytes(whole, vit_file, tmp_path):
+def test_a_killed_extraction_resumes_and_writes_the_same_bytes(whole, vit_file, tmp_path):
     folder, want = whole
     out = tmp_path / "broken"
     process = start(*words(vit_file, folder, out), before=SLOWLY)
@@ -89,7 +89,7 @@ def test_parquet_names_the_unreadable_images_too(whole, vit_file, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_at_once_and_what_is_done_stays(whole, vit_file, tmp_path):
+def test_ctrl_c_stops_at_once_and_complete_shards_stay(whole, vit_file, tmp_path):
     folder, want = whole
     out = tmp_path / "broken"
     process = start(*words(vit_file, folder, out), before=SLOWLY)
@@ -104,14 +104,14 @@ def test_ctrl_c_ends_at_once_and_what_is_done_stays(whole, vit_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_shared_out_over_processes_it_leaves_the_same_bytes(whole, vit_file, tmp_path, capsys):
+def test_several_processes_write_the_same_bytes(whole, vit_file, tmp_path, capsys):
     folder, want = whole
     assert main(words(vit_file, folder, tmp_path / "two", "processes=2")) == 0
     assert contents(tmp_path / "two") == want
     assert "0077.png cannot be read" in capsys.readouterr().out
 
 
-def test_parts_done_apart_leave_the_same_bytes(whole, vit_file, tmp_path, capsys):
+def test_separate_parts_write_the_same_bytes(whole, vit_file, tmp_path, capsys):
     folder, want = whole
     out = tmp_path / "parts"
     assert main(words(vit_file, folder, out, "part=1/2")) == 0
@@ -121,7 +121,7 @@ def test_parts_done_apart_leave_the_same_bytes(whole, vit_file, tmp_path, capsys
     assert contents(out) == want
 
 
-def test_a_part_that_begins_while_another_does_takes_its_folder_up(tmp_path, monkeypatch):
+def test_two_parts_that_start_together_share_the_folder(tmp_path, monkeypatch):
     """Between two looks at the folder the other one writes store.json."""
     out, about, names = tmp_path / "out", {"shard": 2}, ["a", "b"]
     out.mkdir()
@@ -138,7 +138,7 @@ def test_a_part_that_begins_while_another_does_takes_its_folder_up(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_launchers_processes_take_every_other_shard(whole, vit_file, tmp_path):
+def test_processes_of_a_launcher_share_the_shards(whole, vit_file, tmp_path):
     folder, want = whole
     out = tmp_path / "launched"
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -179,7 +179,7 @@ def test_a_full_disk_is_reported_and_complete_shards_stay(vit_file, photos, tmp_
         ("part=2/2", "part=2/2: it is I/N, with I from 0 to N - 1"),
     ],
 )
-def test_a_mistake_is_answered_without_torch(change, answer):
+def test_a_wrong_setting_is_refused_without_importing_torch(change, answer):
     command = (
         "import sys; from dinokit.__main__ import main; status = main(sys.argv[1:]); "
         "sys.exit('torch' if 'torch' in sys.modules else status)"

@@ -35,7 +35,7 @@ def shown(image, fit: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("layers", ["last", "last2", [0, 2]])
 @pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
-def test_every_row_is_what_the_backbone_says_of_that_image(vit, photos, tmp_path, fit, layers):
+def test_every_row_is_the_output_of_the_backbone_for_that_image(vit, photos, tmp_path, fit, layers):
     source = folder(photos(11, 3))
     spec = ExtractSpec(
         ("cls", "mean", "patch", "registers"),
@@ -72,7 +72,7 @@ def test_every_row_is_what_the_backbone_says_of_that_image(vit, photos, tmp_path
             np.testing.assert_allclose(store[token][i], value.numpy(), atol=2e-5, err_msg=f"{token} of {i}")
 
 
-def test_an_array_is_read_by_place_slice_mask_and_shard(vit, photos, tmp_path):
+def test_an_array_is_read_by_index_slice_mask_and_shard(vit, photos, tmp_path):
     store = extract_to(tmp_path / "out", vit, folder(photos(10)), ExtractSpec(shard=4, dtype="float16"))
     cls = store["cls"]
     parts = list(cls.shards())
@@ -137,7 +137,7 @@ def test_other_settings_other_weights_and_other_images_are_refused(vit, photos, 
         extract_to(out, vit, folder(path), ExtractSpec())
 
 
-def test_a_folder_of_something_else_is_left_alone(vit, photos, tmp_path):
+def test_a_folder_with_other_files_is_refused(vit, photos, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="not empty and contains no features"):
@@ -147,14 +147,14 @@ def test_a_folder_of_something_else_is_left_alone(vit, photos, tmp_path):
         open_store(tmp_path / "out")
 
 
-def test_an_unfinished_store_says_so(vit, photos, tmp_path):
+def test_an_incomplete_store_is_refused(vit, photos, tmp_path):
     extract_to(tmp_path / "out", vit, folder(photos(5)), ExtractSpec(shard=2))
     (tmp_path / "out" / "cls" / "00001.npy").unlink()
     with pytest.raises(ValueError, match=r"not complete: 1 of 3 shards are missing"):
         open_store(tmp_path / "out")
 
 
-def test_parquet_holds_the_same_numbers(vit, photos, tmp_path):
+def test_parquet_contains_the_same_numbers(vit, photos, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     source = folder(photos(7, 2))
     for fit in ("crop", "resize"):
@@ -172,13 +172,13 @@ def test_parquet_holds_the_same_numbers(vit, photos, tmp_path):
             np.testing.assert_array_equal(np.array(row["patch"], np.float16), store["patch"][i].ravel())
 
 
-def test_what_a_backbone_has_not_is_refused_before_an_image_is_read(vit, photos, tmp_path):
+def test_tokens_and_sizes_that_do_not_fit_are_refused_before_an_image_is_read(vit, photos, tmp_path):
     pixels = registry.build("models", {"name": "pixels"})
     source = folder(photos(2, 0, 1))
     for spec, words in [
         (ExtractSpec(("patch",)), "tokens=patch: this backbone has none"),
         (ExtractSpec(("mean",)), "tokens=mean: this backbone has none"),
-        (ExtractSpec(layers="last2"), "blocks|last block alone"),
+        (ExtractSpec(layers="last2"), "blocks|last block only"),
     ]:
         with pytest.raises(ValueError, match=words):
             extract_to(tmp_path / "out", pixels, source, spec)
@@ -196,7 +196,7 @@ def test_what_a_backbone_has_not_is_refused_before_an_image_is_read(vit, photos,
     assert not (tmp_path / "out").exists()
 
 
-def test_features_that_float16_cannot_hold_are_refused(vit, photos, tmp_path):
+def test_features_too_large_for_float16_are_refused(vit, photos, tmp_path):
     with torch.no_grad():
         vit.norm.weight *= 1e6
     with pytest.raises(ValueError, match="not finite: the weights are broken; or float16 is too narrow"):

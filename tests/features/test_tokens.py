@@ -35,7 +35,7 @@ def test_the_last_of_the_last_blocks_is_the_output(backbone):
 
 
 @torch.inference_mode()
-def test_a_block_in_the_middle_is_the_output_of_a_backbone_cut_off_there(backbone):
+def test_an_inner_block_is_the_output_of_a_shorter_backbone(backbone):
     x = torch.randn(2, 3, 32, 32)
     early = backbone.layers(x, [0])
     net = getattr(backbone, "net", backbone)
@@ -43,7 +43,7 @@ def test_a_block_in_the_middle_is_the_output_of_a_backbone_cut_off_there(backbon
     assert same(early[0], backbone([x], [None])[0])
 
 
-def test_blocks_that_are_not_there_are_refused(backbone):
+def test_missing_blocks_are_refused(backbone):
     x = torch.zeros(1, 3, 32, 32)
     with pytest.raises(ValueError, match="the backbone has"):
         last_layers(backbone, x, 99)
@@ -51,7 +51,7 @@ def test_blocks_that_are_not_there_are_refused(backbone):
         backbone.layers(x, [0, 99])
 
 
-def test_a_backbone_without_layers_shows_its_last_alone():
+def test_a_backbone_without_layers_gives_its_last_block_only():
     class Blind(torch.nn.Module):
         blocks = torch.nn.ModuleList([torch.nn.Identity()] * 2)
 

@@ -30,7 +30,7 @@ def maps(count, width=48, grid=(4, 6)):
 
 
 @pytest.mark.parametrize("layers", [1, 4])
-def test_the_linear_depth_head_is_its_definition(layers):
+def test_the_linear_depth_head_equals_its_definition(layers):
     torch.manual_seed(0)
     head, given = LinearDepth(48, layers, 0.001, 10.0), maps(layers)
     assert head.conv_depth.weight.shape == (256, 2 * layers * 48, 1, 1)
@@ -129,7 +129,7 @@ def test_a_dpt_head_for_a_small_model_has_the_released_number_of_parameters():
 @pytest.mark.parametrize(
     ("kind", "blocks"), [("linear", [11]), ("linear4", [2, 5, 8, 11]), ("dpt", [2, 5, 8, 11])]
 )
-def test_a_depth_head_is_known_from_its_file(tmp_path, vit, kind, blocks):
+def test_the_kind_of_a_depth_head_is_inferred_from_its_file(tmp_path, vit, kind, blocks):
     layers = 1 if kind == "linear" else 4
     head = DPT(48, 0.001, 10.0, 16) if kind == "dpt" else LinearDepth(48, layers, 0.001, 10.0)
     save_head(tmp_path / "h.pth", head)
@@ -170,7 +170,7 @@ def test_segmenters_and_classifiers_are_read_from_the_released_layout(tmp_path, 
         assert torch.equal(load_classifier(tmp_path / "c.pth", count, vit).weight, linear.weight)
 
 
-def test_a_file_that_does_not_fit_is_told_apart_from_one_that_is_no_head(tmp_path, vit):
+def test_files_that_do_not_fit_and_files_that_are_no_head_are_refused(tmp_path, vit):
     save_head(tmp_path / "wide.pth", LinearDepth(64, 1, 0.001, 10.0))
     with pytest.raises(ValueError, match="is not a depth head on a backbone 48 wide"):
         load_depther(tmp_path / "wide.pth", vit)

@@ -1,4 +1,4 @@
-"""torch.hub's door as its users open it: from a folder where dinokit is not installed, with torch alone."""
+"""Entry points of torch.hub, used from a folder where dinokit is not installed, with torch only."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 hubconf = SimpleNamespace(**run_path(str(ROOT / "hubconf.py")))
 IMAGENET = Input(28, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = {"width": 128, "depth": 2, "heads": 2}
-ALONE = """
+SCRIPT = """
 import sys
 for name in ("omegaconf", "safetensors", "timm", "numpy", "rich", "PIL", "torchvision", "transformers"):
     sys.modules[name] = None  # as if it were not installed
@@ -55,12 +55,12 @@ def vit(drawn):
     return drawn(registers=4, pos_offset=0.0, pos_antialias=True)
 
 
-def test_a_clone_without_dinokit_installed_and_with_torch_alone(tmp_path):
+def test_a_clone_works_without_installation_and_with_torch_only(tmp_path):
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "dinokit", clone / "dinokit", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "hubconf.py", clone)
     torch.save(VisionTransformer(Config(size=56, patch=14)).state_dict(), tmp_path / "x.pth")
-    command = [sys.executable, "-W", "ignore", "-c", ALONE, str(clone), str(tmp_path / "x.pth")]
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(clone), str(tmp_path / "x.pth")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     names, count = done.stdout.splitlines()
@@ -96,7 +96,7 @@ def test_the_urls_are_those_of_the_released_files():
     )
 
 
-def test_a_file_in_torch_hub_s_cache_is_not_fetched_again(tmp_path, monkeypatch):
+def test_a_file_in_the_cache_of_torch_hub_is_not_downloaded_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = cached_path(RELEASED["dinov2_vits14"].url)
     assert path == tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
@@ -107,7 +107,7 @@ def test_a_file_in_torch_hub_s_cache_is_not_fetched_again(tmp_path, monkeypatch)
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_file_that_cannot_be_fetched_says_where_to_put_it(tmp_path, monkeypatch):
+def test_a_failed_download_names_the_path_for_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(
         OSError, match=r"cannot be downloaded: .*Put it at .*x.pth yourself, or give weights=PATH"
@@ -144,7 +144,7 @@ def test_lists_of_images_of_different_sizes_are_single_ones_in_a_list(vit):
     assert [tuple(cls.shape) for cls in model(xs)] == [(2, 128), (1, 128)]
 
 
-def test_intermediate_layers_are_asked_for_as_in_dinov2(vit):
+def test_intermediate_layers_have_the_arguments_of_dinov2(vit):
     model, x = DINOv2(vit), torch.randn(2, 3, 56, 42)
     ((patches, cls),) = model.get_intermediate_layers(x, 1, reshape=True, return_class_token=True)
     assert patches.shape == (2, 128, 4, 3)
@@ -170,7 +170,7 @@ def test_a_new_head_is_part_of_the_model(vit):
     assert {"head.weight", "head.bias"} <= set(model.state_dict())
 
 
-def test_dino_s_models_answer_as_dino_s(drawn):
+def test_dino_models_have_the_api_of_dino(drawn):
     vit = drawn(layer_scale=0.0, mask_token=False)
     model, x = DINO(vit), torch.randn(2, 3, 56, 56)
     first, last = model.get_intermediate_layers(x, 2)
@@ -200,7 +200,7 @@ def test_the_classifier_sees_class_tokens_in_order_and_the_mean_patch(vit):
     assert {"linear_head.weight", "backbone.cls_token"} <= set(model.state_dict())
 
 
-def test_one_s_own_backbone_has_the_same_api(vit, tmp_path):
+def test_a_trained_backbone_has_the_same_api(vit, tmp_path):
     save_backbone(tmp_path / "run" / "teacher.safetensors", vit, section_of(vit))
     model = hubconf.dinokit_backbone(weights=tmp_path / "run")
     x = torch.randn(1, 3, 56, 56)
@@ -208,7 +208,7 @@ def test_one_s_own_backbone_has_the_same_api(vit, tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_what_an_entry_point_does_not_take_is_named():
+def test_unknown_arguments_are_named():
     with pytest.raises(TypeError, match=r"dinov2_vits14 takes no image_size; it takes img_size"):
         hubconf.dinov2_vits14(pretrained=False, image_size=224)
     with pytest.raises(ValueError, match=r"layers=2: there are linear classifiers for 1 block and for 4"):
@@ -241,7 +241,7 @@ def test_depth_heads_are_read_from_local_files(tmp_path, kind, layers):
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("ld", 1), ("ld", 4), ("dd", 4)])
-def test_a_depth_model_is_drawn_at_random_if_no_file_is_wanted(kind, layers):
+def test_a_depth_model_without_files_is_initialised_at_random(kind, layers):
     entry = getattr(hubconf, f"dinov2_vits14_{kind}")
     model = entry(pretrained=False, layers=layers, weights="KITTI", img_size=28)
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_a_depth_model_is_drawn_at_random_if_no_file_is_wanted(kind, layers):
         assert depth.max() > 20  # random bins give the middle of the range
 
 
-def test_a_depth_head_that_there_is_not_is_refused(tmp_path):
+def test_a_depth_head_that_was_not_released_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"layers=2: linear heads use 1 or 4"):
         hubconf.dinov2_vits14_ld(pretrained=False, layers=2)
     with pytest.raises(ValueError, match=r"weights='SUN': depth heads were released for NYU and KITTI"):
@@ -302,7 +302,7 @@ def test_segmentation_heads_are_read_from_local_files(tmp_path, layers, weights,
         hubconf.dinov2_vits14_seg(layers=layers, weights=wrong, **files)
 
 
-def test_a_file_of_another_head_is_refused_in_words(tmp_path):
+def test_a_file_of_another_head_is_refused(tmp_path):
     file = tmp_path / "x.pth"
     base = {"pretrained": False, "img_size": 28, "head_weights": file}
     torch.save({"state_dict": {f"decode_head.{k}": v for k, v in bn_head(768, 150).items()}}, file)
@@ -321,7 +321,7 @@ def test_a_file_of_another_head_is_refused_in_words(tmp_path):
         hubconf.dinov2_vits14_seg(pretrained=False, weights="COCO")
 
 
-def test_a_file_of_ours_says_how_images_are_normalised(tmp_path):
+def test_a_file_of_dinokit_sets_the_normalisation(tmp_path):
     vit = VisionTransformer(Config(size=28, patch=14, width=384, depth=12, heads=6, layer_scale=1.0))
     vit.input = Input(28, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     save_backbone(tmp_path / "x.safetensors", vit, section_of(vit))

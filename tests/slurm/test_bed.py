@@ -1,7 +1,7 @@
-"""On a real SLURM (the test bed): runs of two nodes that are stopped in every way end as an unbroken one.
+"""On a real SLURM (the test bed): runs of two nodes that are stopped in any way end like an unbroken run.
 
-All jobs are submitted first, held, from a copy of the code; then that copy, the recipe and the package that
-it names are made unusable. What runs, and runs again, can only be what was there before.
+All jobs are submitted first, held, from a copy of the code. Then that copy, the recipe and the package that
+it names are made unusable, so the jobs can only run the code of the time of submission.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from dinokit.config.load import load_recipe
 from dinokit.data.sources import scenes
 from dinokit.features import ExtractSpec, extract_to, open_store
-from dinokit.slurm.snapshot import copy_code
+from dinokit.slurm.record import copy_code
 from dinokit.train.loop import train
 from dinokit.weights import load_backbone
 
@@ -64,12 +64,12 @@ RUNS = {
     "limit": (0.75, 1 / 60, None),
     "unbroken": (0.1, 0.5, None),
     "requeued": (0.3, 0.5, lambda job: ask("scontrol", "requeue", job)),
-    "told": (0.3, 0.5, lambda job: ask("scancel", "--signal=USR2", job)),
+    "signalled": (0.3, 0.5, lambda job: ask("scancel", "--signal=USR2", job)),
     "terminated": (0.3, 0.5, lambda job: ask("scancel", "--signal=TERM", job)),
     "killed": (0.3, 0.5, lambda job: os.kill(process_of(job, "1"), signal.SIGKILL)),
     "moved": (0.3, 0.5, lambda job: ask("scancel", job)),
 }
-# For a run that ends on fewer processes than it began on: else each draws for itself which branches to drop.
+# For a run that ends with fewer processes: otherwise each process draws which branches to drop.
 WHOLE = ("backbone.drop_path=0.0",)
 OVER = "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"
 
@@ -91,7 +91,7 @@ def process_of(job, rank):
     raise AssertionError(f"no process of rank {rank} in job {job}")
 
 
-class Here:
+class Submitter:
     """A folder from which jobs are submitted."""
 
     def __init__(self, folder):
@@ -110,13 +110,13 @@ class Here:
     def dinokit(self, *words, status=0):
         env = {**os.environ, "PYTHONPATH": f"{self.folder / 'checkout'}:{self.folder}", "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "dinokit", *words]
-        done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        process = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
+        assert process.returncode == status, process.stdout + process.stderr
+        return process.stdout + process.stderr
 
     def submit(self, name, *words):
-        said = self.dinokit("submit", "profile=cpu", "cpus=1", "memory=1", *words)
-        self.jobs[name] = re.match(r"job (\d+)", said)[1]
+        output = self.dinokit("submit", "profile=cpu", "cpus=1", "memory=1", *words)
+        self.jobs[name] = re.match(r"job (\d+)", output)[1]
 
     def train(self, name, *settings):
         seconds, hours, _ = RUNS[name]
@@ -151,7 +151,7 @@ class Here:
 def here(tmp_path_factory):
     if not os.environ.get("SLURM_CONF"):
         pytest.skip("needs the SLURM test bed, whose env.sh sets SLURM_CONF")
-    here = Here(tmp_path_factory.mktemp("here"))
+    here = Submitter(tmp_path_factory.mktemp("here"))
     try:
         for name in RUNS:
             here.train(name, "sbatch.hold=true")
@@ -177,7 +177,7 @@ def assert_same_weights(here, name):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def assert_goes_on(here, name):
+def assert_resumes(here, name):
     here.wait(name, lambda: here.over(name) and here.over("unbroken"))
     assert here.state("unbroken") == ["COMPLETED"]
     assert here.state(name) == ["COMPLETED"], here.log(name)
@@ -189,12 +189,12 @@ def assert_goes_on(here, name):
     assert_same_weights(here, name)
 
 
-@pytest.mark.parametrize("name", ["requeued", "told", "terminated"])
-def test_a_run_that_is_stopped_goes_on_by_itself_and_ends_as_an_unbroken_one(here, name):
-    assert_goes_on(here, name)
+@pytest.mark.parametrize("name", ["requeued", "signalled", "terminated"])
+def test_a_stopped_run_resumes_by_itself_and_ends_like_an_unbroken_one(here, name):
+    assert_resumes(here, name)
 
 
-def test_a_killed_process_ends_the_job_and_the_same_command_again_ends_the_run(here):
+def test_a_killed_process_fails_the_job_and_the_same_command_resumes_the_run(here):
     here.wait("killed", lambda: here.over("killed"))
     assert here.state("killed") == ["FAILED"]
     here.write()
@@ -205,7 +205,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_again_ends_the_run(h
     assert_same_weights(here, "killed")
 
 
-def test_a_run_of_two_nodes_goes_on_with_one_and_ends_as_if_one_had_done_it_all(here):
+def test_a_run_of_two_nodes_resumes_on_one_and_ends_like_a_run_of_one(here):
     here.wait("moved", lambda: here.over("moved"))
     assert here.state("moved") == ["CANCELLED"]
     here.write()
@@ -221,7 +221,7 @@ def test_a_run_of_two_nodes_goes_on_with_one_and_ends_as_if_one_had_done_it_all(
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=3e-5)
 
 
-def test_a_dependent_job_waits_for_the_end_through_every_restart(here):
+def test_a_dependent_job_waits_through_every_restart(here):
     here.wait("dependent", lambda: here.over("dependent") and here.over("in vain"))
     assert here.state("dependent") == ["COMPLETED"]
     assert here.state("in vain") == ["CANCELLED"]  # what it waited for failed
@@ -232,16 +232,16 @@ def test_a_dependent_job_waits_for_the_end_through_every_restart(here):
     assert times("requeued", "End") <= times("dependent", "Start")
 
 
-def test_what_was_submitted_can_be_asked_after_and_cancelled(here):
+def test_status_logs_and_cancel(here):
     lines = here.dinokit("submit", "status").splitlines()
     assert any(line.startswith(here.jobs["unbroken"]) and "COMPLETED" in line for line in lines)
     here.dinokit("submit", "cancel", here.jobs["cancelled"])
     assert "CANCELLED" in here.dinokit("submit", "status", here.jobs["cancelled"])
-    assert "has said nothing yet" in here.dinokit("submit", "logs", here.jobs["cancelled"])
+    assert "has written no log yet" in here.dinokit("submit", "logs", here.jobs["cancelled"])
     assert "done: runs/unbroken/teacher.safetensors" in here.dinokit("submit", "logs", here.jobs["unbroken"])
 
 
-def test_an_array_judges_every_kept_teacher(here):
+def test_an_array_evaluates_every_saved_teacher(here):
     data = [
         "train.name=scenes",
         "train.count=60",
@@ -253,12 +253,12 @@ def test_an_array_judges_every_kept_teacher(here):
     here.submit("array", every, "--", "eval", "knn", "weights={}", "k=[5]", "device=cpu", *data)
     here.wait("array", lambda: here.over("array", 2))
     assert here.state("array") == ["COMPLETED", "COMPLETED"]
-    said = here.dinokit("submit", "logs", here.jobs["array"]).splitlines()
-    judged = [json.loads(line)["weights"] for line in said if line.startswith("{")]
-    assert judged == [f"runs/unbroken/teachers/step_00000{n}.safetensors" for n in (14, 28)]
+    output = here.dinokit("submit", "logs", here.jobs["array"]).splitlines()
+    evaluated = [json.loads(line)["weights"] for line in output if line.startswith("{")]
+    assert evaluated == [f"runs/unbroken/teachers/step_00000{n}.safetensors" for n in (14, 28)]
 
 
-def test_an_evaluation_on_two_nodes_that_is_told_to_stop_goes_on_to_the_same_scores(here):
+def test_a_stopped_evaluation_on_two_nodes_resumes_and_has_the_same_scores(here):
     here.write()
     grid = [
         "mode=online",
@@ -272,16 +272,16 @@ def test_an_evaluation_on_two_nodes_that_is_told_to_stop_goes_on_to_the_same_sco
     data = ["train.name=slow.scenes", "test.name=slow.scenes", "test.seconds=0.0", "workers=0", "device=cpu"]
     words = ["eval", "linear", "backbone.name=pixels", "backbone.size=32", *grid, *data]
     for name, seconds in (("whole", 0.01), ("stopped", 0.3)):
-        here.submit(name, "nodes=2", "--", *words, f"train.seconds={seconds}", f"out=judged/{name}")
-    here.wait("stopped", lambda: list(here.folder.glob("judged/stopped/**/.linear_*.pt")))
+        here.submit(name, "nodes=2", "--", *words, f"train.seconds={seconds}", f"out=evaluated/{name}")
+    here.wait("stopped", lambda: list(here.folder.glob("evaluated/stopped/**/.linear_*.pt")))
     ask("scancel", "--signal=USR2", here.jobs["stopped"])
     here.wait("stopped", lambda: here.over("whole") and here.over("stopped"))
     assert here.state("whole") + here.state("stopped") == ["COMPLETED"] * 2
-    assert "interrupted: the same command goes on" in here.dinokit("submit", "logs", here.jobs["stopped"])
+    assert "interrupted: the same command resumes" in here.dinokit("submit", "logs", here.jobs["stopped"])
     (whole,), (stopped,) = (
         [
             json.loads(line)
-            for line in (here.folder / "judged" / name / "results.jsonl").read_text().splitlines()
+            for line in (here.folder / "evaluated" / name / "results.jsonl").read_text().splitlines()
         ]
         for name in ("whole", "stopped")
     )
@@ -289,7 +289,7 @@ def test_an_evaluation_on_two_nodes_that_is_told_to_stop_goes_on_to_the_same_sco
     assert whole == stopped
 
 
-def test_an_array_shares_out_the_images_of_one_folder_of_features(here):
+def test_an_array_divides_the_images_of_one_store_of_features(here):
     data = ["data.name=scenes", "data.size=32", "data.count=60", "data.split=train", "shard=10", "device=cpu"]
     words = ["extract", "weights=runs/unbroken", *data, "workers=0", "precision=fp32", "out=features"]
     here.wait("unbroken", lambda: here.over("unbroken"))
@@ -304,7 +304,7 @@ def test_an_array_shares_out_the_images_of_one_folder_of_features(here):
     assert np.allclose(store["cls"][:], alone["cls"][:], atol=2e-3)  # of float16
 
 
-def test_an_array_does_a_stage_of_a_curation_and_the_next_job_finds_it_done(here):
+def test_an_array_runs_a_stage_of_a_curation_and_the_next_job_finds_it_finished(here):
     pool = [
         "pool.name=scenes",
         "pool.size=32",
@@ -326,41 +326,42 @@ def test_an_array_does_a_stage_of_a_curation_and_the_next_job_finds_it_done(here
     assert shards == {path: path.stat().st_mtime_ns for path in shards}
 
 
-def test_what_is_in_the_queue_is_not_submitted_again(here):
+def test_a_command_in_the_queue_is_not_submitted_again(here):
     train = ["submit", "profile=cpu", "sbatch.hold=true", "--", "train", "scenes_cpu", "run.out=runs/twice"]
     number = re.match(r"job (\d+)", here.dinokit(*train))[1]
-    assert f"Job {number} is PENDING (JobHeldUser) and does the same: train scenes_cpu" in here.dinokit(
-        *train, status=2
+    assert (
+        f"Job {number} is PENDING (JobHeldUser) and runs the same command: train scenes_cpu"
+        in here.dinokit(*train, status=2)
     )
     here.dinokit("submit", "cancel", number)
     here.dinokit("submit", "cancel", re.match(r"job (\d+)", here.dinokit(*train))[1])
 
 
-def test_a_job_that_cannot_be_waited_for_is_refused(here):
+def test_waiting_for_a_failed_or_unknown_job_is_refused(here):
     evaluate = "--", "eval", "knn", "backbone.name=pixels"
-    said = here.dinokit("submit", "profile=cpu", "after=1", *evaluate, status=2)  # none had so low a number
-    assert "after=1: SLURM knows no such job" in said
+    output = here.dinokit("submit", "profile=cpu", "after=1", *evaluate, status=2)  # none had so low a number
+    assert "after=1: SLURM knows no such job" in output
     here.wait("killed", lambda: here.over("in vain"))
-    said = here.dinokit("submit", "profile=cpu", f"after={here.jobs['in vain']}", *evaluate, status=2)
-    assert f"after={here.jobs['in vain']}: that job is CANCELLED" in said
+    output = here.dinokit("submit", "profile=cpu", f"after={here.jobs['in vain']}", *evaluate, status=2)
+    assert f"after={here.jobs['in vain']}: that job is CANCELLED" in output
 
 
-def test_an_unknown_partition_is_answered_with_those_that_there_are(here):
-    said = here.dinokit("submit", "profile=cpu", "partition=man", "--", "train", "scenes_cpu", status=2)
-    assert "There is no partition 'man'. Did you mean 'main'? sinfo has: main." in said
+def test_an_unknown_partition_is_an_error_that_lists_the_partitions(here):
+    output = here.dinokit("submit", "profile=cpu", "partition=man", "--", "train", "scenes_cpu", status=2)
+    assert "There is no partition 'man'. Did you mean 'main'? sinfo has: main." in output
 
 
-def test_more_nodes_than_there_are_is_said_and_does_not_wait_for_ever(here):
-    said = here.dinokit("submit", "profile=cpu", "nodes=4", "--", "train", "scenes_cpu", status=2)
-    assert "nodes=4, but partition main has 2." in said
+def test_more_nodes_than_there_are_is_an_error(here):
+    output = here.dinokit("submit", "profile=cpu", "nodes=4", "--", "train", "scenes_cpu", status=2)
+    assert "nodes=4, but partition main has 2." in output
 
 
-def test_what_slurm_refuses_is_said_in_its_words_and_leaves_nothing_behind(here):
+def test_an_error_of_slurm_is_shown_and_no_folder_is_left(here):
     before = set((here.folder / "runs/jobs").iterdir())
-    said = here.dinokit("submit", "profile=cpu", "gpus=1", "--", "train", "scenes_cpu", status=2)
-    assert "SLURM refuses the job: sbatch: error: " in said
+    output = here.dinokit("submit", "profile=cpu", "gpus=1", "--", "train", "scenes_cpu", status=2)
+    assert "SLURM refuses the job: sbatch: error: " in output
     assert set((here.folder / "runs/jobs").iterdir()) == before
 
 
-def test_a_run_that_meets_its_time_limit_goes_on_until_it_is_done(here):
-    assert_goes_on(here, "limit")  # last, for it takes longest
+def test_a_run_that_reaches_its_time_limit_resumes_until_it_is_finished(here):
+    assert_resumes(here, "limit")  # last, for it takes longest

@@ -1,4 +1,4 @@
-"""A profile says what a job asks for, and every slip in one is answered with what was meant."""
+"""Profiles are read and checked; every error names the key and what was likely meant."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from dinokit.slurm.profile import Config, find_profile, load_profile, profile_na
 
 
 @pytest.fixture
-def written(tmp_path):
+def profile_file(tmp_path):
     def write(text):
         path = tmp_path / "ours.yaml"
         path.write_text(text)
@@ -16,20 +16,20 @@ def written(tmp_path):
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_the_patterns_are_whole_and_name_no_cluster(name):
+def test_the_profiles_here_can_be_read_and_name_no_cluster(name):
     profile = load_profile(name, {})
     assert (profile.partition, profile.account, profile.qos, profile.constraint) == ("", "", "", "")
 
 
-def test_the_command_line_changes_a_profile(written):
-    path = written("{hours: 3, gpus: 4, sbatch: {mail-type: END}}")
+def test_the_command_line_changes_a_profile(profile_file):
+    path = profile_file("{hours: 3, gpus: 4, sbatch: {mail-type: END}}")
     profile = load_profile(path, {"gpus": 2, "setup": "module load x"})
     assert (profile.hours, profile.gpus, profile.setup) == (3.0, 2, ["module load x"])
     assert profile.sbatch == {"mail-type": "END"}
 
 
 @pytest.mark.parametrize(("hours", "minutes"), [(1, 60), (0.5, 30), (1 / 60, 1), (0.0253, 2)])
-def test_a_limit_is_whole_minutes_and_never_less_than_asked(hours, minutes):
+def test_a_time_limit_is_rounded_up_to_minutes(hours, minutes):
     assert Config(hours=hours, notice=10).minutes == minutes
 
 
@@ -42,19 +42,19 @@ def test_a_limit_is_whole_minutes_and_never_less_than_asked(hours, minutes):
         ("hours: 4:00:00", "write 4"),
         ("hours: 0", "hours=0: a number of hours"),
         ("nodes: 0", "nodes=0: it must be 1 or more"),
-        ("{hours: 0.02, notice: 120}", "notice=120 seconds leave nothing of hours=0.02"),
+        ("{hours: 0.02, notice: 120}", "notice=120 seconds are all of hours=0.02"),
         ("{venv: a, container: b}", "venv and container are given"),
         ("- a list", "ours.yaml is not a profile: it should hold keys such as partition"),
         ("{", "ours.yaml is not a profile: "),
     ],
 )
-def test_a_slip_is_answered_with_what_was_meant(written, text, answer):
-    with pytest.raises(ValueError, match=r"^") as said:
-        load_profile(written(text), {})
-    assert answer in str(said.value)
+def test_errors_name_the_key_and_what_was_meant(profile_file, text, answer):
+    with pytest.raises(ValueError, match=r"^") as error:
+        load_profile(profile_file(text), {})
+    assert answer in str(error.value)
 
 
-def test_a_profile_that_is_not_there_is_answered_with_those_that_are():
+def test_an_unknown_profile_is_an_error_that_lists_the_profiles():
     with pytest.raises(LookupError, match=r"no profile 'gup'. Did you mean 'gpu'\? Profiles are: cpu, gpu"):
         find_profile("gup")
     with pytest.raises(LookupError, match=r"no profile file 'a/b.yaml' \(looked from /"):

@@ -116,7 +116,7 @@ def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
         process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "the same command goes on from here" in out
+    assert "the same command resumes from here" in out
     assert ("stops after the current step; press Ctrl-C again" in err) == (number == signal.SIGINT)
     assert "Traceback" not in err
     train(tiny("broken", *LONG))

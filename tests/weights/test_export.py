@@ -51,9 +51,9 @@ def test_from_format_to_format_and_back_nothing_changes(architecture, drawn, tmp
                 torch.testing.assert_close(have, want, **CLOSE)
 
 
-def test_timm_opens_its_folder_by_itself(architecture, drawn, tmp_path):
+def test_timm_opens_the_exported_folder(architecture, drawn, tmp_path):
     vit = drawn(**architecture)
-    said = write(vit, "timm", tmp_path / "out")
+    lines = write(vit, "timm", tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = torch.randn(2, 3, vit.side * vit.patch, vit.side * vit.patch)
     cls, patches = said_by(vit, x)
@@ -62,10 +62,10 @@ def test_timm_opens_its_folder_by_itself(architecture, drawn, tmp_path):
     torch.testing.assert_close(rows[:, 1 + vit.registers :], patches, **CLOSE)
     torch.testing.assert_close(model(x), cls, **CLOSE)  # without a classifier it gives the class token
     assert tuple(timm.data.resolve_model_data_config(model)["mean"]) == vit.input.mean
-    assert any(line.startswith(f"Largest difference at {vit.side * vit.patch} x") for line in said)
+    assert any(line.startswith(f"Largest difference at {vit.side * vit.patch} x") for line in lines)
 
 
-def test_transformers_opens_its_folder_by_itself(architecture, drawn, tmp_path):
+def test_transformers_opens_the_exported_folder(architecture, drawn, tmp_path):
     vit = drawn(**architecture)
     vit.input = Input(56, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     write(vit, "hf", tmp_path / "out")
@@ -84,22 +84,22 @@ def test_transformers_opens_its_folder_by_itself(architecture, drawn, tmp_path):
 
 def test_the_official_layout_is_a_flat_dict_that_torch_reads_without_code(drawn, tmp_path):
     vit = drawn(heads=4)
-    said = write(vit, "dinov2", tmp_path / "x.pth")
+    lines = write(vit, "dinov2", tmp_path / "x.pth")
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
     assert set(saved) == set(vit.state_dict())
-    assert any("load_backbone needs heads=4" in line for line in said)
+    assert any("load_backbone needs heads=4" in line for line in lines)
 
 
-def test_a_file_alone_for_timm_loads_strictly_into_the_model_that_is_named(drawn, tmp_path):
+def test_a_single_file_for_timm_loads_into_the_named_model(drawn, tmp_path):
     write(drawn(), "timm", tmp_path / "x.safetensors")
     like = {"img_size": 56, "embed_dim": 128, "num_heads": 2, "depth": 2, "num_classes": 0}
     model = timm.create_model("vit_small_patch14_dinov2", **like)
     model.load_state_dict(load_file(tmp_path / "x.safetensors"), strict=True)
 
 
-def test_a_format_that_resamples_positions_otherwise_says_by_how_much(drawn, tmp_path):
-    said = write(drawn(), "hf", tmp_path / "out")
-    assert any("resampled, by another rule" in line for line in said)
+def test_the_difference_by_resampled_positions_is_reported(drawn, tmp_path):
+    lines = write(drawn(), "hf", tmp_path / "out")
+    assert any("resampled, by another rule" in line for line in lines)
     same = write(drawn(pos_offset=0.0), "hf", tmp_path / "same")  # as transformers does it
     assert not any("resampled" in line for line in same)
 
@@ -109,7 +109,7 @@ def bytes_in(place):
 
 
 @pytest.mark.parametrize("to", ["dinov2", "hf", "timm", "onnx"])
-def test_what_does_not_say_the_same_does_not_replace_what_did(drawn, tmp_path, to):
+def test_a_wrong_export_does_not_replace_a_correct_one(drawn, tmp_path, to):
     vit = drawn()
     write(vit, to, tmp_path / "out")
     good = bytes_in(tmp_path / "out")
@@ -121,7 +121,7 @@ def test_what_does_not_say_the_same_does_not_replace_what_did(drawn, tmp_path, t
         assert bytes_in(tmp_path / "out") == good
 
 
-def test_a_graph_with_its_weights_beside_it_opens_where_it_was_asked_for(drawn, tmp_path, monkeypatch):
+def test_a_graph_with_a_separate_weights_file_opens(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr("dinokit.weights.formats.onnx.MAX_BYTES", 1000)
     vit = drawn()
     write(vit, "onnx", tmp_path / "x.onnx")
@@ -132,15 +132,15 @@ def test_a_graph_with_its_weights_beside_it_opens_where_it_was_asked_for(drawn, 
     torch.testing.assert_close(torch.from_numpy(cls), said_by(vit, x)[0], rtol=0, atol=1e-4)
 
 
-def test_only_a_vit_is_written(tmp_path):
+def test_only_a_vit_is_exported(tmp_path):
     with pytest.raises(ValueError, match="Only a `vit` can be exported, and this backbone is a Pixels"):
         write(Pixels(PixelsConfig()), "timm", tmp_path / "out")
 
 
-def test_one_channel_is_written_and_what_does_not_go_with_it_is_said(drawn, tmp_path):
+def test_one_channel_is_exported_with_a_note(drawn, tmp_path):
     vit = drawn(channels=1)
-    said = write(vit, "hf", tmp_path / "hf")
-    assert any("AutoImageProcessor makes RGB" in line for line in said)
+    lines = write(vit, "hf", tmp_path / "hf")
+    assert any("AutoImageProcessor makes RGB" in line for line in lines)
     write(vit, "timm", tmp_path / "timm")
     x = torch.randn(1, 1, 56, 56)
     for out in ("hf", "timm"):
@@ -149,7 +149,7 @@ def test_one_channel_is_written_and_what_does_not_go_with_it_is_said(drawn, tmp_
 
 @pytest.mark.parametrize(("offset", "antialias"), [(0.1, False), (0.0, True), (0.0, False)])
 @pytest.mark.parametrize(("h", "w"), [(7, 7), (5, 9), (14, 3), (1, 20)])
-def test_the_matrices_of_a_graph_are_torch_s_bicubic_resampling(drawn, offset, antialias, h, w):
+def test_the_matrices_of_a_graph_equal_bicubic_resampling(drawn, offset, antialias, h, w):
     vit = drawn(size=98, pos_offset=offset, pos_antialias=antialias)
     grid = vit.pos_embed[:, 1:].unflatten(1, (7, 7))
     want = grid if (h, w) == (7, 7) else interpolate_grid(grid, h, w, offset, antialias)
@@ -162,8 +162,8 @@ def test_the_matrices_of_a_graph_are_torch_s_bicubic_resampling(drawn, offset, a
 )
 def test_one_graph_takes_images_of_any_size(drawn, tmp_path, values):
     vit = drawn(width=64, heads=1, depth=1, **values)
-    said = write(vit, "onnx", tmp_path / "any.onnx")
-    assert sum(line.startswith("Largest difference") for line in said) == 2
+    lines = write(vit, "onnx", tmp_path / "any.onnx")
+    assert sum(line.startswith("Largest difference") for line in lines) == 2
     session = onnxruntime.InferenceSession(tmp_path / "any.onnx", providers=["CPUExecutionProvider"])
     assert [o.name for o in session.get_outputs()] == ["cls", "patches"]
     for shape in ((1, 3, 56, 56), (3, 3, 28, 84), (2, 3, 112, 98)):
@@ -174,7 +174,7 @@ def test_one_graph_takes_images_of_any_size(drawn, tmp_path, values):
     assert json.loads(about["dinokit_input"])["size"] == 56
 
 
-def test_a_graph_of_one_size_says_the_same_and_takes_any_number_of_images(drawn, tmp_path):
+def test_a_graph_of_one_size_takes_any_number_of_images(drawn, tmp_path):
     vit = drawn(width=64, heads=1, depth=1)
     write(vit, "onnx", tmp_path / "fixed.onnx", size=28)
     session = onnxruntime.InferenceSession(tmp_path / "fixed.onnx", providers=["CPUExecutionProvider"])

@@ -28,7 +28,7 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("size", [16, 32, 48])
 @torch.no_grad()
-def test_a_filled_backbone_of_another_size_says_of_its_size_what_the_file_s_says(file, size):
+def test_a_filled_backbone_of_another_size_gives_the_features_of_the_file(file, size):
     backbone = drawn(size=size, drop_path=0.3)
     done = fill(backbone, file)
     assert done.complete
@@ -41,14 +41,14 @@ def test_a_filled_backbone_of_another_size_says_of_its_size_what_the_file_s_says
     )
 
 
-def test_it_stays_trainable_and_in_its_mode(file):
+def test_a_filled_backbone_stays_trainable_and_in_its_mode(file):
     backbone = drawn().train()
     fill(backbone, file)
     assert all(parameter.requires_grad for parameter in backbone.parameters())
     assert backbone.training
 
 
-def test_what_is_missing_or_left_over_is_refused_unless_it_is_tolerated_by_name(file):
+def test_missing_and_left_over_tensors_are_refused_unless_tolerated(file):
     backbone = drawn(registers=2)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     with pytest.raises(ValueError, match=r"register_tokens: asked for \(1, 2, 128\), absent.*`tolerate`"):
@@ -72,7 +72,7 @@ def test_a_shape_that_does_not_fit_is_never_tolerated(file):
         fill(drawn(patch=16), file)
 
 
-def test_another_number_of_heads_is_another_function_and_refused(file):
+def test_another_number_of_heads_is_refused(file):
     with pytest.raises(ValueError, match="heads: asked for 4, found 2"):
         fill(drawn(heads=4), file)
     assert fill(drawn(heads=4), file, heads=4).complete

@@ -86,7 +86,7 @@ def test_dinov2_s_pretrain_file_in_the_zip_and_in_the_old_format(architecture, d
     same(load_backbone(tmp_path / "x.pth"), x, tokens.cls, tokens.patches)
 
 
-def test_dinov2_s_training_dump_with_blocks_in_chunks(drawn, tmp_path):
+def test_a_training_checkpoint_of_dinov2_with_blocks_in_chunks(drawn, tmp_path):
     vit = drawn(depth=4)
     dump = chunked(vit.state_dict(), "backbone.", each=2)
     assert "backbone.blocks.1.3.norm1.weight" in dump
@@ -120,7 +120,7 @@ def test_timm_s_models(tmp_path, name, values):
     same(load_backbone(tmp_path / "x.safetensors"), x, rows[:, 0], patches)
 
 
-def test_timm_s_folder_says_heads_and_input(tmp_path):
+def test_heads_and_input_are_read_from_the_folder_of_timm(tmp_path):
     name = "vit_small_patch14_dinov2"
     model = redrawn(timm.create_model(name, embed_dim=128, depth=1, num_heads=4, img_size=56, num_classes=0))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -192,14 +192,14 @@ def test_vit_s_14_at_its_real_size_is_timm_s(tmp_path, registers):
     assert back.input.size == 224
 
 
-def test_half_precision_comes_in_as_float32(drawn, tmp_path):
+def test_half_precision_is_loaded_as_float32(drawn, tmp_path):
     save_file({n: t.half() for n, t in drawn().state_dict().items()}, tmp_path / "x.safetensors")
     assert {p.dtype for p in load_backbone(tmp_path / "x.safetensors").parameters()} == {torch.float32}
     _, stored = read(tmp_path / "x.safetensors")
     assert stored.notes[-1] == "The file contains float16; the backbone is float32."
 
 
-def test_what_is_loaded_does_not_change_with_its_file(drawn, tmp_path):
+def test_loaded_tensors_do_not_change_with_the_file(drawn, tmp_path):
     for name, save in (("x.safetensors", save_file), ("x.pth", torch.save)):
         save(drawn().state_dict(), tmp_path / name)
         back = load_backbone(tmp_path / name)
@@ -209,7 +209,7 @@ def test_what_is_loaded_does_not_change_with_its_file(drawn, tmp_path):
         assert torch.equal(back.pos_embed, before)
 
 
-def test_heads_that_no_tensor_tells_are_asked_for(drawn, tmp_path):
+def test_an_unknown_number_of_heads_must_be_given(drawn, tmp_path):
     torch.save(drawn(width=48, heads=3).state_dict(), tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"its width, 48, is no multiple of 64: give heads=N"):
         load_backbone(tmp_path / "x.pth")
@@ -218,15 +218,15 @@ def test_heads_that_no_tensor_tells_are_asked_for(drawn, tmp_path):
         load_backbone(tmp_path / "x.pth", heads=5)
 
 
-def test_describe_says_of_any_file_what_it_says_of_ours(drawn, tmp_path):
+def test_describe_gives_the_same_keys_for_any_file(drawn, tmp_path):
     torch.save(drawn().state_dict(), tmp_path / "x.pth")
-    said = describe(tmp_path / "x.pth")
-    assert said["recipe"] == ""
-    assert said["backbone"]["name"] == "vit"
-    assert said["tensors"]["cls_token"] == (1, 1, 128)
+    description = describe(tmp_path / "x.pth")
+    assert description["recipe"] == ""
+    assert description["backbone"]["name"] == "vit"
+    assert description["tensors"]["cls_token"] == (1, 1, 128)
 
 
-def test_a_part_of_a_backbone_is_refused_unless_it_is_asked_for(drawn, tmp_path):
+def test_an_incomplete_backbone_is_refused_unless_partial(drawn, tmp_path):
     tensors = drawn().state_dict()
     gone = tensors.pop("blocks.1.mlp.fc2.bias")
     torch.save({**tensors, "adapter.weight": gone}, tmp_path / "x.pth")
@@ -250,7 +250,7 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("what", STRANGERS)
-def test_a_model_of_another_kind_is_called_what_it_is(tmp_path, what):
+def test_another_kind_of_model_is_named(tmp_path, what):
     torch.save({name: torch.zeros(2, 2) for name in STRANGERS[what]}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=f"contains no backbone that dinokit knows, but {what}"):
         load_backbone(tmp_path / "x.pth")
@@ -268,7 +268,7 @@ def test_a_model_of_another_kind_is_called_what_it_is(tmp_path, what):
         ("swin_tiny_patch4_window7_224", "a Swin or BEiT"),
     ],
 )
-def test_models_of_timm_that_are_no_dino_are_refused_in_words(tmp_path, name, words):
+def test_other_models_of_timm_are_refused(tmp_path, name, words):
     with torch.device("meta"):
         model = timm.create_model(name)
     tensors = {n: torch.zeros(t.shape, dtype=torch.uint8) for n, t in model.state_dict().items()}
@@ -277,7 +277,7 @@ def test_models_of_timm_that_are_no_dino_are_refused_in_words(tmp_path, name, wo
         load_backbone(tmp_path / "x.safetensors")
 
 
-def test_a_masked_autoencoder_of_hugging_face_is_told_from_a_vit(tmp_path):
+def test_a_masked_autoencoder_of_hugging_face_is_refused(tmp_path):
     small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.ViTMAEConfig(**small, decoder_num_hidden_layers=1)
     transformers.ViTMAEForPreTraining(config).save_pretrained(tmp_path)
@@ -308,7 +308,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, way):
     assert not trace.exists()
 
 
-def test_a_whole_module_is_refused_with_the_way_out(tmp_path):
+def test_a_pickled_module_is_refused_with_a_hint(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"Linear.*Nothing was run.*state_dict\(\)"):
         load_backbone(tmp_path / "x.pth")
@@ -316,7 +316,7 @@ def test_a_whole_module_is_refused_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("keep", [0.999, 0.5, 0.01])
-def test_a_cut_off_pth_is_said_to_be(drawn, tmp_path, zipped, keep):
+def test_a_truncated_pth_is_reported(drawn, tmp_path, zipped, keep):
     file = tmp_path / "x.pth"
     torch.save(drawn().state_dict(), file, _use_new_zipfile_serialization=zipped)
     data = file.read_bytes()
@@ -325,7 +325,7 @@ def test_a_cut_off_pth_is_said_to_be(drawn, tmp_path, zipped, keep):
         load_backbone(file)
 
 
-def test_what_is_no_weights_at_all_is_said_to_be(tmp_path):
+def test_files_without_weights_are_refused(tmp_path):
     for name, data, words in (
         ("x.pth", b"Dear all,\nplease find attached", "it is a text that begins with b'Dear all"),
         ("x.pt", b"", "an empty file"),
@@ -343,7 +343,7 @@ def test_what_is_no_weights_at_all_is_said_to_be(tmp_path):
         load_backbone(tmp_path / "keys.pth")
 
 
-def test_a_pipeline_of_diffusers_is_called_what_it_is(tmp_path):
+def test_a_pipeline_of_diffusers_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match="a pipeline of the library diffusers"):
         load_backbone(tmp_path)

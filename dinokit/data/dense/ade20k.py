@@ -1,7 +1,7 @@
 """ADE20K as the scene parsing benchmark has it (Zhou et al., arXiv 1608.05442): ADEChallengeData2016.
 
-images/ and annotations/, each with training/ and validation/. 150 classes, stored as 1 to 150; 0 is not
-judged. Their names are read from objectInfo150.txt if it is there, and are numbers otherwise.
+images/ and annotations/, each with training/ and validation/. 150 classes, stored as 1 to 150; 0 is
+ignored. Their names are read from objectInfo150.txt if it exists, and are numbers otherwise.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import PairedFiles, pair_up, parts, read_lines
-from dinokit.data.dense._maps import class_maps
+from dinokit.data.dense._files import DenseFiles, class_maps, match_files, read_lines, split_names
 
 CLASSES = 150
 
@@ -23,16 +22,18 @@ class Config:
 
 
 def build(cfg: Config) -> DenseSource:
-    """Look through the folders.
+    """Search the folders.
 
     Raises:
-        ValueError: if one is not there, or an image or a map is without the other.
+        ValueError: if one is missing, or an image or a map has no counterpart.
     """
     root = Path(cfg.path).expanduser()
     images, maps = root / "images", root / "annotations"
-    pictures, targets = pair_up(images, maps, below=parts(cfg.split, "training", "validation"))
+    image_names, map_names = match_files(
+        images, maps, folders=split_names(cfg.split, "training", "validation")
+    )
     reader = class_maps(_names(root / "objectInfo150.txt"), ignore=(255,), reduce_zero_label=True)
-    return PairedFiles(images, maps, pictures, targets, range(len(pictures)), reader, cfg.channels)
+    return DenseFiles(images, maps, image_names, map_names, range(len(image_names)), reader, cfg.channels)
 
 
 def _names(path: Path) -> list[str]:
@@ -41,5 +42,5 @@ def _names(path: Path) -> list[str]:
     rows = [line.split("\t") for line in read_lines(path)[1:] if line.strip()]
     names = [row[-1].split(",")[0].strip() for row in rows]
     if len(names) != CLASSES:
-        raise ValueError(f"{path} names {len(names)} classes; ADE20K has {CLASSES}. Move it away.")
+        raise ValueError(f"{path} names {len(names)} classes; ADE20K has {CLASSES}. Remove this file.")
     return names

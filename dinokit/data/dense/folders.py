@@ -1,7 +1,7 @@
-"""A folder of images and one of maps: a map has the name of its image, whatever the suffix.
+"""A folder of images and one of maps: a map has the name of its image, with any suffix.
 
-Masks are PNG or TIFF files of class ids (a palette's indices are the ids); depth maps hold whole numbers,
-`depth_scale` of them a metre, 0 where there is no reading.
+Masks are PNG or TIFF files of class ids (a palette's indices are the ids); depth maps store integers,
+`depth_scale` units per metre, 0 where there is no depth.
 """
 
 from dataclasses import dataclass
@@ -9,42 +9,43 @@ from pathlib import Path
 from typing import Literal
 
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import PairedFiles, pair_up
-from dinokit.data.dense._maps import class_maps, depth_maps
-from dinokit.data.sources._labels import Categorical
-from dinokit.data.sources._split import choose, side
+from dinokit.data.dense._files import DenseFiles, class_maps, depth_maps, match_files
+from dinokit.data.sources._labels import Categorical, choose_split, split_of
 
 
 @dataclass
 class Config:
-    path: str = "???"  # the folder that holds both
+    path: str = "???"  # the folder with both
     images: str = "images"  # sub-folder, or a path
     maps: str = ""  # likewise; empty: masks or depth, as `target`
     target: Literal["mask", "depth"] = "mask"
     classes: tuple[str, ...] = ()  # names by id
-    ignore: tuple[int, ...] = (255,)  # ids that are not judged
-    reduce_zero_label: bool = False  # 0 is not judged, and class i is stored as i + 1
-    depth_scale: float = 1000.0  # stored units in a metre
+    ignore: tuple[int, ...] = (255,)  # ids of pixels that are not evaluated
+    reduce_zero_label: bool = False  # 0 is ignored, and class i is stored as i + 1
+    depth_scale: float = 1000.0  # stored units per metre
     split: Literal["all", "train", "test"] = "all"  # by folders train/ and test/ or val/, else by a hash
-    test_share: float = 0.1  # of images held out, where the folders do not say
+    test_share: float = 0.1  # of images held out, if the folders name no splits
     channels: int = 3  # as backbone.channels
 
 
 def build(cfg: Config) -> DenseSource:
-    """Look through both folders.
+    """Search both folders.
 
     Raises:
-        ValueError: if one is not there, an image or a map is without the other, or the split has no image.
+        ValueError: if one is missing, an image or a map has no counterpart, or the split has no image.
     """
     root = Path(cfg.path).expanduser()
     images, maps = root / cfg.images, root / (cfg.maps or {"mask": "masks", "depth": "depth"}[cfg.target])
-    pictures, targets = pair_up(images, maps)
+    image_names, map_names = match_files(images, maps)
     tops = Categorical()
-    for name in pictures:
+    for name in image_names:
         tops.add(name.partition("/")[0] if "/" in name else "")
-    said = (tops.codes, tops.words) if {"train", "test"} <= {side(word) for word in tops.words} else None
-    rows = choose(cfg.split, cfg.test_share, pictures, len(pictures), said, str(images))
+    both = {"train", "test"} <= {split_of(word) for word in tops.words}
+    named = (tops.codes, tops.words) if both else None
+    rows = choose_split(cfg.split, cfg.test_share, image_names, len(image_names), named, str(images))
     if cfg.target == "depth":
-        return PairedFiles(images, maps, pictures, targets, rows, depth_maps(cfg.depth_scale), cfg.channels)
+        return DenseFiles(
+            images, maps, image_names, map_names, rows, depth_maps(cfg.depth_scale), cfg.channels
+        )
     reader = class_maps(cfg.classes, cfg.ignore, cfg.reduce_zero_label)
-    return PairedFiles(images, maps, pictures, targets, rows, reader, cfg.channels)
+    return DenseFiles(images, maps, image_names, map_names, rows, reader, cfg.channels)

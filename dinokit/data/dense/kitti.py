@@ -1,23 +1,23 @@
-"""KITTI depth (Geiger et al. 2013) with the Eigen split: 16-bit PNG files, 256 units a metre.
+"""KITTI depth (Geiger et al. 2013) with the Eigen split: 16-bit PNG files, 256 units per metre.
 
-Images of the split without a depth map, which its lists mark with `None`, are not part of it.
+Images without a depth map, which the lists mark with `None`, are left out.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense._listed import listed
+from dinokit.data.dense._files import listed_depth
 
 
 @dataclass
 class Config:
     path: str = "???"
-    images: str = "input"  # sub-folder that the images' paths begin in
-    maps: str = "gt_depth"  # sub-folder that the depth maps' paths begin in
-    train: str = "kitti_eigen_train.txt"  # list; a line is IMAGE DEPTH and what follows
+    images: str = "input"  # sub-folder that the paths of images are relative to
+    maps: str = "gt_depth"  # sub-folder that the paths of depth maps are relative to
+    train: str = "kitti_eigen_train.txt"  # list; a line is IMAGE DEPTH, then anything
     test: str = "kitti_eigen_test.txt"
-    depth_scale: float = 256.0  # stored units in a metre
+    depth_scale: float = 256.0  # stored units per metre
     split: Literal["all", "train", "test"] = "all"
     channels: int = 3  # as backbone.channels
 
@@ -26,6 +26,6 @@ def build(cfg: Config) -> DenseSource:
     """Read the lists.
 
     Raises:
-        ValueError: if one is not there or names no pair, or its first pair is not where it should be.
+        ValueError: if a list is missing or names no image with a map, or the first files do not exist.
     """
-    return listed(cfg)
+    return listed_depth(cfg)

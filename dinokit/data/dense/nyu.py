@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense._listed import listed
+from dinokit.data.dense._files import listed_depth
 
 
 @dataclass
 class Config:
     path: str = "???"
-    images: str = ""  # sub-folder that the images' paths begin in
-    maps: str = ""  # sub-folder that the depth maps' paths begin in
-    train: str = "nyu_train.txt"  # list; a line is IMAGE DEPTH and what follows
+    images: str = ""  # sub-folder that the paths of images are relative to
+    maps: str = ""  # sub-folder that the paths of depth maps are relative to
+    train: str = "nyu_train.txt"  # list; a line is IMAGE DEPTH, then anything
     test: str = "nyu_test.txt"
-    depth_scale: float = 1000.0  # stored units in a metre
+    depth_scale: float = 1000.0  # stored units per metre
     split: Literal["all", "train", "test"] = "all"
     channels: int = 3  # as backbone.channels
 
@@ -23,6 +23,6 @@ def build(cfg: Config) -> DenseSource:
     """Read the lists.
 
     Raises:
-        ValueError: if one is not there or names no pair, or its first pair is not where it should be.
+        ValueError: if a list is missing or names no image with a map, or the first files do not exist.
     """
-    return listed(cfg)
+    return listed_depth(cfg)

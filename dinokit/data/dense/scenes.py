@@ -1,4 +1,4 @@
-"""The built-in scenes with the class and the depth of each pixel: a truth without a download."""
+"""The built-in scenes with the class or the depth of each pixel, without a download."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,8 +6,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from dinokit.data.decode import ImageLike
 from dinokit.data.scenes.shapes import NAMES
-from dinokit.data.sources import ImageLike, scenes
+from dinokit.data.sources import scenes
 
 
 @dataclass
@@ -20,11 +21,11 @@ class Config:
     split: Literal["all", "train", "test"] = "all"  # all: the training scenes, then the test scenes
 
 
-class ScenePairs:
-    """Class 0 is the ground, class i + 1 the objects of silhouette i."""
+class SceneMaps:
+    """Class 0 is the ground, class i + 1 objects of silhouette i."""
 
     def __init__(self, cfg: Config) -> None:
-        """Prepare to draw.
+        """Set up the renderer.
 
         Raises:
             ValueError: if a number is too small, or there is no such split.
@@ -48,4 +49,4 @@ class ScenePairs:
         return self._scenes.name(index)
 
 
-build = ScenePairs
+build = SceneMaps

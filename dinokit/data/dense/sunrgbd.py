@@ -1,23 +1,23 @@
 """SUN RGB-D (Song et al. 2015): a test of transfer from NYU.
 
-Its 16-bit PNG files are turned by three bits; read as they stand they hold 8000 units a metre.
+Its 16-bit PNG files are rotated by three bits; read as they are, they have 8000 units per metre.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense._listed import listed
+from dinokit.data.dense._files import listed_depth
 
 
 @dataclass
 class Config:
     path: str = "???"
-    images: str = ""  # sub-folder that the images' paths begin in
-    maps: str = ""  # sub-folder that the depth maps' paths begin in
-    train: str = "SUNRGBD_train_splits.txt"  # list; a line is IMAGE DEPTH and what follows
+    images: str = ""  # sub-folder that the paths of images are relative to
+    maps: str = ""  # sub-folder that the paths of depth maps are relative to
+    train: str = "SUNRGBD_train_splits.txt"  # list; a line is IMAGE DEPTH, then anything
     test: str = "SUNRGBD_val_splits.txt"
-    depth_scale: float = 8000.0  # stored units in a metre
+    depth_scale: float = 8000.0  # stored units per metre
     split: Literal["all", "train", "test"] = "all"
     channels: int = 3  # as backbone.channels
 
@@ -26,6 +26,6 @@ def build(cfg: Config) -> DenseSource:
     """Read the lists.
 
     Raises:
-        ValueError: if one is not there or names no pair, or its first pair is not where it should be.
+        ValueError: if a list is missing or names no image with a map, or the first files do not exist.
     """
-    return listed(cfg)
+    return listed_depth(cfg)

@@ -1,7 +1,7 @@
 """Pascal VOC 2012 segmentation: VOCdevkit/VOC2012, with or without the extra masks of SBD.
 
-JPEGImages/, the folder of masks, and ImageSets/Segmentation/ with one list of names a split. 21 classes with
-the background; 255, the rim of an object, is not judged.
+JPEGImages/, the folder of masks, and ImageSets/Segmentation/ with one list of names per split. 21 classes
+with the background; 255, the outline of an object, is ignored.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import PairedFiles, parts, read_lines
-from dinokit.data.dense._maps import class_maps
+from dinokit.data.dense._files import DenseFiles, class_maps, read_lines, split_names
 from dinokit.data.names import Names
 
 CLASSES = (
@@ -23,7 +22,7 @@ CLASSES = (
 @dataclass
 class Config:
     path: str = "???"  # the folder VOC2012
-    maps: str = "SegmentationClass"  # sub-folder; SegmentationClassAug for that of SBD
+    maps: str = "SegmentationClass"  # sub-folder; SegmentationClassAug for those of SBD
     train: str = "train"  # name of a list; trainaug for that of SBD
     test: str = "val"
     split: Literal["all", "train", "test"] = "all"
@@ -31,21 +30,20 @@ class Config:
 
 
 def build(cfg: Config) -> DenseSource:
-    """Read the list.
+    """Read the lists.
 
     Raises:
-        ValueError: if a list is not there or is empty.
+        ValueError: if a list is missing or empty.
     """
     root = Path(cfg.path).expanduser()
     lists = root / "ImageSets" / "Segmentation"
-    words = [line.split() for part in parts(cfg.split, cfg.train, cfg.test) for line in _list(lists, part)]
+    files = [lists / f"{name}.txt" for name in split_names(cfg.split, cfg.train, cfg.test)]
+    words = [line.split() for file in files for line in read_lines(file)]
     stems = [line[0] for line in words if line]
     if not stems:
         raise ValueError(f"The lists in {lists} for split={cfg.split} name no image.")
-    pictures, targets = (Names.of(f"{stem}{end}" for stem in stems) for end in (".jpg", ".png"))
+    image_names, map_names = (Names.of(f"{stem}{end}" for stem in stems) for end in (".jpg", ".png"))
     images, maps = root / "JPEGImages", root / cfg.maps
-    return PairedFiles(images, maps, pictures, targets, range(len(stems)), class_maps(CLASSES), cfg.channels)
-
-
-def _list(folder: Path, name: str) -> list[str]:
-    return read_lines(folder / f"{name}.txt")
+    return DenseFiles(
+        images, maps, image_names, map_names, range(len(stems)), class_maps(CLASSES), cfg.channels
+    )

@@ -1,7 +1,7 @@
 """The ten silhouettes of the built-in scenes, as functions of the plane.
 
 A silhouette is where its function is negative; the value is about the distance to the outline. All have the
-same area, so the share of object pixels says nothing of the class. u points right and v down, as in an image.
+same area, so the share of object pixels does not depend on the class. u points right, v down.
 """
 
 import math

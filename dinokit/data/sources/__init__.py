@@ -1,4 +1,4 @@
-"""Where images come from. A shelf: a file here is a `data.name` in a recipe.
+"""Image sources: where images come from. A registry: a file here is a `data.name` in a recipe.
 
 A file defines `Config`, a dataclass, and
 
@@ -15,22 +15,15 @@ from dinokit.data.decode import ImageLike as ImageLike
 
 
 class ImageSource(Protocol):
-    """Images by number, in an order that is the same every time.
+    """Images by number, in an order that never changes.
 
-    One whose features may be kept on disk has
+    Optional methods:
 
-        stamp() -> str
-
-    which is another text whenever an image, a label or their order may be another (sources/_stamp.py helps).
-    One whose images are files of their own has
-
-        file(index) -> Path
-
-    One whose images are files at all, alone or inside of others, has
-
-        stored(index) -> bytes
-
-    which is such a file, and without which crops.decode=reduced is refused.
+        stamp() -> str            changes whenever an image, a label or their order may have changed
+                                  (sources/_files.py helps); needed to cache features on disk
+        file(index) -> Path       the file of an image, if each image is a file of its own
+        stored(index) -> bytes    the content of the image file, alone or inside another file; needed for
+                                  crops.decode=reduced
     """
 
     classes: Sequence[str]  # names by label; empty if the source has no labels
@@ -38,7 +31,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
-        """The image, decoded, and its label, -1 without one.
+        """The decoded image and its label, -1 without one.
 
         Raises:
             OSError, ValueError: if the image cannot be read.

@@ -1,8 +1,8 @@
-"""A tree of image files, found by looking through it.
+"""A tree of image files.
 
 The order is by name, folder after folder, and the same on every file system. Hidden files and folders are
-passed over; links are followed, but never in a circle. The tree is walked at every start: where that takes
-long, write the paths into a manifest once.
+ignored; links are followed, but never in a circle. The tree is searched at every start: if that takes long,
+write the paths into a manifest once.
 """
 
 from collections import Counter
@@ -17,10 +17,8 @@ import numpy as np
 from dinokit.data.decode import SUFFIXES, suffix
 from dinokit.data.names import Names
 from dinokit.data.sources import ImageSource
-from dinokit.data.sources._files import ImageFiles
-from dinokit.data.sources._labels import Categorical, class_ids
-from dinokit.data.sources._paths import existing, nothing_found, wrong_kind
-from dinokit.data.sources._split import choose, side
+from dinokit.data.sources._files import ImageFiles, existing, nothing_found, wrong_kind
+from dinokit.data.sources._labels import Categorical, choose_split, class_ids, split_of
 
 
 @dataclass
@@ -28,12 +26,12 @@ class Config:
     path: str = "???"
     labels: Literal["none", "folders"] = "none"  # folders: the first one, or the one below train/ and test/
     split: Literal["all", "train", "test"] = "all"  # by folders train/ and test/ or val/, else by a hash
-    test_share: float = 0.1  # of images held out, where the folders do not say
+    test_share: float = 0.1  # of images held out, if the folders name no splits
     channels: int = 3  # as backbone.channels
 
 
 def build(cfg: Config) -> ImageSource:
-    """Look through the folder.
+    """Search the folder.
 
     Raises:
         ValueError: if there is no such folder, no image in it, none in the split, or an image outside of all
@@ -49,26 +47,26 @@ def build(cfg: Config) -> ImageSource:
     tops = Categorical()
     for name in names:
         tops.add(name.partition("/")[0] if "/" in name else "")
-    sides = {side(word) for word in tops.words}
-    both = {"train", "test"} <= sides
-    said = (tops.codes, tops.words) if both else None
-    rows = choose(cfg.split, cfg.test_share, names, len(names), said, str(root))
+    splits = {split_of(word) for word in tops.words}
+    both = {"train", "test"} <= splits
+    named = (tops.codes, tops.words) if both else None
+    rows = choose_split(cfg.split, cfg.test_share, names, len(names), named, str(root))
     if cfg.labels == "none":
         return ImageFiles(root, names, rows, None, [], cfg.channels)
-    classes, labels = _labels(names, 1 if both or "" not in sides else 0, root)
+    classes, labels = _labels(names, 1 if both or "" not in splits else 0, root)
     return ImageFiles(root, names, rows, labels, classes, cfg.channels)
 
 
 def _labels(names: Names, depth: int, root: Path) -> tuple[list[str], np.ndarray]:
     folders = Categorical()
     for name in names:
-        parts = name.split("/")
-        if len(parts) < depth + 2 or (depth and not side(parts[0])):
+        path = name.split("/")
+        if len(path) < depth + 2 or (depth and not split_of(path[0])):
             where = "a folder of its class below train/ or test/" if depth else "a folder of its class"
             raise ValueError(
-                f"labels=folders, but {root / name} does not lie in {where}. Move it, or set labels=none."
+                f"labels=folders, but {root / name} is not in {where}. Move it, or set labels=none."
             )
-        folders.add(parts[depth])
+        folders.add(path[depth])
     return class_ids(folders.codes, folders.words)
 
 
@@ -77,14 +75,14 @@ def _images(
 ) -> Iterator[str]:
     """The images below `folder`, as paths that begin with `inside`; counts the suffixes of other files."""
     status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
+    inode = (status.st_dev, status.st_ino)
+    if inode in above:
         return
     with scandir(folder) as entries:
         found = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
     for name, is_folder in found:
         if is_folder:
-            yield from _images(folder / name, f"{inside}{name}/", above | {here}, others)
+            yield from _images(folder / name, f"{inside}{name}/", above | {inode}, others)
         elif suffix(name) in SUFFIXES:
             yield inside + name
         else:
@@ -92,5 +90,5 @@ def _images(
 
 
 def _is_folder(entry: "DirEntry[str]") -> bool:
-    # Of a link to itself, a Path says no, and a DirEntry raises.
+    # For a link to itself, Path.is_dir() is False, and that of a DirEntry raises.
     return Path(entry).is_dir() if entry.is_symlink() else entry.is_dir()

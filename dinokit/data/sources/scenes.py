@@ -1,9 +1,9 @@
-"""Built-in pictures with a known truth, so that a first run needs no data set and no download.
+"""Built-in rendered images with known labels, so that a first run needs no data set and no download.
 
-A scene shows twelve to sixteen objects of one silhouette, the class, before a cluttered ground. Colour,
-texture, size, pose, place and ground are drawn from the same distributions for all classes, and vary inside
-an image about as much as between images: what two crops of an image share is the silhouette. Every pixel's
-class and depth are known, so segmentation and depth can be judged as well.
+A scene shows twelve to sixteen objects of one silhouette, the class, on a cluttered ground. Colour, texture,
+size, pose, position and ground have the same distributions for all classes, and vary within an image about as
+much as between images: only the silhouette is common to two crops of an image. Class and depth of every pixel
+are known, so segmentation and depth can be evaluated as well.
 
 Scene i is a function of (seed, split, i) alone. Between two machines a pixel may differ by one grey level,
 where their sines or matrix products round differently.
@@ -17,7 +17,7 @@ from PIL import Image
 
 from dinokit.data.scenes.renderer import Renderer, Scene
 from dinokit.data.scenes.shapes import NAMES
-from dinokit.data.sources._stamp import stamp_of
+from dinokit.data.sources._files import stamp_of
 
 
 @dataclass
@@ -30,10 +30,10 @@ class Config:
 
 
 class Scenes:
-    """The scenes of one split. Labels go round and round the classes, so each class has the same share."""
+    """The scenes of one split. Labels cycle through the classes, so all classes are equally frequent."""
 
     def __init__(self, cfg: Config) -> None:
-        """Prepare to draw.
+        """Set up the renderer.
 
         Raises:
             ValueError: if a number is too small, or there is no such split.
@@ -72,7 +72,7 @@ class Scenes:
         return f"scenes {split} {number}"
 
     def stamp(self) -> str:
-        """Of the settings, and of a drawn scene, which is another when the way of drawing is."""
+        """A stamp of the settings and of a rendered scene, which changes when the renderer changes."""
         return stamp_of([], self.cfg, self.scene(0).image)
 
     def _locate(self, index: int) -> tuple[str, int]:
@@ -88,7 +88,7 @@ class Scenes:
 def _check(cfg: Config) -> None:
     for key, least in {"size": 32, "count": 1, "test_count": 1, "seed": 0}.items():
         if getattr(cfg, key) < least:
-            why = ": smaller silhouettes cannot be told apart" if key == "size" else ""
+            why = ": smaller silhouettes cannot be distinguished" if key == "size" else ""
             raise ValueError(f"scenes: {key}={getattr(cfg, key)}, but it must be {least} or more{why}.")
     if cfg.split not in ("all", "train", "test"):
         raise ValueError(f"scenes: there is no split '{cfg.split}'; there is: all, train, test.")

@@ -1,8 +1,8 @@
-"""Images in .tar files, read where they lie.
+"""Images in .tar files, without unpacking them.
 
 All headers are read when the source is opened, one for each member (about 80 seconds for a million images
-with labels); then an image costs one read at a known place, in any order. A file `KEY.cls` beside `KEY.jpg`,
-or `KEY.json` with "label" or "cls", gives the label: that is the layout of WebDataset.
+with labels); then an image costs one read at a known position, in any order. A file `KEY.cls` beside
+`KEY.jpg`, or `KEY.json` with "label" or "cls", gives the label, as in WebDataset.
 """
 
 import json
@@ -17,22 +17,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dinokit.data.decode import SUFFIXES, decode, suffix
+from dinokit.data.decode import SUFFIXES, ImageLike, decode, suffix
 from dinokit.data.names import Names
-from dinokit.data.sources import ImageLike
-from dinokit.data.sources._labels import Categorical, class_ids
-from dinokit.data.sources._paths import shards, wrong_kind
-from dinokit.data.sources._split import choose, sides_of_files
-from dinokit.data.sources._stamp import stamp_of
+from dinokit.data.sources._files import shards, stamp_of, wrong_kind
+from dinokit.data.sources._labels import Categorical, choose_split, class_ids, splits_of_files
 
-_OPEN = 128  # files that a process holds open; systems allow about a thousand
+_OPEN = 128  # files that a process has open at the same time; systems allow about a thousand
 
 
 @dataclass
 class Config:
     path: str = "???"  # a .tar, a folder of them, a glob, or a range such as shard-{000..011}.tar
     split: Literal["all", "train", "test"] = "all"  # by files named train and test or val, else by a hash
-    test_share: float = 0.1  # of images held out, where the files do not say
+    test_share: float = 0.1  # of images held out, if the files name no splits
     channels: int = 3  # as backbone.channels
 
 
@@ -51,17 +48,17 @@ class Tar:
             name for number, file in enumerate(self._files) for name in index.read(number, file)
         )
         if not len(self._members):
-            raise ValueError(f"path='{cfg.path}': {len(self._files)} tar file(s) without an image in it.")
-        self._shards, self._offsets, self._sizes = index.places()
+            raise ValueError(f"path='{cfg.path}': {len(self._files)} tar file(s) without an image.")
+        self._shards, self._offsets, self._sizes = index.positions()
         self.classes: Sequence[str]
         self.classes, self._labels = class_ids(index.labels.codes, index.labels.words)
-        said = None if cfg.split == "all" else (self._shards, sides_of_files(self._files))
+        named = None if cfg.split == "all" else (self._shards, splits_of_files(self._files))
         hashed = (
             f"{self._files[shard].name}/{name}"
             for shard, name in zip(self._shards, self._members, strict=True)
         )
-        self._rows = choose(cfg.split, cfg.test_share, hashed, len(self._members), said, cfg.path)
-        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the one used last at the end
+        self._rows = choose_split(cfg.split, cfg.test_share, hashed, len(self._members), named, cfg.path)
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, in the order of their last use
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,7 +68,7 @@ class Tar:
         return decode(data, self.name(index), self._channels), int(self._labels[self._rows[index]])
 
     def stored(self, index: int) -> bytes:
-        """The member.
+        """The content of the member.
 
         Raises:
             OSError: if it is cut short.
@@ -91,11 +88,11 @@ class Tar:
         return f"{self._files[self._shards[row]]}: {self._members[row]}"
 
     def stamp(self) -> str:
-        """Of the files and of the members of the split."""
+        """A stamp of the files and of the members of the split."""
         return stamp_of(self._files, (self._channels, list(self.classes)), self._rows, self._labels)
 
     def _open(self, shard: int) -> int:
-        """A descriptor of the file. A forked process may share it: pread has no position to fight over."""
+        """A descriptor of the file. Forked processes can share it: pread() does not move its position."""
         if shard not in self._descriptors:
             if len(self._descriptors) == _OPEN:
                 os.close(self._descriptors.popitem(last=False)[1])
@@ -115,14 +112,14 @@ build = Tar
 
 
 class _Index:
-    """Where the images of all files lie, in columns."""
+    """The positions of the images in all files, in columns."""
 
     def __init__(self) -> None:
         self.labels = Categorical()
         self._shards, self._offsets, self._sizes = array("i"), array("q"), array("q")
 
     def read(self, shard: int, file: Path) -> Iterator[str]:
-        """Note the images of one file; gives their names."""
+        """Index the images of one file; yields their names."""
         labels: dict[str, str] = {}  # by key
         names: list[str] = []
         try:
@@ -139,14 +136,14 @@ class _Index:
                         assert content is not None, member.name
                         labels[member.name[: -len(kind)]] = _label(content.read(), kind, member.name)
         except (tarfile.TarError, ValueError) as error:
-            raise _unreadable(file, error) from error
+            raise _tar_error(file, error) from error
         for name in names:
             folder, slash, base = name.rpartition("/")
             stem, key = name[: name.rfind(".")], folder + slash + base.partition(".")[0]
             self.labels.add(labels.get(stem, labels.get(key, "")))
         yield from names
 
-    def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def positions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(n,) each: the number of the file, the first byte, how many bytes."""
         return (
             np.array(self._shards, np.int32),
@@ -158,7 +155,7 @@ class _Index:
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     library: Any = tar
     while (member := tar.next()) is not None:
-        library.members = []  # it would keep an object for each
+        library.members = []  # else it would store an object for each
         if member.isreg() and not member.issparse() and not Path(member.name).name.startswith("."):
             yield member
 
@@ -167,21 +164,21 @@ def _label(content: bytes, kind: str, name: str) -> str:
     if kind == ".cls":
         return content.decode().strip()
     try:
-        noted = json.loads(content)
+        values = json.loads(content)
     except ValueError as error:
         raise ValueError(f"its member {name} is not JSON: {error}") from None
-    label = noted.get("label", noted.get("cls")) if isinstance(noted, dict) else None
+    label = values.get("label", values.get("cls")) if isinstance(values, dict) else None
     return "" if label is None else str(label)
 
 
-def _unreadable(file: Path, error: Exception) -> ValueError:
+def _tar_error(file: Path, error: Exception) -> ValueError:
     with file.open("rb") as head:
         magic = head.read(6)
     packed = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
     for start, tool in packed.items():
         if magic.startswith(start):
             return ValueError(
-                f"{file} is compressed; no image in it can be reached by itself. Undo it with: {tool} -d"
+                f"{file} is compressed, so single images in it cannot be read. Decompress it with: {tool} -d"
             )
     if file.suffix.lower() != ".tar":
         return wrong_kind(file, "a .tar file")

@@ -1,11 +1,11 @@
-"""Videos whose objects are known in every frame. A shelf: a file here is a layout on disk.
+"""Videos with masks of objects in every frame. A registry: a file here is a layout on disk.
 
 A file defines `Config`, a dataclass, and
 
     build(cfg: Config) -> list[Video]
 
-Opening must be cheap: frames and masks are read when they are asked for. A field `split`, if there is one, is
-set to "test" where the data of a run are judged.
+Opening must be cheap: frames and masks are read on access. A field `split`, if there is one, is set to "test"
+by evaluators.
 """
 
 from typing import Protocol
@@ -20,15 +20,15 @@ class Video(Protocol):
 
     @property
     def name(self) -> str:
-        """No other video of the set has it."""
+        """Unique in the data set."""
         ...
 
     def __len__(self) -> int:
-        """Frames, 3 or more."""
+        """The number of frames, 3 or more."""
         ...
 
     def frame(self, index: int, channels: int) -> ImageLike:
-        """The image, decoded.
+        """The decoded image.
 
         Raises:
             OSError, ValueError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""The built-in scenes in motion: each object goes its own way, and all look alike but for their colours."""
+"""The built-in scenes in motion: objects of one silhouette in different colours move independently."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,8 +17,8 @@ from dinokit.data.videos import Video
 class Config:
     size: int = 64  # pixels: the side of the square frames, 32 or more
     videos: int = 8
-    frames: int = 10  # of a video
-    objects: int = 3  # the nearest of a video, that are to be followed
+    frames: int = 10  # per video
+    objects: int = 3  # objects to track per video, the nearest ones
     seed: int = 0
     split: Literal["train", "test"] = "test"
 
@@ -27,7 +27,7 @@ class Config:
 
 
 class SceneVideo:
-    """Video `number`, a function of (seed, split, number) alone; no scene of the images is in it.
+    """Video `number`, a function of (seed, split, number) alone; it shares no scene with the image source.
 
     From the first frame to the last an object moves by up to half of the image's side.
     """
@@ -35,8 +35,8 @@ class SceneVideo:
     def __init__(self, cfg: Config, renderer: Renderer, number: int) -> None:
         self.cfg, self.name, self._renderer, self._number = cfg, f"{cfg.split}{number}", renderer, number
         first = self._scene(0)
-        distances = np.unique(first.depth[first.mask > 0])  # of the objects that are seen, nearest first
-        self._followed = distances[: cfg.objects]
+        distances = np.unique(first.depth[first.mask > 0])  # of the visible objects, nearest first
+        self._tracked = distances[: cfg.objects]
 
     def __len__(self) -> int:
         return self.cfg.frames
@@ -49,12 +49,12 @@ class SceneVideo:
         """(size, size) uint8."""
         scene = self._scene(index)
         mask = np.zeros(scene.mask.shape, np.uint8)
-        for number, distance in enumerate(self._followed, start=1):
+        for number, distance in enumerate(self._tracked, start=1):
             mask[(scene.depth == distance) & (scene.mask > 0)] = number
         return mask
 
     def _scene(self, index: int) -> Scene:
-        split = 2 + ("train", "test").index(self.cfg.split)  # 0 and 1 are the images'
+        split = 2 + ("train", "test").index(self.cfg.split)  # 0 and 1 are used by the image source
         rng = np.random.Generator(np.random.PCG64([self.cfg.seed, split, self._number]))
         return self._renderer.render(rng, self._number % len(NAMES), index / (self.cfg.frames - 1))
 

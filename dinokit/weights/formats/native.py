@@ -51,7 +51,7 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
 def save_backbone(
     path: str | Path, backbone: Backbone, section: Mapping[str, Any], recipe_yaml: str = ""
 ) -> None:
-    """Write a backbone so that `load_backbone` can rebuild it from this file alone.
+    """Write a backbone so that `load_backbone` can rebuild it from this file only.
 
     Args:
         path: of the new file, which is written atomically.

@@ -1,4 +1,4 @@
-"""timm's files: `vit_*_dinov2*` and `vit_*.dino`, alone or in a folder with config.json."""
+"""timm's files: `vit_*_dinov2*` and `vit_*.dino`, single or in a folder with config.json."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Layouts of images with maps, written as the data sets are on disk, and what is said of a wrong one."""
+"""Layouts of images with maps, written as the data sets are on disk, and the errors for wrong ones."""
 
 import io
 import json
@@ -37,8 +37,8 @@ def ids(path, rows, palette=False):
 ROWS = [[0, 1, 2, 255, 0, 1]] * 4
 
 
-def maps_of(pairs):
-    return [pairs[i][1] for i in range(len(pairs))]
+def maps_of(source):
+    return [source[i][1] for i in range(len(source))]
 
 
 def test_folders_pair_by_name_and_split_by_subfolder(tmp_path):
@@ -105,7 +105,7 @@ def test_depth_sets_come_as_lists_of_pairs(tmp_path, name, scale):
     got = build(name, path=str(tmp_path), split="test")
     assert (len(got), got[0][1].tolist()) == (1, [[0.0, 2.0]])
     (tmp_path / config.test).write_text("rgb/9.jpg d/1.png\n")
-    with pytest.raises(ValueError, match=r"9.jpg, which is not there"):
+    with pytest.raises(ValueError, match=r"9.jpg, which does not exist"):
         build(name, path=str(tmp_path), split="test")
     with pytest.raises(ValueError, match="no such file"):
         build(name, path=str(tmp_path), split="train")
@@ -167,18 +167,18 @@ def test_the_scenes_have_both_maps():
 def test_a_map_of_another_size_is_named(tmp_path):
     image(tmp_path / "images/a.jpg", size=(5, 4))
     ids(tmp_path / "masks/a.png", ROWS)
-    pairs = build("folders", path=str(tmp_path), classes=["x", "y", "z"])
+    source = build("folders", path=str(tmp_path), classes=["x", "y", "z"])
     with pytest.raises(ValueError, match=r"a.png: the map has 6 x 4 pixels, its image 5 x 4"):
-        pairs[0]
+        source[0]
     with pytest.raises(ValueError, match=r"^[^\n]*a.png: the map has 6 x 4 pixels[^\n]*$"):
-        list(dense_loader(pairs, [0], workers=1))  # without the worker's traceback
+        list(dense_loader(source, [0], workers=1))  # without the worker's traceback
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: ids(p, [[0, 9, 2, 8, 0, 1]] * 4), "holds the ids 8, 9, and there are 3 classes"),
-        (lambda p: Image.new("RGB", (6, 4)).save(p), "a map holds one number a pixel"),
+        (lambda p: ids(p, [[0, 9, 2, 8, 0, 1]] * 4), "has the ids 8, 9, and there are 3 classes"),
+        (lambda p: Image.new("RGB", (6, 4)).save(p), "a map has one number per pixel"),
         (lambda p: p.write_bytes(b"\x89PNG\r\n"), "cannot be read"),
     ],
 )

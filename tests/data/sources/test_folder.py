@@ -118,7 +118,7 @@ def test_a_split_without_an_image_is_refused(tmp_path: Path, paint: Paint) -> No
 
 def test_an_image_outside_of_all_classes_is_named(tmp_path: Path, paint: Paint) -> None:
     root = fill(tmp_path, ["cat/0.png", "stray.png"], paint)
-    with pytest.raises(ValueError, match=r"stray\.png does not lie in a folder of its class"):
+    with pytest.raises(ValueError, match=r"stray\.png is not in a folder of its class"):
         opened(root, labels="folders")
 
 

@@ -67,9 +67,9 @@ def test_a_word_for_no_known_side_is_refused(folder: Path) -> None:
 
 
 def test_a_side_that_the_table_leaves_empty_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"split='test'.*no image.*of all that they are for 'train'\."):
+    with pytest.raises(ValueError, match=r"split='test'.*no image.*all its images are marked 'train'\."):
         opened(folder / "t.csv", "path,split\n0.png,train\n", split="test")
-    with pytest.raises(ValueError, match=r"split='train'.*no image.*for 'val' or 'dev'\."):
+    with pytest.raises(ValueError, match=r"split='train'.*no image.*marked 'val' or 'dev'\."):
         opened(folder / "t.csv", "path,split\n0.png,val\n1.png,dev\n", split="train")
 
 
@@ -87,8 +87,8 @@ def test_one_missing_file_is_named_when_it_is_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("t.csv", "name,label\n0.png,1\n", "no column path.*there is: name, label"),
-        ("t.csv", "", "there is: nothing"),
+        ("t.csv", "name,label\n0.png,1\n", "no column path.*it has: name, label"),
+        ("t.csv", "", "it has: nothing"),
         ("t.csv", "path,label\n0.png\n", "line 2"),
         ("t.csv", "path,label\n,cat\n", "line 2"),
         ("t.txt", "# nothing\n\n", "names no image file"),

@@ -183,12 +183,12 @@ def test_splits_and_seeds_share_no_scene() -> None:
 
 def test_all_is_the_training_scenes_and_then_the_test_scenes() -> None:
     whole = build(Config(count=13, test_count=5))
-    parts = [build(Config(count=13, test_count=5, split=split)) for split in ("train", "test")]
-    assert (len(whole), len(parts[0]), len(parts[1])) == (18, 13, 5)
-    pairs = [(part, index) for part in parts for index in range(len(part))]
-    for index, (part, number) in enumerate(pairs):
-        assert whole.name(index) == part.name(number)
-        assert (whole.scene(index).image == part.scene(number).image).all()
+    splits = [build(Config(count=13, test_count=5, split=split)) for split in ("train", "test")]
+    assert (len(whole), len(splits[0]), len(splits[1])) == (18, 13, 5)
+    pairs = [(half, index) for half in splits for index in range(len(half))]
+    for index, (half, number) in enumerate(pairs):
+        assert whole.name(index) == half.name(number)
+        assert (whole.scene(index).image == half.scene(number).image).all()
     assert (whole.name(12), whole.name(13)) == ("scenes train 12", "scenes test 0")
 
 

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dinokit.data import lines
+from dinokit.data import names as module
 from dinokit.data.names import Names
-from dinokit.data.sources import _table
-from dinokit.data.sources._table import Column, read_table
+from dinokit.data.sources import manifest
+from dinokit.data.sources.manifest import Column, read_table
 
 VALUES = st.sampled_from(["a.jpg", "b, c.jpg", 'd"e.jpg', "é", "#f", " g ", "h\ni", "j k", "", "-1"])
 
 
-def told(path):
+def by_us(path):
     names, labels, splits = read_table(path)
     words = [[w.words[code] for code in w.codes] for w in (labels, splits)]
     return list(names), [names[i] for i in range(len(names))], words
@@ -36,12 +36,12 @@ def by_python(path):
     block=st.integers(60, 400),
 )
 def test_all_is_as_python_reads_it(tmp_path, monkeypatch, rows, quoting, end, block):
-    monkeypatch.setattr(lines, "EVERY", 5)
-    monkeypatch.setattr(_table, "BLOCK", block)
+    monkeypatch.setattr(module, "EVERY", 5)
+    monkeypatch.setattr(manifest, "BLOCK", block)
     path = tmp_path / "t.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file, quoting=quoting, lineterminator=end).writerows([("path", "label", "split"), *rows])
-    assert told(path) == by_python(path)
+    assert by_us(path) == by_python(path)
 
 
 def test_only_places_of_lines_are_kept_of_the_paths(tmp_path):

@@ -112,7 +112,7 @@ def test_shards_named_for_their_side_are_the_split(tmp_path: Path, paint: Paint,
     assert list(train.classes) == list(test.classes) == ["0", "1", "2"]
     pack(tmp_path / "extra.tar", {"x.png": paint(9)})
     assert len(opened(tmp_path)) == 4
-    with pytest.raises(ValueError, match=r"extra\.tar says neither"):
+    with pytest.raises(ValueError, match=r"extra\.tar has neither"):
         opened(tmp_path, split="train")
 
 
@@ -173,10 +173,10 @@ def test_a_missing_shard_of_a_range_is_named(three: Path) -> None:
 def test_what_holds_no_image_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without an image"):
         opened(pack(tmp_path / "x.tar", {"a.txt": b"hello"}))
-    with pytest.raises(ValueError, match="fits no file"):
+    with pytest.raises(ValueError, match="matches no file"):
         opened(tmp_path / "*.jpg")
     (tmp_path / "x.tar").rename(tmp_path / "x.zip")
-    with pytest.raises(ValueError, match=r"no \.tar; there is: 1 \.zip"):
+    with pytest.raises(ValueError, match=r"no \.tar; it has: 1 \.zip"):
         opened(tmp_path)
 
 

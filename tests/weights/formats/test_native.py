@@ -64,7 +64,7 @@ def damage(path, **changes):
     path.write_bytes(joined(header, rest))
 
 
-def test_a_backbone_comes_back_from_its_file_alone(vit, saved):
+def test_a_backbone_is_loaded_from_its_file_only(vit, saved):
     back = load_backbone(saved)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_the_file_is_plain_safetensors_that_other_readers_open(vit, saved):
     assert all(torch.equal(tensors[name], value) for name, value in vit.state_dict().items())
 
 
-def test_the_header_carries_version_architecture_input_and_recipe(saved):
+def test_the_header_contains_version_architecture_input_and_recipe(saved):
     header, _ = split(saved)
     metadata = header["__metadata__"]
     assert metadata["dinokit"] == __version__
@@ -93,7 +93,7 @@ def test_the_header_carries_version_architecture_input_and_recipe(saved):
     assert metadata["recipe"] == RECIPE
 
 
-def test_a_run_folder_stands_for_the_weights_in_it(saved):
+def test_a_run_folder_means_the_weights_in_it(saved):
     assert describe(saved.parent) == describe(saved)
     assert load_backbone(saved.parent).width == 32
 
@@ -141,14 +141,14 @@ def test_a_section_without_a_name_is_refused(vit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_misspelt_file_or_folder_is_named_with_its_neighbour(saved):
+def test_a_misspelt_file_gets_a_suggestion(saved):
     with pytest.raises(LookupError, match=r"Did you mean 'teacher.safetensors'"):
         load_backbone(saved.parent / "techer.safetensor")
     with pytest.raises(LookupError, match="no folder"):
         load_backbone(saved.parent / "nowhere" / "teacher.safetensors")
 
 
-def test_a_folder_without_weights_says_which_file_is_missing(tmp_path, saved):
+def test_a_folder_without_weights_is_refused_with_the_missing_file(tmp_path, saved):
     with pytest.raises(LookupError, match=r"no teacher.safetensors in the folder"):
         load_backbone(tmp_path)
     saved.rename(tmp_path / "best.safetensors")
@@ -166,7 +166,7 @@ def test_a_folder_without_weights_says_which_file_is_missing(tmp_path, saved):
         b"\x0a" + b"\0" * 7 + b'{"a": 1} }',
     ],
 )
-def test_bytes_that_are_no_safetensors_are_refused_in_words(tmp_path, data):
+def test_other_bytes_than_safetensors_are_refused(tmp_path, data):
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"x.safetensors is (an empty file|not a safetensors file)"):
@@ -223,13 +223,13 @@ def test_absent_and_surplus_tensors_are_named(saved, vit):
         ({"backbone": '{"name": "/tmp/evil"}'}, "which is no name of a backbone"),
     ],
 )
-def test_a_damaged_header_is_refused_in_words(saved, changes, words):
+def test_a_damaged_header_is_refused(saved, changes, words):
     damage(saved, **changes)
     with pytest.raises(ValueError, match=words):
         load_backbone(saved)
 
 
-def test_a_file_of_an_unknown_backbone_lists_what_there_is(saved):
+def test_a_file_of_an_unknown_backbone_lists_the_registered_ones(saved):
     damage(saved, backbone='{"name": "vitt"}')
     with pytest.raises(
         LookupError, match=r"'vitt' is not in the registry 'models', which has:.*Did you mean 'vit'"
