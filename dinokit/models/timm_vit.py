@@ -54,7 +54,7 @@ class TimmViT(Backbone):
         """As Backbone."""
         depth, wanted = len(self.net.blocks), set(blocks)
         if not wanted <= set(range(depth)):
-            raise ValueError(f"blocks={sorted(blocks)}: the backbone has blocks 0 to {depth - 1}.")
+            raise ValueError(f"Blocks {sorted(set(blocks))} do not all exist: they are 0 to {depth - 1}.")
         rows, done = self._embed(crops, None), []
         for i, block in enumerate(self.net.blocks[: max(wanted, default=-1) + 1]):
             rows = block(rows)

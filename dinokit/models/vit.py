@@ -189,7 +189,7 @@ class VisionTransformer(Backbone):
         """
         depth, wanted = len(self.blocks), set(blocks)
         if not wanted <= set(range(depth)):
-            raise ValueError(f"Blocks {sorted(wanted)} are not all there: they are 0 to {depth - 1}.")
+            raise ValueError(f"Blocks {sorted(set(blocks))} do not all exist: they are 0 to {depth - 1}.")
         rows, batch = self.embed([x], [None])
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
             rows = block(rows, batch)

@@ -17,10 +17,10 @@ from dinokit import evaluation
 from dinokit.config import registry
 from dinokit.config.load import keys_without_effect, section_values
 from dinokit.eval import depth, segmentation, video
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 
-class Colours(nn.Module):
+class Colours(Backbone):
     """A patch's feature is its mean colour, its square, and noise in the channels that say nothing."""
 
     def __init__(self):

@@ -13,12 +13,12 @@ from dinokit.config import registry
 from dinokit.config.load import section_values
 from dinokit.data.transforms import center_crop
 from dinokit.eval.knn import Config, evaluate
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 SPLITS = ("train", "test")
 
 
-class Corner(nn.Module):
+class Corner(Backbone):
     """A feature that is the image's first pixel, sharpened: a truth that tests can choose."""
 
     def __init__(self, channels=3):
