@@ -1,14 +1,16 @@
-"""Evaluators of frozen features, installed as dinokit.eval. A shelf: a file here is `dinokit eval NAME`.
+"""Evaluators of frozen features, installed as dinokit.eval. A registry: a file here is `dinokit eval NAME`.
 
 A file defines `Config`, a dataclass, and
 
     evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]
 
-which leaves the backbone as it was and returns one number a metric, in [0, 1] where it is a share. A field of
-Config with metadata {"registry": "data.sources", "split": "train" or "test"} is a source of images; inside a
-training run, where it is not given, it is that split of the training data. One with "optional" besides may
-stay away; one with "many" is a section of sources by name. What evaluate returns becomes a line of
-results.jsonl as it is. A field `cache`, None by default, is filled in by the command line with a folder for
-features, and a field `out` with one for files. A field that is read only as others are is made by
-registry.only_if(). `_name.py` is what evaluators share.
+which leaves the backbone as it was and returns one number a metric, in [0, 1] where it is a share. Scores
+become a line of results.jsonl. Fields of Config:
+
+- config.registry.source_field() makes a section of images, for training or test. Inside a training run, a
+  section that is not given is that split of the training data.
+- `cache`, None by default, gets a folder for features from the command line; `out` gets one for files.
+- config.registry.only_if() makes a field that is read only with some values of others.
+
+A Config may inherit from a base class in `_config.py`, which has the common fields. `_*.py` are helpers.
 """

@@ -1,65 +1,94 @@
-"""Monocular depth: how much of how far is in frozen patch features.
+"""Monocular depth from frozen patch features.
 
 Methods: `linear` (on one or four blocks) and `dpt`, by the recipe of DINOv2 (arXiv 2304.07193, section 7.4);
-`mean` gives every pixel the mean depth of the training set: what all must beat. Scores are means over images
-of each image's own.
+`mean` predicts the mean depth of the training set everywhere, as a baseline. Scores are means over images of
+the scores of each image.
 
-    b  images of a step     H, W  of an image
+    B  images of a step     H, W  of an image     valid  pixels with a reading, where the depth is above 0
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dinokit.config.registry import only_if
+from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense_transforms import DepthTransform
-from dinokit.data.loader import dense_training_loader
-from dinokit.eval._cache import fill_cache
-from dinokit.eval._depth_scores import gradient, scale_invariant
-from dinokit.eval._depth_test import DepthTest, framed, judge_depth, mean_judge
-from dinokit.eval._fit import Plan, Shown, cosine, fit
-from dinokit.eval._labelled import refuse_overlap
-from dinokit.eval._look import Look, open_pairs
-from dinokit.eval._resume import Resume, identity
+from dinokit.data.dense_transforms import (
+    BORDERS,
+    DepthTransform,
+    resize_image,
+    resize_map,
+    shorter_side_to,
+)
+from dinokit.data.loader import dense_loader
+from dinokit.data.transforms import to_uint8
+from dinokit.eval._config import DenseConfig, refuse_overlap
+from dinokit.eval._dense import (
+    Batch,
+    DenseBackbone,
+    HeadTraining,
+    cosine,
+    dense_backbone,
+    online_batches,
+    open_dense,
+    train_head,
+    window_features,
+)
+from dinokit.eval._images import partial_result
+from dinokit.eval._metrics import depth_errors
 from dinokit.features import Map, device_of, frozen, last_blocks, patch_width, spread_blocks
 from dinokit.heads.dpt import DPT
 from dinokit.heads.linear import LinearDepth, to_size
 from dinokit.heads.released import load_depther, save_head
 from dinokit.models import Backbone
-from dinokit.runtime.device import DTYPES, pick_precision
-from dinokit.runtime.distributed import rank, world_size
-from dinokit.runtime.log import info
+from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
+from dinokit.runtime.log import info, watch
+from dinokit.runtime.partial import PartialResult
 
-# max_depth, border cut off, crop of training, strength of brightness, part judged, size at the test
-PROTOCOLS = {
-    "none": (10.0, "none", (0, 0), 0.25, "none", (0, 0)),
-    "nyu": (10.0, "nyu", (416, 544), 0.25, "eigen", (0, 0)),
-    "kitti": (80.0, "kitti", (352, 704), 0.1, "garg", (0, 0)),
-    "sunrgbd": (10.0, "none", (416, 544), 0.25, "none", (480, 640)),
-}
+EPS = 1e-3  # metres, added before the logarithm
+VARIANCE_FREE = 100 / 38_400  # share of a training in which the scale-invariant loss has no variance term
+SCALES = (1, 2, 4, 6)  # pixels between two that the gradient loss compares
 
 WITH_HEAD = ("linear", "dpt")  # methods with a head
-TRAINED: dict[str, Any] = {"method": ("linear", "dpt"), "head": False}  # where one is trained
+TRAINED: dict[str, Any] = {"method": ("linear", "dpt"), "head": False}  # settings that need a trained head
+
+Predict = Callable[[Tensor], Tensor]  # an image (C, H, W) in [0, 1] -> its depth (H, W), metres
+
+
+@dataclass(frozen=True)
+class DepthProtocol:
+    """How a data set is used."""
+
+    max_depth: float  # metres
+    border: str  # what is cut off images, a key of BORDERS
+    crop: tuple[int, int]  # of training; zeros: the backbone's own size
+    brightness: float  # strength of its augmentation
+    evaluated: str  # region of a test map that counts, a key of DEPTH_CROPS
+    size: tuple[int, int]  # of test images, height and width; zeros: as stored
+
+
+PROTOCOLS = {
+    "none": DepthProtocol(10.0, "none", (0, 0), 0.25, "none", (0, 0)),
+    "nyu": DepthProtocol(10.0, "nyu", (416, 544), 0.25, "eigen", (0, 0)),
+    "kitti": DepthProtocol(80.0, "kitti", (352, 704), 0.1, "garg", (0, 0)),
+    "sunrgbd": DepthProtocol(10.0, "none", (416, 544), 0.25, "none", (480, 640)),
+}
 
 
 @dataclass
-class Config:
-    train: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "train"})
-    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.dense", "split": "test"})
+class Config(DenseConfig):
     method: Literal["linear", "dpt", "mean"] = "linear"  # mean: the training set's, everywhere
-    layers: int = only_if(4, method=("linear",), head=False)  # blocks looked into, 1 or 4
+    layers: int = only_if(4, method=("linear",), head=False)  # blocks whose features the head sees, 1 or 4
     # whether features are taken after the backbone's final norm
     norm: bool = only_if(False, method=WITH_HEAD)
     protocol: Literal["none", "nyu", "kitti", "sunrgbd"] = "none"  # crops and range of a data set
     min_depth: float = 1e-3  # metres
-    max_depth: float = 0.0  # metres: deeper readings are not judged; 0: the protocol's; without one, 10
-    resize: int = 0  # pixels of the shorter side, for training and test; 0: as stored
+    max_depth: float = 0.0  # metres: deeper readings do not count; 0: the protocol's; without one, 10
     # pixels, height and width; empty: the protocol's, or the backbone's own size
     crop: tuple[int, ...] = only_if((), **TRAINED)
     augment: bool = only_if(True, **TRAINED)  # false: features once, of plain windows: minutes on a CPU
@@ -69,7 +98,7 @@ class Config:
     weight_decay: float = only_if(0.01, **TRAINED)
     warmup: float = only_if(1 / 3, **TRAINED)  # share of the steps: 12,800 of 38,400
     clip: float = only_if(35.0, **TRAINED)  # largest gradient norm; 0 is off
-    bins: int = only_if(256, method=("linear",), head=False)  # depths that are weighed
+    bins: int = only_if(256, method=("linear",), head=False)  # depths that are weighted
     features: int = only_if(256, method=("dpt",), head=False)  # channels of the fusion
     gradient_weight: float = only_if(0.5, **TRAINED)  # of the gradient loss, beside the scale-invariant one
     # reference: over the batch, as in DINOv2's code
@@ -79,89 +108,84 @@ class Config:
     head: str = only_if("", method=WITH_HEAD)
     # a linear head from a file gets a range to 80 m, whatever it was trained on
     hub_range_bug: bool = only_if(False, head=True)
-    out: str = ""  # folder for the head; a training that was killed goes on from what is there
     save_every: int = only_if(500, **TRAINED)  # steps
-    cache_gib: float = only_if(4.0, **TRAINED, augment=False)  # most that features may take
-    seed: int = 0
-    workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
-    max_train: int = 0  # images, drawn evenly from the set; 0: all
-    max_test: int = 0
+    cache_gib: float = only_if(4.0, **TRAINED, augment=False)  # memory that features may take
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layers not in (1, 4):
-            raise ValueError(f"layers={self.layers}: the linear head looks into 1 or 4 blocks.")
+            raise ValueError(f"layers={self.layers}: the linear head takes features of 1 or 4 blocks.")
         if len(self.crop) not in (0, 2) or any(side < 1 for side in self.crop):
             raise ValueError(f"crop={list(self.crop)}: give height and width, such as crop=[416,544].")
         if not 0 <= self.min_depth < (self.max_depth or math.inf):
             raise ValueError(f"min_depth={self.min_depth} and max_depth={self.max_depth}: no range between.")
-        for key in ("steps", "batch", "bins", "features", "save_every"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}, but it must be 1 or more.")
+        check_at_least(self, steps=1, batch=1, bins=1, features=1, save_every=1)
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
-    """Train a head, or read one, and judge the depth of the test images at their stored size.
+    """Train a head, or read one, and evaluate the depth of the test images at their stored size.
 
     Returns:
-        As `errors` of eval/_depth_scores.py: 'rmse', 'abs_rel', 'log_10', 'a1' and more; 'images_train',
+        As `depth_errors` of eval/_metrics.py: 'rmse', 'abs_rel', 'log_10', 'a1' and more; 'images_train',
         'images_test', and 'images_without_depth', if some of these have no reading in the range.
 
     Raises:
-        ValueError, LookupError: if the data cannot be judged; the message names the key to set.
+        ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
     refuse_overlap(cfg.train, cfg.test)
-    most, border, crop, brightness, judged, size = PROTOCOLS[cfg.protocol]
-    cfg.max_depth = cfg.max_depth or most
-    test = open_pairs(cfg.test, "test", "depth", backbone, cfg.max_test)
-    whole = border if cfg.protocol == "kitti" else "none"  # NYU is tested with its rim
-    how = DepthTest(cfg.min_depth, cfg.max_depth, whole, judged, cfg.resize, size, cfg.flip, cfg.workers)
+    cfg.max_depth = cfg.max_depth or PROTOCOLS[cfg.protocol].max_depth
+    test = open_dense(cfg.test, "test", "depth", backbone, cfg.max_test)
     more: dict[str, float] = {}
-    same = identity(asdict(cfg), backbone) if cfg.out else ""
-    resume = Resume(cfg.out, "depth", same, device_of(backbone))
+    partial = partial_result(cfg, "depth", backbone)
     with frozen(backbone):
         if cfg.head:
-            trained_on = "KITTI" if cfg.protocol == "kitti" else "NYU"
-            model = load_depther(cfg.head, backbone, trained_on, cfg.hub_range_bug, cfg.max_depth)
-            look, head = _look(cfg, backbone, model.blocks), model.head.to(device_of(backbone))
-            judge = _judge(look, head)
+            predict = _load_head(cfg, backbone)
         else:
-            train = open_pairs(cfg.train, "train", "depth", backbone, cfg.max_train)
+            train = open_dense(cfg.train, "train", "depth", backbone, cfg.max_train)
             more["images_train"] = len(train)
             if cfg.method == "mean":
-                judge = mean_judge(how, train, device_of(backbone))
+                predict = _mean_depth(cfg, train, device_of(backbone))
             else:
-                window = tuple(cfg.crop) or (crop if any(crop) else (backbone.input.size,) * 2)
-                shape = DepthTransform(
-                    cfg.resize,
-                    border,
-                    (window[0], window[1]),
-                    tuple(backbone.input.mean),
-                    brightness=brightness,
-                )
-                judge = _trained(cfg, backbone, train, shape, resume)
-        scores = judge_depth(how, judge, test, device_of(backbone))
-    resume.finish()
+                predict = _train_head(cfg, backbone, train, partial)
+        scores = _scores(cfg, predict, test, device_of(backbone))
+    partial.remove()
     return {**scores, **more}
 
 
-def _look(cfg: Config, backbone: Backbone, blocks: list[int]) -> Look:
-    patch_width(backbone)
-    dtype = DTYPES[pick_precision(cfg.precision, device_of(backbone))]
-    return Look(backbone, blocks, cfg.norm, dtype)
+def _mean_depth(cfg: Config, train: DenseSource, device: torch.device) -> Predict:
+    """Predicts the mean depth of all training pixels.
+
+    Raises:
+        ValueError: if there is no reading.
+    """
+    total = count = 0.0
+    for pair in watch(dense_loader(train, range(len(train)), cfg.workers), len(train), "training maps"):
+        depths = pair.target[(pair.target > cfg.min_depth) & (pair.target < cfg.max_depth)]
+        total, count = total + depths.double().sum().item(), count + len(depths)
+    if not count:
+        raise ValueError(f"No training image has a reading between {cfg.min_depth} and {cfg.max_depth} m.")
+    return lambda image: torch.full(image.shape[1:], total / count, device=device)
 
 
-def _judge(look: Look, head: LinearDepth | DPT) -> Callable[[Tensor], Tensor]:
-    return lambda image: to_size(
-        head(look(image[None])).clamp(head.min_depth, head.max_depth), *image.shape[1:]
-    )[0, 0]
+def _load_head(cfg: Config, backbone: Backbone) -> Predict:
+    trained_on: Literal["KITTI", "NYU"] = "KITTI" if cfg.protocol == "kitti" else "NYU"
+    model = load_depther(cfg.head, backbone, trained_on, cfg.hub_range_bug, cfg.max_depth)
+    dense = dense_backbone(backbone, model.blocks, cfg.precision, cfg.norm)
+    return _with_head(dense, model.head.to(dense.device))
 
 
-def _trained(
-    cfg: Config, backbone: Backbone, train: DenseSource, shape: DepthTransform, resume: Resume
-) -> Callable[[Tensor], Tensor]:
+def _with_head(dense: DenseBackbone, head: LinearDepth | DPT) -> Predict:
+    def predict(image: Tensor) -> Tensor:
+        depth = head(dense(image[None])).clamp(head.min_depth, head.max_depth)
+        return to_size(depth, image.shape[1], image.shape[2])[0, 0]
+
+    return predict
+
+
+def _train_head(cfg: Config, backbone: Backbone, train: DenseSource, partial: PartialResult) -> Predict:
     count = 4 if cfg.method == "dpt" else cfg.layers
-    look = _look(cfg, backbone, last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count))
+    blocks = last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count)
+    dense = dense_backbone(backbone, blocks, cfg.precision, cfg.norm)
     width = patch_width(backbone)
     head: LinearDepth | DPT
     with torch.random.fork_rng(devices=[]):
@@ -170,48 +194,150 @@ def _trained(
             head = DPT(width, cfg.min_depth, cfg.max_depth, cfg.features)
         else:
             head = LinearDepth(width, count, cfg.min_depth, cfg.max_depth, cfg.bins)
-    head = head.to(look.device)
+    head = head.to(dense.device)
 
     def loss(maps: list[Map], truth: Tensor, step: int) -> Tensor:
         if not (truth > 0).any():
-            raise ValueError(f"The {len(truth)} images of step {step} have no reading: look at depth_scale.")
-        given, truth = to_size(head(maps), *truth.shape[1:]), truth[:, None]
-        value = scale_invariant(given, truth, step / cfg.steps)
+            raise ValueError(f"The {len(truth)} images of step {step} have no reading: check depth_scale.")
+        predicted, truth = to_size(head(maps), truth.shape[1], truth.shape[2]), truth[:, None]
+        value = scale_invariant_loss(predicted, truth, step / cfg.steps)
         if cfg.gradient_weight:
-            value = value + cfg.gradient_weight * gradient(given, truth, cfg.gradient_form)
-        if step + 1 == cfg.steps and given.detach().amax() <= 1.001 * head.min_depth:
+            value = value + cfg.gradient_weight * gradient_loss(predicted, truth, cfg.gradient_form)
+        if step + 1 == cfg.steps and predicted.detach().amax() <= 1.001 * head.min_depth:
             info(
-                f"after {cfg.steps} steps the head says {head.min_depth:g} m, the least depth, of every "
-                f"pixel that it saw last: its last rectifier lets nothing through, and no gradient leads "
-                f"back from there. Train again with a rate below lr={cfg.lr:g}, or with clip=35."
+                f"after {cfg.steps} steps the head predicts {head.min_depth:g} m, the least depth, for every "
+                f"pixel of the last step: its last ReLU is 0 everywhere and has no gradient. Train again "
+                f"with a rate below lr={cfg.lr:g}, or with clip=35."
             )
         return value
 
     schedule = cosine(cfg.steps, round(cfg.warmup * cfg.steps))
-    plan = Plan(cfg.steps, cfg.lr, cfg.weight_decay, schedule, cfg.clip, resume, cfg.save_every)
-    fit(head, _shown(cfg, look, train, shape), loss, plan)
+    training = HeadTraining(cfg.steps, cfg.lr, cfg.weight_decay, schedule, cfg.clip, partial, cfg.save_every)
+    train_head(head, _batches(cfg, dense, train), loss, training)
     if cfg.out and rank() == 0:
         kind = cfg.method if cfg.method == "dpt" else f"linear{'' if count == 1 else count}"
         save_head(Path(cfg.out) / f"depth_{kind}_head.pth", head)
-    return _judge(look, head)
+    return _with_head(dense, head)
 
 
-def _shown(
-    cfg: Config, look: Look, train: DenseSource, shape: DepthTransform
-) -> Callable[[int], Iterator[Shown]]:
+def _batches(cfg: Config, dense: DenseBackbone, train: DenseSource) -> Callable[[int], Iterator[Batch]]:
+    """From the number of a step to the training batches from there on."""
+    protocol, size = PROTOCOLS[cfg.protocol], dense.backbone.input.size
+    crop = (cfg.crop[0], cfg.crop[1]) if cfg.crop else protocol.crop if any(protocol.crop) else (size, size)
     if not cfg.augment:
+        features = window_features(
+            dense, train, lambda image, depth: _prepared(image, depth, protocol.border, cfg.resize), crop,
+            crop, 0, cfg.cache_gib, cfg.workers,
+        )  # fmt: skip
+        return lambda start: features.batches(cfg.seed, cfg.batch, start, cfg.steps)
+    colour = tuple(dense.backbone.input.mean)
+    transform = DepthTransform(cfg.resize, protocol.border, crop, colour, brightness=protocol.brightness)
+    return lambda start: online_batches(cfg, dense, train, transform, cfg.batch, start, cfg.steps)
 
-        def prepare(image: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
-            return framed(image, depth, shape.border, cfg.resize)
 
-        cache = fill_cache(look, train, prepare, shape.crop, shape.crop, 0, cfg.cache_gib, cfg.workers)
-        return lambda start: cache.batches(cfg.seed, cfg.batch, start, cfg.steps)
+def _prepared(image: Tensor, depth: Tensor, border: str, resize: int) -> tuple[Tensor, Tensor]:
+    """An image (C, H, W) and its depth (H, W) without the border, the shorter side `resize` unless 0."""
+    top, bottom, left, right = BORDERS[border](*depth.shape)
+    image, depth = image[:, top:bottom, left:right], depth[top:bottom, left:right]
+    if not resize:
+        return image, depth
+    size = shorter_side_to(image, resize)
+    return to_uint8(resize_image(image.float() / 255, *size)), resize_map(depth, *size)
 
-    def online(start: int) -> Iterator[Shown]:
-        for images, truth in dense_training_loader(
-            train, shape, seed=cfg.seed, start_step=start, steps=cfg.steps, batch=cfg.batch,
-            rank=rank(), world=world_size(), workers=cfg.workers,
-        ):  # fmt: skip
-            yield look(images), truth.to(look.device)
 
-    return online
+@torch.no_grad()
+def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.device) -> dict[str, float]:
+    """Means over the test images of the errors of each."""
+    protocol = PROTOCOLS[cfg.protocol]
+    border = protocol.border if cfg.protocol == "kitti" else "none"  # NYU is tested with its border
+    sums: dict[str, float] = {}
+    with_depth = without_depth = 0
+    share = range(rank(), len(test), world_size())
+    for pair in watch(dense_loader(test, share, cfg.workers), len(share), "test images"):
+        image, truth = _prepared(pair.image, pair.target, border, 0)
+        image = image.float() / 255
+        if any(protocol.size):
+            image = resize_image(image, *protocol.size)
+        elif cfg.resize:
+            image = resize_image(image, *shorter_side_to(image, cfg.resize))
+        predicted = predict(image)
+        if cfg.flip:
+            predicted = (predicted + predict(image.flip(-1)).flip(-1)) / 2
+        predicted = to_size(predicted[None, None], truth.shape[0], truth.shape[1])[0, 0]
+        errors = depth_errors(predicted, truth.to(device), cfg.min_depth, cfg.max_depth, protocol.evaluated)
+        if errors is None:
+            without_depth += 1
+            continue
+        with_depth += 1
+        sums = {key: sums.get(key, 0.0) + value for key, value in errors.items()}
+    return _means(cfg, sums, with_depth, without_depth)
+
+
+def _means(cfg: Config, sums: dict[str, float], with_depth: int, without_depth: int) -> dict[str, float]:
+    """Over the images of all processes.
+
+    Raises:
+        ValueError: if no image has a reading in the range.
+    """
+    names = ["rmse", "abs_rel", "log_10", "a1", "a2", "a3", "rmse_log", "sq_rel", "silog"]
+    numbers = [*(sums.get(name, 0.0) for name in names), with_depth, without_depth]
+    *totals, count, missing = all_reduce_sum(torch.tensor(numbers).double()).tolist()
+    if not count:
+        raise ValueError(
+            f"None of the {missing:.0f} test images has a reading between min_depth={cfg.min_depth} and "
+            f"max_depth={cfg.max_depth} m in the evaluated region: check test.depth_scale and max_depth."
+        )
+    means = {name: total / count for name, total in zip(names, totals, strict=True)}
+    return {
+        **means,
+        "images_test": count + missing,
+        **({"images_without_depth": missing} if missing else {}),
+    }
+
+
+def scale_invariant_loss(predicted: Tensor, truth: Tensor, progress: float) -> Tensor:
+    """sqrt(Var(g) + 0.15 mean(g)^2) of g = ln(predicted) - ln(truth) over valid pixels (arXiv 1406.2283): ().
+
+    Args:
+        predicted: depths (B, 1, H, W).
+        truth: depths, 0 where there is no reading.
+        progress: share of the training that is complete. The variance, the unbiased one, is left out in the
+            first 100 of the published 38,400 steps, and in the same share of a shorter training.
+    """
+    valid = truth > 0
+    g = (predicted[valid] + EPS).log() - (truth[valid] + EPS).log()
+    square = 0.15 * g.mean().square()
+    return (square if progress < VARIANCE_FREE else square + g.var()).clamp_min(1e-12).sqrt()
+
+
+def gradient_loss(
+    predicted: Tensor, truth: Tensor, form: Literal["spatial", "reference"] = "spatial"
+) -> Tensor:
+    """The change of the logarithmic error over two pixels, summed over four scales: ().
+
+    Both (B, 1, H, W). At a scale of s every s-th pixel is used; |d(i) - d(i + 2)| of valid pixels i and
+    i + 2, along both axes, is summed and divided by the number of valid pixels.
+
+    Args:
+        predicted: depths.
+        truth: depths, 0 where there is no reading.
+        form: "reference" uses the batch and the channel as the two axes, as DINOv2's code does by mistake:
+            with two images it is 0.
+    """
+    first, second = (2, 3) if form == "spatial" else (0, 1)
+    total = predicted.new_zeros(())
+    for scale in SCALES:
+        index = [slice(None)] * 4
+        index[first] = index[second] = slice(None, None, scale)
+        valid = truth[tuple(index)] > 0
+        d = (predicted[tuple(index)] + EPS).log() - (truth[tuple(index)] + EPS).log()
+        changes = [_changes(d, valid, axis) for axis in (first, second)]
+        total = total + torch.stack(changes).sum() / valid.sum().clamp_min(1)
+    return total
+
+
+def _changes(d: Tensor, valid: Tensor, axis: int) -> Tensor:
+    n = max(d.shape[axis] - 2, 0)
+    both = valid.narrow(axis, 0, n) & valid.narrow(axis, d.shape[axis] - n, n)
+    change = d.narrow(axis, 0, n) - d.narrow(axis, d.shape[axis] - n, n)
+    return torch.where(both, change.abs(), 0.0).sum()

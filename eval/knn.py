@@ -8,8 +8,7 @@ The search is exact. The whole matrix of cosines never exists; it is made block 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,35 +16,24 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.sources import ImageSource
-from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
-from dinokit.features import Features, Pooling
+from dinokit.eval._config import ClassificationConfig, refuse_overlap
+from dinokit.eval._images import image_features, open_source, shared_classes
+from dinokit.features import Features
 from dinokit.models import Backbone
 
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four times that while it is searched
 
 
 @dataclass
-class Config:
-    train: dict[str, Any] | None = field(
-        default=None, metadata={"registry": "data.sources", "split": "train"}
-    )
-    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources", "split": "test"})
+class Config(ClassificationConfig):
     k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; more than there are images means all of them
     temp: float = 0.07  # T
     few_shot: tuple[int, ...] = ()  # training images a class, for further scores
     tries: int = only_if(1, few_shot=True)  # draws of these images, averaged
-    size: int = 0  # pixels; 0: what the backbone was trained on
-    resize: int = 0  # pixels of the shorter side before the centre is cut out; 0: 256 / 224 of `size`
-    batch: int = 256  # images, for the backbone
-    workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
-    max_unreadable: float = 0.01  # share of a set's images that may be unreadable: they are left out
-    max_train: int = 0  # images, drawn evenly from the set; 0: all
-    max_test: int = 0
-    cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
 
     def __post_init__(self) -> None:
-        check_at_least(self, k=1, few_shot=1, tries=1, size=0, resize=0, batch=1, max_train=0, max_test=0)
+        super().__post_init__()
+        check_at_least(self, k=1, few_shot=1, tries=1)
         if not self.k:
             raise ValueError("k is empty: give at least one number of neighbours, such as k=[20].")
         if self.temp <= 0:
@@ -58,16 +46,16 @@ def nearest(
     """The k rows of bank (N, D) nearest to each row of query (Q, D), both on the unit sphere.
 
     Returns:
-        cosine - 1, (Q, k), largest first, and places in the bank, (Q, k); of equal cosines the smaller place
+        cosine - 1, (Q, k), largest first, and indices in the bank, (Q, k); of equal cosines the smaller index
         comes first. k is at most N. Memory grows with rows * columns, the size of a block, and with Q * k.
     """
     k = min(k, len(bank))
-    done = [_nearest_to_few(part, bank, k, columns) for part in query.split(rows)]
-    return torch.cat([near for near, _ in done]), torch.cat([places for _, places in done])
+    blocks = [_nearest_in_block(block, bank, k, columns) for block in query.split(rows)]
+    return torch.cat([near for near, _ in blocks]), torch.cat([indices for _, indices in blocks])
 
 
 def vote(query: Tensor, bank: Tensor, labels: Tensor, k: int, temp: float, classes: int) -> Tensor:
-    """How much of the vote of its k nearest neighbours each query gives to each class.
+    """The share of the votes of its k nearest neighbours that each class gets, for each query.
 
     Args:
         query: (Q, D) features, any length.
@@ -80,12 +68,12 @@ def vote(query: Tensor, bank: Tensor, labels: Tensor, k: int, temp: float, class
     Returns:
         (Q, C); rows sum to 1.
     """
-    near, places = nearest(F.normalize(query, dim=1), F.normalize(bank, dim=1), k)
-    return _tally((near / temp).softmax(dim=1), labels[places], classes)
+    near, indices = nearest(F.normalize(query, dim=1), F.normalize(bank, dim=1), k)
+    return _sum_votes((near / temp).softmax(dim=1), labels[indices], classes)
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
-    """How often the votes of neighbours are right.
+    """Top-1 and top-5 accuracy of the votes of neighbours.
 
     Returns:
         'top1@20': the share of test images whose class gets the most votes of 20 neighbours. 'top5@20': the
@@ -95,7 +83,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         'images_test': how many could be read; 'images_unreadable': how many could not, if there are any.
 
     Raises:
-        ValueError, LookupError: if the data cannot be judged; the message names the key to set.
+        ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
     refuse_overlap(cfg.train, cfg.test)
     sources = {
@@ -103,7 +91,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         "test": open_source(cfg.test, "test", backbone, cfg.max_test),
     }
     classes = shared_classes(sources["train"], sources["test"])
-    train, test = (_features(cfg, split, backbone, source) for split, source in sources.items())
+    train, test = (_unit_features(cfg, split, backbone, source) for split, source in sources.items())
     scores = accuracies(train, test, sorted(set(cfg.k)), cfg.temp, len(classes))
     for shots in cfg.few_shot:
         ks = sorted({k for k in cfg.k if k < shots} | {shots})
@@ -115,10 +103,10 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     return scores | ({"images_unreadable": unreadable} if unreadable else {})
 
 
-def _features(cfg: Config, split: str, backbone: Backbone, source: ImageSource) -> Features:
-    """With every row of x on the unit sphere."""
-    done = features_of(cfg, split, backbone, source, Pooling())
-    return Features(F.normalize(done.x, dim=1), done.y, done.unreadable)
+def _unit_features(cfg: Config, split: str, backbone: Backbone, source: ImageSource) -> Features:
+    """Features with every row of x on the unit sphere."""
+    features = image_features(cfg, split, backbone, source)
+    return Features(F.normalize(features.x, dim=1), features.y, features.unreadable)
 
 
 def draw_shots(train: Features, shots: int, seed: int, classes: Sequence[str]) -> Features:
@@ -130,15 +118,15 @@ def draw_shots(train: Features, shots: int, seed: int, classes: Sequence[str]) -
     y, rng = train.y.cpu(), torch.Generator().manual_seed(seed)
     chosen = []
     for label, name in enumerate(classes):
-        places = (y == label).nonzero().flatten()
-        if len(places) < shots:
+        indices = (y == label).nonzero().flatten()
+        if len(indices) < shots:
             raise ValueError(
-                f"few_shot={shots} takes {shots} training images a class, but '{name}' has {len(places)}. "
+                f"few_shot={shots} takes {shots} training images a class, but '{name}' has {len(indices)}. "
                 f"Take fewer, or raise max_train if it is set."
             )
-        chosen.append(places[torch.randperm(len(places), generator=rng)[:shots]])
-    places = torch.cat(chosen).sort().values.to(train.x.device)
-    return Features(train.x[places], train.y[places], [])
+        chosen.append(indices[torch.randperm(len(indices), generator=rng)[:shots]])
+    indices = torch.cat(chosen).sort().values.to(train.x.device)
+    return Features(train.x[indices], train.y[indices], [])
 
 
 def accuracies(train: Features, test: Features, ks: list[int], temp: float, classes: int) -> dict[str, float]:
@@ -146,53 +134,53 @@ def accuracies(train: Features, test: Features, ks: list[int], temp: float, clas
     tops = (1, 5) if classes > 5 else (1,)
     right = torch.zeros(len(ks), len(tops), dtype=torch.int64, device=test.x.device)
     for x, y in zip(test.x.split(ROWS), test.y.split(ROWS), strict=True):
-        near, places = nearest(x, train.x, max(ks))
-        weights, labels = (near / temp).softmax(dim=1), train.y[places]  # shared by all k, as in DINOv2
+        near, indices = nearest(x, train.x, max(ks))
+        weights, labels = (near / temp).softmax(dim=1), train.y[indices]  # shared by all k, as in DINOv2
         for i, k in enumerate(ks):
-            rank = _rank(_tally(weights[:, :k], labels[:, :k], classes), y)
+            rank = _rank(_sum_votes(weights[:, :k], labels[:, :k], classes), y)
             right[i] += torch.stack([(rank < top).sum() for top in tops])
     shares = (right.cpu().double() / len(test.y)).tolist()
     return {f"top{top}@{k}": shares[i][j] for j, top in enumerate(tops) for i, k in enumerate(ks)}
 
 
-def _tally(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
+def _sum_votes(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Weights (Q, k) summed by the labels (Q, k) that they are given to: (Q, classes)."""
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
 
 
 def _rank(votes: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the true one, (Q,). Of equal votes, the smaller; none is last."""
+    """Classes before the true one, (Q,); with equal votes the smaller; all if it has no vote."""
     own = votes.gather(1, labels[:, None])
     before = torch.arange(votes.shape[1], device=votes.device) < labels[:, None]
     rank = ((votes > own) | ((votes == own) & before)).sum(dim=1)
     return torch.where(own[:, 0] > 0, rank, votes.shape[1])
 
 
-def _nearest_to_few(query: Tensor, bank: Tensor, k: int, columns: int) -> tuple[Tensor, Tensor]:
-    # Features of an untrained or collapsed backbone are so alike that all their cosines round to 1. Distances
-    # seen from a point in their midst do not: on the unit sphere, cosine - 1 is minus half their square.
-    middle = bank.mean(dim=0)
-    query = query - middle
+def _nearest_in_block(query: Tensor, bank: Tensor, k: int, columns: int) -> tuple[Tensor, Tensor]:
+    # Features of an untrained or collapsed backbone are so similar that all their cosines round to 1. After
+    # subtracting the mean, distances do not: on the unit sphere, cosine - 1 is minus half their square.
+    mean = bank.mean(dim=0)
+    query = query - mean
     near = query.new_empty(len(query), 0)
-    places = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+    indices = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), columns):
-        part = bank[start : start + columns] - middle
-        block = query @ part.T - part.square().sum(1) / 2 - query.square().sum(1, keepdim=True) / 2
-        numbers = torch.arange(start, start + len(part), device=query.device).expand(len(query), -1)
-        near, chosen = _largest(torch.cat([near, block], dim=1), k)
-        places = torch.cat([places, numbers], dim=1).gather(1, chosen)
-    return near, places
+        block = bank[start : start + columns] - mean
+        cosines = query @ block.T - block.square().sum(1) / 2 - query.square().sum(1, keepdim=True) / 2
+        numbers = torch.arange(start, start + len(block), device=query.device).expand(len(query), -1)
+        near, chosen = _largest(torch.cat([near, cosines], dim=1), k)
+        indices = torch.cat([indices, numbers], dim=1).gather(1, chosen)
+    return near, indices
 
 
 def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in order, and their columns: of equal ones the first; topk takes any."""
+    """The k largest of each row in order, and their columns; unlike topk, the first of equal values."""
     if x.shape[1] > k:
         least = x.topk(k, dim=1).values[:, -1:]
         above, level = x > least, x == least
-        kept = above | (
+        chosen = above | (
             level & (level.cumsum(dim=1, dtype=torch.int32) <= k - above.sum(dim=1, keepdim=True))
         )
-        columns = kept.nonzero()[:, 1].view(len(x), k)
+        columns = chosen.nonzero()[:, 1].view(len(x), k)
     else:
         columns = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     values, order = x.gather(1, columns).sort(dim=1, descending=True, stable=True)

@@ -2,65 +2,57 @@
 
     min over W, b:   C * sum over images of the cross-entropy + |W|^2 / 2       (b is not penalised)
 
-scikit-learn's objective, in float64, solved by L-BFGS. Solutions are found from the strongest penalty to the
-weakest, each from the last. C is chosen on images held out of the training set (or those of `select_on`), and
-the one chosen is solved again on all of them. Features are class tokens at their own length.
+The objective is scikit-learn's, in float64, minimised by L-BFGS. C is chosen on images held out of the
+training set (or those of `select_on`), from the strongest penalty to the weakest; each solution starts from
+the previous one. The regression with the chosen C is then solved on all training images. Features are class
+tokens, not normalised.
 
     N  images     D  width     K  classes
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.config.registry import check_at_least, only_if
-from dinokit.eval._labelled import features_of, open_source, refuse_overlap, shared_classes
-from dinokit.eval._resume import Resume, identity
-from dinokit.eval._scores import class_scores
-from dinokit.eval._task import split
-from dinokit.features import Features, Pooling
-from dinokit.features.fingerprint import images_stamp
+from dinokit.config.registry import check_at_least, only_if, source_field
+from dinokit.eval._config import ClassificationConfig, refuse_overlap
+from dinokit.eval._images import (
+    image_features,
+    open_source,
+    partial_result,
+    shared_classes,
+    split_images,
+)
+from dinokit.eval._metrics import class_scores
+from dinokit.features import Features, images_stamp
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 from dinokit.runtime.log import watch
+from dinokit.runtime.partial import PartialResult
 
 
 @dataclass
-class Config:
-    train: dict[str, Any] | None = field(
-        default=None, metadata={"registry": "data.sources", "split": "train"}
-    )
-    test: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources", "split": "test"})
+class Config(ClassificationConfig):
+    resize: int = 0  # pixels of the shorter side before the centre crop; 0: `size`, as published
     # Images to choose C on; none: some of the training images.
-    select_on: dict[str, Any] | None = field(
-        default=None, metadata={"registry": "data.sources", "split": "test", "optional": True}
-    )
+    select_on: dict[str, Any] | None = source_field("data.sources", "test", optional=True)
     powers: tuple[float, float] = (-6, 5)  # C goes from 10 to the first of these powers to 10 to the second
     count: int = 45  # values of C
-    select: Literal["train", "test"] = "train"  # where C is chosen: test flatters, and is called optimistic
+    select: Literal["train", "test"] = "train"  # where C is chosen: on test it flatters: called optimistic
     held_out: float = only_if(0.1, select=("train",), select_on=False)  # share of the training images
     seed: int = 0
     iterations: int = 1000  # of L-BFGS, at most
     tolerance: float = 1e-7  # of the objective per image: largest slope at which it stops
-    size: int = 0  # pixels; 0: what the backbone was trained on
-    resize: int = 0  # pixels of the shorter side before the centre is cut out; 0: `size`, as published
-    batch: int = 256  # images, for the backbone
-    workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
-    max_unreadable: float = 0.01  # share of a set's images that may be unreadable: they are left out
-    max_train: int = 0  # images, drawn evenly from the set; 0: all
-    max_test: int = 0
-    cache: str | None = None  # folder where features are kept for the next evaluator; none: they are not
-    out: str | None = None  # folder for what was found of each C, to go on from until all were tried
+    out: str | None = None  # folder for the results of each C, from which a stopped search resumes
 
     def __post_init__(self) -> None:
-        check_at_least(self, count=1, seed=0, iterations=1, tolerance=0, size=0, resize=0, batch=1)
-        check_at_least(self, max_train=0, max_test=0)
+        super().__post_init__()
+        check_at_least(self, count=1, seed=0, iterations=1, tolerance=0)
         if self.powers[0] > self.powers[1]:
             raise ValueError(f"powers={list(self.powers)}: the smaller comes first.")
         if self.select == "test" and self.select_on:
@@ -68,7 +60,7 @@ class Config:
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
-    """How often the regression with the best C is right.
+    """Accuracy of the regression with the best C.
 
     Returns:
         'top1', 'top5' if there are more than five classes, and 'mean_per_class', with select=test each
@@ -76,7 +68,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         and 'images_unreadable' if there are any.
 
     Raises:
-        ValueError, LookupError: if the data cannot be judged; the message names the key to set.
+        ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
     refuse_overlap(cfg.train, cfg.test)
     refuse_overlap(cfg.select_on, cfg.test)
@@ -84,58 +76,57 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     test_source = open_source(cfg.test, "test", backbone, cfg.max_test)
     classes = len(shared_classes(train_source, test_source))
     cfg = replace(cfg, resize=cfg.resize or cfg.size or backbone.input.size)
-    train = _as_double(features_of(cfg, "train", backbone, train_source, Pooling()))
-    test = _as_double(features_of(cfg, "test", backbone, test_source, Pooling()))
-    fit, judge = train, test
+    train = _to_float64(image_features(cfg, "train", backbone, train_source))
+    test = _to_float64(image_features(cfg, "test", backbone, test_source))
+    fit, choose = train, test  # images to solve each C on, and to choose C on
     sources = [train_source, *([test_source] if cfg.select == "test" else [])]
     if cfg.select_on:
         other = open_source(cfg.select_on, "select_on", backbone)
         shared_classes(train_source, other)
-        judge = _as_double(features_of(cfg, "select_on", backbone, other, Pooling()))
+        choose = _to_float64(image_features(cfg, "select_on", backbone, other))
         sources.append(other)
-        train = Features(torch.cat([train.x, judge.x]), torch.cat([train.y, judge.y]), train.unreadable)
+        train = Features(torch.cat([train.x, choose.x]), torch.cat([train.y, choose.y]), train.unreadable)
     elif cfg.select == "train":
-        kept, held = (part.to(train.y.device) for part in split(len(train.y), cfg.held_out, cfg.seed))
-        fit, judge = (Features(train.x[part], train.y[part], []) for part in (kept, held))
+        split = (rows.to(train.y.device) for rows in split_images(len(train.y), cfg.held_out, cfg.seed))
+        fit, choose = (Features(train.x[rows], train.y[rows], []) for rows in split)
     grid = torch.logspace(*cfg.powers, cfg.count, dtype=torch.float64).tolist()
-    depends_on = identity(asdict(cfg), backbone), [images_stamp(each) for each in sources]
-    resume = Resume(cfg.out, "logreg", depends_on, train.x.device)
-    worth = _worth(cfg, grid, fit, judge, classes, resume)
-    best = max(range(len(grid)), key=lambda i: worth[i])  # of equals the strongest penalty
+    partial = partial_result(cfg, "logreg", backbone, [images_stamp(each) for each in sources])
+    partial.device = train.x.device
+    accuracy = _accuracy_by_c(cfg, grid, fit, choose, classes, partial)
+    best = max(range(len(grid)), key=lambda i: accuracy[i])  # of equals the strongest penalty
     weight, bias = solve(train.x, train.y, classes, grid[best], cfg.iterations, cfg.tolerance)
-    resume.finish()
+    partial.remove()
     scores = class_scores(test.x @ weight.T + bias, test.y)
     if cfg.select == "test":
         scores = {f"{key}_optimistic": value for key, value in scores.items()}
-    scores |= {"held_out": worth[best]} if cfg.select == "train" else {}
+    scores |= {"held_out": accuracy[best]} if cfg.select == "train" else {}
     scores |= {"C": grid[best], "images_train": len(train.y), "images_test": len(test.y)}
-    lost = len(train.unreadable) + len(test.unreadable)
-    return scores | ({"images_unreadable": lost} if lost else {})
+    unreadable = len(train.unreadable) + len(test.unreadable)
+    return scores | ({"images_unreadable": unreadable} if unreadable else {})
 
 
-def _worth(
-    cfg: Config, grid: Sequence[float], fit: Features, judge: Features, classes: int, resume: Resume
+def _accuracy_by_c(
+    cfg: Config, grid: Sequence[float], fit: Features, choose: Features, classes: int, partial: PartialResult
 ) -> list[float]:
-    """Top-1 for each C. Each process solves a share of them, one a turn."""
-    world, done = world_size(), 0
-    worth = judge.x.new_zeros(len(grid))
+    """Top-1 on `choose` for each C. In each round every process solves one."""
+    world, finished = world_size(), 0
+    accuracy = choose.x.new_zeros(len(grid))
     last = fit.x.new_zeros(world, classes, fit.x.shape[1] + 1)  # each process's weight and bias
-    if (state := resume.load()) is not None:
-        done = int(state["done"])
-        worth.copy_(state["worth"])
+    if (state := partial.load()) is not None:
+        finished = int(state["done"])
+        accuracy.copy_(state["worth"])
         last.copy_(state["last"] if len(state["last"]) == world else state["last"][-1])
-    turns = math.ceil(len(grid) / world)
-    for first in watch(range(done, len(grid), world), turns, "C", done // world, together=True):
-        i, new = first + rank(), torch.zeros_like(worth)
-        ours = torch.zeros_like(last)
+    rounds = math.ceil(len(grid) / world)
+    for first in watch(range(finished, len(grid), world), rounds, "C", finished // world, together=True):
+        i, new_accuracy, new_last = first + rank(), torch.zeros_like(accuracy), torch.zeros_like(last)
         if i < len(grid):
             start = last[rank(), :, :-1], last[rank(), :, -1]
-            found = solve(fit.x, fit.y, classes, grid[i], cfg.iterations, cfg.tolerance, start)
-            new[i] = class_scores(judge.x @ found[0].T + found[1], judge.y)["top1"]
-            ours[rank()] = torch.cat([found[0], found[1][:, None]], dim=1)
-        worth, last = worth + all_reduce_sum(new), all_reduce_sum(ours)
-        resume.save({"done": first + world, "worth": worth, "last": last})
-    return worth.tolist()
+            weight, bias = solve(fit.x, fit.y, classes, grid[i], cfg.iterations, cfg.tolerance, start)
+            new_accuracy[i] = class_scores(choose.x @ weight.T + bias, choose.y)["top1"]
+            new_last[rank()] = torch.cat([weight, bias[:, None]], dim=1)
+        accuracy, last = accuracy + all_reduce_sum(new_accuracy), all_reduce_sum(new_last)
+        partial.save({"done": first + world, "worth": accuracy, "last": last})
+    return accuracy.tolist()
 
 
 def solve(
@@ -151,16 +142,16 @@ def solve(
         c: C.
         iterations: of L-BFGS, at most.
         tolerance: of the objective over C * N: largest slope at which it stops.
-        start: weight and bias to begin at; zeros if none.
+        start: initial weight and bias; zeros if none.
 
     Returns:
         Weight (K, D) and bias (K,).
     """
-    # In centred coordinates the bias and the weights hardly pull at each other, and fewer steps are needed.
-    middle = x.mean(dim=0)
-    x = x - middle
+    # With centred features the bias and the weights are nearly independent: fewer steps are needed.
+    mean = x.mean(dim=0)
+    x = x - mean
     weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
-    weight, bias = weight.clone().requires_grad_(), (bias + weight @ middle).requires_grad_()
+    weight, bias = weight.clone().requires_grad_(), (bias + weight @ mean).requires_grad_()
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=iterations,
@@ -183,9 +174,9 @@ def solve(
         raise ValueError(
             f"The regression with C={c:g} did not stay finite: lower the second of powers=[...]."
         )
-    return weight, bias - weight @ middle
+    return weight, bias - weight @ mean
 
 
-def _as_double(features: Features) -> Features:
+def _to_float64(features: Features) -> Features:
     device = "cpu" if features.x.device.type == "mps" else features.x.device  # Apple's GPUs have no float64
     return Features(features.x.to(device).double(), features.y.to(device), features.unreadable)

@@ -1,16 +1,14 @@
-"""Video object segmentation without training: labels of the first frame are handed on by likeness of patches.
+"""Video object segmentation without training: labels of the first frame propagate between similar patches.
 
 The protocol of DINO (arXiv 2104.14294, section 4.2.2; label propagation of Jabri et al., arXiv 2006.14613) on
 DAVIS 2017: each patch takes the labels of its nearest patches in the first frame and the last few.
 
-    N  patches of a frame     R  frames looked back to     D  width     O  objects, and the background
+    N  patches of a frame     R  earlier frames     D  width     O  objects, and the background
 """
 
-import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -19,45 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config import registry
+from dinokit.config.registry import check_at_least, source_field
 from dinokit.data.dense_transforms import to_tensors
 from dinokit.data.videos import Video
-from dinokit.eval._look import Look
-from dinokit.eval._outlines import contour, region
-from dinokit.eval._resume import identity
-from dinokit.features import device_of, frozen, last_blocks, patch_width
+from dinokit.eval._dense import DenseBackbone, dense_backbone
+from dinokit.eval._metrics import contour, region
+from dinokit.features import device_of, fingerprint, frozen, last_blocks
 from dinokit.models import Backbone
-from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
-from dinokit.runtime.files import write_text
 from dinokit.runtime.log import watch
+from dinokit.runtime.partial import PartialResult
 
-BLOCK = 512  # patches that ask at a time
-MULTIPLE = 64  # pixels: what the longer side is cut down to a multiple of, where the patch divides it
+BLOCK = 512  # query patches at a time
+MULTIPLE = 64  # pixels: the longer side is rounded down to a multiple of it, where the patch divides it
 
 
 @dataclass
 class Config:
-    test: dict[str, Any] | None = field(
-        default=None, metadata={"registry": "data.videos", "split": "test", "labels": False}
-    )
+    test: dict[str, Any] | None = source_field("data.videos", "test", labels=False)
     size: int = 480  # pixels of the shorter side
-    frames: int = 7  # looked back to, besides the first
-    radius: int = 12  # patches: how far away a likeness is looked for; 0: anywhere
+    frames: int = 7  # earlier frames that labels come from, besides the first
+    radius: int = 12  # patches: largest distance that a label propagates over; 0: any
     k: int = 5  # patches that a patch takes its labels from
-    temp: float = 0.1  # a likeness weighs exp(cosine / temp)
-    out: str = ""  # folder for the scores of each video; a run that was killed goes on from what is there
+    temp: float = 0.1  # a patch weighs exp(cosine / temp)
+    out: str = ""  # folder for the scores of finished videos, from which a stopped run resumes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
 
     def __post_init__(self) -> None:
-        for key, low in {"size": 1, "frames": 0, "radius": 0, "k": 1}.items():
-            if getattr(self, key) < low:
-                raise ValueError(f"{key}={getattr(self, key)}, but it must be {low} or more.")
+        check_at_least(self, size=1, frames=0, radius=0, k=1)
         if self.temp <= 0:
             raise ValueError(f"temp={self.temp}, but it must be above 0.")
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
-    """Hand the labels on, and judge every frame but the first and the last.
+    """Propagate the labels, and evaluate every frame but the first and the last.
 
     Returns:
         'J&F mean', 'J mean' (region) and 'F mean' (outline), over objects, each the mean over its frames;
@@ -66,102 +59,100 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError: if there are no such videos, or the backbone has no patches.
     """
-    patch_width(backbone)
-    dtype = DTYPES[pick_precision(cfg.precision, device_of(backbone))]
-    look = Look(backbone, last_blocks(backbone, 1), True, dtype)
     if not cfg.test:
         raise ValueError(f"test.name must be given; there is: {', '.join(registry.names('data.videos'))}.")
+    dense = dense_backbone(backbone, last_blocks(backbone, 1), cfg.precision)
     videos: list[Video] = registry.build("data.videos", cfg.test)
+    partial = _finished_videos(cfg, backbone)
+    finished = {name: scores for piece in partial.load_pieces() for name, scores in piece.items()}
     sums = torch.zeros(3, dtype=torch.float64)
     share = videos[rank() :: world_size()]
     with frozen(backbone), torch.no_grad():
         for video in watch(share, len(share), "videos"):
-            scores = _kept(cfg, look, video)
+            scores = finished.get(video.name)
+            if scores is None:
+                scores = _video_scores(cfg, dense, video)
+                partial.append({video.name: scores})
             sums += torch.tensor([[j, f, 1.0] for j, f in scores], dtype=torch.float64).sum(dim=0)
     j, f, objects = all_reduce_sum(sums).tolist()
     if not objects:
         raise ValueError("The first frames of the videos show no object.")
+    partial.remove()
     j, f = j / objects, f / objects
     return {"J&F mean": (j + f) / 2, "J mean": j, "F mean": f, "videos": len(videos), "objects": objects}
 
 
-def _kept(cfg: Config, look: Look, video: Video) -> list[tuple[float, float]]:
-    """J and F of each object of a video; read from `out` if it was judged before in the same way."""
-    if not cfg.out:
-        return _judged(cfg, look, video)
-    path = Path(cfg.out) / f"{video.name}.json"
-    who = identity({**asdict(cfg), "videos": cfg.test}, look.backbone)
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["identity"] == who:
-            return [(j, f) for j, f in kept["scores"]]
-    scores = _judged(cfg, look, video)
-    write_text(path, json.dumps({"identity": who, "scores": scores}))
-    return scores
+def _finished_videos(cfg: Config, backbone: Backbone) -> PartialResult:
+    settings = {key: value for key, value in asdict(cfg).items() if key != "out"}
+    depends_on = (settings, fingerprint(backbone, settings=True)) if cfg.out else None
+    return PartialResult(cfg.out or None, "video", depends_on, device_of(backbone))
 
 
-def _judged(cfg: Config, look: Look, video: Video) -> list[tuple[float, float]]:
+def _video_scores(cfg: Config, dense: DenseBackbone, video: Video) -> list[tuple[float, float]]:
+    """J and F of each object of a video."""
     first = torch.from_numpy(video.mask(0))
     objects = int(first.max())
     scores = torch.zeros(objects, 2, dtype=torch.float64)
     count = len(video) - 2
-    for index, given in enumerate(_handed_on(cfg, look, video, first, objects + 1), start=1):
+    for index, predicted in enumerate(_propagated(cfg, dense, video, first, objects + 1), start=1):
         if index > count:
             break
         truth = torch.from_numpy(video.mask(index))
         for number in range(objects):
-            a, b = given == number + 1, truth == number + 1
+            a, b = predicted == number + 1, truth == number + 1
             scores[number] += torch.tensor([region(a, b), contour(a, b)], dtype=torch.float64)
     return [(j, f) for j, f in (scores / count).tolist()]
 
 
-def _handed_on(cfg: Config, look: Look, video: Video, first: Tensor, labels: int) -> Iterator[Tensor]:
+def _propagated(
+    cfg: Config, dense: DenseBackbone, video: Video, first: Tensor, labels: int
+) -> Iterator[Tensor]:
     """The labels (H, W) of each frame after the first, one after the other."""
-    x, grid = _patches(cfg, look, video, 0)
+    x, grid = _patches(cfg, dense, video, 0)
     ids = F.interpolate(first[None, None].float(), grid, mode="nearest").long().flatten()
     shares = F.one_hot(ids, labels).float().to(x.device)  # (N, O)
     near = _neighbourhood(grid, cfg.radius, x.device)
     start = (x, shares)
-    past: deque[tuple[Tensor, Tensor]] = deque(maxlen=cfg.frames)
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=cfg.frames)
     for index in range(1, len(video)):
-        x, _ = _patches(cfg, look, video, index)
-        back = [start, *past]
-        shares = propagate(
-            x, torch.stack([f for f, _ in back]), torch.stack([s for _, s in back]), near, cfg.k, cfg.temp
-        )
-        past.append((x, shares))
-        yield _labelled(shares, grid, look.backbone.patch, first.shape)
+        x, _ = _patches(cfg, dense, video, index)
+        past = [start, *recent]
+        past_x, past_shares = torch.stack([f for f, _ in past]), torch.stack([s for _, s in past])
+        shares = propagate(x, past_x, past_shares, near, cfg.k, cfg.temp)
+        recent.append((x, shares))
+        yield _to_labels(shares, grid, dense.backbone.patch, first.shape)
 
 
 def propagate(x: Tensor, past: Tensor, shares: Tensor, near: Tensor | None, k: int, temp: float) -> Tensor:
-    """The labels that patches take from those of earlier frames.
+    """Labels of patches from those of earlier frames.
 
     Args:
         x: (N, D), on the unit sphere.
         past: (R, N, D), likewise.
         shares: (R, N, O): of each label in these patches.
-        near: (N, N) bool: which places a patch looks at; None: all.
-        k: how many of the R N patches, the most alike, it takes labels from.
+        near: (N, N) bool: whether a label may propagate from the second patch to the first; None: always.
+        k: patches, of the R N, the most similar ones, that labels come from.
         temp: each weighs exp(cosine / temp).
 
     Returns:
         (N, O).
     """
-    bank, known = past.flatten(0, 1), shares.flatten(0, 1)
-    done = []
+    keys, labels = past.flatten(0, 1), shares.flatten(0, 1)
+    result = []
     for start in range(0, len(x), BLOCK):
-        likeness = x[start : start + BLOCK] @ bank.T  # (block, R N)
+        cosines = x[start : start + BLOCK] @ keys.T  # (block, R N)
         if near is not None:
-            likeness.masked_fill_(~near[start : start + BLOCK].repeat(1, len(past)), float("-inf"))
-        values, places = likeness.topk(min(k, len(bank)), dim=1)
-        done.append(torch.einsum("nk,nko->no", (values / temp).softmax(dim=1), known[places]))
-    return torch.cat(done)
+            cosines.masked_fill_(~near[start : start + BLOCK].repeat(1, len(past)), float("-inf"))
+        values, indices = cosines.topk(min(k, len(keys)), dim=1)
+        weights = (values / temp).softmax(dim=1)
+        result.append(torch.einsum("nk,nko->no", weights, labels[indices]))
+    return torch.cat(result)
 
 
-def _patches(cfg: Config, look: Look, video: Video, index: int) -> tuple[Tensor, tuple[int, int]]:
+def _patches(cfg: Config, dense: DenseBackbone, video: Video, index: int) -> tuple[Tensor, tuple[int, int]]:
     """Features (N, D) on the unit sphere, and the grid."""
-    image = to_tensors(video.frame(index, look.backbone.channels), np.zeros((1, 1)))[0]
-    patch = look.backbone.patch
+    image = to_tensors(video.frame(index, dense.backbone.channels), np.zeros((1, 1)))[0]
+    patch = dense.backbone.patch
     step = MULTIPLE if MULTIPLE % patch == 0 and cfg.size % patch == 0 else patch
     short = min(image.shape[1:])
     height, width = (
@@ -169,12 +160,12 @@ def _patches(cfg: Config, look: Look, video: Video, index: int) -> tuple[Tensor,
         for side in image.shape[1:]
     )
     small = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-    maps = look(small)[0].patches
+    maps = dense(small)[0].patches
     return F.normalize(maps[0].flatten(1).T, dim=1), (maps.shape[2], maps.shape[3])
 
 
 def _neighbourhood(grid: tuple[int, int], radius: int, device: torch.device) -> Tensor | None:
-    """(N, N) bool: places no further apart than `radius` down and across."""
+    """(N, N) bool: patches no further apart than `radius` down and across."""
     if not radius:
         return None
     down, across = (
@@ -184,10 +175,10 @@ def _neighbourhood(grid: tuple[int, int], radius: int, device: torch.device) -> 
     return (down[:, None, :, None] & across[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def _labelled(shares: Tensor, grid: tuple[int, int], patch: int, size: tuple[int, ...]) -> Tensor:
+def _to_labels(shares: Tensor, grid: tuple[int, int], patch: int, size: tuple[int, ...]) -> Tensor:
     """Shares (N, O) of the patches as labels (H, W) of the frame's pixels, on the CPU.
 
-    Each label's map is brought to [0, 1] first, so that a small object is not lost against a large one.
+    Each label's map is scaled to [0, 1] first, so that a small object does not disappear beside a large one.
     """
     maps = shares.T.unflatten(1, grid)[None]
     maps = F.interpolate(maps, scale_factor=patch, mode="bilinear", align_corners=False)[0]

@@ -294,5 +294,5 @@ def test_one_that_cannot_judge_does_not_keep_the_others_from_it(recipe, tmp_path
     assert main(["eval", "all", *words, "grid.blocks=[2]"]) == 2
     said = capsys.readouterr()
     assert [json.loads(text)["eval"] for text in said.out.splitlines()] == ["knn", "retrieval"]
-    assert "grid: Pixels gives its last block only" in said.err
-    assert "1 of 3 evaluators could not judge: grid" in said.err
+    assert "grid: 2 blocks were asked for, but Pixels has none" in said.err
+    assert "1 of 3 evaluators failed: grid" in said.err

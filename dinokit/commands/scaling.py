@@ -1,10 +1,14 @@
 """dinokit scaling RECIPE [key=value ...]: how much faster several processes train on this machine than one.
 
-Trains the same steps in three ways, in turns, so that a busy machine disturbs all alike: by one process on
-one core; by --processes of them that work together, each on a core of its own; and by as many that know
-nothing of each other, each with its share of the batch: what this machine allows. Nothing stays on disk. The
-last line is JSON: images/s of each way, the median over the steps behind the first three; `ratio` and
-`ceiling`, how many times as fast as one process they are together and apart; `reached`, ratio over ceiling.
+Trains the same steps in three ways, in turns, so that other work on the machine slows all of them equally:
+
+- one process on one core;
+- --processes of them that work together, each on a core of its own;
+- as many independent processes, each with its share of the batch: the most that this machine allows.
+
+No files are left. The last line is JSON: images/s of each way (`one`, `several`, `apart`), the median over
+the steps after the first three; `ratio` and `ceiling`, how many times as fast as one process they are
+together and apart; `reached`, ratio over ceiling.
 
 dinokit scaling scenes_cpu --processes 2 optim.batch=32
 """
@@ -25,9 +29,9 @@ from dinokit.config.load import load_recipe
 from dinokit.train.parts import parts_of_step
 
 FLAGS = {
-    "--processes=": "how many, 2 if not given",
-    "--steps=": "of each training, 15 if not given",
-    "--rounds=": "trainings of each kind, 2 if not given",
+    "--processes=": "number of processes; default 2",
+    "--steps=": "steps of each training; default 15",
+    "--rounds=": "trainings of each kind; default 2",
 }
 WARM_UP = 3  # steps
 
@@ -35,7 +39,7 @@ WARM_UP = 3  # steps
 def run(command: Command) -> None:
     name = command.one_word("recipe", registry.recipe_names())
     world, steps, rounds = (
-        _whole(command.flags, flag, least)
+        _int_flag(command.flags, flag, least)
         for flag, least in (("--processes", 2), ("--steps", 5), ("--rounds", 1))
     )
     settings = [
@@ -46,31 +50,33 @@ def run(command: Command) -> None:
     parts_of_step(recipe, world)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < world:
-        raise ValueError(f"--processes={world}, but there are {len(cores)} cores here: each takes one.")
+        raise ValueError(
+            f"--processes={world}, but this machine has {len(cores)} cores: each process needs one."
+        )
     words, share = [name, *settings], f"optim.batch={recipe.optim.batch // world}"
-    found: dict[str, list[float]] = {"one": [], "apart": [], "several": []}
+    rates: dict[str, list[float]] = {"one": [], "apart": [], "several": []}
     for _ in range(rounds):
-        found["one"] += _train(words, cores[:1])
-        found["apart"] += _train([*words, share], cores[:world], apart=True)
-        found["several"] += _train(words, cores[:world])
-    one, apart, several = (statistics.median(rates) for rates in found.values())
+        rates["one"] += _train(words, cores[:1])
+        rates["apart"] += _train([*words, share], cores[:world], apart=True)
+        rates["several"] += _train(words, cores[:world])
+    one, apart, several = (statistics.median(values) for values in rates.values())
     ratio, ceiling, reached = several / one, apart / one, several / apart
-    for who, rate, more in (
+    for label, rate, comment in (
         ("1 process", one, ""),
         (f"{world} processes, apart", apart, f", {ceiling:.2f} times as many: the ceiling"),
         (f"{world} together", several, f", {ratio:.2f} times as many: {reached:.1%} of the ceiling"),
     ):
-        print(f"{who:<20} {rate:8.2f} images/s{more}")
-    rates = {"one": one, "apart": apart, "several": several}
-    shares = {"ratio": ratio, "ceiling": ceiling, "reached": reached}
-    print(json.dumps({"recipe": name, "processes": world, **rates, **shares}))
+        print(f"{label:<20} {rate:8.2f} images/s{comment}")
+    medians = {"one": one, "apart": apart, "several": several}
+    ratios = {"ratio": ratio, "ceiling": ceiling, "reached": reached}
+    print(json.dumps({"recipe": name, "processes": world, **medians, **ratios}))
 
 
 def describe(words: Sequence[str]) -> str:
     return f"recipes: {', '.join(registry.recipe_names())}"
 
 
-def _whole(flags: dict[str, str], flag: str, least: int) -> int:
+def _int_flag(flags: dict[str, str], flag: str, least: int) -> int:
     default = {"--processes": "2", "--steps": "15", "--rounds": "2"}[flag]
     text = flags.get(flag, default)
     if not text.isdigit() or int(text) < least:
@@ -79,15 +85,15 @@ def _whole(flags: dict[str, str], flag: str, least: int) -> int:
 
 
 def _train(words: Sequence[str], cores: Sequence[int], apart: bool = False) -> list[float]:
-    """Images a second of each step behind the warm-up, by a process a core, that work together or apart."""
-    launch: list[list[str]] = [[]] * len(cores) if apart else _together(len(cores))
+    """Train with a process on each core, together or apart; images/s of each step after the warm-up."""
+    variables: list[list[str]] = [[]] * len(cores) if apart else _torchrun_variables(len(cores))
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / (f"run{number}" if apart else "run") for number in range(len(cores))]
         processes = []
-        for core, said, out in zip(cores, launch, outs, strict=True):
+        for core, environment, out in zip(cores, variables, outs, strict=True):
             train = [sys.executable, "-m", "dinokit", "train", *words, f"run.out={out}"]
             process = subprocess.Popen(
-                ["env", "OMP_NUM_THREADS=1", *said, *train],
+                ["env", "OMP_NUM_THREADS=1", *environment, *train],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -100,8 +106,8 @@ def _train(words: Sequence[str], cores: Sequence[int], apart: bool = False) -> l
         return speeds(list(dict.fromkeys(outs)))
 
 
-def _together(world: int) -> list[list[str]]:
-    """For each process, the variables by which torchrun would make it one of several."""
+def _torchrun_variables(world: int) -> list[list[str]]:
+    """The environment that torchrun would give to each process."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -111,7 +117,7 @@ def _together(world: int) -> list[list[str]]:
 
 
 def speeds(runs: Sequence[Path]) -> list[float]:
-    """Images/s of each step behind the warm-up, added up over runs that went on side by side."""
+    """Images/s of each step after the warm-up, summed over runs that ran side by side."""
     texts = [(run / "metrics.jsonl").read_text(encoding="utf-8") for run in runs]
     each = [[json.loads(line)["images_per_second"] for line in text.splitlines()] for text in texts]
     return [sum(step) for step in zip(*each, strict=True)][WARM_UP:]

@@ -34,7 +34,7 @@ from dinokit.features.store import (
     shard_size,
 )
 from dinokit.features.store_writers import NpyShard, ParquetShard, prepare_folder, write_error
-from dinokit.features.tokens import device_of, frozen, normalised
+from dinokit.features.tokens import block_tokens, device_of, frozen, normalised
 from dinokit.models import Backbone, Tokens
 
 OnProgress = Callable[[int, Sequence[str]], None]  # number of new images, and what is wrong with some of them
@@ -298,7 +298,7 @@ def forward_blocks(backbone: Backbone, crops: list[Tensor], blocks: list[int]) -
         return []
     if blocks == [max(len(backbone.blocks) - 1, 0)]:
         return [[tokens] for tokens in backbone(crops, [None] * len(crops))]
-    return [backbone.layers(x, blocks) for x in crops]
+    return [block_tokens(backbone, x, blocks) for x in crops]
 
 
 def token_rows(token: str, layers: list[Tokens]) -> Tensor:

@@ -56,28 +56,35 @@ def normalised(backbone: Backbone, crops: Tensor) -> Tensor:
     return (x - mean) / std
 
 
-def last_layers(backbone: Backbone, crops: Tensor, count: int) -> list[Tokens]:
-    """Tokens after each of the last `count` blocks, in the order of depth, each after the final norm.
+def block_tokens(backbone: Backbone, crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
+    """Tokens after each of `blocks`, in the order of depth.
 
     Args:
         backbone: one without `layers` gives its last block only.
-        crops: (b, C, H, W), normalised.
-        count: 1 or more.
+        crops: (b, C, H, W), normalised, with sides that are multiples of the patch.
+        blocks: indices from 0; [-1] for a backbone without blocks: its output.
+        norm: after the final norm, or before it.
+
+    Raises:
+        ValueError: if the backbone does not give these.
+    """
+    if list(blocks) == last_blocks(backbone, 1) and norm:
+        return backbone([crops], [None])
+    if not backbone.has_layers:
+        raise ValueError(
+            f"{type(backbone).__name__} gives its last block only, after its final norm: give it a method "
+            f"`layers` (dinokit/models/__init__.py), or ask for the last block."
+        )
+    return backbone.layers(crops, blocks) if norm else backbone.layers(crops, blocks, norm=False)
+
+
+def last_layers(backbone: Backbone, crops: Tensor, count: int) -> list[Tokens]:
+    """Tokens after each of the last `count` blocks, as block_tokens() with last_blocks().
 
     Raises:
         ValueError: if the backbone does not give so many.
     """
-    depth = len(backbone.blocks)
-    if count == 1:
-        return backbone([crops], [None])
-    if not backbone.has_layers:
-        raise ValueError(
-            f"{type(backbone).__name__} gives its last block only, and {count} were asked for: give it a "
-            f"method `layers` (dinokit/models/__init__.py), or ask for one."
-        )
-    if count > depth:
-        raise ValueError(f"{count} blocks were asked for, but the backbone has {depth}.")
-    return backbone.layers(crops, range(depth - count, depth))
+    return block_tokens(backbone, crops, last_blocks(backbone, count))
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ def last_blocks(backbone: Backbone, count: int) -> list[int]:
     if count > depth:
         raise ValueError(
             f"{count} blocks were asked for, but {type(backbone).__name__} has {depth or 'none'}: "
-            f"ask for one."
+            f"ask for fewer."
         )
     return list(range(depth - count, depth))
 
@@ -187,7 +194,7 @@ def dense(
         x = padded(normalised(backbone, images), backbone.patch)
         grid = (x.shape[2] // backbone.patch, x.shape[3] // backbone.patch)
         with torch.autocast(x.device.type, precision, enabled=precision is not None):
-            tokens = _tokens(backbone, x, blocks, norm)
+            tokens = block_tokens(backbone, x, blocks, norm)
     if tokens[0].patches.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"{type(backbone).__name__} gives {tokens[0].patches.shape[1]} patch features for a grid of "
@@ -219,18 +226,6 @@ def patch_width(backbone: Backbone) -> int:
     blank = torch.zeros(1, backbone.channels, side, side, device=device_of(backbone))
     with frozen(backbone):
         return dense(backbone, blank, last_blocks(backbone, 1))[0].patches.shape[1]
-
-
-def _tokens(backbone: Backbone, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-    if list(blocks) == last_blocks(backbone, 1) and norm:
-        return backbone([x], [None])
-    if not backbone.has_layers:
-        what = "other blocks than its last" if norm else "features before its final norm"
-        raise ValueError(
-            f"{type(backbone).__name__} cannot give {what}: give it a method `layers` "
-            f"(dinokit/models/__init__.py), or ask for the last block alone, after the norm."
-        )
-    return backbone.layers(x, blocks) if norm else backbone.layers(x, blocks, norm=False)
 
 
 def _map(tokens: Tokens, grid: tuple[int, int]) -> Map:

@@ -138,7 +138,7 @@ def test_a_list_that_is_stopped_goes_on_behind_those_that_have_said_theirs(words
     first = capfd.readouterr().out
     assert main(command) == 0
     out, err = capfd.readouterr()
-    assert "dinokit: goes on after knn; to judge these anew, delete out/.list_" in err
+    assert "dinokit: resumes after knn; to evaluate these again, delete out/.list_" in err
     assert out.startswith(first)
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["eval"] for line in lines] == ["knn", "linear"]

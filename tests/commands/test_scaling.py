@@ -1,4 +1,4 @@
-"""dinokit scaling: what is trained, by how many, on which core; and what is made of the speeds."""
+"""dinokit scaling: which trainings it starts, on which cores, and how it sums their speeds."""
 
 import json
 import os
@@ -53,14 +53,14 @@ def test_one_process_then_two_apart_then_two_together_share_the_same_batch(tmp_p
         (2, first, 6 * 4), (2, second, 6 * 4),  # together
     ]  # fmt: skip
 
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["processes"] == 2
-    assert found["ratio"] == found["several"] / found["one"]
-    assert found["ceiling"] == found["apart"] / found["one"]
-    assert found["reached"] == found["several"] / found["apart"]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["processes"] == 2
+    assert result["ratio"] == result["several"] / result["one"]
+    assert result["ceiling"] == result["apart"] / result["one"]
+    assert result["reached"] == result["several"] / result["apart"]
 
 
-def test_speeds_of_runs_side_by_side_are_added_up_behind_the_warm_up(tmp_path):
+def test_speeds_of_runs_side_by_side_are_summed_after_the_warm_up(tmp_path):
     for name, rates in {"a": [1, 2, 3, 4, 5], "b": [10, 20, 30, 40, 60]}.items():
         (tmp_path / name).mkdir()
         lines = [json.dumps({"step": i + 1, "images_per_second": rate}) for i, rate in enumerate(rates)]
@@ -69,6 +69,6 @@ def test_speeds_of_runs_side_by_side_are_added_up_behind_the_warm_up(tmp_path):
     assert speeds([tmp_path / "a", tmp_path / "b"]) == [44, 65]
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_trained(capsys):
+def test_a_batch_that_cannot_be_divided_is_refused_before_training(capsys):
     assert main(["scaling", "scenes_cpu", "optim.batch=31", "--processes", "2"]) == 2
     assert "optim.batch=31 images cannot be shared out evenly over 2 processes" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dinokit.config.load import section_values
-from dinokit.eval._stream import Order, cached_batches
-from dinokit.eval._task import split
+from dinokit.eval._images import split_images
+from dinokit.eval._linear_grid import ImageOrder, cached_batches
 from dinokit.eval.linear import Config, evaluate
 
 SMALL = {"steps": 30, "step_batch": 16, "lr": [0.01, 0.1, 1.0], "workers": 0, "held_out": 0.2}
@@ -60,15 +60,15 @@ def test_the_best_heads_of_the_released_shapes_are_written_as_those_are(colours,
 
 
 def test_a_head_is_not_trained_on_what_it_is_chosen_by():
-    fit, held = split(50, 0.1, seed=3)
+    fit, held = split_images(50, 0.1, seed=3)
     assert sorted([*fit.tolist(), *held.tolist()]) == list(range(50))
     assert len(held) == 5
-    assert not torch.equal(held, split(50, 0.1, seed=4)[1])
+    assert not torch.equal(held, split_images(50, 0.1, seed=4)[1])
 
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 3), (10, 10), (3, 10)])
 def test_every_image_comes_once_a_pass_in_another_order_each_time(count, batch):
-    order = Order(count, batch, seed=0)
+    order = ImageOrder(count, batch, seed=0)
     seen = [(number, i) for step in range(60) for number, places in order(step) for i in places.tolist()]
     assert len(seen) == 60 * batch
     for number in range(60 * batch // count):
@@ -80,9 +80,9 @@ def test_every_image_comes_once_a_pass_in_another_order_each_time(count, batch):
 def test_cached_views_take_turns_pass_by_pass():
     views, y = [torch.full((6, 1), float(v)) for v in range(2)], torch.arange(6)
     rows = torch.tensor([0, 2, 4, 5])
-    shown = [x.flatten().tolist() for x, _ in cached_batches(views, y, rows, Order(4, 4, 0), 0, 4)]
+    shown = [x.flatten().tolist() for x, _ in cached_batches(views, y, rows, ImageOrder(4, 4, 0), 0, 4)]
     assert shown == [[0.0] * 4, [1.0] * 4, [0.0] * 4, [1.0] * 4]
-    _, labels = next(cached_batches(views, y, rows, Order(4, 4, 0), 0, 1))
+    _, labels = next(cached_batches(views, y, rows, ImageOrder(4, 4, 0), 0, 1))
     assert sorted(labels.tolist()) == rows.tolist()
 
 
@@ -116,7 +116,7 @@ def test_images_of_several_classes_are_judged_by_mean_average_precision(colours,
         assert "top1" not in scores
     del table["a/red/red3.png"]
     (tmp_path / "many.json").write_text(json.dumps(table))
-    with pytest.raises(ValueError, match=r"says nothing of .*red3.png"):
+    with pytest.raises(ValueError, match=r"has no entry for .*red3.png"):
         evaluate(config(**colours, labels=str(tmp_path / "many.json")), mean)
 
 
@@ -140,7 +140,7 @@ def test_another_test_set_is_judged_among_its_own_classes(colours, mean, tmp_pat
         (far / name).mkdir(parents=True)
         Image.new("RGB", (20, 20), (90, 100, 0) if name == "red" else (0, 0, 200)).save(far / name / "1.png")
     also = {"far": {"path": str(far)}}
-    with pytest.raises(ValueError, match=r"'blau' is no class .* Did you mean 'blue'\? Give maps.far"):
+    with pytest.raises(ValueError, match=r"'blau' is not a class .* Did you mean 'blue'\? Give maps.far"):
         evaluate(config(**colours, also=also), mean)
     (tmp_path / "map.json").write_text(json.dumps({"blau": "blue", "red": "red"}))
     scores = evaluate(config(**colours, also=also, maps={"far": str(tmp_path / "map.json")}), mean)
@@ -158,7 +158,7 @@ def test_another_test_set_is_judged_among_its_own_classes(colours, mean, tmp_pat
         ({"held_out": 0.0}, "held_out=0.0"),
         ({"lr": []}, "The grid is empty"),
         ({"steps": 0}, "steps=0"),
-        ({"blocks": [5]}, "5 blocks were asked for, but the backbone has 4"),
+        ({"blocks": [5]}, "5 blocks were asked for, but Mean has 4"),
         ({"lr": [1e39]}, "Every head of the grid diverged"),
     ],
 )
@@ -186,10 +186,8 @@ def test_broken_weights_are_told(colours, mean):
 
 def test_where_the_largest_rate_is_the_best_larger_ones_are_named(colours, mean, capsys):
     evaluate(config(**colours, steps=2, lr=[1e-7, 1e-6]), mean)
-    said = capsys.readouterr().err
-    assert (
-        "lr=1e-06. Short features, and few steps, want larger ones: try lr=[5e-07,1e-06,2e-06,5e-06," in said
-    )
+    log = capsys.readouterr().err
+    assert "lr=1e-06. Short features, and few steps, need larger ones: try lr=[5e-07,1e-06,2e-06," in log
 
 
 KILLED = """

@@ -13,8 +13,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from dinokit.config.load import section_values
-from dinokit.eval._revisited import Query, read_truth, scores_of
-from dinokit.eval.retrieval import Config, evaluate, labelled_scores, whitening
+from dinokit.eval._metrics import revisited_scores
+from dinokit.eval.retrieval import Config, evaluate, labelled_scores, read_truth, whitening
 
 
 def unit(n, width, seed=0):
@@ -28,7 +28,7 @@ def config(**values):
 def test_labelled_scores_are_their_definitions_query_by_query():
     x, y = unit(300, 4), torch.randint(40, (300,), generator=torch.Generator().manual_seed(1))
     y[0] = 99  # alone in its class: it looks for nothing, and nobody looks for it
-    scores = labelled_scores(x, y, x, y, [1, 5], itself=True)
+    scores = labelled_scores(x, y, x, y, [1, 5], exclude_self=True)
     whole, first, hits = [], [], {1: [], 5: []}
     for i in range(1, 300):
         others = [j for j in range(300) if j != i]
@@ -50,13 +50,14 @@ def test_labelled_scores_are_their_definitions_query_by_query():
 def test_queries_of_their_own_may_find_everything_and_distractors_only_stand_in_the_way():
     bank = torch.eye(3)
     query = F.normalize(torch.tensor([[1.0, 0.1, 0.0], [0.1, 0.0, 1.0]]), dim=1)
-    scores = labelled_scores(query, torch.tensor([0, 0]), bank, torch.tensor([0, 1, -1]), [1], itself=False)
+    classes, labels = torch.tensor([0, 0]), torch.tensor([0, 1, -1])
+    scores = labelled_scores(query, classes, bank, labels, [1], exclude_self=False)
     assert scores == {"recall@1": 0.5, "mAP": (1 + 1 / 2) / 2, "mAP@R": 0.5, "queries": 2}
 
 
 def test_nothing_to_find_is_told():
     with pytest.raises(ValueError, match="No query has another image"):
-        labelled_scores(unit(3, 2), torch.arange(3), unit(3, 2), torch.arange(3), [1], itself=True)
+        labelled_scores(unit(3, 2), torch.arange(3), unit(3, 2), torch.arange(3), [1], exclude_self=True)
 
 
 def test_whitened_features_vary_alike_along_every_axis():
@@ -77,8 +78,8 @@ def test_whitened_features_vary_alike_along_every_axis():
 
 def test_average_precision_of_the_revisited_kind_by_hand():
     # Ranked: hard, junk, easy, nothing, easy. Without hard and junk, easy ones stand at places 1 and 3.
-    query = Query("q", None, {"easy": [2, 4], "hard": [0], "junk": [1]})
-    done = scores_of(torch.tensor([[0, 1, 2, 3, 4]]), [query], [1, 2])
+    truth = {"easy": [2, 4], "hard": [0], "junk": [1]}
+    done = revisited_scores(torch.tensor([[0, 1, 2, 3, 4]]), [truth], [1, 2])
     assert done["mAP easy"] == pytest.approx(((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
     assert done["mAP hard"] == 1.0
     assert done["mAP medium"] == pytest.approx((1 + 1 + (2 / 3 + 3 / 4) / 2) / 3)
@@ -90,8 +91,8 @@ def test_average_precision_of_the_revisited_kind_by_hand():
 
 
 def test_a_protocol_without_a_truth_is_left_out():
-    query = Query("q", None, {"easy": [0], "hard": [], "junk": []})
-    assert "mAP hard" not in scores_of(torch.tensor([[0, 1]]), [query], [1])
+    truth = {"easy": [0], "hard": [], "junk": []}
+    assert "mAP hard" not in revisited_scores(torch.tensor([[0, 1]]), [truth], [1])
 
 
 class Evil:
@@ -143,7 +144,7 @@ def test_a_truth_file_may_be_json_and_its_images_must_be_there(places, mean, tmp
     path.write_text(json.dumps(table))
     assert read_truth(str(path))[1][0].truth == queries[0].truth
     path.write_text(json.dumps({**table, "imlist": ["green", "gone", "dark", "red"]}))
-    with pytest.raises(ValueError, match="names 1 images that are not there: 'gone'"):
+    with pytest.raises(ValueError, match="names 1 images that do not exist: 'gone'"):
         evaluate(config(**{**places, "truth": str(path)}), mean)
 
 

@@ -5,7 +5,7 @@ import torch
 from sklearn import metrics
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from dinokit.eval._scores import accepted_share, average_precision, class_scores, mean_average_precision
+from dinokit.eval._metrics import accepted_share, average_precision, class_scores, mean_average_precision
 
 
 def random(*shape, seed=0):

@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from dinokit.config import registry
-from dinokit.eval._bank import Bank, grid_to_image, neighbour_judge, patch_counts, regression_judge
-from dinokit.eval._outlines import contour, outline, region, thickened
+from dinokit.eval._metrics import contour, dilated, outline, region
+from dinokit.eval._patch_bank import (
+    PatchBank,
+    grid_to_image,
+    knn_classifier,
+    patch_counts,
+    regression_classifier,
+)
 from dinokit.eval.video import _neighbourhood, propagate
 from dinokit.features import dense, last_blocks, spread_blocks
 from dinokit.models.raw_patches import Config, RawPatches
@@ -54,7 +60,7 @@ def test_a_point_grows_to_a_disc():
     point = torch.zeros(11, 11, dtype=torch.bool)
     point[5, 5] = True
     want = [[(i - 5) ** 2 + (j - 5) ** 2 <= 9 for j in range(11)] for i in range(11)]
-    assert thickened(point, 3).tolist() == want
+    assert dilated(point, 3).tolist() == want
 
 
 def test_pixels_are_counted_by_patch():
@@ -71,8 +77,8 @@ def test_pixels_are_counted_by_patch():
 
 def test_neighbours_vote_by_the_share_of_their_pixels():
     torch.manual_seed(0)
-    x, bank = torch.randn(7, 5), Bank(torch.randn(40, 5), torch.rand(40, 3), torch.arange(40))
-    got = neighbour_judge(bank, 6, 0.1)(x)
+    x, bank = torch.randn(7, 5), PatchBank(torch.randn(40, 5), torch.rand(40, 3), torch.arange(40))
+    got = knn_classifier(bank, 6, 0.1)(x)
     cosine = F.normalize(x, dim=1) @ F.normalize(bank.x, dim=1).T
     for q in range(7):
         near = cosine[q].argsort(descending=True)[:6]
@@ -84,12 +90,12 @@ def test_regression_on_patches_equals_scikit_learn():
     torch.manual_seed(0)
     y = torch.randint(0, 3, (200,))
     x = torch.randn(200, 4) + torch.eye(4)[y]
-    bank = Bank(x, F.one_hot(y, 3).float(), torch.arange(200))
-    judge, c = regression_judge(bank, [0.5], 0.1)
+    bank = PatchBank(x, F.one_hot(y, 3).float(), torch.arange(200))
+    classify, c = regression_classifier(bank, [0.5], 0.1)
     z = ((x - x.mean(0)) / x.std(0)).numpy()
     other = LogisticRegression(C=0.5, tol=1e-8, max_iter=1000).fit(z, y.numpy())
     assert c == 0.5
-    assert judge(x).numpy() == pytest.approx(other.predict_proba(z), abs=2e-3)
+    assert classify(x).numpy() == pytest.approx(other.predict_proba(z), abs=2e-3)
 
 
 def test_a_patch_of_a_padded_image_lies_where_its_pixels_are():

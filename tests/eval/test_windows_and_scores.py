@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from dinokit.data.dense import IGNORE
-from dinokit.eval._confusion import Confusion
-from dinokit.eval._depth_scores import CROPS, errors, gradient, scale_invariant
-from dinokit.eval._windows import slide, windows
+from dinokit.eval._dense import slide, windows
+from dinokit.eval._metrics import DEPTH_CROPS, Confusion, depth_errors
+from dinokit.eval.depth import gradient_loss, scale_invariant_loss
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,7 +82,7 @@ def test_scores_equal_torchmetrics():
     assert scores["mean accuracy"] == pytest.approx(per_class[:5].mean().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(("truth", "message"), [(IGNORE, "all left out"), (1, "all of class 'b'")])
+@pytest.mark.parametrize(("truth", "message"), [(IGNORE, "all ignored"), (1, "all of class 'b'")])
 def test_nothing_to_tell_apart_is_said(truth, message):
     confusion = Confusion(2, torch.device("cpu"))
     confusion.add(torch.zeros(3, 3, dtype=torch.int64), torch.full((3, 3), truth))
@@ -94,7 +94,7 @@ def test_errors_of_a_depth_map_made_by_hand():
     truth = torch.tensor([[2.0, 4.0, 0.0], [8.0, 20.0, 1.0]])  # 0 has no reading, 20 lies beyond the range
     guess = torch.tensor([[2.2, 3.0, 5.0], [30.0, 1.0, 1.0]])  # 30 is cut down to 10
     pairs = [(2.2, 2.0), (3.0, 4.0), (10.0, 8.0), (1.0, 1.0)]
-    got = errors(guess, truth, 1e-3, 10.0)
+    got = depth_errors(guess, truth, 1e-3, 10.0)
     logs = [math.log(y / t) for y, t in pairs]
     want = {
         "a1": 2 / 4,  # 1.1 and 1; 4 / 3 is above, and 10 / 8 is 1.25 itself
@@ -112,23 +112,23 @@ def test_errors_of_a_depth_map_made_by_hand():
 
 def test_silog_forgives_one_factor_and_rmse_does_not():
     truth = torch.rand(5, 5) + 1
-    got = errors(truth * 1.5, truth, 1e-3, 10.0)
+    got = depth_errors(truth * 1.5, truth, 1e-3, 10.0)
     assert got["silog"] == pytest.approx(0, abs=1e-3)
     assert got["abs_rel"] == pytest.approx(0.5, rel=1e-5)
 
 
 def test_a_map_without_a_reading_has_no_errors():
-    assert errors(torch.ones(3, 3), torch.zeros(3, 3), 1e-3, 10.0) is None
+    assert depth_errors(torch.ones(3, 3), torch.zeros(3, 3), 1e-3, 10.0) is None
 
 
 def test_depth_is_judged_inside_the_published_windows():
-    assert CROPS["eigen"](480, 640) == (45, 471, 41, 601)
-    assert CROPS["garg"](352, 1216) == (143, 349, 43, 1172)
+    assert DEPTH_CROPS["eigen"](480, 640) == (45, 471, 41, 601)
+    assert DEPTH_CROPS["garg"](352, 1216) == (143, 349, 43, 1172)
     truth = torch.full((480, 640), 2.0)
     guess = torch.full((480, 640), 9.0)
     guess[45:471, 41:601] = 2.0
-    assert errors(guess, truth, 1e-3, 10.0, "eigen")["rmse"] == 0
-    assert errors(guess, truth, 1e-3, 10.0)["rmse"] > 1
+    assert depth_errors(guess, truth, 1e-3, 10.0, "eigen")["rmse"] == 0
+    assert depth_errors(guess, truth, 1e-3, 10.0)["rmse"] > 1
 
 
 def test_the_scale_invariant_loss_is_its_formula():
@@ -142,8 +142,8 @@ def test_the_scale_invariant_loss_is_its_formula():
             if b > 0
         ]
     )
-    late = scale_invariant(torch.from_numpy(guess), torch.from_numpy(truth), 100 / 38_400)
-    early = scale_invariant(torch.from_numpy(guess), torch.from_numpy(truth), 99 / 38_400)
+    late = scale_invariant_loss(torch.from_numpy(guess), torch.from_numpy(truth), 100 / 38_400)
+    early = scale_invariant_loss(torch.from_numpy(guess), torch.from_numpy(truth), 99 / 38_400)
     assert late.item() == pytest.approx(math.sqrt(g.var(ddof=1) + 0.15 * g.mean() ** 2))
     assert early.item() == pytest.approx(math.sqrt(0.15) * abs(g.mean()))
 
@@ -170,18 +170,18 @@ def test_the_gradient_loss_is_its_formula():
     rng = np.random.default_rng(0)
     truth, guess = rng.uniform(0.5, 5, (2, 1, 13, 15)), rng.uniform(0.5, 5, (2, 1, 13, 15))
     truth[rng.random(truth.shape) < 0.2] = 0
-    got = gradient(torch.from_numpy(guess), torch.from_numpy(truth)).item()
+    got = gradient_loss(torch.from_numpy(guess), torch.from_numpy(truth)).item()
     assert got == pytest.approx(gradient_by_hand(guess, truth))
 
 
 def test_the_reference_form_of_the_gradient_loss_sees_nothing_of_two_images():
     truth, guess = torch.rand(2, 1, 9, 9) + 1, torch.rand(2, 1, 9, 9) + 1
-    assert gradient(guess, truth, "reference") == 0
+    assert gradient_loss(guess, truth, "reference") == 0
     truth, guess = torch.rand(3, 1, 9, 9) + 1, torch.rand(3, 1, 9, 9) + 1
-    assert gradient(guess, truth, "reference") > 0
-    assert gradient(guess, truth) > 0
+    assert gradient_loss(guess, truth, "reference") > 0
+    assert gradient_loss(guess, truth) > 0
 
 
 def test_a_prediction_off_by_one_factor_has_no_gradient_error():
     truth = torch.rand(2, 1, 9, 9, dtype=torch.float64) + 1
-    assert gradient((truth + 1e-3) * 1.3 - 1e-3, truth).item() == pytest.approx(0, abs=1e-9)
+    assert gradient_loss((truth + 1e-3) * 1.3 - 1e-3, truth).item() == pytest.approx(0, abs=1e-9)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dinokit.config import registry
-from dinokit.eval._labelled import features_of
+from dinokit.eval._images import image_features
 from dinokit.eval.knn import Config
 from dinokit.features import Features, Pooling, cached, fingerprint, images_stamp, load_cached, spread
 from dinokit.features import cache as cache_module
@@ -58,7 +58,7 @@ class Watched(Backbone):
 def asked(tmp_path, net, source, reading=Pooling(), **values):  # noqa: B008
     watched = Watched(net)
     cfg = Config(cache=str(tmp_path / "cache"), workers=0, **values)
-    features = features_of(cfg, "train", watched, source, reading)
+    features = image_features(cfg, "train", watched, source, reading)
     return features, sum(watched.calls)
 
 
@@ -75,7 +75,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from dinokit.config import registry
-from dinokit.eval._labelled import features_of
+from dinokit.eval._images import image_features
 from dinokit.eval.knn import Config
 from dinokit.features import Pooling
 torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def count(*_):
 net.register_forward_pre_hook(count)
 source = registry.build("data.sources", {"name": "folder", "path": images, "labels": "folders"})
 cfg = Config(cache=cache, workers=0, batch=2, max_unreadable=1.0)
-features = features_of(cfg, "train", net, source, Pooling())
+features = image_features(cfg, "train", net, source, Pooling())
 torch.save({"x": features.x, "y": features.y, "lost": features.unreadable, "calls": calls}, cache + ".pt")
 """
 

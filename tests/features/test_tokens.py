@@ -45,7 +45,7 @@ def test_an_inner_block_is_the_output_of_a_shorter_backbone(backbone):
 
 def test_missing_blocks_are_refused(backbone):
     x = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(ValueError, match="the backbone has"):
+    with pytest.raises(ValueError, match="99 blocks were asked for, but"):
         last_layers(backbone, x, 99)
     with pytest.raises(ValueError, match="they are 0 to"):
         backbone.layers(x, [0, 99])
@@ -59,5 +59,5 @@ def test_a_backbone_without_layers_gives_its_last_block_only():
             return crops
 
     assert last_layers(Blind(), "x", 1) == ["x"]
-    with pytest.raises(ValueError, match="Blind gives its last block only, and 2"):
+    with pytest.raises(ValueError, match="Blind gives its last block only"):
         last_layers(Blind(), "x", 2)

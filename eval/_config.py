@@ -1,0 +1,77 @@
+"""Settings that evaluators share. Imports nothing heavy: settings are checked before torch is loaded."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from dinokit.config.registry import check_at_least, source_field
+
+# Settings that do not change what is trained, so a training that was stopped resumes under other values.
+NOT_TRAINED = ("cache", "out", "save_every", "workers", "test", "max_test", "max_unreadable")
+
+
+@dataclass
+class ImageConfig:
+    """Evaluators of whole images."""
+
+    test: dict[str, Any] | None = source_field("data.sources", "test")
+    max_test: int = 0  # images, drawn evenly from the set; 0: all
+    size: int = 0  # pixels; 0: the size that the backbone was trained on
+    resize: int = 0  # pixels of the shorter side before the centre crop; 0: 256 / 224 of `size`
+    batch: int = 256  # images, for the backbone
+    workers: int = -1  # loader processes; -1: one a core but one, 16 at most
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
+    max_unreadable: float = 0.01  # share of a set's images that may be unreadable: they are left out
+    cache: str | None = None  # folder for features, for the next evaluator; none: features are not saved
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_test=0, size=0, resize=0, batch=1, max_unreadable=0)
+
+
+@dataclass
+class ClassificationConfig(ImageConfig):
+    """Evaluators that classify images, and learn from labelled ones."""
+
+    train: dict[str, Any] | None = source_field("data.sources", "train")
+    max_train: int = 0  # images, drawn evenly from the set; 0: all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, max_train=0)
+
+
+@dataclass
+class DenseConfig:
+    """Evaluators of images with a map of classes or depths."""
+
+    train: dict[str, Any] | None = source_field("data.dense", "train")
+    test: dict[str, Any] | None = source_field("data.dense", "test")
+    max_train: int = 0  # images, drawn evenly from the set; 0: all
+    max_test: int = 0  # images, drawn evenly from the set; 0: all
+    resize: int = 0  # pixels of the shorter side, for training and test; 0: as stored
+    out: str = ""  # folder for the trained head, and for an unfinished training, which resumes
+    seed: int = 0
+    workers: int = -1  # loader processes; -1: one a core but one, 16 at most
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_train=0, max_test=0, resize=0, seed=0)
+
+
+def refuse_overlap(train: dict[str, Any] | None, test: dict[str, Any] | None) -> None:
+    """Refuse sections of one data set whose splits share images: a test image would find itself.
+
+    Raises:
+        ValueError: if they share images.
+    """
+    a, b = dict(train or {}), dict(test or {})
+    splits = a.pop("split", "all"), b.pop("split", "all")
+    if a and a == b and (splits[0] == splits[1] or "all" in splits):
+        raise ValueError(
+            f"`train` and `test` share images: they are the same data with train.split={splits[0]} and "
+            f"test.split={splits[1]}. Set train.split=train test.split=test, or give another test.path."
+        )
+
+
+def training_settings(cfg: Any) -> dict[str, Any]:
+    """The settings of an evaluator that decide what is trained."""
+    return {key: value for key, value in asdict(cfg).items() if key not in NOT_TRAINED}
