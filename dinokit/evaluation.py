@@ -10,7 +10,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dinokit.config import registry
-from dinokit.config.load import keys_without_effect, merged, read_data_section, read_mapping, section_values
+from dinokit.config.load import (
+    keys_without_effect,
+    merge_settings,
+    read_data_section,
+    read_mapping,
+    section_values,
+)
 
 if TYPE_CHECKING:
     from dinokit.models import Backbone
@@ -187,12 +193,12 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[EvalJob]:
             if changed is None:
                 continue
             section = {key: value for key, value in section.items() if key == "eval"}
-        own = merged(section, changed)
+        own = merge_settings(section, changed)
         name = str(own.pop("eval", label))
         config = registry.read_config("eval", name)
         known = {f.name for f in fields(config)}
         below, above = ({k: v for k, v in keys.items() if k in known} for keys in (everywhere, typed))
-        values = merged(merged(merged(below, section), above), changed)
+        values = merge_settings(merge_settings(merge_settings(below, section), above), changed)
         values.pop("eval", None)
         asked = changed.keys() if changed or above else section.keys()
         left_out = keys_without_effect(config, values, label).keys() - asked

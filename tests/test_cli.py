@@ -98,7 +98,7 @@ def test_help_is_given_at_once(words, answer):
         (
             ["eval", "segmentation", "weights=x", "method=majority", "k=7", "lr=0.1", "steps=3"],
             "dinokit: k: only with method=knn, and here method=majority; lr, steps: only with method=linear "
-            "or method=ms, and here method=majority. Leave out what nothing would read",
+            "or method=ms, and here method=majority. Remove the keys that have no effect",
         ),
         (["eval", "segmentation", "weights=x", "cache_gib=9"], "only without augment, and here augment=true"),
         (["eval", "depth", "weights=x", "head=f", "steps=3"], "steps: only without head, and here head=f."),
