@@ -126,7 +126,7 @@ def test_help_is_given_at_once(words, answer):
         (["submit", "status", "12"], "No job 12 was submitted from here"),
         (["submit", "logs"], "Nothing was submitted from here"),
         (["submit", "cancel"], "Which job?"),
-        (["submit", "profile=mine.yaml", "--", "train", "scenes_cpu"], "slurm/profiles there is: cpu, gpu."),
+        (["submit", "profile=mine.yaml", "--", "train", "scenes_cpu"], "slurm/profiles: cpu, gpu."),
         (
             ["submit", "profile=gpu", "masks=null", "--", "train", "scenes_cpu"],
             "The keys of a profile are: partition, account, qos, constraint, nodes, gpus, tasks, cpus, "

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dinokit.curate.settings import OLD_STAGES, STAGES
-from dinokit.runtime.files import PARTS, atomic, write_text
+from dinokit.runtime.files import TEMPORARY, atomic, write_text
 
 Log = Callable[[str], None]  # takes a line for the screen
 
@@ -115,7 +115,7 @@ class Stages:
             for folder in current.parent.glob(f"{each}.*"):
                 if folder != current:
                     shutil.rmtree(folder)
-        for temporary in current.rglob(PARTS):
+        for temporary in current.rglob(TEMPORARY):
             temporary.unlink(missing_ok=True)
 
 

@@ -21,7 +21,7 @@ from dinokit.config.load import Recipe, load_recipe, to_yaml
 from dinokit.models import Backbone
 from dinokit.runtime.device import pick_precision
 from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
-from dinokit.runtime.files import PARTS, atomic, remove, write_text
+from dinokit.runtime.files import TEMPORARY, atomic, remove, write_text
 from dinokit.runtime.run_lock import LOCK
 from dinokit.weights import save_backbone
 
@@ -52,13 +52,17 @@ def open_run(recipe: Recipe) -> Path:
                 f"run.out={out} holds a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
                 f"or give the old values to go on with that run."
             )
-    elif out.exists() and any(not path.match(PARTS) and path.name != LOCK for path in out.iterdir()):
+    elif out.exists() and any(not path.match(TEMPORARY) and path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"run.out={out} is not empty and holds no run. Choose another run.out.")
     gather_objects(None)  # all have looked before anything is written
     if rank() == 0:
         write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
         (out / "checkpoints").mkdir(exist_ok=True)
-        for part in (*out.glob(PARTS), *out.glob(f"checkpoints/{PARTS}"), *out.glob(f"teachers/{PARTS}")):
+        for part in (
+            *out.glob(TEMPORARY),
+            *out.glob(f"checkpoints/{TEMPORARY}"),
+            *out.glob(f"teachers/{TEMPORARY}"),
+        ):
             remove(part)  # left by a process that was killed while it wrote
         write_text(out / "env.json", json.dumps(environment(), indent=1))
     gather_objects(None)

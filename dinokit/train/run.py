@@ -134,7 +134,7 @@ class Run:
 
     def evaluate(self, done: int, always: bool = False) -> None:
         """Let every evaluator that is due, or every one, judge the teacher, unless it has, at this step."""
-        judged = broadcast(self.log.judged) if done == self.log.start else ()
+        judged = broadcast(self.log.evaluated) if done == self.log.start else ()
         due = [e for e in self.evaluators if (always or done % e.every == 0) and e.name not in judged]
         if not due:
             return

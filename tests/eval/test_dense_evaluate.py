@@ -201,7 +201,7 @@ def test_a_training_that_was_stopped_resumes_with_the_same_settings_and_weights_
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_to_the_same_head(blobs, tmp_path):
+def test_a_killed_training_resumes_to_the_same_head(blobs, tmp_path):
     def command(out):
         data = [
             f"{s}.{k}={v}"
@@ -252,7 +252,7 @@ def test_data_that_cannot_be_evaluated_are_refused(blobs):
         depth.evaluate(depth_config(blobs, method="mean"), Colours())
 
 
-def test_no_reading_at_all_is_said(blobs):
+def test_data_without_any_reading_are_refused(blobs):
     for path in (blobs / "depth").rglob("*.png"):
         Image.fromarray(np.zeros((32, 40), np.uint16)).save(path)
     with pytest.raises(ValueError, match="have no reading: check depth_scale"):
