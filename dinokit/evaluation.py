@@ -111,6 +111,7 @@ def load_evaluated(weights: str | None, section: Mapping[str, Any] | None, devic
     """
     import torch
 
+    from dinokit import models
     from dinokit.runtime.device import pick_device
     from dinokit.weights import load_backbone
 
@@ -124,8 +125,7 @@ def load_evaluated(weights: str | None, section: Mapping[str, Any] | None, devic
     rest = {key: value for key, value in section.items() if key != "name"}
     torch.manual_seed(0)
     checked = {"name": name, **section_values("models", name, rest, "backbone")}
-    backbone: Backbone = registry.build("models", checked)
-    return backbone.to(target).eval()
+    return models.build(checked).to(target).eval()
 
 
 def describe_evaluated(weights: str | None, backbone: "Backbone") -> dict[str, Any]:

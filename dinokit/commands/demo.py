@@ -43,7 +43,7 @@ def run(command: Command) -> None:
         raise ValueError("dinokit demo needs evals.knn.")
     from dinokit.runtime.signals import stop_signals
 
-    with stop_signals(between_items=True):  # around both: what came at the last step ends the judging
+    with stop_signals(between_items=True):  # around both: a signal at the last step also ends the evaluation
         _evaluate(recipe, pretrain(recipe))
 
 

@@ -11,9 +11,8 @@ from torch.compiler import config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dinokit.config.load import Run
-from dinokit.models import Backbone
+from dinokit.models import Backbone, fused
 from dinokit.models.attention import use_kernel
-from dinokit.models.block import Block
 from dinokit.runtime.device import DTYPES
 from dinokit.train.start import Model
 
@@ -38,10 +37,11 @@ def prepare(model: Model, run: Run, device: torch.device) -> None:
     # A frozen teacher is no part of the model.
     both = nn.ModuleList(x for x in (model, teacher) if isinstance(x, nn.Module))
     use_kernel(both, run.attention, device, DTYPES[run.precision] or torch.float32)
+    fused.install(both, read_rows=run.tokens == "read")
     for block in student.blocks:
         _checkpoint(block, run)
     if run.compiles("blocks"):
-        _compile([block for backbone in (student, teacher) for block in _steady(backbone, run)])
+        _compile([block for backbone in (student, teacher) for block in _steady(backbone)])
 
 
 def as_written(run: Run) -> AbstractContextManager[Any]:
@@ -56,8 +56,6 @@ def _checkpoint(block: nn.Module, run: Run) -> None:
     how: dict[str, Any] = {"use_reentrant": False}
     if run.checkpointing == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-        if isinstance(block, Block):
-            block.overwrite = False  # what a product gives is kept, and must stay as it is
     forward = block.forward
 
     def checkpointed(*given: Any, **named: Any) -> Any:  # a partial would hide the block from the compiler
@@ -67,10 +65,10 @@ def _checkpoint(block: nn.Module, run: Run) -> None:
     block.forward = checkpointed
 
 
-def _steady(backbone: Backbone, run: Run) -> list[nn.Module]:
+def _steady(backbone: Backbone) -> list[nn.Module]:
     """The blocks that see the same shapes in every step: the last one may give as many rows as are masked."""
     blocks = list(backbone.blocks)
-    return blocks[:-1] if run.tokens == "read" and hasattr(backbone, "read") else blocks
+    return blocks[:-1] if fused.reads_rows(backbone) else blocks
 
 
 def _compile(blocks: Sequence[nn.Module]) -> None:

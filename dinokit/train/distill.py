@@ -29,7 +29,7 @@ from dinokit.models import Tokens
 from dinokit.models.head import LazyLogits
 from dinokit.runtime.distributed import local
 from dinokit.train.frozen import read_teacher
-from dinokit.train.student_teacher import Network, both_scores, build_head, prototypes_of, read
+from dinokit.train.student_teacher import Network, both_scores, build_head, prototypes_of
 
 GUIDE = "guide_"  # before the names of the losses that fresh heads learn by
 
@@ -65,7 +65,6 @@ class Distillation(nn.Module):
         if self.teacher.heads is None:
             self.student.guide = Guide(self.teacher.backbone.width, recipe)
         self.whole_logits = recipe.run.logits == "whole"
-        self.all_tokens = recipe.run.tokens == "all"
         self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = build_losses(recipe.losses, prototypes_of(recipe))
         fresh = self.teacher.heads is None
@@ -93,7 +92,7 @@ class Distillation(nn.Module):
         teacher = scores(seen.cls, seen.patches.flatten(0, 1))
         images, patches = batch.images, seen.patches.shape[:2]
         every = torch.arange(patches.numel(), device=seen.cls.device)
-        student = read(self.student.backbone, groups, [None] * len(groups), every, self.all_tokens)
+        student = self.student.backbone.read(groups, [None] * len(groups), every)
         said = self.student.scores(torch.cat(student.cls), student.patches)
         views = Views(
             student_cls=said[0].by_crop(images),

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.nn.parallel import DistributedDataParallel
 
 from dinokit.config.load import Recipe
-from dinokit.models import Backbone
+from dinokit.models import Backbone, fused
 from dinokit.runtime.device import DTYPES
 from dinokit.runtime.distributed import full, launch, world_size
 from dinokit.train.activations import activations
@@ -104,7 +104,7 @@ def shard(model: Model, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         for part in network.children():
             # Tokens, positions, prototypes stay in float32: small, or of unit length, where bf16 is coarse.
             fully_shard(part, mesh=mesh, mp_policy=whole)
-        if hasattr(network.backbone, "read"):
+        if fused.reads_rows(network.backbone):
             register_fsdp_forward_method(network.get_submodule("backbone"), "read")
     fully_shard(model, mesh=mesh, mp_policy=whole)
 

@@ -5,16 +5,15 @@ K  prototypes      M  masked patches
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dinokit.config import registry
+from dinokit import models
 from dinokit.config.load import Head, Recipe
 from dinokit.data.batch import Batch
 from dinokit.losses import HeadName, Views, build_losses
-from dinokit.models import Backbone, Input
+from dinokit.models import Backbone, Input, TokenReads
 from dinokit.models.head import LazyLogits, PrototypeHead
 from dinokit.runtime.distributed import local
 
@@ -48,31 +47,6 @@ def both_scores(
     return LazyLogits(rows[0], both.prototypes), LazyLogits(rows[1], both.prototypes)
 
 
-class Read(NamedTuple):
-    """What the losses read of a backbone; everything after the final norm."""
-
-    cls: list[Tensor]  # (b, D) a group of crops
-    patches: Tensor  # (M, D) of the global crops
-
-
-def read(
-    backbone: Backbone, crops: list[Tensor], masks: list[Tensor | None], patches: Tensor, all_tokens: bool
-) -> Read:
-    """What losses read of groups of crops.
-
-    Args:
-        backbone: of the student or the teacher.
-        crops: as for the backbone; the first group are the global ones.
-        masks: as for the backbone.
-        patches: (M,), which of the global crops' patches (crops * N) are read.
-        all_tokens: compute the others too (`run.tokens=all`).
-    """
-    if hasattr(backbone, "read") and not all_tokens:
-        return Read(*backbone.read(crops, masks, patches))
-    tokens = backbone(crops, masks)
-    return Read([t.cls for t in tokens], tokens[0].patches.flatten(0, 1).index_select(0, patches))
-
-
 class StudentTeacher(nn.Module):
     """A student, a teacher that is its moving average, and the losses between them."""
 
@@ -81,7 +55,6 @@ class StudentTeacher(nn.Module):
         self.student = Network(recipe)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.whole_logits = recipe.run.logits == "whole"
-        self.all_tokens = recipe.run.tokens == "all"
         self.names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = build_losses(recipe.losses, prototypes_of(recipe))
 
@@ -108,7 +81,7 @@ class StudentTeacher(nn.Module):
             groups, masks = [*groups, batch.local_crops], [*masks, None]
         views = self._views(
             teacher=self._see(batch.global_crops, batch.masked),
-            student=read(self.student.backbone, groups, masks, batch.masked, self.all_tokens),
+            student=self.student.backbone.read(groups, masks, batch.masked),
             batch=batch,
             teacher_temp=teacher_temp,
         )
@@ -122,10 +95,10 @@ class StudentTeacher(nn.Module):
         torch._foreach_lerp_(teacher, student, 1 - momentum)  # cut up alike, if at all
 
     @torch.no_grad()
-    def _see(self, crops: Tensor, masked: Tensor) -> Read:
-        return read(self.teacher.backbone, [crops], [None], masked, self.all_tokens)
+    def _see(self, crops: Tensor, masked: Tensor) -> TokenReads:
+        return self.teacher.backbone.read([crops], [None], masked)
 
-    def _views(self, teacher: Read, student: Read, batch: Batch, teacher_temp: float) -> Views:
+    def _views(self, teacher: TokenReads, student: TokenReads, batch: Batch, teacher_temp: float) -> Views:
         images = batch.images
         with torch.no_grad():
             teacher_cls, teacher_patch = self.teacher.scores(teacher.cls[0], teacher.patches)
@@ -156,7 +129,7 @@ def build_backbone(recipe: Recipe) -> Backbone:
             token.
     """
     crops = recipe.crops
-    backbone: Backbone = registry.build("models", recipe.architecture)
+    backbone = models.build(recipe.architecture)
     if backbone.channels != len(crops.mean):
         raise ValueError(
             f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for "
