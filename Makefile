@@ -1,25 +1,30 @@
-# What a person types in a clone. Every target makes the environment it needs: .ci/env.py says where and how.
+# Targets for a clone. Each makes the environment that it needs with .ci/env.py.
 
 PYTHON ?= python3
 # How many test processes run at a time.
 JOBS ?= 2
 PY := .venv/bin/python
 
-.PHONY: help demo test lint python clean env
+.PHONY: help demo test lint types python clean env
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: env  ## Train a small ViT on built-in scenes, on this machine, and judge it (minutes)
+demo: env  ## Train a small ViT on built-in scenes, on this machine, and evaluate it (minutes)
 	$(PY) -m dinokit demo
 
 test: env  ## Every test that needs no GPU and under ten seconds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not slow and not slurm"
 
-lint: env  ## ruff and mypy
+lint: env types  ## ruff and mypy
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+types:  # For mypy, links that give the files the places that they have once installed: dinokit.eval is eval/
+	@rm -rf build/types && mkdir -p build/types/dinokit
+	@for path in $(CURDIR)/dinokit/[!_.]* $(CURDIR)/dinokit/__*.py $(addprefix $(CURDIR)/,eval slurm configs); do \
+	    ln -s "$$path" build/types/dinokit/; done
 
 python: env  ## The path of the interpreter that demo and test use (with make -s: nothing else)
 	@echo $(CURDIR)/$(PY)

@@ -1,8 +1,10 @@
-"""results.jsonl: what evaluators found, one JSON line each, and how it was found.
+"""Results of evaluators: results.jsonl, one JSON line an evaluation, and tables over runs and checkpoints.
 
 A line has `eval`, `weights`, then the scores by name, and `about`: fingerprint, recipe (that trained the
 weights), data (the evaluator's sources), settings, transform, seed, software, device, seconds, time. Lines
-are only ever added. Of lines about the same thing the last one counts.
+are only ever added; of lines of the same weights and settings the last one counts.
+
+metrics.jsonl of a training run has lines with `step`, and `EVALUATOR/SCORE` of evaluations at that step.
 """
 
 import json
@@ -17,13 +19,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-NAME = "results.jsonl"
+from dinokit.config.load import read_mapping
+
+NAME, METRICS = "results.jsonl", "metrics.jsonl"
 PACKAGES = ("dinokit", "torch", "torchvision", "numpy", "pillow")
-MACHINE = ("batch", "cache", "out", "save_every", "workers")  # settings that decide no score
-SET = ("channels", "target")  # keys of a source that the evaluator sets, whatever stands there
-KEPT = "eval", "weights", "about", "file"  # keys of a line that are no scores
+MACHINE = ("batch", "cache", "out", "save_every", "workers")  # settings that do not change a score
+SET = ("channels", "target")  # keys of a source that the evaluator sets, whatever their value
+NOT_SCORES = "eval", "weights", "about", "file"  # keys of a line
 LOWER = ("abs_rel", "sq_rel", "rmse", "log10", "log_10", "silog")  # scores of which less is better
-PLAIN = "queries", "blocks", "pool", "lr", "C", "held_out"  # what tells, but is no score
+PLAIN = "queries", "blocks", "pool", "lr", "C", "held_out"  # numbers that inform, but do not rank
 
 
 def record(
@@ -37,10 +41,10 @@ def record(
 
     Args:
         name: of the evaluator.
-        weights: what was judged.
+        weights: that were evaluated.
         scores: by name.
         settings: of the evaluator, its sources among them.
-        about: whatever else is known.
+        about: what else is known.
     """
     sources = {
         role: {key: value for key, value in section.items() if key not in SET}
@@ -89,10 +93,10 @@ def read(folders: Iterable[str | Path], needed: bool = True) -> tuple[list[dict[
     """All lines of the results in some folders and below them, oldest first.
 
     Returns:
-        The lines, each with `file`; and where there was one that is no result, for a person.
+        The lines, each with `file`; and the places of lines that are not results, as text.
 
     Raises:
-        LookupError: if there is no such folder, or, if they are `needed`, no result in any of them.
+        LookupError: if a folder does not exist, or if results are `needed` and there is none.
     """
     lines, broken = [], []
     for folder in map(Path, folders):
@@ -116,12 +120,12 @@ def _line(text: str) -> dict[str, Any] | None:
         line = json.loads(text)
     except ValueError:
         return None
-    whole = isinstance(line, dict) and {"eval", "weights", "about"} <= set(line)
-    return line if whole and isinstance(line["about"], dict) else None
+    complete = isinstance(line, dict) and {"eval", "weights", "about"} <= set(line)
+    return line if complete and isinstance(line["about"], dict) else None
 
 
 def _moment(line: Mapping[str, Any]) -> datetime:
-    """When it was found; without a word of that, before all others."""
+    """When it was evaluated; lines without a time come first."""
     try:
         moment = datetime.fromisoformat(str(line["about"].get("time", "")))
     except ValueError:
@@ -131,7 +135,7 @@ def _moment(line: Mapping[str, Any]) -> datetime:
 
 @dataclass
 class Table:
-    """What one evaluator found on one set of images."""
+    """Scores of one evaluator on one data set."""
 
     title: str
     columns: list[str]  # names of scores
@@ -151,50 +155,112 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 def _table(title: str, lines: Sequence[Mapping[str, Any]]) -> Table:
     newest = {(line["weights"], _fingerprint_of(line), _settings(line)): line for line in lines}
-    kept = list(newest.values())
-    columns = list(dict.fromkeys(key for line in kept for key in line if _is_score(key, line[key])))
-    settings = [dict(_settings(line)) for line in kept]
+    latest = list(newest.values())
+    columns = list(dict.fromkeys(key for line in latest for key in line if _is_score(key, line[key])))
+    settings = [dict(_settings(line)) for line in latest]
     keys = dict.fromkeys(key for row in settings for key in row)
     differ = [key for key in keys if len({row.get(key) for row in settings}) > 1]
     rows = [
         (
-            _weights_of(line, kept),
+            _weights_of(line, latest),
             " ".join(f"{key}={row[key]}" for key in differ if key in row),
-            [line.get(column) for column in columns],
+            {column: line[column] for column in columns if column in line},
         )
-        for line, row in zip(kept, settings, strict=True)
+        for line, row in zip(latest, settings, strict=True)
     ]
-    highest = [best(column, [line[column] for line in kept if column in line]) for column in columns]
-    rows.sort(key=lambda row: [rank(column, value) for column, value in zip(columns, row[2], strict=True)])
-    return Table(title, columns, rows, highest)
+    return _sorted_table(title, columns, rows, columns)
+
+
+def _sorted_table(
+    title: str, columns: list[str], rows: list[tuple[str, str, dict[str, float]]], order_by: list[str]
+) -> Table:
+    """Rows of weights, settings and scores, sorted by the columns `order_by`, best first."""
+    rows = sorted(rows, key=lambda row: [sort_key(column, row[2].get(column)) for column in order_by])
+    highest = [best(column, [row[2][column] for row in rows if column in row[2]]) for column in columns]
+    cells = [(weights, settings, [scores.get(c) for c in columns]) for weights, settings, scores in rows]
+    return Table(title, columns, cells, highest)
+
+
+def training_tables(folders: Iterable[str | Path]) -> list[Table]:
+    """Tables from metrics.jsonl, one for each evaluator and data set: the last and the best step of each run.
+
+    The best step is that of the first score. Truncated lines are skipped.
+    """
+    groups: dict[str, list[tuple[str, str, dict[str, float]]]] = {}
+    for folder in filter(Path.is_dir, map(Path, folders)):
+        for file in sorted(folder.rglob(METRICS)):
+            for name, records in _by_evaluator(file).items():
+                title = f"{name} on {_data_of_run(file.parent, name)}, while training"
+                groups.setdefault(title, []).extend(_rows(str(file.parent), records))
+    return [_training_table(title, rows) for title, rows in sorted(groups.items())]
+
+
+def _by_evaluator(file: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
+    """Steps and scores of each evaluator."""
+    result: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(text)
+        except ValueError:
+            continue
+        by_name: dict[str, dict[str, float]] = {}
+        for key, value in record.items():
+            name, slash, score = key.partition("/")
+            if slash and not score.startswith("images_") and isinstance(value, int | float):
+                by_name.setdefault(name, {})[score] = value
+        for name, scores in by_name.items():
+            result.setdefault(name, []).append((record["step"], scores))
+    return result
+
+
+def _rows(run: str, records: list[tuple[int, dict[str, float]]]) -> list[tuple[str, str, dict[str, float]]]:
+    first = next(iter(records[-1][1]))
+    shown = dict([min(records, key=lambda record: sort_key(first, record[1].get(first))), records[-1]])
+    return [(run, f"step={step}", scores) for step, scores in shown.items()]
+
+
+def _data_of_run(run: Path, name: str) -> str:
+    """The data of an evaluator inside a run: its own test images, or those of the run."""
+    if not (run / "recipe.yaml").is_file():
+        return "unknown data"
+    recipe: dict[str, Any] = read_mapping(run / "recipe.yaml")
+    section = ((recipe.get("evals") or {}).get(name) or {}).get("test") or recipe.get("data") or {}
+    return str(section.get("path") or section.get("name", "nothing"))
+
+
+def _training_table(title: str, rows: list[tuple[str, str, dict[str, float]]]) -> Table:
+    columns = list(dict.fromkeys(score for _, _, scores in rows for score in scores))
+    return _sorted_table(title, columns, rows, columns[:1])
 
 
 def lower_is_better(score: str) -> bool:
-    """Whether less of a score is better: an error, and not a share that is right."""
+    """Whether a lower score is better: an error, and not an accuracy."""
     return score.split(maxsplit=1)[0].removesuffix("_optimistic").startswith(LOWER)
 
 
 def best(column: str, values: Sequence[float]) -> float | None:
-    """The best value of a score; None of none."""
+    """The best value of a score; None if there are no values."""
     return (min if lower_is_better(column) else max)(values, default=None)
 
 
-def rank(column: str, value: float | None) -> float:
-    """What sorts values of a score: the best first, those that are not there last."""
+def sort_key(column: str, value: float | None) -> float:
+    """Sorts values of a score: the best first, missing ones last."""
     return math.inf if value is None else value if lower_is_better(column) else -value
 
 
 def _is_score(key: str, value: Any) -> bool:
-    return isinstance(value, int | float) and key not in (*KEPT, *PLAIN) and not key.startswith("images_")
+    return (
+        isinstance(value, int | float) and key not in (*NOT_SCORES, *PLAIN) and not key.startswith("images_")
+    )
 
 
 def _settings(line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """What tells rows of a table apart: the settings, and the sources key by key."""
+    """What distinguishes rows of a table: the settings, and the sources key by key."""
     about = line["about"]
-    done = dict(about.get("settings", {}))
+    settings = dict(about.get("settings", {}))
     for role, section in about.get("data", {}).items():
-        done |= {f"{role}.{key}": value for key, value in section.items() if key not in SET}
-    return tuple((key, str(value)) for key, value in sorted(done.items()))
+        settings |= {f"{role}.{key}": value for key, value in section.items() if key not in SET}
+    return tuple((key, str(value)) for key, value in sorted(settings.items()))
 
 
 def _data_of(line: Mapping[str, Any]) -> str:

@@ -98,7 +98,7 @@ def test_help_is_given_at_once(words, answer):
         (
             ["eval", "segmentation", "weights=x", "method=majority", "k=7", "lr=0.1", "steps=3"],
             "dinokit: k: only with method=knn, and here method=majority; lr, steps: only with method=linear "
-            "or method=ms, and here method=majority. Leave out what nothing would read",
+            "or method=ms, and here method=majority. Remove the keys that have no effect",
         ),
         (["eval", "segmentation", "weights=x", "cache_gib=9"], "only without augment, and here augment=true"),
         (["eval", "depth", "weights=x", "head=f", "steps=3"], "steps: only without head, and here head=f."),
@@ -126,7 +126,7 @@ def test_help_is_given_at_once(words, answer):
         (["submit", "status", "12"], "No job 12 was submitted from here"),
         (["submit", "logs"], "Nothing was submitted from here"),
         (["submit", "cancel"], "Which job?"),
-        (["submit", "profile=mine.yaml", "--", "train", "scenes_cpu"], "slurm/profiles there is: cpu, gpu."),
+        (["submit", "profile=mine.yaml", "--", "train", "scenes_cpu"], "slurm/profiles: cpu, gpu."),
         (
             ["submit", "profile=gpu", "masks=null", "--", "train", "scenes_cpu"],
             "The keys of a profile are: partition, account, qos, constraint, nodes, gpus, tasks, cpus, "

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "commands config",
     "bench": "config data features models runtime train",
-    "commands": "bench config curate data evaluation features hub models results results_training runtime "
+    "commands": "bench config curate data evaluation features hub models results runtime "
                 "slurm train weights",
     "config": "",
     "curate": "config data features models runtime weights",
@@ -31,8 +31,7 @@ MAY_IMPORT = {
     "hub": "heads models weights",
     "losses": "config models runtime",
     "models": "config",
-    "results": "",
-    "results_training": "config results",
+    "results": "config",
     "runtime": "config",
     "slurm": "config runtime",
     "train": "config data features losses models runtime weights",
@@ -132,7 +131,7 @@ def test_a_function_fits_on_a_page(file: str) -> None:
 
 
 # Base classes of the project; inheritance from others is refused.
-BASES = {"ImageConfig", "ClassificationConfig", "DenseConfig"}
+BASES = {"Backbone", "ImageConfig", "ClassificationConfig", "DenseConfig"}
 
 
 def test_only_base_classes_are_inherited_from() -> None:

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Config:
     width: int = 8
 
 
-class Conv(nn.Module):
+class Conv(Backbone):
     def __init__(self, cfg):
         super().__init__()
         self.width, self.patch, self.channels = cfg.width, 8, cfg.channels

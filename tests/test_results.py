@@ -35,7 +35,7 @@ def test_old_lines_call_the_fingerprint_weights_hash():
     assert [values for _, _, values in table.rows] == [[0.2]]
 
 
-def test_what_the_evaluator_sets_of_a_source_is_not_told_as_a_setting():
+def test_keys_of_a_source_that_the_evaluator_sets_are_not_settings():
     source = {"name": "parquet", "path": "a.parquet", "target": "mask", "channels": 3}
     done = results.record("depth", "w", {"rmse": 1.0}, {"test": source, "layers": 1}, {})
     assert done["about"]["data"] == {"test": {"name": "parquet", "path": "a.parquet"}}
@@ -76,7 +76,7 @@ def test_of_an_error_the_least_is_the_best():
     assert [row[0] for row in table.rows] == ["b", "a"]
 
 
-def test_a_line_of_before_that_told_more_of_its_sources_is_of_the_same_row():
+def test_an_old_line_with_more_source_keys_is_in_the_same_row():
     old = line(top1=0.4)
     old["about"]["data"]["test"] |= {"target": "mask", "channels": 3}
     assert len(results.tables([old, line(top1=0.5)])[0].rows) == 1
@@ -134,7 +134,7 @@ def test_counts_and_settings_that_came_out_are_no_columns():
     assert table.columns == ["top1", "mAP"]
 
 
-def test_a_folder_without_results_is_told(tmp_path, capsys):
+def test_a_folder_without_results_is_reported(tmp_path, capsys):
     assert main(["results", str(tmp_path)]) == 2
     assert "There is no results.jsonl in" in capsys.readouterr().err
     assert main(["results", str(tmp_path / "nowhere")]) == 2
@@ -269,7 +269,7 @@ def test_what_nothing_reads_of_a_list_is_refused(tmp_path):
     assert read_list(str(path), {"segmentation": {"method": "knn"}})[0].values["k"] == 7
 
 
-def test_a_whole_list_is_judged_printed_and_kept(recipe, tmp_path, capsys):
+def test_a_list_is_evaluated_printed_and_saved(recipe, tmp_path, capsys):
     words = [
         "backbone.name=pixels",
         f"recipe={recipe}",
@@ -279,20 +279,20 @@ def test_a_whole_list_is_judged_printed_and_kept(recipe, tmp_path, capsys):
     assert main(["eval", "all", *words]) == 0
     printed = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
     assert [each["eval"] for each in printed] == ["knn", "linear", "retrieval"]
-    kept, _ = results.read([tmp_path / "out"])
-    assert [{**each, "file": ""} for each in kept] == [{**each, "file": ""} for each in printed]
+    saved, _ = results.read([tmp_path / "out"])
+    assert [{**each, "file": ""} for each in saved] == [{**each, "file": ""} for each in printed]
     assert (
         len(list((tmp_path / "cache").iterdir())) == 2
     )  # the class tokens of train and of test, for all three
-    assert {each["weights"] for each in kept} == {"backbone.name=pixels"}
-    assert len({each["about"]["fingerprint"] for each in kept}) == 1
-    assert kept[0]["about"]["transform"]["size"] == 64
+    assert {each["weights"] for each in saved} == {"backbone.name=pixels"}
+    assert len({each["about"]["fingerprint"] for each in saved}) == 1
+    assert saved[0]["about"]["transform"]["size"] == 64
 
 
-def test_one_that_cannot_judge_does_not_keep_the_others_from_it(recipe, tmp_path, capsys):
+def test_a_failed_evaluator_does_not_stop_the_others(recipe, tmp_path, capsys):
     words = ["backbone.name=pixels", f"recipe={recipe}", f"out={tmp_path / 'out'}", "cache=null"]
     assert main(["eval", "all", *words, "grid.blocks=[2]"]) == 2
-    said = capsys.readouterr()
-    assert [json.loads(text)["eval"] for text in said.out.splitlines()] == ["knn", "retrieval"]
-    assert "grid: 2 blocks were asked for, but Pixels has none" in said.err
-    assert "1 of 3 evaluators could not judge: grid" in said.err
+    output = capsys.readouterr()
+    assert [json.loads(text)["eval"] for text in output.out.splitlines()] == ["knn", "retrieval"]
+    assert "grid: 2 blocks were asked for, but Pixels has none" in output.err
+    assert "1 of 3 evaluators failed: grid" in output.err

@@ -7,7 +7,8 @@ import torch
 
 from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
 from dinokit.config.load import Recipe
-from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, attend, why_not
+from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, why_not
+from dinokit.models.fused import attend
 from dinokit.runtime.device import DTYPES
 from dinokit.train.plan import tokens_per_crop
 from dinokit.train.student_teacher import build_backbone

@@ -22,6 +22,7 @@ from dinokit.config import registry
 from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.loader import training_loader
+from dinokit.models import fused
 from dinokit.models.attention import Attention
 from dinokit.runtime.device import keep_freed_memory, peak_memory
 from dinokit.train.step import Step
@@ -205,6 +206,7 @@ def model_flops(recipe: Recipe, batch: Batch) -> float:
     fakes, counters = map(import_module, ("torch._subclasses.fake_tensor", "torch.utils.flop_counter"))
     with torch.device("meta"):
         model = StudentTeacher(needed).train()
+    fused.install(model)
     with (
         fakes.FakeTensorMode(allow_non_fake_inputs=True) as fake,
         counters.FlopCounterMode(display=False) as counter,

@@ -20,8 +20,8 @@ from typing import Any
 
 from dinokit.commands import Command, parse_part
 from dinokit.config import registry
-from dinokit.config.load import merged, parse_overrides, read_mapping, section_values
-from dinokit.config.values import typed
+from dinokit.config.load import merge_settings, parse_overrides, read_mapping, section_values
+from dinokit.config.values import validated
 from dinokit.curate.settings import OLD_STAGES, SHARED, STAGES, Config, Seeds
 
 RESUMES = True
@@ -48,7 +48,7 @@ def check(command: Command) -> tuple[tuple[Config, Any, dict[str, Seeds]], str, 
     number, of = parse_part(str(changes.pop("part", "")))
     if of > 1 and until not in SHARED:
         raise ValueError(f"part={number}/{of} needs stage= with one of: {', '.join(SHARED)}.")
-    return read_settings(merged(read_mapping(path), changes)), until, (number, of)
+    return read_settings(merge_settings(read_mapping(path), changes)), until, (number, of)
 
 
 def describe(words: list[str]) -> str:
@@ -76,7 +76,7 @@ def read_settings(values: dict[str, Any]) -> tuple[Config, Any, dict[str, Seeds]
     for name, section in cfg.seeds.items():
         label = f"seeds.{name}"
         section = _not_empty(label, section)
-        rules[name] = Seeds(**typed(Seeds, _only(section, seed_keys), label))
+        rules[name] = Seeds(**validated(Seeds, _only(section, seed_keys), label))
         sections[label] = _source_section(label, _only(section, section.keys() - seed_keys))
     for name, section in cfg.against.items():
         sections[f"against.{name}"] = _source_section(f"against.{name}", section)
@@ -118,7 +118,9 @@ def _only(section: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
 
 
 def _stage(name: str) -> str:
-    name = OLD_STAGES.get(name, name)
+    if name in OLD_STAGES:
+        print(f"stage={name} is now called stage={OLD_STAGES[name]}.")
+        name = OLD_STAGES[name]
     if name not in STAGES:
         near = registry.suggest(name, [*STAGES])
         raise ValueError(f"stage={name}: there is no such stage.{near} Stages are: {', '.join(STAGES)}.")

@@ -2,14 +2,14 @@
 
 Without train.* and test.*, the data that the weights were trained on is used, if it has labels. A source
 given by its path alone is a folder with one sub-folder a class. backbone.name=NAME in place of weights=...
-judges a backbone as its own code makes it. device=cpu, cuda or auto says where. Started by torchrun or
-srun, the processes share the work, and the first one prints.
+evaluates a backbone with the weights that its own code gives it. device is cpu, cuda or auto. Processes that
+torchrun or srun started share the work, and the first one prints.
 
-Ctrl-C keeps the features and the training that there is, and the same command goes on.
+Ctrl-C saves the features and the training so far, and the same command resumes.
 
 Each result is also added to results.jsonl in the run's folder, or in out=FOLDER; dinokit results shows them.
-Features are kept in cache=FOLDER (or DINOKIT_CACHE, or ~/.cache/dinokit/features), so that the next evaluator
-of the same weights and images need not make them again; cache=null keeps none.
+Features are cached in cache=FOLDER (or DINOKIT_CACHE, or ~/.cache/dinokit/features), so that the next
+evaluator of the same weights and images does not compute them again; cache=null turns this off.
 
 dinokit eval knn weights=runs/photos train.path=LABELLED/train test.path=LABELLED/test
 dinokit eval knn backbone.name=pixels train.path=LABELLED/train test.path=LABELLED/test
@@ -29,70 +29,68 @@ from dinokit.commands import Command
 from dinokit.config import registry
 from dinokit.config.help import key_line, key_lines
 from dinokit.config.load import parse_overrides, section_values
-from dinokit.evaluation import Planned
+from dinokit.evaluation import EvalJob
 
 if TYPE_CHECKING:
     from dinokit.models import Backbone
 
 OWN = {  # keys of the command itself
-    "weights": "a file or a run: what is judged",
+    "weights": "a file or a run to evaluate",
     "backbone": "in place of weights: backbone.name=NAME, as its own code makes it, and what that takes",
     "device": "cpu, cuda or auto",
-    "out": "folder of results.jsonl, and of what an evaluator keeps; the run's, if not given",
+    "out": "folder for results.jsonl, heads and unfinished work; the run's, if not given",
 }
 MULTI_PROCESS = RESUMES = True
 PATIENCE = 60.0  # minutes that a process waits for the others
 
 
 def run(command: Command) -> None:
-    plan, recipe, own, keep = check(command)
-    weights, made, out = own["weights"], own["backbone"], own["out"]
+    jobs, recipe, own, cache = check(command)
+    weights, out = own["weights"], own["out"]
     device = "auto" if own["device"] is None else str(own["device"])
     data = None
-    if weights is not None and any(each.values[key] is None for each in plan for key in _sources(each)):
-        data = evaluation.trained_on(weights)
-    for each in plan:
-        each.values = evaluation.with_data(each.name, each.values, data)
+    if weights is not None and any(
+        job.values[key] is None for job in jobs for key in evaluation.source_fields(job.name)
+    ):
+        data = evaluation.training_data(weights)
+    for job in jobs:
+        job.values = evaluation.with_data(job.name, job.values, data)
     folder = Path(out) if out else _folder_of(weights)
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.launch import process_group
     from dinokit.runtime.signals import stop_signals
 
     with process_group(pick_device(device), PATIENCE), stop_signals(between_items=True):
-        _judge_all(plan, recipe, weights, made, device, folder, keep)
+        _evaluate_all(jobs, recipe, own, device, folder, cache)
 
 
-def check(command: Command) -> tuple[list[Planned], str, dict[str, Any], bool]:
-    """What is to be done, the recipe that says so, the command's own keys, and whether features are kept."""
+def check(command: Command) -> tuple[list[EvalJob], str, dict[str, Any], bool]:
+    """The jobs, the recipe that lists them, the command's own keys, and whether features are cached."""
     have = [*registry.names("eval"), "all"]
-    what = command.one_word("evaluator", have)
+    name = command.one_word("evaluator", have)
     values = parse_overrides(command.settings)
     own = {key: values.pop(key, None) for key in OWN}
-    if what != "all":
-        registry.read_config("eval", what)
+    if name != "all":
+        registry.read_config("eval", name)
     if (own["weights"] is None) == (own["backbone"] is None):
         near = (registry.suggest(key, ["weights", "backbone"]) for key in values)
         raise ValueError(
             "Give either weights=FILE_OR_RUN or backbone.name=NAME (as its own code makes it)."
             f"{next(filter(None, near), '')}"
         )
-    keep = "cache" not in values or values["cache"] is not None
-    return *_plan(what, values), own, keep
+    cache = "cache" not in values or values["cache"] is not None
+    return *_jobs(name, values), own, cache
 
 
-def _plan(what: str, values: dict[str, Any]) -> tuple[list[Planned], str]:
-    """What is to be done, and the recipe that says so."""
-    if what != "all":
-        return [Planned(what, what, section_values("eval", what, values, "", tuple(OWN)))], ""
+def _jobs(name: str, values: dict[str, Any]) -> tuple[list[EvalJob], str]:
+    """The jobs, and the recipe that lists them."""
+    if name != "all":
+        return [EvalJob(name, name, section_values("eval", name, values, "", tuple(OWN)))], ""
     recipe = values.pop("recipe", None)
     if recipe is None:
-        there = ", ".join(registry.recipe_names("eval"))
-        raise ValueError(f"recipe must be given, as in recipe=NAME_OR_FILE; there is: {there}.")
+        have = ", ".join(registry.recipe_names("eval"))
+        raise ValueError(f"recipe must be given, as in recipe=NAME_OR_FILE; there is: {have}.")
     return evaluation.read_list(str(recipe), values), str(recipe)
-
-
-def _sources(each: Planned) -> dict[str, str]:
-    return evaluation.source_fields(each.name)
 
 
 def _folder_of(weights: str | None) -> Path | None:
@@ -103,68 +101,80 @@ def _folder_of(weights: str | None) -> Path | None:
     return path if path.is_dir() else path.parent if path.is_file() else Path("runs") / path.name
 
 
-def _judge_all(
-    plan: Sequence[Planned],
+def _evaluate_all(
+    jobs: Sequence[EvalJob],
     recipe: str,
-    weights: str | None,
-    made: dict[str, Any] | None,
+    own: Mapping[str, Any],
     device: str,
     folder: Path | None,
-    keep: bool,
+    cache: bool,
 ) -> None:
-    backbone = evaluation.load_judged(weights, made, device)
-    about = {**evaluation.describe_judged(weights, backbone), "eval_recipe": recipe}
-    name = weights or f"backbone.name={(made or {})['name']}"
-    from dinokit.commands._eval_list import Said
+    """Run the jobs one after another and print their lines; a list that is stopped resumes after the last."""
+    weights, section = own["weights"], own["backbone"]
+    backbone = evaluation.load_evaluated(weights, section, device)
+    about = {**evaluation.describe_evaluated(weights, backbone), "eval_recipe": recipe}
+    name = weights or f"backbone.name={(section or {})['name']}"
+    from dinokit.features import device_of
     from dinokit.runtime.distributed import rank, world_size
+    from dinokit.runtime.log import info
+    from dinokit.runtime.partial import PartialResult
 
-    failed, said = [], Said(folder, plan, about["fingerprint"])
-    for each in plan:
+    settings = [(job.label, job.name, job.values) for job in jobs], about["fingerprint"]
+    progress = PartialResult(folder if len(jobs) > 1 else None, "list", settings, device_of(backbone))
+    lines: dict[str, dict[str, Any]] = progress.load() or {}
+    if lines:
+        info(f"resumes after {', '.join(lines)}; to evaluate these again, delete {progress.path}")
+    failed = []
+    for job in jobs:
         try:
-            if each.label not in said.lines:
-                said.add(each.label, judged(each, backbone, name, about, folder, keep))
+            if job.label not in lines:
+                lines[job.label] = evaluate_job(job, backbone, name, about, folder, cache)
+                progress.save(lines)
         except (ValueError, LookupError, OSError) as error:
-            if len(plan) == 1 or world_size() > 1:  # the others may not have failed, and would wait
+            if len(jobs) == 1 or world_size() > 1:  # the other processes may not have failed, and would wait
                 raise
-            failed.append(each.label)
-            print(f"dinokit: {each.label}: {error}", file=sys.stderr)
+            failed.append(job.label)
+            print(f"dinokit: {job.label}: {error}", file=sys.stderr)
             continue
         if rank() == 0:
-            print(json.dumps(said.lines[each.label]))
+            print(json.dumps(lines[job.label]))
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(plan)} evaluators could not judge: {', '.join(failed)}.")
-    said.finish()
+        raise RuntimeError(f"{len(failed)} of {len(jobs)} evaluators failed: {', '.join(failed)}.")
+    progress.remove()
 
 
-def judged(
-    each: Planned, backbone: "Backbone", name: str, about: Mapping[str, Any], folder: Path | None, keep: bool
+def evaluate_job(
+    job: EvalJob, backbone: "Backbone", name: str, about: Mapping[str, Any], folder: Path | None, cache: bool
 ) -> dict[str, Any]:
-    """Do one evaluation. Returns its line, which process 0 also adds to the results in `folder`.
+    """Run one evaluation. Returns its line, which process 0 also adds to the results in `folder`.
 
     Args:
-        each: what to do; its cache and its folder are filled in.
-        backbone: what is judged.
-        name: what the line calls it; of weights, their path.
-        about: what the line says besides.
-        folder: for results, heads and states to go on from; None keeps none.
-        keep: whether features are kept where the evaluator does not say.
+        job: its cache and output folder are filled in.
+        backbone: to evaluate.
+        name: of the backbone in the line; of weights, their path.
+        about: what else the line records.
+        folder: for results, heads and states of unfinished work; None saves nothing.
+        cache: whether features are cached where the settings do not say.
     """
     from dinokit.features import device_of
     from dinokit.runtime.device import pick_precision
     from dinokit.runtime.distributed import cache_folder, rank
 
-    known, begun = {f.name for f in fields(registry.read_config("eval", each.name))}, time.monotonic()
-    if "cache" in known and each.values["cache"] is None and keep:
-        each.values["cache"] = str(cache_folder())
-    if "out" in known and folder is not None:
-        # Many files may have their results in one folder, as a run's teachers do; heads are of one each.
+    keys, start = {f.name for f in fields(registry.read_config("eval", job.name))}, time.monotonic()
+    if "cache" in keys and job.values["cache"] is None and cache:
+        job.values["cache"] = str(cache_folder())
+    if "out" in keys and folder is not None:
+        # Many files may have their results in one folder, as a run's teachers do, but each has its own heads.
         file = f"{Path(name).stem}_" if Path(name).is_file() else ""
-        each.values["out"] = str(folder / f"{file}{each.label}")
-    scores = evaluation.run_evaluator(each.name, each.values, backbone)
-    seen = {"transform": evaluation.transform_of(each.values, backbone), "seconds": time.monotonic() - begun}
-    if "precision" in known:  # which one `auto` is depends on the machine
-        seen["precision"] = pick_precision(each.values["precision"], device_of(backbone))
-    line = results.record(each.name, name, scores, each.values, {**about, **seen})
+        job.values["out"] = str(folder / f"{file}{job.label}")
+    scores = evaluation.run_evaluator(job.name, job.values, backbone)
+    measured = {
+        "transform": evaluation.transform_of(job.values, backbone),
+        "seconds": time.monotonic() - start,
+    }
+    if "precision" in keys:  # which one `auto` is depends on the machine
+        measured["precision"] = pick_precision(job.values["precision"], device_of(backbone))
+    line = results.record(job.name, name, scores, job.values, {**about, **measured})
     if folder is not None and rank() == 0:
         results.append(folder, line)
     return line

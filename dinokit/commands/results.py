@@ -1,7 +1,7 @@
-"""dinokit results DIR...: what evaluators found, as tables over runs and checkpoints, best first.
+"""dinokit results DIR...: results of evaluators, as tables over runs and checkpoints, best first.
 
-Every results.jsonl in these folders and below is read; the best of each column is bold. So is every
-metrics.jsonl, for what the evaluators said while a run was trained: at its last step and at its best.
+Every results.jsonl in these folders and below is read; the best of each column is bold. Every
+metrics.jsonl is read too, for evaluations during training: at the last step of a run and at its best.
 
 dinokit results runs
 dinokit results runs/photos runs/try --json
@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dinokit import results, results_training
+from dinokit import results
 from dinokit.commands import Command
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ FLAGS = {"--json": "print each table as a JSON object on a line of its own"}
 
 def run(command: Command) -> None:
     if command.settings:
-        raise ValueError(f"dinokit results takes folders, and not '{command.settings[0]}'.")
+        raise ValueError(f"dinokit results takes folders, not '{command.settings[0]}'.")
     folders = command.words or ["runs"]
-    trained = results_training.tables(folders)
+    trained = results.training_tables(folders)
     lines, broken = results.read(folders, needed=not trained)
     for where in broken:
-        print(f"dinokit: passed over what is no result: {where}", file=sys.stderr)
+        print(f"dinokit: skipped, as it is not a result: {where}", file=sys.stderr)
     tables = results.tables(lines) + trained
     if "--json" in command.flags:
         for table in tables:
@@ -49,9 +49,9 @@ def _show(console: "Console", table: results.Table) -> None:
     from rich.table import Table
 
     shown = Table(title=table.title, title_justify="left")
-    told = any(settings for _, settings, _ in table.rows)
+    with_settings = any(settings for _, settings, _ in table.rows)
     shown.add_column("weights", overflow="fold", min_width=LEAST)
-    if told:
+    if with_settings:
         shown.add_column("settings", overflow="fold", min_width=LEAST)
     cells = [
         [_cell(v, best) for v, best in zip(values, table.best, strict=True)] for _, _, values in table.rows
@@ -62,7 +62,7 @@ def _show(console: "Console", table: results.Table) -> None:
             column, justify="right", overflow="fold", min_width=max(longest, min(len(column), 8))
         )
     for (weights, settings, _), scores in zip(table.rows, cells, strict=True):
-        shown.add_row(weights, *([settings] if told else []), *scores)
+        shown.add_row(weights, *([settings] if with_settings else []), *scores)
     wide = console.options.update(max_width=10_000)
     least = console.measure(shown, options=wide).minimum
     console.print(shown, width=max(console.width, least), crop=False)  # a score is never cut short

@@ -90,10 +90,10 @@ def _train(words: Sequence[str], cores: Sequence[int], apart: bool = False) -> l
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / (f"run{number}" if apart else "run") for number in range(len(cores))]
         processes = []
-        for core, own, out in zip(cores, variables, outs, strict=True):
+        for core, environment, out in zip(cores, variables, outs, strict=True):
             train = [sys.executable, "-m", "dinokit", "train", *words, f"run.out={out}"]
             process = subprocess.Popen(
-                ["env", "OMP_NUM_THREADS=1", *own, *train],
+                ["env", "OMP_NUM_THREADS=1", *environment, *train],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

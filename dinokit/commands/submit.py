@@ -174,10 +174,11 @@ def _logs(words: list[str]) -> None:
         raise LookupError(f"Nothing was submitted from here (there is no {record.JOBS}).")
     for each, jobs in record.find_jobs(words or [records[-1].number]):
         for job in jobs:
-            first, *others = log_files(job, Path(each.folder)) or [None]
-            if first is None:
+            paths = log_files(job, Path(each.folder))
+            if not paths:
                 print(f"job {job} is {job_states([job])[job]} and has written no log yet.")
                 continue
+            first, *others = paths
             print(f"== {first}\n{first.read_text(encoding='utf-8', errors='replace').rstrip()}")
             for path in others:  # process 0 logs the run; the other processes write only when they fail
                 text = path.read_text(encoding="utf-8", errors="replace")

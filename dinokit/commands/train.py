@@ -64,6 +64,6 @@ def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
         if "max_unreadable" in values:  # an evaluator allows what the run allows
             values["max_unreadable"] = max(values["max_unreadable"], recipe.run.max_unreadable)
         if recipe.backbone.get("weights"):
-            values = evaluation.with_start(name, values, f"{recipe.run.out}/start.safetensors")
+            values = evaluation.with_initial_weights(name, values, f"{recipe.run.out}/start.safetensors")
         evaluators.append(Evaluator(name, section["every"], partial(evaluation.run_evaluator, name, values)))
     return evaluators

@@ -1,4 +1,4 @@
-"""The keys of a file on a shelf with what they mean, for --help: its Config, and the comments beside it."""
+"""Lists the keys of a registry entry for --help: the fields of its Config with their comments."""
 
 import ast
 import json
@@ -12,22 +12,22 @@ from typing import Any, Literal, get_args, get_origin
 
 from dinokit.config import registry
 
-WIDTH, COLUMN = 110, 32  # characters of a line, and where the meaning begins
+WIDTH, COLUMN = 110, 32  # characters in a line; column of the meaning
 
 
-def key_lines(shelf: str, name: str, without: Collection[str] = ()) -> list[str]:
-    """A line, or a few, for each key of shelf/name but those in `without`; the file is read and not run.
+def key_lines(kind: str, name: str, without: Collection[str] = ()) -> list[str]:
+    """Lines for each key of an entry but those in `without`. The file is not imported.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config.
     """
-    said = comments(shelf, name)
-    known = [f for f in fields(registry.read_config(shelf, name)) if f.name not in without]
-    return [key_line(_default(f), _meaning(f, said[f.name])) for f in known]
+    texts = comments(kind, name)
+    known = [f for f in fields(registry.read_config(kind, name)) if f.name not in without]
+    return [key_line(_default(f), _meaning(f, texts[f.name])) for f in known]
 
 
 def key_line(key: str, meaning: str) -> str:
-    """`key = default`, and beside it, or below if that is long, what it means."""
+    """`key = default` and its meaning: beside it, or below it if the key is long."""
     left = f"    {key}"
     beside = len(left) < COLUMN - 1
     if not meaning:
@@ -36,10 +36,10 @@ def key_line(key: str, meaning: str) -> str:
     return f"{left}{text[len(left) :]}" if beside else f"{left}\n{text}"
 
 
-def comments(shelf: str, name: str) -> dict[str, str]:
+def comments(kind: str, name: str) -> dict[str, str]:
     """The comment of each field of a file's Config and its base classes: beside it, or on lines above it."""
     result: dict[str, str] = {}
-    for cls in reversed(registry.read_config(shelf, name).__mro__):
+    for cls in reversed(registry.read_config(kind, name).__mro__):
         if is_dataclass(cls):
             result |= _class_comments(Path(sys.modules[cls.__module__].__file__ or ""), cls.__name__)
     return result
@@ -71,13 +71,13 @@ def _default(item: "Field[Any]") -> str:
     return item.name if item.default is None else f"{item.name} = {json.dumps(item.default, default=list)}"
 
 
-def _meaning(item: "Field[Any]", said: str) -> str:
+def _meaning(item: "Field[Any]", comment: str) -> str:
     options = get_args(item.type) if get_origin(item.type) is Literal else ()
     if "registry" in item.metadata:
         have = ", ".join(registry.names(item.metadata["registry"]))
         inside = f"{item.name}.NAME" if "many" in item.metadata else item.name
-        options = (f"a section: {inside}.path=..., {inside}.name= one of {have}, and what that takes",)
-        return ". ".join(filter(None, [options[0], said]))
-    others = [registry.condition_text(*pair) for pair in item.metadata.get("only_if", {}).items()]
-    when = f"only {' and '.join(others)}" if others else ""
-    return "; ".join(filter(None, [", ".join(map(str, options)), said, when]))
+        options = (f"a section: {inside}.path=..., {inside}.name= one of {have}, and its keys",)
+        return ". ".join(filter(None, [options[0], comment]))
+    conditions = [registry.condition_text(*pair) for pair in item.metadata.get("only_if", {}).items()]
+    when = f"only {' and '.join(conditions)}" if conditions else ""
+    return "; ".join(filter(None, [", ".join(map(str, options)), comment, when]))

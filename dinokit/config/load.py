@@ -1,8 +1,8 @@
-"""From a YAML file to a Recipe; the one file where OmegaConf enters, and where it stops.
+"""Reads a recipe: a YAML file and `key=value` overrides become a checked Recipe.
 
 A recipe is a YAML file in configs/ or anywhere else, completed by `key=value` overrides and by the defaults
 in dinokit/config/recipe.py. Sections that name an entry of a registry (`backbone`, `losses`, `data`, `evals`)
-are checked against its Config. Nothing here imports torch, so a mistake is answered at once.
+are checked against its Config. Nothing here imports torch, so errors appear at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from dinokit.config.recipe import (
     Run,
     Teacher,
 )
-from dinokit.config.values import first_line, join, keys_without_effect, listed, typed
+from dinokit.config.values import first_line, join_key, key_list, keys_without_effect, validated
 
 __all__ = [
     "CropGroup",
@@ -41,7 +41,7 @@ __all__ = [
     "Teacher",
     "keys_without_effect",
     "load_recipe",
-    "merged",
+    "merge_settings",
     "parse_overrides",
     "read_data_section",
     "read_mapping",
@@ -49,42 +49,49 @@ __all__ = [
     "section_values",
     "to_yaml",
 ]  # fmt: skip
-BARE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
+DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
         "data.videos": {"name": "davis"}}  # fmt: skip
 
 
-Look = Callable[[str], Mapping[str, Any]]  # from the name of weights to the section `backbone` they are of
+# From weights (a file or run) to the section `backbone` of their model.
+ReadArchitecture = Callable[[str], Mapping[str, Any]]
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), look: Look | None = None) -> Recipe:
-    """Read a recipe, a path or a name in configs/, and apply `key=value` overrides.
+def load_recipe(
+    recipe: str | Path, overrides: Sequence[str] = (), read_architecture: ReadArchitecture | None = None
+) -> Recipe:
+    """Read a recipe and apply `key=value` overrides.
 
-    An override that changes the `name` of a section starts that section from the new file's defaults, null
-    takes a section out, and {} puts it back to its defaults. A
-    section `backbone` with `weights` and no `name` is what `look` says of these, but for its own keys. The
-    recipe.yaml of a run means that run, wherever its folder was moved.
+    An override that changes the `name` of a section starts that section from the defaults of the new entry;
+    null removes a section, and {} sets it to its defaults.
+
+    Args:
+        recipe: a path or a name in configs/. The recipe.yaml of a run sets run.out to the run's folder, also
+            if that was moved.
+        overrides: such as 'optim.lr=0.001'.
+        read_architecture: completes a section `backbone` that has `weights` and no `name`.
 
     Raises:
-        ValueError, LookupError: for an unknown recipe, key or name, a value that does not fit, a missing
-            value, or settings that contradict each other; each names the key and the way out.
+        ValueError, LookupError: for an unknown recipe, key or name, an invalid or missing value, or settings
+            that contradict each other; the error names the key and says how to correct it.
     """
     path = registry.find_recipe(recipe)
     values = read_mapping(path)
     values.setdefault("name", path.stem)
-    home, run = run_dir_of(path), values.get("run") or {}
-    if home is not None and "out" in run and Path(run["out"]).resolve() != home.resolve():
-        values["run"] = {**run, "out": str(home)}
+    run_dir, run = run_dir_of(path), values.get("run") or {}
+    if run_dir is not None and "out" in run and Path(run["out"]).resolve() != run_dir.resolve():
+        values["run"] = {**run, "out": str(run_dir)}
     _merge(values, parse_overrides(overrides), "")
-    return _complete(values, look)
+    return _complete(values, read_architecture)
 
 
 def run_dir_of(path: Path) -> Path | None:
-    """The folder of the run that keeps this file as its recipe, or nothing: the file is only a recipe."""
+    """The folder of the run whose recipe this file is; None for a file that belongs to no run."""
     return path.parent if path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir() else None
 
 
 def read_data_section(text: str) -> dict[str, Any]:
-    """The section `data` of a recipe that to_yaml() wrote; nothing else of it needs to be readable here.
+    """The section `data` of a recipe written by to_yaml(); its other sections are not checked.
 
     Raises:
         ValueError, LookupError: as load_recipe().
@@ -94,69 +101,76 @@ def read_data_section(text: str) -> dict[str, Any]:
     return _section("data.sources", values["data"], "data")
 
 
-def _complete(values: dict[str, Any], look: Look | None) -> Recipe:
+def _complete(values: dict[str, Any], read_architecture: ReadArchitecture | None) -> Recipe:
     values = {**values, **{key: values.get(key) or {} for key in ("backbone", "losses", "data", "evals")}}
-    done = Recipe(**typed(Recipe, values, ""))
-    done.backbone = _backbone(values["backbone"], look)
-    done.data = _section("data.sources", values.get("data"), "data")
-    done.losses = {
+    recipe = Recipe(**validated(Recipe, values, ""))
+    recipe.backbone = _backbone(values["backbone"], read_architecture)
+    recipe.data = _section("data.sources", values.get("data"), "data")
+    recipe.losses = {
         name: section_values("losses", name, section or {}, f"losses.{name}")
-        for name, section in done.losses.items()
+        for name, section in recipe.losses.items()
         if section is not None
     }
-    evals = {name: section for name, section in done.evals.items() if section is not None}
-    done.evals = {name: _eval_section(name, section or {}) for name, section in evals.items()}
-    inside = [value for section in done.evals.values() for value in section.values()]
+    evals = {name: section for name, section in recipe.evals.items() if section is not None}
+    recipe.evals = {name: _eval_section(name, section or {}) for name, section in evals.items()}
+    eval_values = [value for section in recipe.evals.values() for value in section.values()]
     given = (values.get("data") or {}).get("channels")
-    if given is not None and given != done.backbone.get("channels", given):
+    if given is not None and given != recipe.backbone.get("channels", given):
         raise ValueError(
-            f"data.channels={given}, but backbone.channels={done.backbone['channels']}: give only the latter."
+            f"data.channels={given}, but backbone.channels={recipe.backbone['channels']}: "
+            f"give only the latter."
         )
-    for source in (done.data, *(value for value in inside if isinstance(value, dict))):
-        if "channels" in source and "channels" in done.backbone:
-            source["channels"] = done.backbone["channels"]
-    done.run.out = done.run.out or f"runs/{done.name}"
-    check(done)
-    return done
+    for source in (recipe.data, *(value for value in eval_values if isinstance(value, dict))):
+        if "channels" in source and "channels" in recipe.backbone:
+            source["channels"] = recipe.backbone["channels"]
+    recipe.run.out = recipe.run.out or f"runs/{recipe.name}"
+    check(recipe)
+    return recipe
 
 
 def section_values(
-    shelf: str, name: str, values: Mapping[str, Any], where: str, besides: Sequence[str] = ()
+    kind: str, name: str, values: Mapping[str, Any], prefix: str, extra_keys: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """`values` of a section, checked against the Config of shelf/name and completed by its defaults.
+    """Check `values` of a section against the Config of a registry entry, and complete them by its defaults.
 
-    A field of that Config with metadata {"registry": ...} is itself a section, or none; with "many", a
-    section for each of the names in it. One with a "split" is a source of images with labels or
-    maps: without a name, one of folders.
+    A field of that Config with metadata {"registry": ...} is a section itself, or None; with "many", a
+    mapping of sections. With "split" it is a source of images, by default one of folders.
+
+    Args:
+        kind: the registry.
+        name: the entry.
+        values: of the section.
+        prefix: the key of the section, for errors.
+        extra_keys: further keys to list in the error for an unknown key.
 
     Raises:
-        ValueError, LookupError: as `load_recipe`, and for a value that nothing reads; `where` is put before
-            the key, and `besides` named as well where keys are listed.
+        ValueError, LookupError: as load_recipe(), and for a key that has no effect.
     """
-    cls = registry.read_config(shelf, name)
-    done = typed(cls, values, where, besides)
-    _refuse_unread(keys_without_effect(cls, values, where, besides), where)
+    cls = registry.read_config(kind, name)
+    result = validated(cls, values, prefix, extra_keys)
+    _refuse_without_effect(keys_without_effect(cls, values, prefix, extra_keys), prefix)
     for item in fields(cls):
-        if "registry" in item.metadata and done[item.name]:
-            key, many = join(where, item.name), "many" in item.metadata
-            sections = done[item.name] if many else {"": done[item.name]}
-            checked = {label: _source(item, each, join(key, label)) for label, each in sections.items()}
-            done[item.name] = checked if many else checked[""]
-    return done
+        if "registry" in item.metadata and result[item.name]:
+            key, many = join_key(prefix, item.name), "many" in item.metadata
+            sections = result[item.name] if many else {"": result[item.name]}
+            checked = {label: _source(item, each, join_key(key, label)) for label, each in sections.items()}
+            result[item.name] = checked if many else checked[""]
+    return result
 
 
-def _refuse_unread(why: Mapping[str, str], where: str) -> None:
-    if why:
-        reasons = dict.fromkeys(why.values())
-        keys = {reason: [join(where, key) for key in why if why[key] == reason] for reason in reasons}
-        said = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in keys.items())
-        raise ValueError(f"{said}. Leave out what nothing would read, or change what it is read with.")
+def _refuse_without_effect(reasons: Mapping[str, str], prefix: str) -> None:
+    if reasons:
+        keys: dict[str, list[str]] = {}
+        for key, reason in reasons.items():
+            keys.setdefault(reason, []).append(join_key(prefix, key))
+        listed = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in keys.items())
+        raise ValueError(f"{listed}. Remove the keys that have no effect, or change the settings they need.")
 
 
-def _source(item: "Field[Any]", section: Any, where: str) -> dict[str, Any]:
+def _source(item: "Field[Any]", section: Any, prefix: str) -> dict[str, Any]:
     if "split" in item.metadata and isinstance(section, Mapping) and "name" not in section:
-        section = {**BARE[item.metadata["registry"]], **section}
-    return _section(item.metadata["registry"], section, where)
+        section = {**DEFAULT_SOURCE[item.metadata["registry"]], **section}
+    return _section(item.metadata["registry"], section, prefix)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -169,18 +183,19 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in text:
             raise ValueError(f"'{text}' is not of the form key=value.")
     try:
-        done: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:  # the YAML reader's own errors have no common base that OmegaConf exports
-        asked = " ".join(overrides)
-        raise ValueError(f"These overrides cannot be read: {asked}: {first_line(error)}") from None
-    assert isinstance(done, dict)
-    return done
+        result: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except Exception as error:  # errors of the YAML reader have no common base class in OmegaConf
+        raise ValueError(
+            f"These overrides cannot be read: {' '.join(overrides)}: {first_line(error)}"
+        ) from None
+    assert isinstance(result, dict)
+    return result
 
 
 def to_yaml(recipe: Recipe, template: bool = False) -> str:
-    """The whole recipe, every default filled in; `load_recipe` reads it back.
+    """The whole recipe with every default; load_recipe() reads it.
 
-    A template leaves out the name, and the folder if it follows from it, so that a copy has its own.
+    A template has no name, and no run.out if that follows from the name, so that a copy gets its own.
     """
     values = asdict(recipe)
     if template and values["run"]["out"] == f"runs/{values.pop('name')}":
@@ -189,62 +204,71 @@ def to_yaml(recipe: Recipe, template: bool = False) -> str:
 
 
 def read_mapping(path: Path, what: str = "recipe", holds: type[Any] = Recipe) -> dict[str, Any]:
-    """What a YAML file holds; a ValueError if it cannot be read, or is no `what`, with keys as in `holds`."""
+    """Read a YAML file that must hold a mapping.
+
+    Args:
+        path: of the file.
+        what: the file is, for errors.
+        holds: a dataclass with its keys, for errors.
+
+    Raises:
+        ValueError: if the file cannot be read, or is no mapping.
+    """
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # as in parse_overrides
         raise ValueError(f"{path} is not a {what}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a {what}: it should hold keys such as {listed(holds)}.")
+        raise ValueError(f"{path} is not a {what}: it should hold keys such as {key_list(holds)}.")
     return values
 
 
-def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `changes`, section by section; one that changes a section's `name` takes its place."""
-    done = deepcopy(dict(values))
-    _merge(done, changes, "evals")
-    return done
+def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge `changes` into a copy of `values`; a section with another `name` replaces the old section."""
+    result = deepcopy(dict(values))
+    _merge(result, changes, "evals")
+    return result
 
 
-def _merge(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
+def _merge(values: dict[str, Any], changes: Mapping[str, Any], prefix: str) -> None:
     for key, change in changes.items():
         old = values.get(key)
         if not isinstance(change, Mapping) or not isinstance(old, dict) or not change:
             values[key] = change
             continue
-        renamed = (where == "" and key in ("backbone", "data")) or "." in join(where, key)
+        renamed = (prefix == "" and key in ("backbone", "data")) or "." in join_key(prefix, key)
         if renamed and change.get("name", old.get("name")) != old.get("name"):
             values[key] = dict(change)
         else:
-            _merge(old, change, join(where, key))
+            _merge(old, change, join_key(prefix, key))
 
 
-def _backbone(values: Any, look: Look | None) -> dict[str, Any]:
+def _backbone(values: Any, read_architecture: ReadArchitecture | None) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         return _section("models", values, "backbone")
     begin = {key: str(values[key]) for key in WEIGHT_KEYS if values.get(key)}
     rest = {key: value for key, value in values.items() if key not in WEIGHT_KEYS}
-    if look is not None and "weights" in begin and "name" not in rest:
-        rest = {**look(begin["weights"]), **rest}
+    if read_architecture is not None and "weights" in begin and "name" not in rest:
+        rest = {**read_architecture(begin["weights"]), **rest}
     return {**_section("models", rest, "backbone"), **begin}
 
 
-def _section(shelf: str, values: Any, where: str) -> dict[str, Any]:
+def _section(kind: str, values: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(values, Mapping) or not values.get("name"):
-        raise ValueError(f"{where}.name must be given; there is: {', '.join(registry.names(shelf))}.")
+        raise ValueError(f"{prefix}.name must be given; there is: {', '.join(registry.names(kind))}.")
     rest = {key: value for key, value in values.items() if key != "name"}
     name = str(values["name"])
     try:
-        return {"name": name, **section_values(shelf, name, rest, where)}
+        return {"name": name, **section_values(kind, name, rest, prefix)}
     except LookupError as error:
-        raise LookupError(f"{where}.name: {error}") from None
+        raise LookupError(f"{prefix}.name: {error}") from None
 
 
 def _eval_section(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    where = f"evals.{name}"
+    prefix = f"evals.{name}"
     if not isinstance(values, Mapping) or not isinstance(values.get("every"), int) or values["every"] < 1:
         raise ValueError(
-            f"{where}.every must be given: the number of steps between two evaluations, 1 or more."
+            f"{prefix}.every must be given: the number of steps between two evaluations, 1 or more."
         )
     rest = {key: value for key, value in values.items() if key != "every"}
-    return {"every": values["every"], **section_values("eval", name, rest, where)}
+    return {"every": values["every"], **section_values("eval", name, rest, prefix)}

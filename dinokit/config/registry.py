@@ -24,17 +24,17 @@ from typing import Any
 ENTRY = re.compile(r"^(build = |def (build|evaluate|run)\()", re.MULTILINE)
 
 
-def suggest(name: str, have: list[str], alike: float = 0.5) -> str:
-    """' Did you mean 'x'?' with the nearest of `have`, or nothing if none is so much alike, of 1."""
-    near = get_close_matches(name, have, n=1, cutoff=alike)
+def suggest(name: str, available: list[str], cutoff: float = 0.5) -> str:
+    """The sentence "Did you mean 'x'?", or an empty string if nothing in `available` is similar."""
+    near = get_close_matches(name, available, n=1, cutoff=cutoff)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def check_at_least(config: Any, **least: float) -> None:
-    """For __post_init__ of a Config: refuse a number, or one of several, that is too small.
+    """For __post_init__ of a Config: check that numbers, or all numbers in a list, are large enough.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: if one is too small; it names the key.
     """
     for key, low in least.items():
         value = getattr(config, key)
@@ -44,11 +44,11 @@ def check_at_least(config: Any, **least: float) -> None:
 
 
 def only_if(default: Any, **others: bool | tuple[str, ...]) -> Any:
-    """A field of a Config that is read only if other fields are so; given without, it is refused.
+    """A field of a Config that has an effect only with some values of other fields; else it is refused.
 
     Args:
         default: of the field.
-        others: by name the values of which one must be there, or whether anything must be.
+        others: by name of the other field: its allowed values, or whether it must be set.
     """
     return field(default=default, metadata={"only_if": others})
 
@@ -67,11 +67,11 @@ def source_field(kind: str, split: str, **more: bool) -> Any:
     return field(default=None, metadata={"registry": kind, "split": split, **more})
 
 
-def condition_text(other: str, wanted: bool | tuple[str, ...]) -> str:
-    """What only_if() was told of another field, in words: 'with method=knn', 'without head'."""
-    if isinstance(wanted, bool):
-        return f"{'with' if wanted else 'without'} {other}"
-    return f"with {' or '.join(f'{other}={word}' for word in wanted)}"
+def condition_text(other: str, condition: bool | tuple[str, ...]) -> str:
+    """A condition of only_if() as text: 'with method=knn', 'without head'."""
+    if isinstance(condition, bool):
+        return f"{'with' if condition else 'without'} {other}"
+    return f"with {' or '.join(f'{other}={value}' for value in condition)}"
 
 
 def names(kind: str) -> list[str]:
@@ -87,21 +87,21 @@ def find(kind: str, name: str) -> ModuleType:
     """The module behind a name: 'koleo' in the registry 'losses' is dinokit.losses.koleo.
 
     Raises:
-        LookupError: if there is no such file; it lists what there is.
+        LookupError: if there is none; it lists the entries.
     """
     locate(kind, name)
     return import_module(name if "." in name else f"dinokit.{kind}.{name}")
 
 
 def build(kind: str, section: Mapping[str, Any]) -> Any:
-    """Make what a recipe's section describes: its `name` picks the file, the rest is that file's Config."""
+    """Build the object of a recipe's section: `name` is the entry, the other keys are its Config."""
     values = dict(section)
     module = find(kind, values.pop("name"))
     return module.build(module.Config(**values))
 
 
 def recipe_names(kind: str = "") -> list[str]:
-    """The recipes in configs/, sorted: for training, or of the kind that names begin with: eval, curate."""
+    """The recipes in configs/, sorted: for training, or those that start with `kind`: eval, curate."""
     have = [
         p.name.removesuffix(".yaml") for p in files("dinokit.configs").iterdir() if p.name.endswith(".yaml")
     ]
@@ -119,7 +119,7 @@ def find_recipe(recipe: str | Path, kind: str = "") -> Path:
 
 
 def find_yaml(what: str, text: str, have: list[str], folder: Traversable) -> Path:
-    """The file of a `what`: one of the names in `have`, which lie in `folder`, or a path.
+    """The YAML file of a `what`, given as a path or as one of the names `have` in `folder`.
 
     Raises:
         LookupError: if there is none; it lists `have`.
@@ -130,8 +130,8 @@ def find_yaml(what: str, text: str, have: list[str], folder: Traversable) -> Pat
         return Path(text)
     if text.endswith((".yaml", ".yml")) or "/" in text:
         raise LookupError(
-            f"There is no {what} file '{text}' (looked from {Path.cwd()}). To copy one for a beginning, in "
-            f"{folder} there is: {', '.join(have)}."
+            f"There is no {what} file '{text}' (looked from {Path.cwd()}). You can copy one from "
+            f"{folder}: {', '.join(have)}."
         )
     raise LookupError(
         f"There is no {what} '{text}'.{suggest(text, have)} {what.capitalize()}s are: "
@@ -152,11 +152,11 @@ def read_config(kind: str, name: str) -> type[Any]:
     """
     path = locate(kind, name)
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    wanted = _named_by_config(tree)
+    used = _used_by_config(tree)
     tree.body = [
         node
         for node in tree.body
-        if _is_plain(node) and (not isinstance(node, ast.ClassDef) or node.name in wanted)
+        if _is_plain(node) and (not isinstance(node, ast.ClassDef) or node.name in used)
     ]
     module = ModuleType(f"dinokit.config.registry.{kind}.{name}")
     module.__file__ = str(path)
@@ -167,17 +167,17 @@ def read_config(kind: str, name: str) -> type[Any]:
     return module.Config
 
 
-def _named_by_config(tree: ast.Module) -> set[str]:
-    """Config and the classes of the same file that it is written in terms of."""
+def _used_by_config(tree: ast.Module) -> set[str]:
+    """Config and the classes of the same file that it uses."""
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    done: set[str] = set()
+    used: set[str] = set()
     todo = {"Config"} & set(classes)
     while todo:
         name = todo.pop()
-        done.add(name)
+        used.add(name)
         words = {node.id for node in ast.walk(classes[name]) if isinstance(node, ast.Name)}
-        todo |= (words & set(classes)) - done
-    return done
+        todo |= (words & set(classes)) - used
+    return used
 
 
 def _is_plain(node: ast.stmt) -> bool:
@@ -188,8 +188,8 @@ def _is_plain(node: ast.stmt) -> bool:
     if isinstance(node, ast.Import):
         return all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
     if isinstance(node, ast.ClassDef):
-        parts = [n for part in (*node.bases, *node.decorator_list) for n in ast.walk(part)]
-        words = {n.attr if isinstance(n, ast.Attribute) else getattr(n, "id", "") for n in parts}
+        nodes = [n for head in (*node.bases, *node.decorator_list) for n in ast.walk(head)]
+        words = {n.attr if isinstance(n, ast.Attribute) else getattr(n, "id", "") for n in nodes}
         return bool(words & {"dataclass", "Enum", "StrEnum"})
     if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
         try:
@@ -211,15 +211,13 @@ def locate(kind: str, name: str) -> Path:
     """The file behind a name.
 
     Raises:
-        LookupError: if there is none; it lists what there is.
+        LookupError: if there is none; it lists the entries.
     """
     if "." in name:
         try:
             spec = find_spec(name)
         except ModuleNotFoundError as error:
-            raise LookupError(
-                f"'{name}' (wanted for the registry '{kind}') cannot be imported: {error}."
-            ) from None
+            raise LookupError(f"'{name}' (for the registry '{kind}') cannot be imported: {error}.") from None
         if spec is not None and spec.origin and Path(spec.origin).is_file():
             return Path(spec.origin)
     else:

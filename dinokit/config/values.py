@@ -1,4 +1,4 @@
-"""Values against a dataclass: unknown keys, wrong types, missing values, in words that name the key."""
+"""Validates values against a dataclass: unknown keys, wrong types and missing values, named in the error."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,103 +12,108 @@ from omegaconf.errors import OmegaConfBaseException
 from dinokit.config import registry
 
 
-def typed(
-    cls: type[Any], values: Mapping[str, Any], where: str, besides: Sequence[str] = ()
+def validated(
+    cls: type[Any], values: Mapping[str, Any], prefix: str, extra_keys: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """`values` as the fields of `cls`, defaults filled in.
+    """All fields of the dataclass `cls`, from `values` and the defaults.
+
+    Args:
+        cls: the dataclass.
+        values: some of its fields, as read from YAML.
+        prefix: the key of the section that these values are from, for errors.
+        extra_keys: further keys to list in the error for an unknown key.
 
     Raises:
-        ValueError: naming the key, `where` put before it; for an unknown one, those that there are, with
-            `besides`, which others take.
+        ValueError: for an unknown key, a missing value or a wrong type; it names the key.
     """
-    _unknown_keys(cls, values, where, besides)
+    _unknown_keys(cls, values, prefix, extra_keys)
     try:
         given = OmegaConf.create(dict(values))
         merged = OmegaConf.merge(OmegaConf.structured(cls), given)
-        # Also what `given` says must be given, in whose place merge() puts a default.
-        absent = sorted({str(key) for some in (given, merged) for key in OmegaConf.missing_keys(some)})
+        # merge() replaces a missing value of `given` by the default, so both are searched.
+        absent = sorted({str(key) for config in (given, merged) for key in OmegaConf.missing_keys(config)})
         if absent:
-            keys = [join(where, key) for key in absent]
+            keys = [join_key(prefix, key) for key in absent]
             raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
-        done = OmegaConf.to_object(merged)
+        result = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key, near = _culprit(cls, values, where)
-        if "is not a TupleConfig" in str(error):  # OmegaConf speaks of its own classes
-            raise ValueError(
-                f"{key}: it is a list, in brackets also if it has one item: {key}=[...]."
-            ) from None
+        key, near = _find_invalid(cls, values, prefix)
+        if "is not a TupleConfig" in str(error):  # OmegaConf names its own class
+            raise ValueError(f"{key}: it is a list and needs brackets: {key}=[...].") from None
         raise ValueError(f"{key}: {first_line(error)}.{near}") from None
-    return {item.name: getattr(done, item.name) for item in fields(cls)}
+    return {item.name: getattr(result, item.name) for item in fields(cls)}
 
 
 def keys_without_effect(
-    cls: type[Any], values: Mapping[str, Any], where: str, besides: Sequence[str] = ()
+    cls: type[Any], values: Mapping[str, Any], prefix: str, extra_keys: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Those of `values` that nothing reads as the others are, each with why (registry.only_if).
+    """Keys of `values` that have no effect under the other settings, with the reason (registry.only_if).
 
-    A value that would be there anyway is none of them: a run writes every default into its recipe.
+    A key with its default value is not reported, because a run writes every default into its recipe.
 
     Raises:
-        ValueError: as typed().
+        ValueError: as validated().
     """
-    others = {f.name: f.metadata["only_if"] for f in fields(cls) if "only_if" in f.metadata}
-    done = typed(cls, values, where, besides)
-    usual = typed(cls, {key: value for key, value in values.items() if key not in others}, where, besides)
-    why = {}
-    for key in (key for key in values if key in others and done[key] != usual[key]):
-        for other, wanted in others[key].items():
-            there = done[other]
-            if not (bool(there) is wanted if isinstance(wanted, bool) else there in wanted):
-                shown = there if isinstance(there, str) else json.dumps(there, default=list)
-                here = (
-                    f"here {join(where, other)}={shown}"
-                    if there or there is False
-                    else f"{join(where, other)} is not given"
+    conditions = {f.name: f.metadata["only_if"] for f in fields(cls) if "only_if" in f.metadata}
+    actual = validated(cls, values, prefix, extra_keys)
+    default = validated(
+        cls, {key: value for key, value in values.items() if key not in conditions}, prefix, extra_keys
+    )
+    reasons = {}
+    for key in (key for key in values if key in conditions and actual[key] != default[key]):
+        for other, condition in conditions[key].items():
+            value = actual[other]
+            if not (bool(value) is condition if isinstance(condition, bool) else value in condition):
+                shown = value if isinstance(value, str) else json.dumps(value, default=list)
+                but = (
+                    f"here {join_key(prefix, other)}={shown}"
+                    if value or value is False
+                    else f"{join_key(prefix, other)} is not given"
                 )
-                why[key] = f"only {registry.condition_text(other, wanted)}, and {here}"
+                reasons[key] = f"only {registry.condition_text(other, condition)}, and {but}"
                 break
-    return why
+    return reasons
 
 
-def _culprit(cls: type[Any], values: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """The key whose value does not fit, as OmegaConf's error does not always name it; and what was meant."""
+def _find_invalid(cls: type[Any], values: Mapping[str, Any], prefix: str) -> tuple[str, str]:
+    """The key with the invalid value, which OmegaConf does not always name, and a suggestion."""
     for item in fields(cls):
         if item.name in values:
-            key, value = join(where, item.name), values[item.name]
+            key, value = join_key(prefix, item.name), values[item.name]
             try:
                 OmegaConf.merge(OmegaConf.structured(cls), {item.name: value})
             except OmegaConfBaseException:
                 inner = _dataclass_of(item)
                 if inner and isinstance(value, Mapping):
-                    return _culprit(inner, value, key)
+                    return _find_invalid(inner, value, key)
                 return key, registry.suggest(
-                    str(value), _words(item.type), alike=0.7
-                )  # short: val is not all
-    return where, ""
+                    str(value), _literals(item.type), cutoff=0.7
+                )  # of short words, few are similar by accident
+    return prefix, ""
 
 
-def _words(kind: object) -> list[str]:
-    """Those that a type lets pass."""
+def _literals(kind: object) -> list[str]:
+    """The strings that a Literal type allows, also inside a union or tuple."""
     parts = getattr(kind, "__args__", ())
-    return [word for part in parts for word in ([part] if isinstance(part, str) else _words(part))]
+    return [word for part in parts for word in ([part] if isinstance(part, str) else _literals(part))]
 
 
-def _unknown_keys(cls: type[Any], values: object, where: str, besides: Sequence[str] = ()) -> None:
+def _unknown_keys(cls: type[Any], values: object, prefix: str, extra_keys: Sequence[str] = ()) -> None:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}={values}: it is a section, which may hold: {listed(cls) or 'nothing'}.")
+        raise ValueError(f"{prefix}={values}: it is a section with the keys: {key_list(cls) or 'nothing'}.")
     known = {item.name: item for item in fields(cls)}
     for key, value in values.items():
         if key not in known:
-            inside = f" in '{where}'" if where else ""
-            near = registry.suggest(str(key), [*besides, *known])
-            have = ", ".join(filter(None, [*besides, listed(cls)]))
+            inside = f" in '{prefix}'" if prefix else ""
+            near = registry.suggest(str(key), [*extra_keys, *known])
+            have = ", ".join(filter(None, [*extra_keys, key_list(cls)]))
             raise ValueError(
-                f"{join(where, str(key))}: there is no key '{key}'{inside}.{near} "
+                f"{join_key(prefix, str(key))}: there is no key '{key}'{inside}.{near} "
                 f"There is: {have or 'nothing to set'}."
             )
         inner = _dataclass_of(known[key])
         if inner is not None and value is not None:
-            _unknown_keys(inner, value, join(where, key))
+            _unknown_keys(inner, value, join_key(prefix, key))
 
 
 def _dataclass_of(item: "Field[Any]") -> type[Any] | None:
@@ -116,8 +121,8 @@ def _dataclass_of(item: "Field[Any]") -> type[Any] | None:
     return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
 
 
-def listed(cls: type[Any]) -> str:
-    """The keys of a dataclass."""
+def key_list(cls: type[Any]) -> str:
+    """The keys of a dataclass, for messages."""
     return ", ".join(f"{f.name}{' (must be given)' if _required(f) else ''}" for f in fields(cls))
 
 
@@ -125,11 +130,11 @@ def _required(item: "Field[Any]") -> bool:
     return item.default == MISSING or (item.default is NO_DEFAULT and item.default_factory is NO_DEFAULT)
 
 
-def join(where: str, key: str) -> str:
-    """The key inside a section."""
-    return f"{where}.{key}" if where and key else where or key
+def join_key(prefix: str, key: str) -> str:
+    """'section.key'; only one of them if the other is empty."""
+    return f"{prefix}.{key}" if prefix and key else prefix or key
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says."""
+    """The first line of an error's message, without its full stop."""
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

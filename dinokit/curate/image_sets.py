@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from dinokit.config import registry
 from dinokit.curate.settings import Embed
 from dinokit.curate.stages import Share, save
-from dinokit.data.names import Names
+from dinokit.data.files import Names
 from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.features import Extraction, ExtractSpec, Subset, fingerprint, images_stamp, open_store
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision

@@ -244,8 +244,8 @@ def _train(vectors: Vectors, cfg: Index, seed: int) -> Any:
 
 
 def _write(index: Any, path: Path) -> None:
-    with atomic(path) as part:
-        import_faiss().write_index(index, str(part))
+    with atomic(path) as temporary:
+        import_faiss().write_index(index, str(temporary))
 
 
 def _gpu_count() -> int:

@@ -13,9 +13,8 @@ from dinokit.config import registry
 from dinokit.curate.image_sets import Vectors, thumbnail
 from dinokit.curate.index import Searcher
 from dinokit.curate.settings import Index
-from dinokit.data.names import Names
+from dinokit.data.files import ImageFiles, Names
 from dinokit.data.sources import ImageLike, ImageSource
-from dinokit.data.sources._files import ImageFiles
 from dinokit.features import ExtractSpec, extract_to, fingerprint, open_store
 from dinokit.models import Backbone
 

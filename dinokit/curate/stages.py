@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from dinokit.curate.settings import STAGES
-from dinokit.runtime.files import PARTS, atomic, write_text
+from dinokit.curate.settings import OLD_STAGES, STAGES
+from dinokit.runtime.files import TEMPORARY, atomic, write_text
 
 Log = Callable[[str], None]  # takes a line for the screen
 
@@ -111,10 +111,11 @@ class Stages:
 
     def _remove_old(self, name: str, current: Path) -> None:
         """Remove the stage's results of other settings, and temporary files of processes that were killed."""
-        for folder in current.parent.glob(f"{name}.*"):
-            if folder != current:
-                shutil.rmtree(folder)
-        for temporary in current.rglob(PARTS):
+        for each in (name, *(old for old, new in OLD_STAGES.items() if new == name)):
+            for folder in current.parent.glob(f"{each}.*"):
+                if folder != current:
+                    shutil.rmtree(folder)
+        for temporary in current.rglob(TEMPORARY):
             temporary.unlink(missing_ok=True)
 
 

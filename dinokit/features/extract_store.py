@@ -263,7 +263,7 @@ def select_blocks(layers: str | Sequence[int], backbone: Backbone) -> list[int]:
         blocks = sorted(set(layers))
     if blocks and not 0 <= blocks[0] <= blocks[-1] <= max(depth - 1, 0):
         raise ValueError(f"layers={layers}: the backbone has {depth} blocks, numbered from 0.")
-    if not blocks or (blocks != [max(depth - 1, 0)] and not hasattr(backbone, "layers")):
+    if not blocks or (blocks != [max(depth - 1, 0)] and not backbone.has_layers):
         raise ValueError(f"layers={layers}: {type(backbone).__name__} gives its last block only.")
     return blocks
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dinokit.features.store import RECORD, shard_path
-from dinokit.runtime.files import PARTS, atomic, write_text
+from dinokit.runtime.files import TEMPORARY, atomic, write_text
 
 UNCHECKED = ("weights", "data", "dinokit")  # keys of store.json that may change: paths and the version
 
@@ -38,7 +38,7 @@ def prepare_folder(out: Path, about: dict[str, Any], names: Iterable[str], clean
     saved = out / "store.json"
     # Check this first: another process that starts now writes store.json soon, before any shard.
     known = {"names.txt", saved.name}
-    foreign = out.exists() and any(not p.match(PARTS) and p.name not in known for p in out.iterdir())
+    foreign = out.exists() and any(not p.match(TEMPORARY) and p.name not in known for p in out.iterdir())
     if saved.exists():
         _compare(out, json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(about)))
     elif foreign:
@@ -53,7 +53,7 @@ def prepare_folder(out: Path, about: dict[str, Any], names: Iterable[str], clean
     if not saved.exists():
         write_text(saved, json.dumps(about, indent=1) + "\n")
     if clean:
-        for temporary in out.rglob(PARTS):
+        for temporary in out.rglob(TEMPORARY):
             temporary.unlink(missing_ok=True)
 
 

@@ -70,7 +70,7 @@ def block_tokens(backbone: Backbone, crops: Tensor, blocks: Sequence[int], norm:
     """
     if list(blocks) == last_blocks(backbone, 1) and norm:
         return backbone([crops], [None])
-    if not hasattr(backbone, "layers"):
+    if not backbone.has_layers:
         raise ValueError(
             f"{type(backbone).__name__} gives its last block only, after its final norm: give it a method "
             f"`layers` (dinokit/models/__init__.py), or ask for the last block."

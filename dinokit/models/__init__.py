@@ -1,21 +1,22 @@
-"""What turns an image into features. A shelf: a file here is a `backbone.name` in a recipe.
+"""The backbones, which turn an image into features. A registry: a file here is a `backbone.name` in a recipe.
 
 A file defines `Config`, a dataclass with at least `channels`, and
 
     build(cfg: Config) -> Backbone
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from dinokit.config import registry
 
 
 @dataclass
 class Tokens:
-    """What a backbone says of a batch of images; everything after the final norm."""
+    """The output of a backbone for a batch of images; everything after the final norm."""
 
     cls: Tensor  # (b, D)
     registers: Tensor  # (b, R, D); R may be 0
@@ -24,50 +25,81 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Input:
-    """What the weights were trained to see."""
+    """The images that the weights were trained on."""
 
     size: int  # pixels: the side of a global crop
-    mean: tuple[float, ...]  # one a channel, in [0, 1]
+    mean: tuple[float, ...]  # for each channel, in [0, 1]
     std: tuple[float, ...]
 
 
-class Backbone(Protocol):
-    """An nn.Module with these; they are all that training and evaluation know of a backbone.
+class TokenReads(NamedTuple):
+    """The tokens that the losses read; everything after the final norm."""
 
-    One that can be trained with masks has a parameter `mask_token` besides. One whose blocks can be looked
-    into has
+    cls: list[Tensor]  # (b, D) for each group of crops
+    patches: Tensor  # (M, D) of the first group
 
-        layers(crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]
 
-    which gives for crops (b, C, h, w) the Tokens after each of these blocks, numbered from 0, in the order of
-    depth, each after the final norm or, without `norm`, before it; it raises ValueError if there is no such
-    block. One that can spare what nobody reads has
+class Backbone(nn.Module):
+    """The base class of backbones. Training and evaluation use only what it defines.
 
-        read(crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor)
-            -> tuple[list[Tensor], Tensor]
-
-    which gives the class tokens (b, D) of each group, and of the first group the patches (M, D) whose places
-    in its flattened (b * N) are `patches` (M,), all as a call gives them.
+    A subclass sets the attributes and defines forward(). It registers its parameters in the order of depth:
+    tokens and embeddings, blocks, what follows. One that can be trained with masks has a parameter
+    `mask_token` besides.
     """
 
     width: int  # D
     patch: int  # pixels: every side of a crop is a multiple of it
     channels: int
-    blocks: nn.ModuleList  # in order of depth
+    blocks: nn.ModuleList  # in the order of depth
     input: Input  # set by whoever made the backbone for a purpose
 
-    def eval(self) -> Self:
-        """Turn to evaluation."""
-        ...
+    def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+        """One Tokens for each group of crops (b, C, h, w) with its mask (b, N), True is hidden, or None."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward(crops, masks).")
 
-    def to(self, device: torch.device) -> Self:
-        """Move to a device."""
-        ...
+    def read(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor) -> TokenReads:
+        """The tokens that losses read: all class tokens, and some patches of the first group.
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All of them, in the order of depth: tokens and embeddings, blocks, what follows."""
-        ...
+        Args:
+            crops: as for forward().
+            masks: as for forward().
+            patches: (M,), indices into the flattened patches (b * N) of the first group.
+        """
+        tokens = self(crops, masks)
+        return TokenReads([t.cls for t in tokens], tokens[0].patches.flatten(0, 1).index_select(0, patches))
 
-    def __call__(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
-        """One Tokens for each group of crops (b, C, h, w) with its mask (b, N), True is hidden, or none."""
-        ...
+    @property
+    def has_layers(self) -> bool:
+        """Whether layers() is defined."""
+        return type(self).layers is not Backbone.layers
+
+    def layers(self, crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
+        """Tokens of crops (b, C, h, w) after each of `blocks`, in the order of depth.
+
+        Args:
+            crops: one group.
+            blocks: their numbers, from 0.
+            norm: apply the final norm to each.
+
+        Raises:
+            ValueError: if there is no such block.
+        """
+        name = type(self).__name__
+        raise ValueError(f"{name} gives the tokens of its last block only: it defines no layers().")
+
+
+def build(section: Mapping[str, Any]) -> Backbone:
+    """The backbone that a recipe's section describes: `name` is its file, the rest is that file's Config.
+
+    Raises:
+        LookupError: if there is no such file.
+        TypeError: if the file builds something else.
+    """
+    backbone = registry.build("models", section)
+    if not isinstance(backbone, Backbone):
+        kind = type(backbone).__name__
+        raise TypeError(
+            f"backbone.name={section['name']} builds a {kind}, which is no Backbone. Let it inherit from "
+            f"the base class: `from dinokit.models import Backbone` and `class {kind}(Backbone):`."
+        )
+    return backbone

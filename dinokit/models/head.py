@@ -43,7 +43,7 @@ class Prototypes(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The vectors (count, width) in a dtype."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0).to(dtype)
+        return (F.normalize(self.weight_v, dim=1) * self.weight_g).to(dtype)
 
 
 class PrototypeHead(nn.Module):

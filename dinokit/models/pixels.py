@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Config:
     grid: int = 16  # pixels: the side to which an image is averaged
 
 
-class Pixels(nn.Module):
+class Pixels(Backbone):
     """Features are the pixels of the averaged image, centred at mid-grey; no patches, no blocks."""
 
     def __init__(self, cfg: Config) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Config:
     cell: int = 4  # pixels: the side to which a patch is averaged
 
 
-class RawPatches(nn.Module):
+class RawPatches(Backbone):
     """Features are averaged pixels, centred at mid-grey; the class token is their mean. No blocks."""
 
     def __init__(self, cfg: Config) -> None:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dinokit.config.registry import suggest
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Config:
     mask_token: bool = True
 
 
-class TimmViT(nn.Module):
+class TimmViT(Backbone):
     """A timm ViT, trained from scratch; its parameters are under `net`, the mask token beside it.
 
     Raises:
@@ -42,8 +42,8 @@ class TimmViT(nn.Module):
         self.net = net
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """In order of depth."""
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+        """In the order of depth."""
         return nn.ModuleList(self.net.blocks)
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
@@ -54,7 +54,7 @@ class TimmViT(nn.Module):
         """As Backbone."""
         depth, wanted = len(self.net.blocks), set(blocks)
         if not wanted <= set(range(depth)):
-            raise ValueError(f"Blocks {sorted(wanted)} are not all there: they are 0 to {depth - 1}.")
+            raise ValueError(f"Blocks {sorted(set(blocks))} do not all exist: they are 0 to {depth - 1}.")
         rows, done = self._embed(crops, None), []
         for i, block in enumerate(self.net.blocks[: max(wanted, default=-1) + 1]):
             rows = block(rows)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 from dinokit.models.attention import PackedBatch
 from dinokit.models.block import NORM_EPS, Block
 
@@ -73,7 +73,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """A ViT with a class token, optional registers, mask token and LayerScale."""
 
     def __init__(self, cfg: Config) -> None:
@@ -127,37 +127,22 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: if a side is no multiple of the patch, or a mask is given and there is no mask token.
         """
-        rows, segments = self._embed(crops, masks)
+        rows, batch = self.embed(crops, masks)
         for block in self.blocks:
-            rows = block(rows, segments)
-        return [self._tokens(x) for x in segments.split(self.norm(rows))]
-
-    def read(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """As Backbone."""
-        rows, segments = self._embed(crops, masks)
-        for block in self.blocks[:-1]:
-            rows = block(rows, segments)
-        tokens, first = segments.groups[0][1], 1 + self.registers
-        grid = tokens - first  # N
-        places = patches // grid * tokens + first + patches % grid
-        places = torch.cat([segments.starts(rows.device)[:-1].long(), places])
-        rows = self.norm(self.blocks[-1](rows, segments, places))
-        *cls, some = rows.split([*(images for images, _ in segments.groups), len(patches)])
-        return cls, some
+            rows = block(rows, batch)
+        return [self._tokens(x) for x in batch.split(self.norm(rows))]
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
         """What the official DINOv2 backbones return for x (b, C, h, w) and masks (b, N) bool or None."""
-        rows, segments = self._embed([x], [masks])
+        rows, batch = self.embed([x], [masks])
         for block in self.blocks:
-            rows = block(rows, segments)
-        tokens = self._tokens(segments.split(self.norm(rows))[0])
+            rows = block(rows, batch)
+        tokens = self._tokens(batch.split(self.norm(rows))[0])
         return {
             "x_norm_clstoken": tokens.cls,
             "x_norm_regtokens": tokens.registers,
             "x_norm_patchtokens": tokens.patches,
-            "x_prenorm": segments.split(rows)[0],
+            "x_prenorm": batch.split(rows)[0],
             "masks": masks,
         }
 
@@ -204,17 +189,18 @@ class VisionTransformer(nn.Module):
         """
         depth, wanted = len(self.blocks), set(blocks)
         if not wanted <= set(range(depth)):
-            raise ValueError(f"Blocks {sorted(wanted)} are not all there: they are 0 to {depth - 1}.")
-        rows, segments = self._embed([x], [None])
+            raise ValueError(f"Blocks {sorted(set(blocks))} do not all exist: they are 0 to {depth - 1}.")
+        rows, batch = self.embed([x], [None])
         for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            rows = block(rows, segments)
+            rows = block(rows, batch)
             if i in wanted:
-                yield segments.split(rows)[0]
+                yield batch.split(rows)[0]
 
-    def _embed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, PackedBatch]:
+    def embed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, PackedBatch]:
+        """The input of the first block: the rows (T, D) of all crops, with positions."""
         groups = [self._embed_group(x, mask) for x, mask in zip(crops, masks, strict=True)]
-        segments = PackedBatch(tuple((x.shape[0], x.shape[1]) for x in groups))
-        return torch.cat([x.flatten(0, 1) for x in groups]), segments
+        batch = PackedBatch(tuple((x.shape[0], x.shape[1]) for x in groups))
+        return torch.cat([x.flatten(0, 1) for x in groups]), batch
 
     def _embed_group(self, x: Tensor, mask: Tensor | None) -> Tensor:
         b, _, h, w = x.shape

@@ -1,1 +1,1 @@
-"""What every process needs: distributed, signals, files, log, device."""
+"""Runtime services: processes, stop signals, files, run lock, log, device, partial results."""

@@ -22,19 +22,19 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: if there is no such device here.
     """
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in have.items() if there))
-    if not have.get(name.split(":", maxsplit=1)[0], False):
-        there = ", ".join(kind for kind, is_there in have.items() if is_there)
-        raise ValueError(f"There is no device {name} here; there is: {there}. auto takes the first.")
+        return torch.device(next(kind for kind, usable in available.items() if usable))
+    if not available.get(name.split(":", maxsplit=1)[0], False):
+        listed = ", ".join(kind for kind, usable in available.items() if usable)
+        raise ValueError(f"There is no device {name} here; there is: {listed}. auto takes the first.")
     return torch.device(name)
 
 
 def pick_precision(name: Precision | Literal["auto"], device: torch.device) -> Precision:
     """The precision of `run.precision`; auto is bf16 where the device multiplies faster in it, else fp32.
 
-    On CUDA without bf16, auto is fp16. A CPU is tried, once a process.
+    On CUDA without bf16, auto is fp16. The speed of a CPU is measured once in a process.
     """
     if name != "auto":
         return name
@@ -47,8 +47,8 @@ def pick_precision(name: Precision | Literal["auto"], device: torch.device) -> P
 def _multiplies_faster(one: torch.dtype, other: torch.dtype) -> bool:
     """Whether a CPU core multiplies matrices faster in one dtype than in another.
 
-    Its instructions do not tell: with AVX-512-BF16 and no AMX, bf16 had twice the rate of fp32 on an AMD EPYC
-    and half of it on an Intel Xeon. Seconds are those of one thread, of which other programs take none.
+    Measured, because the instruction set does not decide it: with AVX-512-BF16 and without AMX, bf16 had
+    twice the rate of fp32 on an AMD EPYC and half of it on an Intel Xeon. The time is CPU time of one thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -61,9 +61,9 @@ def _multiplies_faster(one: torch.dtype, other: torch.dtype) -> bool:
 
 def _seconds_of_product(dtype: torch.dtype) -> float:
     x = torch.ones(384, 384, dtype=dtype)
-    begun = time.thread_time()
+    start = time.thread_time()
     torch.mm(x, x)
-    return time.thread_time() - begun
+    return time.thread_time() - start
 
 
 def keep_freed_memory(run: Run) -> None:
@@ -83,12 +83,12 @@ def keep_freed_memory(run: Run) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB that this process has held at most: on a GPU of CUDA, or in main memory."""
+    """Peak memory of this process in GiB: on a CUDA device, or main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:  # of Linux: the other count has what the process was before it ran this program
+    for line in lines:  # Linux; ru_maxrss would include the program before exec
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 2**20
     resource = import_module("resource")  # Windows has none
@@ -97,7 +97,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def memory_share(device: torch.device) -> float:
-    """peak_memory() over what the GPU has; 0 where there is none."""
+    """peak_memory() as a share of the GPU's memory; 0 without a GPU."""
     if device.type != "cuda":
         return 0.0
     return peak_memory(device) * 2**30 / torch.cuda.get_device_properties(device).total_memory

@@ -1,4 +1,4 @@
-"""The processes that train together: who they are, and what is summed over them. Alone, every sum is itself.
+"""Processes that work together: rank, number, and collectives, which do nothing in a single process.
 
 The only file that reads environment variables: those of torchrun and of SLURM.
 """
@@ -19,7 +19,7 @@ FIRST_PORT, PORTS = 12_000, 18_000  # below the ports that Linux gives to outgoi
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that were started together."""
+    """Place of this process among those that a launcher started together."""
 
     rank: int = 0
     world: int = 1
@@ -27,19 +27,19 @@ class Launch:
     local_world: int = 1
     address: str = "localhost"  # of the node with rank 0
     port: int = 0
-    by: str = "alone"  # who started them: torchrun, SLURM or nobody
+    by: str = "alone"  # launcher: torchrun, SLURM or alone
 
     @property
     def nodes(self) -> int:
-        """How many nodes there are, if each holds equally many processes; else 1."""
+        """The number of nodes if all have equally many processes, else 1."""
         return 1 if self.world % self.local_world else self.world // self.local_world
 
 
 def launch() -> Launch:
-    """What torchrun, srun or nobody says. A batch script's own process, outside of srun, is alone.
+    """Read the launcher's environment variables. A batch script's own process, outside srun, is alone.
 
     Raises:
-        ValueError: if it is said by halves.
+        ValueError: if some of torchrun's variables are missing.
     """
     env = os.environ
     if "RANK" in env:
@@ -67,27 +67,27 @@ def launch() -> Launch:
 
 
 def slurm_job_id() -> str:
-    """SLURM's number of the job that this process belongs to; empty outside of one."""
+    """The id of this process's SLURM job; empty outside of a job."""
     return os.environ.get("SLURM_JOB_ID", "")
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's list: 'gpu[03-05,9],cpu1' is gpu03."""
+    """The first host of a SLURM node list: gpu03 of 'gpu[03-05,9],cpu1'."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _tasks_here(counts: str, node: int) -> int:
-    """Of SLURM's '4(x2),3' the number for a node: 4, 4 and 3."""
+    """Tasks of a node from SLURM's counts: '4(x2),3' is 4, 4 and 3."""
     each: list[int] = []
-    for part in counts.split(","):
-        count, _, times = part.rstrip(")").partition("(x")
+    for group in counts.split(","):
+        count, _, times = group.rstrip(")").partition("(x")
         each += [int(count)] * int(times or 1)
     return each[node] if node < len(each) else each[0]
 
 
 def cpu_cores() -> int:
-    """CPU cores for this process: those it may run on, shared out with the others on its node."""
+    """CPU cores for this process: those it may use, divided by the processes on its node."""
     have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ours = launch()
     if ours.by == "SLURM" and os.environ.get("SLURM_CPUS_PER_TASK"):
@@ -96,20 +96,20 @@ def cpu_cores() -> int:
 
 
 def memory() -> int:
-    """Bytes of main memory for this process: the machine's or container's, shared out as cpu_cores() are."""
+    """Bytes of main memory for this process: the share of machine or container."""
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
-    said = limit.read_text().strip() if limit.exists() else ""
-    return (min(have, int(said)) if said.isdecimal() else have) // launch().local_world
+    text = limit.read_text().strip() if limit.exists() else ""
+    return (min(have, int(text)) if text.isdecimal() else have) // launch().local_world
 
 
 def world_size() -> int:
-    """The number of processes that train together."""
+    """The number of processes that work together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0; process 0 writes the files."""
+    """The number of this process, from 0. Process 0 writes files."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -128,55 +128,55 @@ def all_reduce_max(x: Tensor) -> Tensor:
 
 
 def cache_folder() -> Path:
-    """Where features are kept between commands: `features` in DINOKIT_CACHE, or in a folder of the user's."""
+    """Folder of cached features: `features` in DINOKIT_CACHE or in ~/.cache/dinokit."""
     return Path(os.environ.get("DINOKIT_CACHE") or Path.home() / ".cache" / "dinokit") / "features"
 
 
 def all_gather_rows(x: Tensor) -> Tensor:
-    """The rows (B, ...) of all processes, in their order: (world * B, ...), B alike everywhere.
+    """Concatenate rows (B, ...) of all processes by rank: (world * B, ...). B is equal everywhere.
 
-    Its gradient reaches the rows in whichever process they were made.
+    Differentiable: each process gets the gradient of its own rows, summed over processes.
     """
     return _AllGatherRows.apply(x) if world_size() > 1 else x
 
 
 def gather_objects(x: Any) -> list[Any]:
-    """Each process's x, in the order of rank, in every process. It waits for all."""
+    """The x of every process, in order of rank, in every process. Waits for all processes."""
     if world_size() == 1:
         return [x]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, x)
-    return found
+    objects: list[Any] = [None] * world_size()
+    dist.all_gather_object(objects, x)
+    return objects
 
 
 def broadcast(x: Any) -> Any:
-    """Process 0's x, in every process. It waits for process 0."""
+    """The x of process 0, in every process. Waits for process 0."""
     if world_size() == 1:
         return x
-    held = [x]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+    objects = [x]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]
 
 
-# A DTensor is known by what it can do: to import its class takes half a second and 40 MiB.
+# A DTensor is recognised by its methods, because importing its class takes half a second and 40 MiB.
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process; of one that is not sharded, all of it."""
+    """The local shard of a sharded tensor; another tensor unchanged."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 def full(x: Tensor) -> Tensor:
-    """A sharded tensor put together, in every process; one that is not sharded, as it is."""
+    """A sharded tensor gathered in every process; another tensor unchanged."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        rows = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
 
     @staticmethod
     @once_differentiable

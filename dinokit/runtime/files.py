@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: everything a run leaves behind is written through this."""
+"""Atomic writes: a file or folder is either complete or not there, also after a crash."""
 
 import os
 import shutil
@@ -7,37 +7,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTS = ".*.part"  # what files are called while they are written
+TEMPORARY = ".*.part"  # names of unfinished files
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, its content becomes `path` in one move.
+    """Yield a temporary path; when the block ends without an error, that file replaces `path` in one move.
 
-    If the block raises, or the process dies in it, whatever stood at `path` still stands there.
+    If the block raises, or the process dies in it, an older file at `path` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Numbers of processes come again on other machines, which may write here too.
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    # With the host name, because several machines may write here with the same process id.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        yield part
-        with part.open("rb") as file:
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        part.replace(path)
+        temporary.replace(path)
         sync_folder(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def aside(path: str | Path) -> Iterator[Path]:
-    """Give an empty hidden folder beside `path`; when the block ends well, what is in it moves to there.
+    """Yield an empty hidden folder; when the block ends without an error, its files move beside `path`.
 
-    For one process at a time. For what is more than one file, or is to be looked at before it counts: inside
-    the folder it has the names that it will have. Each file is moved whole, in the order of names, and other
-    files in a folder that is there stay. If the block raises, or the process dies in it, whatever stood there
-    still stands there.
+    For several files, or files to be checked before they replace others. Files have their final names inside
+    the folder and are moved one by one, in order of names; other files in the target stay. If the block
+    raises, or the process dies in it, older files are unchanged. Only one process at a time may write.
     """
     place = Path(path).resolve()
     folder = place.with_name(f".{place.name}.aside.part")
@@ -45,19 +44,19 @@ def aside(path: str | Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
-        for part in sorted(p for p in folder.rglob("*") if p.is_file()):
-            with part.open("rb") as file:
+        for temporary in sorted(p for p in folder.rglob("*") if p.is_file()):
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            target = place.parent / part.relative_to(folder)
+            target = place.parent / temporary.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
-            part.replace(target)
+            temporary.replace(target)
             sync_folder(target.parent)
     finally:
         remove(folder)
 
 
 def sync_folder(path: str | Path) -> None:
-    """Make what was moved into or out of a folder last: without it the move can be lost in a power cut."""
+    """Write a folder's entries to disk; without it a move into the folder can be lost in a power cut."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -67,16 +66,16 @@ def sync_folder(path: str | Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
-    with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there; a folder under a hidden name: half of it is never met."""
+    """Delete a file or folder if it exists. A folder is renamed first, so that nobody reads half of it."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    if not path.match(PARTS):
+    if not path.match(TEMPORARY):
         hidden = path.with_name(f".{path.name}.gone.part")
         shutil.rmtree(hidden, ignore_errors=True)
         path = path.rename(hidden)

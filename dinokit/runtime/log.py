@@ -1,4 +1,4 @@
-"""What a run says: a progress bar on a terminal and plain lines elsewhere, run.log, and metrics.jsonl."""
+"""Log of a run: console (a progress bar on a terminal, else lines), run.log and metrics.jsonl."""
 
 import json
 import math
@@ -36,19 +36,19 @@ class RunLog:
     Args:
         out: the run's folder.
         steps: of the whole run.
-        start: steps already done; records of later ones, left by an interrupted run, are dropped.
+        start: steps already done; records of later steps, from an interrupted run, are dropped.
     """
 
     def __init__(self, out: Path, steps: int, start: int) -> None:
         self.main = rank() == 0
-        self.judged: set[str] = set()  # evaluators that were there after step `start` already
+        self.evaluated: set[str] = set()  # evaluators with results after step `start`
         self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)
         self.live = self.main and sys.stdout.isatty()
         self.steps, self.begun, self.start = steps, time.monotonic(), start
         if self.main:
             self.metrics_path = out / "metrics.jsonl"
-            records = _keep_records(self.metrics_path, start)
-            self.judged = {key.split("/")[0] for record in records for key in record if "/" in key}
+            records = _drop_later_records(self.metrics_path, start)
+            self.evaluated = {key.split("/")[0] for record in records for key in record if "/" in key}
             self.text = (out / "run.log").open("a", encoding="utf-8")
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -58,7 +58,7 @@ class RunLog:
             TimeRemainingColumn(),
         )
         self.task = self.progress.add_task("train", total=steps, completed=start)
-        # Below the bar, on as many lines as they need: beside it they would push it out of the window.
+        # Below the bar, where they can take several lines without pushing the bar out of the window.
         self.values = Text(no_wrap=False, overflow="fold")
         self.view = self._view()
 
@@ -78,12 +78,12 @@ class RunLog:
 
     def _show(self) -> None:
         if self.live:
-            self.view = self._view()  # one that was stopped would go up by the lines that it had then
+            self.view = self._view()  # a stopped one would first erase its old lines
             self.view.start()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the bar off the terminal, so that another one can stand there."""
+        """Hide the progress bar during the block, so that another one can be shown."""
         self.view.stop()
         try:
             yield
@@ -91,19 +91,19 @@ class RunLog:
             self._show()
 
     def info(self, text: str) -> None:
-        """A line for people, on the console and in run.log."""
+        """Write a line of text to the console and to run.log."""
         if self.main:
             self.console.print(text, markup=False)
             self._write(text)
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line for programs, in metrics.jsonl: the values after `step` steps."""
+        """Write the values after `step` steps to metrics.jsonl."""
         if self.main:
             with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the values after `step` steps and show them, with the time that is left."""
+        """Record the values after `step` steps, and show them with the remaining time."""
         self.record(step, values)
         if not self.main:
             return
@@ -123,7 +123,7 @@ class RunLog:
 
 
 def first_and_last_scores(out: Path) -> list[str]:
-    """A table, line by line: what each evaluator said of a run first, and last; empty without evaluators."""
+    """Lines of a table with the first and last score of each evaluator in a run; empty without evaluators."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     if (out / "metrics.jsonl").exists():
@@ -138,21 +138,21 @@ def first_and_last_scores(out: Path) -> list[str]:
 
 
 def watch(items: Iterable[T], total: int, text: str, done: int = 0, together: bool = False) -> Iterator[T]:
-    """The items, with a progress bar on standard error while somebody watches a terminal.
+    """Iterate over items with a progress bar on standard error, if that is a terminal.
 
-    All processes go through it, each with its own items. Where signals are listened to between items
-    (runtime/signals.py), all leave it with Stopped if one was told: those that were told after the item that
-    they are at, the others after their last.
+    All processes call it, each with its own items. Inside stop_signals(between_items=True) a stop signal ends
+    it with Stopped in all processes: after the current item in a process that received it, after their last
+    item in the others.
 
     Args:
-        items: those that are left.
-        total: how many there are with those that are done.
+        items: the remaining items.
+        total: number of items, with those done before.
         text: beside the bar.
-        done: how many were done before.
-        together: whether the processes wait for each other at every item; then all leave after the same one.
+        done: number of items done before.
+        together: whether the processes wait for each other at every item; then all stop after the same item.
 
     Raises:
-        Stopped: if a process was told to stop.
+        Stopped: if a process received a stop signal.
     """
     console = Console(stderr=True)
     hidden = rank() > 0 or not console.is_terminal
@@ -165,19 +165,19 @@ def watch(items: Iterable[T], total: int, text: str, done: int = 0, together: bo
 
 
 def info(text: str) -> None:
-    """A line for people, on standard error; process 0 says it."""
+    """Print a line on standard error, in process 0 only."""
     if rank() == 0:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"dinokit: {text}", markup=False)
 
 
 def _json(value: Any) -> Any:
-    """JSON has no infinity: fp16's overflows are written as null."""
+    """JSON has no infinity: an overflow of fp16 is written as null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_records(path: Path, start: int) -> list[dict[str, Any]]:
-    """Drop the records of later steps, or all if there is no step to go on from. Returns those of `start`."""
+def _drop_later_records(path: Path, start: int) -> list[dict[str, Any]]:
+    """Drop records of steps after `start`, or all if start is 0. Returns the records of `start`."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines() if start else []

@@ -1,7 +1,7 @@
-"""One run at a time in a folder: a second one is refused, and is told who is there.
+"""Lock of a run's folder: a second run in the same folder is refused with the name of the first.
 
-The lock is the kernel's, on the file run.out/.lock: it ends with the process that holds it, however that one
-ends, and processes that it forked do not have it. On a file system that nodes share it holds between nodes.
+It is a kernel lock on the file run.out/.lock: it is released when the process that has it ends, and forked
+processes do not have it. It works between nodes on a shared file system.
 """
 
 import errno
@@ -17,22 +17,22 @@ from typing import IO
 
 from dinokit.runtime.distributed import broadcast, rank, slurm_job_id
 
-LOCK = ".lock"  # in the run's folder, while the run is at work
-LEASE = 120.0  # seconds; a file server gives up the locks of a machine that is gone after 90 or so (NFS 4)
-HELD = errno.EACCES, errno.EAGAIN  # errors of a lock that another process has
+LOCK = ".lock"  # in the run's folder during the run
+LEASE = 120.0  # seconds; a file server releases the locks of a lost machine after about 90 (NFS 4)
+LOCKED = errno.EACCES, errno.EAGAIN  # errors of a lock that another process has
 NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # errors of a file system that has none
 
 
 @contextmanager
 def run_lock(out: Path) -> Iterator[None]:
-    """Have a run's folder, for the length of the block. All processes enter it, and process 0 holds it.
+    """Lock a run's folder during the block. All processes enter it; process 0 has the lock.
 
-    A job that starts again may find its own lock, left by a node that died: it waits LEASE seconds for it.
+    A requeued job may find its own lock, left by a node that died: it waits LEASE seconds for its release.
 
     Raises:
-        ValueError: in all processes, if another run is at work there.
+        ValueError: in all processes, if another run uses the folder.
     """
-    made = not out.exists()
+    is_new = not out.exists()
     file, who = _take(out / LOCK) if rank() == 0 else (None, "")
     try:
         if who := broadcast(who):
@@ -44,14 +44,14 @@ def run_lock(out: Path) -> Iterator[None]:
     finally:
         if file is not None:
             (out / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):  # a run that was refused leaves no folder; one that began has files in it
-                if made:
+            with suppress(OSError):  # a refused run leaves no folder; others have files in it
+                if is_new:
                     out.rmdir()
             file.close()
 
 
 def _take(path: Path) -> tuple[IO[str] | None, str]:
-    """The locked file, or who holds it. Neither, where the file system has no locks."""
+    """The locked file, or who has the lock; neither on a file system without locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     job = f", job {slurm_job_id()}" if slurm_job_id() else ""
     deadline = time.monotonic() + LEASE
@@ -67,21 +67,21 @@ def _take(path: Path) -> tuple[IO[str] | None, str]:
                 sys.stderr.write(f"{path.parent}: no file locks here, a second run would not be noticed\n")
                 path.unlink(missing_ok=True)
                 return None, ""
-            if error.errno not in HELD:
+            if error.errno not in LOCKED:
                 raise
             if not (job and who.endswith(job)) or time.monotonic() > deadline:
                 return None, who
             time.sleep(1.0)
             continue
         if _is_at(file, path):
-            with suppress(OSError):  # a full disk: the lock holds without a name in it
+            with suppress(OSError):  # on a full disk the lock works without a name in it
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}{job}")
                 file.flush()
             return file, ""
-        file.close()  # its holder removed it before we had it
+        file.close()  # it was removed before we locked it
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    # Not by opening it once more: closing any file of a path gives up the process's lock on it.
+    # Not by opening the path again: closing any file of a path releases the process's lock on it.
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -24,9 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dinokit.config.load import Recipe, Run
-from dinokit.models import Backbone
+from dinokit.models import Backbone, fused
 from dinokit.models.attention import use_kernel
-from dinokit.models.block import Block
 from dinokit.runtime.device import DTYPES
 from dinokit.runtime.distributed import full, launch, world_size
 from dinokit.train.plan import GIB, activation_memory, fits_unsharded
@@ -44,19 +43,19 @@ SAVED = frozenset({
 
 
 def prepare_blocks(model: StudentTeacher, run: Run, device: torch.device) -> None:
-    """Apply `run.attention`, `run.checkpointing` and `run.compile`, in place; parameter names stay.
+    """Install fused modules, `run.attention`, `run.checkpointing` and `run.compile`; parameter names stay.
 
     Raises:
         ValueError: if the attention kernel cannot be used here.
     """
     student, teacher = model.student.backbone, model.teacher.backbone
-    # A frozen teacher is not a module of the model.
-    modules = nn.ModuleList(x for x in (model, teacher) if isinstance(x, nn.Module))
+    modules = nn.ModuleList([model, teacher])  # a frozen teacher is not a module of the model
+    fused.install(modules, read_rows=run.tokens == "read")
     use_kernel(modules, run.attention, device, DTYPES[run.precision] or torch.float32)
     for block in student.blocks:
         _checkpoint(block, run)
     if run.compiles("blocks"):
-        _compile([*_blocks_of_fixed_shapes(student, run), *_blocks_of_fixed_shapes(teacher, run)])
+        _compile([*_blocks_of_fixed_shapes(student), *_blocks_of_fixed_shapes(teacher)])
 
 
 def eager(run: Run) -> AbstractContextManager[Any]:
@@ -71,8 +70,6 @@ def _checkpoint(block: nn.Module, run: Run) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if run.checkpointing == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_products)
-        if isinstance(block, Block):
-            block.overwrite = False  # results of products are saved, and must not be overwritten
     forward = block.forward
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:  # a partial would hide the block from the compiler
@@ -82,10 +79,10 @@ def _checkpoint(block: nn.Module, run: Run) -> None:
     block.forward = checkpointed
 
 
-def _blocks_of_fixed_shapes(backbone: Backbone, run: Run) -> list[nn.Module]:
+def _blocks_of_fixed_shapes(backbone: Backbone) -> list[nn.Module]:
     """The blocks with the same shapes in every step: the last one may return as many rows as are masked."""
     blocks = list(backbone.blocks)
-    return blocks[:-1] if run.tokens == "read" and hasattr(backbone, "read") else blocks
+    return blocks[:-1] if fused.reads_rows(backbone) else blocks
 
 
 def _compile(blocks: Sequence[nn.Module]) -> None:
@@ -160,7 +157,7 @@ def shard(model: StudentTeacher, mesh: DeviceMesh, policy: MixedPrecisionPolicy)
         for part in network.children():
             # Tokens, positions, prototypes stay in float32: small, or of unit length, where bf16 is coarse.
             fully_shard(part, mesh=mesh, mp_policy=float32)
-        if hasattr(network.backbone, "read"):
+        if fused.reads_rows(network.backbone):
             register_fsdp_forward_method(network.get_submodule("backbone"), "read")
     fully_shard(model, mesh=mesh, mp_policy=float32)
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from dinokit.config.load import Recipe, load_recipe, to_yaml
 from dinokit.features.fingerprint import fingerprint
-from dinokit.models import Backbone
+from dinokit.models import Backbone, TokenReads
 from dinokit.models.head import LazyLogits, PrototypeHead
 from dinokit.runtime.distributed import rank
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import MODEL
-from dinokit.train.student_teacher import Network, StudentTeacher, TokenReads
+from dinokit.train.student_teacher import Network, StudentTeacher
 from dinokit.weights import fill, load_backbone, save_backbone
 
 START = "start.safetensors"  # in the run's folder
@@ -42,10 +42,9 @@ class FrozenTeacher:
         if self.device != crops[0].device:
             self.device = crops[0].device
             for network in (self.backbone, self.heads):
-                if isinstance(network, nn.Module):
+                if network is not None:
                     _cast_as_autocast(network.to(self.device), self.device)
-        tokens = self.backbone(crops, masks)
-        return TokenReads([t.cls for t in tokens], tokens[0].patches.flatten(0, 1).index_select(0, patches))
+        return self.backbone.read(crops, masks, patches)
 
     def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
         """As Network.logits(); for a teacher with heads."""
@@ -95,8 +94,6 @@ def init_weights(recipe: Recipe, model: StudentTeacher, resumes: bool) -> Recipe
         return _with_fingerprint(recipe, recorded)
     student, ema = model.student.backbone, model.ema.backbone
     fill(student, source, tolerate=["mask_token"])
-    assert isinstance(ema, nn.Module)
-    assert isinstance(student, nn.Module)
     ema.load_state_dict(student.state_dict())
     filled = fingerprint(student)
     expected = recipe.backbone.get("fingerprint") or recorded

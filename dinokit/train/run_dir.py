@@ -22,7 +22,7 @@ from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
 from dinokit.runtime.device import pick_device, pick_precision
 from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
-from dinokit.runtime.files import PARTS, atomic, remove, write_text
+from dinokit.runtime.files import TEMPORARY, atomic, remove, write_text
 from dinokit.runtime.launch import digest
 from dinokit.runtime.run_lock import LOCK
 
@@ -54,14 +54,14 @@ def open_run(recipe: Recipe) -> Path:
                 f"run.out={out} has a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
                 f"or give the old values to resume that run."
             )
-    elif out.exists() and any(not path.match(PARTS) and path.name != LOCK for path in out.iterdir()):
+    elif out.exists() and any(not path.match(TEMPORARY) and path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"run.out={out} is not empty and is not a run. Choose another run.out.")
     gather_objects(None)  # all processes have checked before anything is written
     if rank() == 0:
         write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
         (out / "checkpoints").mkdir(exist_ok=True)
         for folder in (out, out / "checkpoints", out / "teachers"):
-            for temporary in folder.glob(PARTS):
+            for temporary in folder.glob(TEMPORARY):
                 remove(temporary)  # left by a process that was killed while it wrote
         write_text(out / "env.json", json.dumps(environment(), indent=1))
     gather_objects(None)

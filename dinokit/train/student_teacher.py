@@ -12,17 +12,17 @@ K  prototypes      M  patches that are compared: the masked ones, or with `teach
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dinokit.config import registry
+from dinokit import models
 from dinokit.config.load import Head, Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.masks import BlockMasks
 from dinokit.losses import HeadName, Views, build_losses
-from dinokit.models import Backbone, Input
+from dinokit.models import Backbone, Input, TokenReads
 from dinokit.models.head import LazyLogits, PrototypeHead
 from dinokit.runtime.distributed import local
 
@@ -30,13 +30,6 @@ if TYPE_CHECKING:
     from dinokit.train.pretrained import FrozenTeacher
 
 GUIDE = "guide_"  # before the names of the losses that fresh heads of a frozen teacher learn by
-
-
-class TokenReads(NamedTuple):
-    """The tokens that the losses use, after the final norm."""
-
-    cls: list[Tensor]  # (b, D) a group of crops
-    patches: Tensor  # (M, D) of the global crops
 
 
 class TeacherHeads(nn.Module):
@@ -66,20 +59,10 @@ class Network(nn.Module):
         self.shared = recipe.heads.patch is None
         if recipe.heads.patch is not None:
             self.ibot_head = build_head(self.backbone.width, recipe.heads.patch)
-        self.all_tokens = recipe.run.tokens == "all"
 
     def read(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor) -> TokenReads:
-        """The tokens that losses use.
-
-        Args:
-            crops: groups of crops, as for the backbone; the global ones first.
-            masks: as for the backbone.
-            patches: (M,), places in the global crops' patches, flattened (G * B * N).
-        """
-        if hasattr(self.backbone, "read") and not self.all_tokens:
-            return TokenReads(*self.backbone.read(crops, masks, patches))
-        tokens = self.backbone(crops, masks)
-        return TokenReads([t.cls for t in tokens], tokens[0].patches.flatten(0, 1).index_select(0, patches))
+        """The tokens that losses use, as Backbone.read(): some patches of the first group of crops."""
+        return self.backbone.read(crops, masks, patches)
 
     def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
         """Of class tokens (C, D) and patches (M, D), by the patches' own head or the same."""
@@ -222,7 +205,7 @@ def build_backbone(recipe: Recipe) -> Backbone:
             token.
     """
     crops = recipe.crops
-    backbone: Backbone = registry.build("models", recipe.architecture)
+    backbone = models.build(recipe.architecture)
     if backbone.channels != len(crops.mean):
         raise ValueError(
             f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for "

@@ -229,7 +229,7 @@ class Trainer:
 
     def due_at_start(self) -> list[Evaluator]:
         """At the start all evaluators; after a resumption those that were interrupted at this step."""
-        finished = broadcast(self.log.judged)
+        finished = broadcast(self.log.evaluated)
         everyone = self.start in (0, self.recipe.optim.steps)
         return [
             e for e in self.evaluators if (everyone or self.start % e.every == 0) and e.name not in finished

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dinokit
-from dinokit.config import registry
+from dinokit import models
 from dinokit.models import Backbone, Input
 from dinokit.models.vit import Config, VisionTransformer, interpolate_grid
 from dinokit.weights.architecture import StoredBackbone, other_model
@@ -222,8 +222,7 @@ def _from_registry(name: str, section: dict[str, Any]) -> Backbone:
     )
 
     values = section_values("models", name, section, "backbone")  # JSON has made its tuples lists
-    backbone: Backbone = registry.build("models", {"name": name, **values})
-    return backbone
+    return models.build({"name": name, **values})
 
 
 def _copy(value: Tensor, like: Tensor) -> Tensor:

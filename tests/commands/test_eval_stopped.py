@@ -96,9 +96,7 @@ def scores(text):
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_told_to_stop_half_way_it_keeps_what_it_has_and_goes_on_to_the_same_scores(
-    what, words, folder, capfd
-):
+def test_an_evaluation_stopped_half_way_resumes_to_the_same_scores(what, words, folder, capfd):
     folder("whole")
     assert main(words(what)) == 0
     want, whole = scores(capfd.readouterr().out), looked()
@@ -122,7 +120,7 @@ linear: {mode: online, blocks: [1], pool: [false], lr: [0.1], steps: 9, step_bat
 """
 
 
-def test_a_list_that_is_stopped_goes_on_behind_those_that_have_said_theirs(words, folder, capfd):
+def test_a_stopped_list_resumes_after_its_finished_evaluators(words, folder, capfd):
     folder("broken")
     Path("list.yaml").write_text(LIST)
     _, _, *rest = words("knn")
@@ -138,7 +136,7 @@ def test_a_list_that_is_stopped_goes_on_behind_those_that_have_said_theirs(words
     first = capfd.readouterr().out
     assert main(command) == 0
     out, err = capfd.readouterr()
-    assert "dinokit: goes on after knn; to judge these anew, delete out/.list_" in err
+    assert "dinokit: resumes after knn; to evaluate these again, delete out/.list_" in err
     assert out.startswith(first)
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["eval"] for line in lines] == ["knn", "linear"]
@@ -156,7 +154,7 @@ DEMO = [
 ]  # fmt: skip
 
 
-def test_a_demo_that_is_told_to_stop_at_its_last_step_does_not_go_on_to_judge(words, folder, capfd):
+def test_a_demo_that_is_stopped_at_its_last_step_does_not_evaluate(words, folder, capfd):
     folder("broken")
     Path("stop").write_text("150 SIGTERM")  # of 80 + 4 + 80: scored, a step, scored again
     assert main(["demo", *DEMO]) == 130

@@ -24,7 +24,7 @@ TOGETHER = [sys.executable, "-W", "ignore", "-m", *TORCHRUN, "-m", "dinokit"]
 MACHINE = "about", "weights"
 
 
-def said(start, *words):
+def output(start, *words):
     done = subprocess.run([*start, *words], capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -36,7 +36,7 @@ def test_two_processes_find_what_one_finds_and_the_first_says_it(tmp_path):
     for name, start in (("alone", ALONE), ("together", TOGETHER)):
         backbone = "backbone.name=raw_patches", "backbone.size=64"
         words = [*backbone, f"out={tmp_path / name}", f"cache={tmp_path / name / 'cache'}", "device=cpu"]
-        status, out, err = said(start, "eval", "all", f"recipe={tmp_path / 'mine.yaml'}", *words)
+        status, out, err = output(start, "eval", "all", f"recipe={tmp_path / 'mine.yaml'}", *words)
         assert status == 0, err
         found.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
         kept = (tmp_path / name / "results.jsonl").read_text().splitlines()
@@ -48,9 +48,9 @@ def test_two_processes_find_what_one_finds_and_the_first_says_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once_and_ends_all(tmp_path):
+def test_a_mistake_is_reported_once_and_ends_all_processes(tmp_path):
     words = ["eval", "knn", "backbone.name=pixels", "train.path=nowhere", "test.path=nirgends", "device=cpu"]
-    status, out, err = said(TOGETHER, *words)
+    status, out, err = output(TOGETHER, *words)
     assert status != 0
     assert not out
     assert err.count("dinokit: ") == 1

@@ -182,8 +182,8 @@ MISTAKES = {
     "run.seed=null": "run.seed: Incompatible value 'None' for field of type 'int'.",
     "losses.koleo.weight=heavy": "losses.koleo.weight: Value 'heavy'",
     "data.split=trian": "data.split: Invalid value 'trian', expected one of ['all', 'train', 'test'].",
-    "crops=3": "crops=3: it is a section, which may hold: globals, locals,",
-    "losses.dino=3": "losses.dino=3: it is a section, which may hold: weight,",
+    "crops=3": "crops=3: it is a section with the keys: globals, locals,",
+    "losses.dino=3": "losses.dino=3: it is a section with the keys: weight,",
     "data.name=folder": "data.path must be given, as in data.path=VALUE.",
     "data.name=null": "data.name must be given; there is: ",
     "data=null": "data.name must be given; there is: ",
@@ -201,7 +201,7 @@ MISTAKES = {
     "crops.globals.blur=[0,0,1]": "crops.globals.blur gives 3 probabilities for crops.globals.count=2 crops",
     "crops.locals.solarize=[0,0]": "crops.locals.solarize gives 2 probabilities for crops.locals.count=4",
     "crops.mean=[0.5]": "crops.mean has 1 channels, crops.std has 3.",
-    "crops.mean=0.5": "crops.mean: it is a list, in brackets also if it has one item: crops.mean=[...].",
+    "crops.mean=0.5": "crops.mean: it is a list and needs brackets: crops.mean=[...].",
     "crops.blur_kernel=4": "crops.blur_kernel=4 must be odd.",
     "losses=null": "losses is empty, so there is nothing to learn from. There is: ",
     "masks=null": "losses.ibot learns from masked patches, but there is no section `masks`.",
@@ -254,7 +254,7 @@ UNKNOWN = {
     "backbone.name=vitt": "backbone.name: 'vitt' is not in the registry 'models', which has: ",
     "evals.knnn.every=3": "'knnn' is not in the registry 'eval', which has: ",
     "evals.knn.test.name=tarr": "evals.knn.test.name: 'tarr' is not in the registry 'data.sources'",
-    "data.name=my_package.lmdb": "data.name: 'my_package.lmdb' (wanted for the registry 'data.sources') ",
+    "data.name=my_package.lmdb": "data.name: 'my_package.lmdb' (for the registry 'data.sources') ",
     "data.name=_files": "data.name: '_files' is not in the registry 'data.sources'",
 }
 

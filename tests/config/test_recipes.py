@@ -92,7 +92,9 @@ def stated(name: str) -> dict[str, Any]:
 def load(name: str, *overrides: str) -> Recipe:
     asked = {"data": "path", "teacher": "frozen", "backbone": "weights"}
     given = [f"{part}.{key}=somewhere" for part, key in asked.items() if stated(name)[part].get(key) == "???"]
-    return load_recipe(name, [*given, *overrides], look=lambda _: {"name": "vit", "patch": 14, "size": 518})
+    return load_recipe(
+        name, [*given, *overrides], read_architecture=lambda _: {"name": "vit", "patch": 14, "size": 518}
+    )
 
 
 def value_of(tree: object, key: str) -> object:

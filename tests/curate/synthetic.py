@@ -33,8 +33,8 @@ def make(out: Path, n: int, width: int = 384, seeds: int = 1000, tests: int = 10
     share = 1 / np.arange(1, classes + 1)  # Zipf: few classes are frequent
     share /= share.sum()
     test = around(rng, centres[rng.choice(classes, tests)], SPREAD)
-    wanted = rng.choice(classes, max(classes // 10, 1), replace=False)
-    seed_class = rng.choice(wanted, seeds)
+    seed_classes = rng.choice(classes, max(classes // 10, 1), replace=False)
+    seed_class = rng.choice(seed_classes, seeds)
     np.save(out / "test.npy", test.astype(np.float16))
     np.save(out / "seeds.npy", around(rng, centres[seed_class], SPREAD).astype(np.float16))
     pool = open_memmap(out / "pool.npy", "w+", np.float16, (n, width))

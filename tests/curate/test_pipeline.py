@@ -116,6 +116,20 @@ def planted(tmp_path_factory, make):
     return folder
 
 
+def test_names_of_earlier_versions_are_read(tmp_path, planted, capsys):
+    given = f"pool.embeddings={planted / 'pool.npy'}"
+    assert main(["curate", "curate_small", given, f"out={tmp_path / 'out'}", "stage=survivors"]) == 0
+    output = capsys.readouterr().out
+    assert "stage=survivors is now called stage=clean_index." in output
+    assert '"stage": "clean_index"' in output
+    folder = next((tmp_path / "out" / "stages").glob("hash.*"))
+    arrays = dedup.load_status(folder)
+    (folder / "status.npz").unlink()
+    np.savez(folder / "fate.npz", fate=arrays.pop("status"), **arrays)
+    assert dedup.load_status(folder)["status"].tolist() == [Status.KEPT] * 4000
+    assert dedup.load_status(folder).keys() == {"status", *arrays}
+
+
 def settings_of(planted, out):
     sets = {"pool": "pool", "seeds.s": "seeds", "against.t": "test"}
     given = [f"{label}.embeddings={planted / name}.npy" for label, name in sets.items()]
@@ -134,15 +148,15 @@ def test_planted_copies_and_leaks_are_found_in_vectors(planted, tmp_path, curate
     root = np.where(shows >= 0, 4000 + shows, np.arange(4000))
     root = np.where(copy >= 0, root[copy], root)  # what shows the same: original, or evaluation image
     _, first = np.unique(root, return_index=True)
-    wanted = np.ones(4000, np.bool_)
-    wanted[first] = False
-    wanted |= root >= 4000
+    expected = np.ones(4000, np.bool_)
+    expected[first] = False
+    expected |= root >= 4000
     status = read_status(tmp_path / "out")
-    gone, out, leaks = np.isin(status, (4, 5)), status == Status.OVERLAP, root >= 4000
-    assert (gone & wanted).sum() / gone.sum() > 0.95  # precision
-    assert (gone & wanted).sum() / wanted.sum() > 0.95  # recall
-    assert (out & leaks).sum() / leaks.sum() > 0.95
-    assert (out & leaks).sum() / out.sum() > 0.95
+    removed, overlap, leaks = np.isin(status, (4, 5)), status == Status.OVERLAP, root >= 4000
+    assert (removed & expected).sum() / removed.sum() > 0.95  # precision
+    assert (removed & expected).sum() / expected.sum() > 0.95  # recall
+    assert (overlap & leaks).sum() / leaks.sum() > 0.95
+    assert (overlap & leaks).sum() / overlap.sum() > 0.95
     taken = [int(row["path"].removeprefix("row ")) for row in manifest(tmp_path / "out")]
     assert len(np.unique(root[taken])) == len(taken)
     assert np.isin(label[taken], seeds).mean() > 2 * np.isin(label, seeds).mean()

@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 HUES = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 
 
-class Mean(nn.Module):
+class Mean(Backbone):
     """Four blocks; block i's class token is the mean colour, turned by i; a patch is the colour of 4 x 4."""
 
     def __init__(self, channels=3):

@@ -16,10 +16,10 @@ from dinokit import evaluation
 from dinokit.config import registry
 from dinokit.config.load import keys_without_effect, section_values
 from dinokit.eval import depth, segmentation, video
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 
-class Colours(nn.Module):
+class Colours(Backbone):
     """A patch's feature is its mean colour, its square, and noise in the channels that say nothing."""
 
     def __init__(self):
@@ -201,7 +201,7 @@ def test_a_training_that_was_stopped_resumes_with_the_same_settings_and_weights_
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_to_the_same_head(blobs, tmp_path):
+def test_a_killed_training_resumes_to_the_same_head(blobs, tmp_path):
     def command(out):
         data = [
             f"{s}.{k}={v}"
@@ -252,7 +252,7 @@ def test_data_that_cannot_be_evaluated_are_refused(blobs):
         depth.evaluate(depth_config(blobs, method="mean"), Colours())
 
 
-def test_no_reading_at_all_is_said(blobs):
+def test_data_without_any_reading_are_refused(blobs):
     for path in (blobs / "depth").rglob("*.png"):
         Image.fromarray(np.zeros((32, 40), np.uint16)).save(path)
     with pytest.raises(ValueError, match="have no reading: check depth_scale"):

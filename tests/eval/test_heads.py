@@ -112,8 +112,8 @@ def test_inputs_of_other_blocks_lie_side_by_side_too():
         torch.testing.assert_close(bias, alone.bias.detach(), atol=2e-6, rtol=2e-5)
         x, _ = next(batches(1))
         with torch.no_grad():
-            wanted = alone(seen_by(head, x))
-        torch.testing.assert_close(heads.logits_of(head, x), wanted, atol=1e-5, rtol=1e-4)
+            expected = alone(seen_by(head, x))
+        torch.testing.assert_close(heads.logits_of(head, x), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_grid_with_holes_is_refused():
@@ -121,7 +121,7 @@ def test_a_grid_with_holes_is_refused():
         make_grid([Head(1, False, 0.1), Head(4, False, 0.2)])
 
 
-def test_training_goes_on_from_a_state_as_if_it_had_not_stopped():
+def test_training_resumes_from_a_state_exactly():
     unbroken, first, second = make_grid(), make_grid(), make_grid()
     train(unbroken, 6)
     rows = list(batches(6))

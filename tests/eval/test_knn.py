@@ -86,7 +86,7 @@ def test_of_equally_near_images_the_first_are_taken_in_order(columns):
     assert places.tolist() == [[1, 4, 7, 13, 0, 2], [0, 3, 5, 6, 9, 10], [2, 8, 11, 15, 0, 1]]
 
 
-def test_features_that_differ_by_a_hundred_thousandth_are_still_told_apart():
+def test_features_that_differ_by_a_hundred_thousandth_are_still_distinguished():
     # In float32 all of these cosines are 1, or one step beside it.
     query, bank = (torch.ones(16) + 1e-5 * points(n, 16, seed=n) for n in (8, 60))
     labels = labels_of(60, 5)

@@ -13,12 +13,12 @@ from dinokit.config import registry
 from dinokit.config.load import section_values
 from dinokit.data.transforms import center_crop
 from dinokit.eval.knn import Config, evaluate
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 SPLITS = ("train", "test")
 
 
-class Corner(nn.Module):
+class Corner(Backbone):
     """A feature that is the image's first pixel, sharpened: a truth that tests can choose."""
 
     def __init__(self, channels=3):
@@ -55,7 +55,7 @@ def colours(tmp_path):
     return {"train": train, "test": paint(tmp_path / "b", {"red": 3, "green": 4, "blue": 5}, noise=60)}
 
 
-def test_colours_are_told_apart_by_colour(colours):
+def test_colours_are_distinguished_by_colour(colours):
     scores = evaluate(config(**colours, k=[1, 5, 1000]), Corner())
     assert scores == {"top1@1": 1.0, "top1@5": 1.0, "top1@1000": 1.0, "images_train": 30, "images_test": 12}
 
@@ -113,7 +113,7 @@ def test_a_cut_takes_so_many_images(colours):
     assert scores == {"top1@1": 1.0, "images_train": 15, "images_test": 6}
 
 
-def test_a_vit_is_judged_on_the_built_in_scenes_as_the_definition_says():
+def test_scores_of_a_vit_on_built_in_scenes_match_the_definition():
     torch.manual_seed(0)
     sizes = {"width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 32}
     vit = registry.build("models", {"name": "vit", "layer_scale": 1.0, **sizes})

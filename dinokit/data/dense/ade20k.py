@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import DenseFiles, class_maps, match_files, read_lines, split_names
+from dinokit.data.dense import DenseFiles, DenseSource, class_maps, match_files, read_lines, split_names
 
 CLASSES = 150
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import DenseFiles, class_maps, match_files, split_names
+from dinokit.data.dense import DenseFiles, DenseSource, class_maps, match_files, split_names
 
 IDS = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import DenseFiles, class_maps, depth_maps, match_files
+from dinokit.data.dense import DenseFiles, DenseSource, class_maps, depth_maps, match_files
 from dinokit.data.sources._labels import Categorical, choose_split, split_of
 
 

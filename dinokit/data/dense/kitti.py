@@ -6,8 +6,7 @@ Images without a depth map, which the lists mark with `None`, are left out.
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import listed_depth
+from dinokit.data.dense import DenseSource, listed_depth
 
 
 @dataclass

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import listed_depth
+from dinokit.data.dense import DenseSource, listed_depth
 
 
 @dataclass

@@ -13,9 +13,9 @@ import numpy as np
 
 from dinokit.config.registry import suggest
 from dinokit.data.decode import ImageLike, decode
-from dinokit.data.dense._files import ClassMaps, DepthMaps, check_size, class_maps, depth_maps
+from dinokit.data.dense import ClassMaps, DepthMaps, check_size, class_maps, depth_maps
+from dinokit.data.files import shards
 from dinokit.data.sources import parquet
-from dinokit.data.sources._files import shards
 from dinokit.data.sources.parquet import read_metadata
 
 

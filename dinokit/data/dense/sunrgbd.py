@@ -6,8 +6,7 @@ Its 16-bit PNG files are rotated by three bits; read as they are, they have 8000
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import listed_depth
+from dinokit.data.dense import DenseSource, listed_depth
 
 
 @dataclass

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.dense import DenseSource
-from dinokit.data.dense._files import DenseFiles, class_maps, read_lines, split_names
-from dinokit.data.names import Names
+from dinokit.data.dense import DenseFiles, DenseSource, class_maps, read_lines, split_names
+from dinokit.data.files import Names
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

@@ -20,7 +20,7 @@ class ImageSource(Protocol):
     Optional methods:
 
         stamp() -> str            changes whenever an image, a label or their order may have changed
-                                  (sources/_files.py helps); needed to cache features on disk
+                                  (dinokit.data.files.stamp_of helps); needed to cache features on disk
         file(index) -> Path       the file of an image, if each image is a file of its own
         stored(index) -> bytes    the content of the image file, alone or inside another file; needed for
                                   crops.decode=reduced

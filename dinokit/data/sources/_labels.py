@@ -16,10 +16,9 @@ from typing import Literal
 import numpy as np
 
 from dinokit.config.registry import suggest
-from dinokit.data.names import encode
+from dinokit.data.files import Rows, encode
 
 Split = Literal["all", "train", "test"]
-Rows = range | np.ndarray  # numbers of images
 
 _NO_LABEL = ("", "-1")  # for formats that always have a label
 _TRAIN = frozenset({"train", "training"})

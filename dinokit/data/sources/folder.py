@@ -15,9 +15,8 @@ from typing import Literal
 import numpy as np
 
 from dinokit.data.decode import SUFFIXES, suffix
-from dinokit.data.names import Names
+from dinokit.data.files import ImageFiles, Names, existing, nothing_found, wrong_kind
 from dinokit.data.sources import ImageSource
-from dinokit.data.sources._files import ImageFiles, existing, nothing_found, wrong_kind
 from dinokit.data.sources._labels import Categorical, choose_split, class_ids, split_of
 
 

@@ -17,9 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.names import BLOCK, Lines, Names, Strings
+from dinokit.data.files import BLOCK, ImageFiles, Lines, Names, Strings, existing, wrong_kind
 from dinokit.data.sources import ImageSource
-from dinokit.data.sources._files import ImageFiles, existing, wrong_kind
 from dinokit.data.sources._labels import Categorical, choose_split, class_ids
 
 _CHECKED = 100  # files that must not all be missing when the list is opened

@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from dinokit.data.scenes.renderer import Renderer, Scene
+from dinokit.data.files import stamp_of
+from dinokit.data.scenes import Renderer, Scene
 from dinokit.data.scenes.shapes import NAMES
-from dinokit.data.sources._files import stamp_of
 
 
 @dataclass

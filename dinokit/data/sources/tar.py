@@ -18,8 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dinokit.data.decode import SUFFIXES, ImageLike, decode, suffix
-from dinokit.data.names import Names
-from dinokit.data.sources._files import shards, stamp_of, wrong_kind
+from dinokit.data.files import Names, shards, stamp_of, wrong_kind
 from dinokit.data.sources._labels import Categorical, choose_split, class_ids, splits_of_files
 
 _OPEN = 128  # files that a process has open at the same time; systems allow about a thousand

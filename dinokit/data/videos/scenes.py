@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dinokit.config.registry import check_at_least
-from dinokit.data.scenes.renderer import Renderer, Scene
+from dinokit.data.scenes import Renderer, Scene
 from dinokit.data.scenes.shapes import NAMES
 from dinokit.data.sources import ImageLike
 from dinokit.data.videos import Video

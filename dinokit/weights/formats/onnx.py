@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.models.linear import LayerScale, project
 from dinokit.models.vit import VisionTransformer
 from dinokit.weights.export_check import Exported, heads_of, metadata_of, two_sizes
 
@@ -90,15 +89,15 @@ class Graph(nn.Module):
         x = torch.cat([*parts, maps.flatten(2).transpose(1, 2) + position], dim=1)
         block: Any
         for block in vit.blocks:
-            x = x + self._attend(block.attn, block.norm1(x), block.ls1)
-            x = x + block.mlp(block.norm2(x), block.ls2)
+            x = x + block.ls1(self._attend(block.attn, block.norm1(x)))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
         x = vit.norm(x)
         return x[:, 0], x[:, 1 + vit.registers :]
 
-    def _attend(self, attn: Any, x: Tensor, scale: LayerScale | None) -> Tensor:
+    def _attend(self, attn: Any, x: Tensor) -> Tensor:
         q, k, v = attn.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return project(out, attn.proj, scale)
+        return attn.proj(out)
 
 
 class Positions(nn.Module):

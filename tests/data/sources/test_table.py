@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dinokit.data import names as module
-from dinokit.data.names import Names
+from dinokit.data import files as module
+from dinokit.data.files import Names
 from dinokit.data.sources import manifest
 from dinokit.data.sources.manifest import Column, read_table
 

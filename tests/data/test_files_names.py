@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from dinokit.data.names import Names
+from dinokit.data.files import Names
 
 WORDS = ["a/b.jpg", "", "naïve/鳥 🐦.png", "x" * 1000, "\udcff-is-no-text.jpg", "a/b.jpg"]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dinokit.data import names as module
-from dinokit.data.names import Lines
+from dinokit.data import files as module
+from dinokit.data.files import Lines
 
 PIECES = st.sampled_from(["a.jpg", "b/c d.png", "é.jpg", "#", "# no", " ", "\t", "", "\r", "  x.png ", "#x"])
 
