@@ -195,7 +195,6 @@ def test_the_training_loop_is_understood_from_few_files() -> None:
     assert len(reached) <= 70, sorted(reached)
 
 
-@REBUILDING
 def test_a_block_is_read_at_sight() -> None:
     assert len((ROOT / "dinokit/models/block.py").read_text(encoding="utf-8").splitlines()) <= 80
 
