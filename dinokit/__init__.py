@@ -1,3 +1,3 @@
-"""dinokit: train, judge and use self-supervised visual features."""
+"""dinokit: train, evaluate and use self-supervised visual features."""
 
 __version__ = "0.1.0"

@@ -1,11 +1,11 @@
-"""How a command line is taken apart."""
+"""Parsing of a command line."""
 
 import pytest
 
 from dinokit.commands import parse
 
 
-def test_words_settings_options_and_the_rest_are_told_apart():
+def test_words_settings_options_and_the_rest_are_parsed():
     command = parse(
         "v",
         ["what", "a=1", "--json", "--against", "plain", "b.c=-2", "--", "train", "x=1"],
@@ -27,9 +27,9 @@ def test_words_settings_options_and_the_rest_are_told_apart():
     ],
 )
 def test_a_wrong_option_is_named(words, answer):
-    with pytest.raises(ValueError, match=r"option|value") as told:
+    with pytest.raises(ValueError, match=r"option|value") as error:
         parse("v", words, ["--json", "--against="])
-    assert answer in str(told.value)
+    assert answer in str(error.value)
 
 
 def test_one_word_is_one():

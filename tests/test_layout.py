@@ -1,4 +1,4 @@
-"""The rules that keep the house plain, each as a test that names the culprit."""
+"""Rules of the layout: imports, sizes, packages and words. Each test names the files that break a rule."""
 
 import ast
 import re
@@ -167,3 +167,49 @@ def test_the_packages_of_the_wheel_are_the_folders_on_disk() -> None:
         found |= {".".join([package, *path.relative_to(ROOT / folder).parts]) for path in holding}
     assert set(settings["packages"]) == found
     assert all((ROOT / folder / "__init__.py").is_file() for folder in settings["package-dir"].values())
+
+
+REBUILDING = pytest.mark.xfail(reason="some rooms are still being rebuilt", strict=False)
+
+
+@REBUILDING
+def test_the_project_has_few_files() -> None:
+    assert len(FILES) <= 150
+
+
+@REBUILDING
+def test_the_training_loop_is_understood_from_few_files() -> None:
+    """Files that train/trainer.py imports, directly or not; entries of registries come from recipes."""
+    module_of = {file: re.sub(r"^(eval|slurm)/", r"dinokit/\1/", file) for file in FILES}
+    names = {
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file
+        for file, path in module_of.items()
+    }
+    reached, remaining = set(), {"dinokit/train/trainer.py"}
+    while remaining:
+        file = remaining.pop()
+        reached.add(file)
+        for name in imports(parse(file)):
+            found = {names[n] for n in (name, name.rpartition(".")[0]) if n in names}
+            remaining |= found - reached
+    assert len(reached) <= 70, sorted(reached)
+
+
+def test_a_block_is_read_at_sight() -> None:
+    assert len((ROOT / "dinokit/models/block.py").read_text(encoding="utf-8").splitlines()) <= 80
+
+
+OLD_WORDS = r"\b(shelf|shelves|judge|judged|judging|heap|told|verb)\b"
+SOURCE = ("dinokit", "eval", "slurm", "configs", "docs", "README.md", "hubconf.py", "Makefile")
+
+
+@REBUILDING
+def test_old_words_are_gone() -> None:
+    files = [ROOT / top for top in SOURCE if (ROOT / top).is_file()]
+    for suffix in ("py", "md", "yaml"):
+        files += [path for top in SOURCE for path in (ROOT / top).rglob(f"*.{suffix}")]
+    words = {
+        path.relative_to(ROOT).as_posix(): re.findall(OLD_WORDS, path.read_text(encoding="utf-8"), re.I)
+        for path in files
+    }
+    assert not {file: found for file, found in words.items() if found}

@@ -1,4 +1,4 @@
-"""What `dinokit extract` does once its settings are read: here, in more processes, or in a launcher's."""
+"""Runs `dinokit extract`: in this process, in several that it starts, or in those of a launcher."""
 
 import json
 import multiprocessing
@@ -24,14 +24,14 @@ from dinokit.weights import load_backbone
 if TYPE_CHECKING:
     from dinokit.commands.extract import Config
 
-Told = Callable[[int, Sequence[str]], None]
+OnProgress = Callable[[int, Sequence[str]], None]
 
 
 def begin(config: "Config") -> tuple[int, int]:
-    """Make the folder or take it up. Returns how many images there are, and how many are done.
+    """Create the folder, or check that it can be resumed. Returns the numbers of images: all, and done.
 
     Raises:
-        ValueError, LookupError: for what cannot be extracted, or other features in the folder.
+        ValueError, LookupError: for wrong settings, or if the folder holds other features.
     """
     world = launch().world
     if config.processes > 1 and world > 1:
@@ -44,20 +44,22 @@ def begin(config: "Config") -> tuple[int, int]:
     return images, images - lost
 
 
-def compute(config: "Config", told: Told) -> None:
-    """Everything that is missing, or this process's part of it."""
+def compute(config: "Config", on_progress: OnProgress) -> None:
+    """Compute all missing features, or this process's share of them."""
     ours = launch()
     if config.processes > 1:
-        _share_out(config, told)
+        _run_processes(config, on_progress)
     else:
-        _work(config, ours.rank, ours.world, ours.local_rank, told)
+        _work(config, ours.rank, ours.world, ours.local_rank, on_progress)
 
 
 def end(config: "Config") -> dict[str, Any]:
-    """What there is now; names the unreadable images in OUT/unreadable.txt."""
+    """Write the names of unreadable images to OUT/unreadable.txt. Returns a summary of the store."""
     out = Path(config.out)
     about = json.loads((out / "store.json").read_text(encoding="utf-8"))
-    if (launch().world > 1 or config.part) and missing_shards(out, about):  # others are still at work
+    if (launch().world > 1 or config.part) and missing_shards(
+        out, about
+    ):  # other processes are still working
         return {"complete": False}
     if config.format == "parquet":
         names = list(unreadable_names(out))
@@ -83,21 +85,21 @@ def _make(config: "Config", device: torch.device, clean: bool) -> Extraction:
     return Extraction(Path(config.out), backbone, source, spec, metadata, clean)
 
 
-def _work(config: "Config", rank: int, world: int, local_rank: int, told: Told) -> None:
+def _work(config: "Config", rank: int, world: int, local_rank: int, on_progress: OnProgress) -> None:
     device = pick_device(config.device)
     if device.type == "cuda" and ":" not in config.device:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     precision = DTYPES[pick_precision(config.precision, device)]
     extraction = _make(config, device, clean=False)
     number, of = parse_part(config.part)
-    extraction.run(config.batch, config.workers, precision, told, number + of * rank, of * world)
+    extraction.run(config.batch, config.workers, precision, on_progress, number + of * rank, of * world)
 
 
-def _share_out(config: "Config", told: Told) -> None:
-    """Start the processes and pass on what they tell.
+def _run_processes(config: "Config", on_progress: OnProgress) -> None:
+    """Start the processes and report their progress.
 
     Raises:
-        RuntimeError: if one fails; the others are ended, and what is done stays.
+        RuntimeError: if one fails; the others are ended. Finished shards stay.
     """
     context = multiprocessing.get_context("spawn")
     links: dict[Any, Any] = {}
@@ -111,16 +113,16 @@ def _share_out(config: "Config", told: Told) -> None:
             ready: list[Any] = list(wait(list(links)))
             for link in ready:
                 try:
-                    images, wrong = link.recv()
+                    images, unreadable = link.recv()
                 except EOFError:
                     child = links.pop(link)
                     child.join()
                     if child.exitcode:
-                        raise _died(child.exitcode) from None
+                        raise _process_error(child.exitcode) from None
                     continue
                 if images < 0:
-                    raise RuntimeError(wrong[0])
-                told(images, wrong)
+                    raise RuntimeError(unreadable[0])
+                on_progress(images, unreadable)
     finally:
         for child in links.values():
             child.terminate()
@@ -131,17 +133,17 @@ def _share_out(config: "Config", told: Told) -> None:
 def _child(config: "Config", rank: int, link: "Connection[Any, Any]") -> None:
     torch.set_num_threads(max(torch.get_num_threads() // config.processes, 1))
     try:
-        _work(config, rank, config.processes, rank, lambda images, wrong: link.send((images, list(wrong))))
+        _work(config, rank, config.processes, rank, lambda n, names: link.send((n, list(names))))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
-        with suppress(BrokenPipeError):  # whoever started this process is gone
+        with suppress(BrokenPipeError):  # the process that started this one has ended
             link.send((-1, [str(error)]))
 
 
-def _died(code: int) -> RuntimeError:
+def _process_error(code: int) -> RuntimeError:
     how = f"by signal {-code}" if code < 0 else f"with status {code}"
     return RuntimeError(
         f"One of the processes ended {how}; out of memory is the usual reason: try a smaller batch, or fewer "
-        f"processes. What is done stays, and the same command goes on."
+        f"processes. Finished shards stay, and the same command resumes."
     )

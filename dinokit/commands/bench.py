@@ -34,7 +34,7 @@ FIRST = "device", "precision", "threads", "matmul_fp32", "matmul_bf16"  # what t
 
 
 def run(command: Command) -> None:
-    kind, recipe, rounds, real = _asked(command)
+    kind, recipe, rounds, real = _read_settings(command)
     against = command.flags.get("--against")
     if against not in (None, "plain") or (against and kind != "step"):
         raise ValueError("--against takes `plain`, and only with `dinokit bench step`.")
@@ -45,27 +45,27 @@ def run(command: Command) -> None:
     if kind == "data":
         from dinokit.bench.data import bench_data
 
-        found = bench_data(recipe, rounds, real)
+        results = bench_data(recipe, rounds, real)
     elif kind == "attention":
         from dinokit.bench.attention import bench_attention
 
-        found = bench_attention(recipe, rounds)
+        results = bench_attention(recipe, rounds)
     else:
         from dinokit.bench.evaluation import bench_eval
 
-        found = bench_eval(recipe, rounds)
+        results = bench_eval(recipe, rounds)
     if "--json" in command.flags:
-        print(json.dumps({**about, **found}))
+        print(json.dumps({**about, **results}))
         return
-    rest = {key: value for key, value in found.items() if key not in FIRST}
-    print("\n".join([_first_line({**about, **found}), *_lines(rest)]))
+    rest = {key: value for key, value in results.items() if key not in FIRST}
+    print("\n".join([_first_line({**about, **results}), *_lines(rest)]))
 
 
-def _asked(command: Command) -> tuple[str, Recipe, int, bool]:
+def _read_settings(command: Command) -> tuple[str, Recipe, int, bool]:
     words = list(command.words)
     if not words or words[0] not in KINDS:
         near = registry.suggest(words[0], list(KINDS)) if words else ""
-        raise ValueError(f"What is to be measured?{near} There is: {', '.join(KINDS)}.")
+        raise ValueError(f"What should be measured?{near} There is: {', '.join(KINDS)}.")
     if len(words) > 2:
         raise ValueError(f"'{words[2]}' is not of the form key=value.")
     own = {"recipe": "", "batch": "32" if words[0] == "data" else "8", "rounds": "5", "input": INPUTS[0]}
@@ -135,11 +135,11 @@ def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool, as_j
     forms = {"as given": recipe, **({"plain": plain(recipe)} if against else {})}
     reports = dict(zip(forms, bench_steps(list(forms.values()), about["rounds"], real), strict=True))
     ratio = _ratio(reports) if against else {}
-    found = {name: asdict(report) for name, report in reports.items()}
+    results = {name: asdict(report) for name, report in reports.items()}
     if as_json:
-        print(json.dumps({**about, **ratio, **found}))
+        print(json.dumps({**about, **ratio, **results}))
         return
-    print(_first_line({**about, **found["as given"]}))
+    print(_first_line({**about, **results["as given"]}))
     for name, report in reports.items():
         phases = ", ".join(f"{phase} {ms:.0f}" for phase, ms in report.milliseconds.items())
         print(
@@ -162,12 +162,12 @@ def _ratio(reports: "dict[str, StepReport]") -> dict[str, float]:
     }
 
 
-def _first_line(found: dict[str, Any]) -> str:
-    threads, rounds = (_count(found[what], what) for what in ("threads", "rounds"))
+def _first_line(about: dict[str, Any]) -> str:
+    threads, rounds = (_count(about[what], what) for what in ("threads", "rounds"))
     return (
-        f"{found['recipe']}, batch {found['batch']}, {found['precision']} on {found['device']} ({threads}), "
-        f"{rounds}; this machine multiplies at {found['matmul_fp32'] / 1e9:.0f} (fp32) and "
-        f"{found['matmul_bf16'] / 1e9:.0f} (bf16) GFLOP/s"
+        f"{about['recipe']}, batch {about['batch']}, {about['precision']} on {about['device']} ({threads}), "
+        f"{rounds}; this machine multiplies at {about['matmul_fp32'] / 1e9:.0f} (fp32) and "
+        f"{about['matmul_bf16'] / 1e9:.0f} (bf16) GFLOP/s"
     )
 
 
@@ -175,11 +175,13 @@ def _count(number: int, things: str) -> str:
     return f"{number} {things if number > 1 else things.removesuffix('s')}"
 
 
-def _lines(values: dict[str, Any], where: str = "") -> list[str]:
-    done = []
+def _lines(values: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
     for key, value in values.items():
         if isinstance(value, dict):
-            done += _lines(value, f"{where}{key}: ")
+            lines += _lines(value, f"{prefix}{key}: ")
         else:
-            done.append(f"{where}{key} {value:,.4g}" if isinstance(value, float) else f"{where}{key} {value}")
-    return done
+            lines.append(
+                f"{prefix}{key} {value:,.4g}" if isinstance(value, float) else f"{prefix}{key} {value}"
+            )
+    return lines

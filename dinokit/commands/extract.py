@@ -67,7 +67,7 @@ def run(command: Command) -> None:
 
 
 def check(command: Command) -> Config:
-    """The settings, before anything heavy is imported."""
+    """Read and check the settings without importing torch."""
     command.no_words(" The weights are given as weights=FILE_OR_RUN.")
     values = parse_overrides(command.settings)
     if isinstance(values.get("tokens"), str):
@@ -87,27 +87,27 @@ def describe(words: Sequence[str]) -> str:
 
 
 class Screen:
-    """Progress on a terminal, a line every half minute elsewhere; names the first unreadable images."""
+    """Shows progress, as a bar or as a line every half minute, and the first unreadable images."""
 
     def __init__(self, images: int, done: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.images, self.first, self.done, self.wrong = images, done, done, 0
-        self.begun = self.said = time.monotonic()
+        self.images, self.first, self.done, self.unreadable = images, done, done, 0
+        self.begun = self.printed_at = time.monotonic()
         speed = TextColumn("{task.fields[speed]}")
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), speed)
         self.progress = Progress(*columns, disable=not sys.stdout.isatty())
         self.task = self.progress.add_task("", total=images, completed=done, speed="")
 
-    def __call__(self, images: int, wrong: Sequence[str]) -> None:
+    def __call__(self, images: int, names: Sequence[str]) -> None:
         self.done += images
-        for text in wrong[: max(SHOWN - self.wrong, 0)]:
+        for text in names[: max(SHOWN - self.unreadable, 0)]:
             self.progress.console.print(text, markup=False, soft_wrap=True)
-        self.wrong += len(wrong)
+        self.unreadable += len(names)
         speed = f"{self.speed()['images_per_second']:.4g} images/s"
         self.progress.update(self.task, completed=self.done, speed=speed)
-        if self.progress.disable and time.monotonic() - self.said > 30:
-            self.said = time.monotonic()
+        if self.progress.disable and time.monotonic() - self.printed_at > 30:
+            self.printed_at = time.monotonic()
             print(f"{self.done} of {self.images} images, {speed}", flush=True)
 
     def speed(self) -> dict[str, float]:

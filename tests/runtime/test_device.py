@@ -28,8 +28,8 @@ def test_a_process_knows_its_peak():
 def test_what_the_parent_held_is_not_counted():
     block = torch.ones(3 * 2**27)  # 1.5 GiB, more than PyTorch itself
     code = "import torch, dinokit.runtime.device as d; print(d.peak_memory(torch.device('cpu')))"
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert 0.05 < float(told.stdout) < 1
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 0.05 < float(result.stdout) < 1
     del block
 
 

@@ -1,4 +1,4 @@
-"""Who is told to stop: the block that is open, and nobody else, before it, behind it or around it."""
+"""Stop signals reach the open block and the blocks around it, and none before or after it."""
 
 import signal
 
