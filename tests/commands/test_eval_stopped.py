@@ -1,4 +1,4 @@
-"""Evaluations that are told to stop: they say so, end with the status that has a job requeued, and go on."""
+"""Evaluations that receive a stop signal: they report it, exit with the status that requeues a job, and
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_a_demo_that_is_stopped_at_its_last_step_does_not_evaluate(words, folder
     folder("broken")
     Path("stop").write_text("150 SIGTERM")  # of 80 + 4 + 80: scored, a step, scored again
     assert main(["demo", *DEMO]) == 130
-    assert looked() <= 80 + 4 + 80 + 60  # the first batch to be judged
+    assert looked() <= 80 + 4 + 80 + 60  # the first batch to be evaluated
     out, err = capfd.readouterr()
     assert "k-NN top-1" not in out
     assert err.endswith("dinokit: interrupted\n")

@@ -136,11 +136,11 @@ def test_graphs_are_few_and_made_in_the_first_step(tiny, graphs, overrides, want
 
 @COMPILES
 def test_an_evaluation_is_not_compiled(tiny, graphs):
-    def judge(backbone):
+    def evaluate(backbone):
         for images in (1, 2, 3):
             backbone.layers(torch.rand(images, 3, 32, 32), [0, 1])
         return {"x": 0.0}
 
     recipe = tiny("run", "run.compile=blocks", "optim.steps=2", "optim.warmup=0")
-    trainer.train(recipe, registry.build("data.sources", recipe.data), [Evaluator("probe", 1, judge)])
+    trainer.train(recipe, registry.build("data.sources", recipe.data), [Evaluator("probe", 1, evaluate)])
     assert len(graphs) == 2
