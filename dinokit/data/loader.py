@@ -46,7 +46,7 @@ def build_loader(
     pin: bool = False,
     batch_bytes: int = 0,
 ) -> DataLoader[Any]:
-    """A DataLoader whose workers ignore Ctrl-C and print nothing, and which leaves torch's global random state unchanged.
+    """A DataLoader that leaves torch's global random state unchanged. Its workers ignore signals.
 
     Args:
         dataset: makes an item from a key; picklable.
