@@ -1,20 +1,24 @@
-"""The speed of the data path on one core: decode, cut, colour; and what loader processes hand over."""
+"""The speed of the data path on one core (decode, crop, colour), and the rate of the loader processes."""
 
+import io
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from dinokit.bench.machine import matmul_rates, measured_on, medians
-from dinokit.bench.synthetic import Files
 from dinokit.config import registry
 from dinokit.config.load import Recipe
 from dinokit.data.augment import Photometric
 from dinokit.data.batch import CROPS, TrainDataset, collate
+from dinokit.data.decode import decode
 from dinokit.data.loader import training_loader
 from dinokit.data.sampler import generator
-from dinokit.data.sources import ImageSource
+from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.runtime.device import keep_freed_memory
 
 
@@ -24,12 +28,12 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
     Args:
         recipe: its crops, its data and its number of workers.
         rounds: of optim.batch images each, and the thread's rate of matrix products after each.
-        real: whether to read the recipe's data; else files in memory, as Files has them.
+        real: whether to read the recipe's data; else files in memory, SyntheticImages.
     """
     torch.set_num_threads(1)
     keep_freed_memory(recipe.run)  # as in a process that trains on a CPU
     source: ImageSource = (
-        registry.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
+        registry.build("data.sources", recipe.data) if real else SyntheticImages(len(recipe.crops.mean))
     )
     places = TrainDataset(source, recipe.crops, None, recipe.run.seed, recipe.optim.batch)
     colour = Photometric(recipe.crops, compiled=recipe.run.compiles("colour"))
@@ -80,3 +84,43 @@ def _loader_rate(source: ImageSource, recipe: Recipe, rounds: int) -> dict[str, 
     begun = time.perf_counter()
     handed = sum(batch.images for batch in batches)
     return {"start_s": start, "images_per_second": handed / (time.perf_counter() - begun)}
+
+
+class SyntheticImages:
+    """Sixteen photo-like images of 500 x 375 pixels in memory: JPEG in grey or RGB, else `.npy`."""
+
+    classes: Sequence[str] = ()
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+        self.files = [_file(np.random.default_rng(seed), channels) for seed in range(16)]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[ImageLike, int]:
+        return decode(self.stored(index), self.name(index), self.channels), -1
+
+    def stored(self, index: int) -> bytes:
+        """The bytes of the file."""
+        return self.files[index]
+
+    def name(self, index: int) -> str:
+        """A name for messages."""
+        return f"synthetic image {index}"
+
+
+def _file(rng: np.random.Generator, channels: int) -> bytes:
+    height, width = 375, 500
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    fall = 1 / np.maximum(frequency, 1 / width)  # amplitude over frequency, as in photographs
+    noise = np.fft.rfft2(rng.standard_normal((channels, height, width)))
+    detail = np.fft.irfft2(noise * fall, s=(height, width))
+    detail = 128 + 55 * detail / detail.std()
+    pixels = detail.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
+    file = io.BytesIO()
+    if channels in (1, 3):
+        Image.fromarray(pixels.squeeze()).save(file, "JPEG", quality=90)
+    else:
+        np.save(file, pixels)
+    return file.getvalue()

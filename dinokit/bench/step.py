@@ -5,8 +5,10 @@ use changes from minute to minute, and a ratio of neighbours is still right.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -15,9 +17,8 @@ from typing import Any
 
 import torch
 
-from dinokit.bench.clock import Clock
-from dinokit.bench.machine import matmul_rate, matmul_rates, medians, once, settled
-from dinokit.bench.synthetic import Files
+from dinokit.bench.data import SyntheticImages
+from dinokit.bench.machine import matmul_rate, matmul_rates, medians, once, settled, wait
 from dinokit.config import registry
 from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
@@ -25,9 +26,8 @@ from dinokit.data.loader import training_loader
 from dinokit.models import fused
 from dinokit.models.attention import Attention
 from dinokit.runtime.device import keep_freed_memory, peak_memory
-from dinokit.train.loop import block_masks
 from dinokit.train.step import Step
-from dinokit.train.student_teacher import StudentTeacher, build_backbone
+from dinokit.train.student_teacher import StudentTeacher, block_masks, build_backbone
 
 # Every switch of `run` that is there for speed or memory, at its plainest.
 PLAIN: dict[str, Any] = {
@@ -56,8 +56,8 @@ class StepReport:
 def plain(recipe: Recipe) -> Recipe:
     """The same step with all logits at once, all tokens of the last block, SDPA, nothing compiled.
 
-    Nothing is checkpointed either, and freed memory goes back. What has no switch stays, such as norms and
-    GELUs that are computed again, gains folded into weights, sums made in place and the fused AdamW.
+    Nothing is checkpointed either, and freed memory goes back. What has no switch stays: GELUs that are
+    computed again, LayerScale multiplied into weights, and the fused AdamW.
     """
     with torch.device("meta"):
         network: Any = build_backbone(recipe)
@@ -186,14 +186,45 @@ class Form:
         step, model, clock = self.step, self.step.model, Clock(self.device)
         batch = clock.timed(lambda: next(self.batches), "load")()
         for owner, name, phase in [
-            (step, "coloured", "transfer"), (step, "colour", "colour"), (step, "_backward", "backward"),
-            (model, "_see", "teacher"), (model.teacher, "scores", "teacher"),
+            (step, "augment", "transfer"), (step, "photometric", "colour"), (step, "backward", "backward"),
+            (model.teacher, "read", "teacher"), (model.teacher, "logits", "teacher"),
             (model, "forward", "student forward"), (model, "update_teacher", "EMA"),
             *((loss, "forward", "losses") for loss in model.losses),
         ]:  # fmt: skip
             clock.watch(owner, name, phase)
         clock.timed(step, "optimiser")(batch)
         return {phase: 1000 * seconds for phase, seconds in clock.seconds.items()}
+
+
+class Clock:
+    """Adds up the time of each phase, s. A nested call's time is its own alone, so the sum is the whole."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._inner: list[float] = []
+
+    def watch(self, owner: Any, name: str, phase: str) -> None:
+        """From now on count calls of `owner.name` as `phase`."""
+        setattr(owner, name, self.timed(getattr(owner, name), phase))
+
+    def timed(self, work: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        """`work`, counted."""
+
+        @wraps(work, updated=())
+        def run(*args: Any, **kwargs: Any) -> Any:
+            wait(self.device)
+            begun = time.perf_counter()
+            self._inner.append(0.0)
+            out = work(*args, **kwargs)
+            wait(self.device)
+            whole = time.perf_counter() - begun
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + whole - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += whole
+            return out
+
+        return run
 
 
 def model_flops(recipe: Recipe, batch: Batch) -> float:
@@ -226,7 +257,7 @@ def model_flops(recipe: Recipe, batch: Batch) -> float:
 
 
 def _batches(recipe: Recipe, step: Step, steps: int, real: bool) -> Iterator[Batch]:
-    source = registry.build("data.sources", recipe.data) if real else Files(len(recipe.crops.mean))
+    source = registry.build("data.sources", recipe.data) if real else SyntheticImages(len(recipe.crops.mean))
     made = training_loader(
         source, recipe.crops, block_masks(recipe, step.model.student.backbone), seed=recipe.run.seed,
         start_step=0, steps=steps if real else 2, batch=recipe.optim.batch,

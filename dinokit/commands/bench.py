@@ -8,7 +8,7 @@ recipe; with input=synthetic (default) they need none.
 dinokit bench step heads.cls.prototypes=65536 batch=8 --against plain
 dinokit bench data
 dinokit bench data input=data data.path=PHOTOS
-dinokit bench attention dinov2_vitl16_short batch=2
+dinokit.bench.backbone dinov2_vitl16_short batch=2
 """
 
 import json
@@ -47,11 +47,11 @@ def run(command: Command) -> None:
 
         results = bench_data(recipe, rounds, real)
     elif kind == "attention":
-        from dinokit.bench.attention import bench_attention
+        from dinokit.bench.backbone import bench_attention
 
         results = bench_attention(recipe, rounds)
     else:
-        from dinokit.bench.evaluation import bench_eval
+        from dinokit.bench.backbone import bench_eval
 
         results = bench_eval(recipe, rounds)
     if "--json" in command.flags:

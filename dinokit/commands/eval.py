@@ -57,10 +57,10 @@ def run(command: Command) -> None:
         job.values = evaluation.with_data(job.name, job.values, data)
     folder = Path(out) if out else _folder_of(weights)
     from dinokit.runtime.device import pick_device
+    from dinokit.runtime.launch import process_group
     from dinokit.runtime.signals import stop_signals
-    from dinokit.train.processes import joined
 
-    with joined(pick_device(device), PATIENCE), stop_signals(between_items=True):
+    with process_group(pick_device(device), PATIENCE), stop_signals(between_items=True):
         _evaluate_all(jobs, recipe, own, device, folder, cache)
 
 

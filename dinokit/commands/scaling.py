@@ -26,7 +26,7 @@ from pathlib import Path
 from dinokit.commands import Command
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
-from dinokit.train.parts import parts_of_step
+from dinokit.train.schedule import accumulation
 
 FLAGS = {
     "--processes=": "number of processes; default 2",
@@ -47,7 +47,7 @@ def run(command: Command) -> None:
         "run.workers=0", "run.log_every=1", "run.checkpoint_every=1_000_000_000",
     ]  # fmt: skip
     recipe = load_recipe(name, settings)
-    parts_of_step(recipe, world)
+    accumulation(recipe, world)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < world:
         raise ValueError(

@@ -27,8 +27,7 @@ def run(command: Command) -> None:
     rest = [text for text in command.settings if text not in given]
     recipe = load_recipe(command.one_word("recipe", registry.recipe_names()), rest, evaluation.architecture)
     cluster = dict(_number(text) for text in given)
-    from dinokit.train.plan import plan
-    from dinokit.train.scale import Cluster
+    from dinokit.train.plan import Cluster, plan
 
     lines = plan(recipe, Cluster(**cluster) if cluster else None)
     print(to_yaml(recipe, template=True))

@@ -277,10 +277,10 @@ def _check(words: Sequence[str], profile: "Config", tasks: int) -> set[str]:
 
 
 def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
-    from dinokit.train.parts import parts_of_step
+    from dinokit.train.schedule import accumulation
 
     try:
-        parts_of_step(recipe, nodes * tasks)
+        accumulation(recipe, nodes * tasks)
     except ValueError as error:
         batch = recipe.optim.batch
         possible = [n for n in range(1, 2 * nodes + 1) if batch % (n * tasks) == 0]

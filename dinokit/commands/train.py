@@ -17,7 +17,7 @@ from dinokit.config.load import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageSource
-    from dinokit.train.loop import Evaluator
+    from dinokit.train.trainer import Evaluator
 
 MULTI_PROCESS = RESUMES = True
 
@@ -35,17 +35,17 @@ def describe(words: Sequence[str]) -> str:
 
 def pretrain(recipe: Recipe) -> str:
     """Train a recipe on its data with its evaluators. Returns the run's folder."""
-    from dinokit.train import loop
+    from dinokit.train import trainer
 
     source = registry.build("data.sources", recipe.data)
-    return str(loop.train(recipe, source, _evaluators(recipe, source)))
+    return str(trainer.train(recipe, source, _evaluators(recipe, source)))
 
 
 def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
     from functools import partial
 
     from dinokit.runtime.distributed import launch
-    from dinokit.train.loop import Evaluator
+    from dinokit.train.trainer import Evaluator
 
     evaluators = []
     for name, section in recipe.evals.items():

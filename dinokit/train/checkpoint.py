@@ -1,8 +1,12 @@
-"""Save and resume a run: checkpoints/step_NNNNNNN/, whole or not there, for any number of processes.
+"""Save and resume a run: checkpoints/step_NNNNNNN/, complete or absent, for any number of processes.
 
-Each process writes its part by torch.distributed.checkpoint, as safetensors, while training goes on;
-complete.json then lists every file with its length and checksum, and a move from a hidden name makes the
-folder a checkpoint. Nothing in it can be run.
+Each process writes its shard with torch.distributed.checkpoint, as safetensors, while training continues.
+Then complete.json lists every file with its length and checksum, and a rename from a hidden name makes the
+folder a checkpoint. Nothing in it is code.
+
+A tensor is called model.NAME if it is a parameter or buffer, and optimizer.KEY.NAME if it is AdamW's KEY
+(exp_avg, exp_avg_sq, step) of the parameter NAME. A parameter that was not stepped yet, such as a frozen
+prototype, has no entry there.
 """
 
 import hashlib
@@ -16,27 +20,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.optim import Optimizer
 
-from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
+from dinokit.runtime.distributed import broadcast, gather_objects, local, rank, world_size
 from dinokit.runtime.files import atomic, remove, sync_folder
 
 MARK = "complete.json"
 PATTERN = "step_*"
+MODEL, OPTIMIZER = "model.", "optimizer."
 
 
 @dataclass
-class Found:
-    """A checkpoint that was written to its end."""
+class SavedCheckpoint:
+    """A complete checkpoint on disk."""
 
     path: Path
     step: int
-    values: dict[str, Any]  # all that is no tensor
+    values: dict[str, Any]  # everything that is not a tensor
     files: dict[str, dict[str, Any]]  # by name: bytes, sha256
 
 
@@ -54,11 +61,11 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
         _no_warning_of_one_process()
-        # A group of its own: what the thread says to its like must not mix with what the step says.
+        # A group of its own: messages of the writing threads must not mix with those of the step.
         self.group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Copy the state after `step` steps, and write the copy while the caller goes on.
+        """Copy the state after `step` steps, and write the copy in the background.
 
         Raises:
             OSError: if the checkpoint before could not be written, such as on a full disk; those before that
@@ -68,8 +75,8 @@ class Checkpoints:
         copy: Any = DefaultStager(StagingOptions(False, False, False, False)).stage(dict(tensors))
         self.writing = self.thread.submit(self._write, step, copy, dict(values))
 
-    def check(self) -> None:
-        """Raise what went wrong with a write that is over, if anything did.
+    def raise_failure(self) -> None:
+        """Raise the error of the last write, if it has failed.
 
         Raises:
             OSError: as save().
@@ -78,17 +85,17 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until what was saved is written.
+        """Wait until the last checkpoint is written.
 
         Raises:
             OSError: as save().
         """
-        done, self.writing = self.writing, None
-        if done is not None:
-            done.result()
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
-    def trouble(self, step: int, error: BaseException) -> str:
-        """What to say when what belongs to a checkpoint cannot be written."""
+    def failure(self, step: int, error: BaseException) -> str:
+        """The message if a file of a checkpoint cannot be written."""
         last = newest(self.folder)
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}. "
@@ -109,103 +116,155 @@ class Checkpoints:
 
     def _write(self, step: int, tensors: dict[str, Any], values: dict[str, Any]) -> None:
         path = self.folder / f"step_{step:07d}"
-        part = self.folder / f".{path.name}.part"
+        temporary = self.folder / f".{path.name}.part"
         try:
             if rank() == 0:
-                remove(part)
-                part.mkdir(parents=True)
+                remove(temporary)
+                temporary.mkdir(parents=True)
             self._gather(None)  # nobody writes before the folder is there
-            writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-            alone = self.group is None
-            state_dict_saver.save(tensors, storage_writer=writer, process_group=self.group, no_dist=alone)
-            # Each process sees to the file that it wrote; its number in the name is the rank's, from 1.
-            own = [_entry(p) for p in sorted(part.glob(f"shard-{rank() + 1:05d}-*"))]
-            files = {name: entry for each in self._gather(own) for name, entry in each}
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            single = self.group is None
+            state_dict_saver.save(tensors, storage_writer=writer, process_group=self.group, no_dist=single)
+            # Each process lists the file that it wrote; the number in its name is the rank, from 1.
+            entries = [_entry(p) for p in sorted(temporary.glob(f"shard-{rank() + 1:05d}-*"))]
+            files = {name: entry for each in self._gather(entries) for name, entry in each}
             if rank() == 0:
-                self._complete(part, path, {"step": step, "values": values, "files": files})
+                self._complete(temporary, path, {"step": step, "values": values, "files": files})
             self._gather(None)
         except (OSError, RuntimeError, CheckpointException) as error:
             if rank() == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            raise OSError(self.trouble(step, error)) from None
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(self.failure(step, error)) from None
 
-    def _complete(self, part: Path, path: Path, content: dict[str, Any]) -> None:
-        with atomic(part / MARK) as mark:
+    def _complete(self, temporary: Path, path: Path, content: dict[str, Any]) -> None:
+        with atomic(temporary / MARK) as mark:
             mark.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        remove(path)  # the same step again, after a run went back to an older checkpoint
-        part.rename(path)
+        remove(path)  # the same step again, after the run resumed from an older checkpoint
+        temporary.rename(path)
         sync_folder(self.folder)
-        whole = sorted((p for p in self.folder.glob(PATTERN) if (p / MARK).exists()), key=_step)
-        for old in whole[: -self.keep]:
+        complete = sorted((p for p in self.folder.glob(PATTERN) if (p / MARK).exists()), key=_step)
+        for old in complete[: -self.keep]:
             if not self.keep_every or _step(old) % self.keep_every:
                 remove(old)
 
     def _gather(self, x: Any) -> list[Any]:
         if self.group is None:
             return [x]
-        found: list[Any] = [None] * world_size()
-        dist.all_gather_object(found, x, group=self.group)
-        return found
+        gathered: list[Any] = [None] * world_size()
+        dist.all_gather_object(gathered, x, group=self.group)
+        return gathered
 
 
-def newest(folder: Path) -> Found | None:
-    """The newest checkpoint of a run, if it has one. What was not written to its end is none."""
+def newest(folder: Path) -> SavedCheckpoint | None:
+    """The newest complete checkpoint of a run, or None."""
     for path in sorted(folder.glob(PATTERN), key=_step, reverse=True):
         try:
             content = json.loads((path / MARK).read_text(encoding="utf-8"))
-            return Found(path, int(content["step"]), dict(content["values"]), dict(content["files"]))
+            step, values, files = int(content["step"]), dict(content["values"]), dict(content["files"])
+            return SavedCheckpoint(path, step, values, files)
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
 
 
-def latest(folder: Path) -> Found | None:
+def latest(folder: Path) -> SavedCheckpoint | None:
     """newest() as process 0 sees it, in every process."""
     return broadcast(newest(folder) if rank() == 0 else None)
 
 
-def verify(found: Found) -> None:
-    """Compare every file with its checksum, each in one process. Comes before all reading.
+def verify(saved: SavedCheckpoint) -> None:
+    """Compare every file with its checksum, each in one process. Call it before reading.
 
     Raises:
-        ValueError: if one is damaged; it says how to go on without it.
+        ValueError: if one is damaged; the message says how to resume without it.
     """
-    mine = sorted(found.files)[rank() :: world_size()]
-    wrong = [text for texts in gather_objects([_damage(found, n) for n in mine]) for text in texts if text]
+    mine = sorted(saved.files)[rank() :: world_size()]
+    wrong = [text for texts in gather_objects([_damage(saved, n) for n in mine]) for text in texts if text]
     if wrong:
         raise ValueError(
-            f"{found.path} is damaged: {'; '.join(wrong)}. Move it away, and the run goes on from the "
-            f"checkpoint before."
+            f"{saved.path} is damaged: {'; '.join(wrong)}. Move it away, and the run resumes from the "
+            f"checkpoint before it."
         )
 
 
-def load(found: Found, targets: Mapping[str, Tensor]) -> None:
-    """Read a checkpoint into `targets`, by name; they may be cut otherwise than what was saved.
+def load(saved: SavedCheckpoint, targets: Mapping[str, Tensor]) -> None:
+    """Read a checkpoint into `targets`, by name; they may be sharded in another way than when saved.
 
     Raises:
-        ValueError: if that cannot be.
+        ValueError: if it cannot be read.
     """
     _no_warning_of_one_process()
     try:
-        reader = HuggingFaceStorageReader(str(found.path))
+        reader = HuggingFaceStorageReader(str(saved.path))
         state_dict_loader.load(dict(targets), storage_reader=reader, no_dist=world_size() == 1)
     except CheckpointException as error:
-        raise ValueError(f"{found.path} cannot be read: {_reason(error)}.") from None
+        raise ValueError(f"{saved.path} cannot be read: {_reason(error)}.") from None
 
 
-def shapes(found: Found) -> dict[str, tuple[int, ...]]:
+def shapes(saved: SavedCheckpoint) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor in a checkpoint."""
-    stored = HuggingFaceStorageReader(str(found.path)).read_metadata().state_dict_metadata
+    stored = HuggingFaceStorageReader(str(saved.path)).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in stored.items() if hasattr(entry, "size")}
 
 
+def named_tensors(model: nn.Module, trained: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every tensor of the model, and of the optimiser of `trained`, which is a part of the model."""
+    tensors = {f"{MODEL}{name}": x for name, x in model.state_dict().items()}
+    for name, p in trained.named_parameters():
+        tensors |= {f"{OPTIMIZER}{key}.{name}": x for key, x in optimizer.state.get(p, {}).items()}
+    return tensors
+
+
+def read_targets(
+    stored: Mapping[str, tuple[int, ...]], model: nn.Module, trained: nn.Module, optimizer: Optimizer
+) -> dict[str, Tensor]:
+    """Tensors to read a checkpoint with these names and shapes into; then give them to restore().
+
+    Raises:
+        ValueError: if it does not fit the model.
+    """
+    present, parameters = model.state_dict(), dict(trained.named_parameters())
+    absent = [name for name in present if f"{MODEL}{name}" not in stored]
+    targets: dict[str, Tensor] = {}
+    for key, shape in stored.items():
+        if key.startswith(MODEL):
+            x = present.get(key.removeprefix(MODEL))
+            targets[key] = x if x is not None and tuple(x.shape) == shape else torch.zeros(shape)
+            absent += [key] if x is None else []
+        else:
+            p = parameters.get(key.removeprefix(OPTIMIZER).split(".", 1)[1])
+            absent += [key] if p is None else []
+            if p is not None:
+                targets[key] = torch.zeros_like(p) if tuple(p.shape) == shape else torch.zeros(shape)
+    if absent:
+        raise ValueError(
+            f"The checkpoint was written for another model, or by another version of dinokit: "
+            f"{', '.join(absent[:5])} {'is' if len(absent) == 1 else 'are'} on one side only."
+        )
+    return targets
+
+
+@torch.no_grad()
+def restore(
+    tensors: Mapping[str, Tensor], model: nn.Module, trained: nn.Module, optimizer: Optimizer
+) -> None:
+    """Put tensors that were read from a checkpoint into model and optimiser."""
+    model.load_state_dict({k.removeprefix(MODEL): x for k, x in tensors.items() if k.startswith(MODEL)})
+    parameters = dict(trained.named_parameters())
+    for name, x in tensors.items():
+        if name.startswith(OPTIMIZER):
+            key, _, parameter = name.removeprefix(OPTIMIZER).partition(".")
+            p = parameters[parameter]
+            optimizer.state[p][key] = x.to(local(p).device)
+
+
 def _no_warning_of_one_process() -> None:
-    # Said at every save and load; and in a thread, filters cannot be set for a moment.
+    # It comes at every save and load; and in a thread, filters cannot be set temporarily.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _damage(found: Found, name: str) -> str:
-    path, entry = found.path / name, found.files[name]
+def _damage(saved: SavedCheckpoint, name: str) -> str:
+    path, entry = saved.path / name, saved.files[name]
     if not path.is_file():
         return f"{name} is missing"
     size = path.stat().st_size
@@ -229,7 +288,7 @@ def _step(path: Path) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What one process met, out of torch's report on all."""
+    """The error of one process, out of torch's report on all."""
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
         error = next((c for c in causes if isinstance(c, OSError)), causes[0] if causes else error)

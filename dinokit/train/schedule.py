@@ -1,12 +1,17 @@
-"""What changes with the step: pure functions of the recipe, so that a resumed run needs no memory of them."""
+"""Schedules and gradient accumulation: pure functions of the recipe, so a resumed run computes them anew."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+from dinokit.config import registry
 from dinokit.config.load import Recipe
+
+FULL = 0.9  # of a GPU's memory: more than this is not planned for
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
-    """Half a cosine from `start` at step 0 to `end`, which it reaches at `steps` and keeps."""
+    """Half a cosine from `start` at step 0 to `end`, which it reaches at `steps` and stays at."""
     if step >= steps:
         return end
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))
@@ -67,3 +72,51 @@ class Schedules:
         if stair >= stairs:
             return end
         return start + (end - start) * stair / max(stairs - 1, 1)
+
+
+def accumulation(recipe: Recipe, world: int, previous: Mapping[str, Any] | None = None) -> int:
+    """Micro-batches of a step: `run.accumulate`, or the next number above it that suits this many processes.
+
+    Args:
+        recipe: its optim.batch is images over all processes.
+        world: processes.
+        previous: of the checkpoint that the run resumes from, `images_at_once` and the `memory_share` that it
+            took of a GPU. With fewer processes each has more images; if these would not fit, they are split
+            into more micro-batches.
+
+    Raises:
+        ValueError: if the batch cannot be divided, or too few images are left in a micro-batch for some loss.
+    """
+    batch, accumulate = recipe.optim.batch, recipe.run.accumulate
+    if batch % world:
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        fewer, more = max(n for n in divisors if n <= world), -(-batch // world) * world
+        raise ValueError(
+            f"optim.batch={batch} images cannot be divided evenly over {world} processes. Start {fewer}, "
+            f"or for another run set optim.batch={more}."
+        )
+    images = batch // world
+    most = float(images)
+    if previous and previous.get("memory_share"):
+        most = previous["images_at_once"] * max(FULL / previous["memory_share"], 1.0)
+    name, least = _most_demanding_loss(recipe)
+    possible = [n for n in range(1, images + 1) if images % n == 0 and images // n >= least]
+    if not possible:
+        raise ValueError(
+            f"losses.{name} compares {least} images of one process, but optim.batch={batch} over {world} "
+            f"processes gives each {images}. Start fewer processes, or drop the loss with losses.{name}=null."
+            + (" Or let it compare those of all: losses.koleo.distributed=true." if name == "koleo" else "")
+        )
+    return next((n for n in possible if n >= accumulate and images // n <= most), possible[-1])
+
+
+def _most_demanding_loss(recipe: Recipe) -> tuple[str, int]:
+    """The loss that needs most images at a time, and how many."""
+    least = {
+        name: 1
+        if section.get("distributed")
+        else getattr(registry.read_config("losses", name), "least_images", 1)
+        for name, section in recipe.losses.items()
+    }
+    name = max(least, key=lambda key: least[key])
+    return name, least[name]

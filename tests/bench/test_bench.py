@@ -11,13 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinokit.__main__ import main
+from dinokit.bench.data import SyntheticImages
 from dinokit.bench.step import Form, bench_steps, model_flops, plain
-from dinokit.bench.synthetic import Files
 from dinokit.config.load import load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
-from dinokit.train.loop import block_masks
-from dinokit.train.student_teacher import StudentTeacher
+from dinokit.train.student_teacher import StudentTeacher, block_masks
 
 SMALL = [
     "backbone.width=24", "backbone.depth=2", "backbone.heads=2", "backbone.size=48", "crops.globals.size=48",
@@ -91,8 +90,10 @@ def test_the_data_path_is_measured_part_by_part(capsys):
 
 
 def test_the_data_path_takes_as_many_images_as_are_asked_for(capsys, monkeypatch):
-    read, stored = [], Files.stored
-    monkeypatch.setattr(Files, "stored", lambda files, index: read.append(index) or stored(files, index))
+    read, stored = [], SyntheticImages.stored
+    monkeypatch.setattr(
+        SyntheticImages, "stored", lambda files, index: read.append(index) or stored(files, index)
+    )
     assert printed(capsys, "data", "batch=2", rounds=1)["batch"] == 2
     two = len(read)
     printed(capsys, "data", "batch=6", rounds=1)
@@ -104,7 +105,7 @@ GRAY = ["crops.hue=0", "crops.saturation=0", "crops.gray=0"]
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_images_that_need_no_data_set_have_the_channels_that_are_asked_for(channels):
-    files = Files(channels)
+    files = SyntheticImages(channels)
     picture, label = files[3]
     assert (*np.shape(picture), 1)[:3] == (375, 500, channels)
     assert label == -1

@@ -27,7 +27,7 @@ from dinokit.data.transforms import (
     reduce_boxes,
     size_of,
 )
-from dinokit.train.folder import differences
+from dinokit.train.run_dir import differences
 
 MULTI_CROP = MultiCrop(Crops())  # 2 x 224 and 8 x 96, as DINO and DINOv2 have them
 

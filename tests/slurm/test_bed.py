@@ -22,7 +22,7 @@ from dinokit.config.load import load_recipe
 from dinokit.data.sources import scenes
 from dinokit.features import ExtractSpec, extract_to, open_store
 from dinokit.slurm.record import copy_code
-from dinokit.train.loop import train
+from dinokit.train.trainer import train
 from dinokit.weights import load_backbone
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(230)]

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
-from dinokit.train import loop
+from dinokit.train import trainer
+from dinokit.train.step import Step
 
 TINY = """
 backbone: {name: vit, size: 32, width: 24, depth: 2, heads: 2, patch: 8, layer_scale: 1.0, drop_path: 0.2}
@@ -142,7 +143,7 @@ class Together:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["dinokit.train.loop", "dinokit.models.vit"])
+        self.context.set_forkserver_preload(["dinokit.train.trainer", "dinokit.models.vit"])
 
     def start(self, world: int, job: str, *arguments: object) -> list:
         with socket.socket() as probe:
@@ -196,16 +197,16 @@ def cut_short(monkeypatch):
     """cut_short(recipe): a run that ends after its fourth step, as when it is interrupted."""
 
     def run(recipe):
-        whole = loop.Run.advance
+        real = Step.__call__
 
-        def advance(self, batch):
-            whole(self, batch)
-            if batch.step == 3:
+        def step(self, batch):
+            if batch.step == 4:
                 raise KeyboardInterrupt
+            return real(self, batch)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop.Run, "advance", advance)
+            patch.setattr(Step, "__call__", step)
             with pytest.raises(KeyboardInterrupt):
-                loop.train(recipe, registry.build("data.sources", recipe.data))
+                trainer.train(recipe, registry.build("data.sources", recipe.data))
 
     return run

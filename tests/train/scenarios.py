@@ -17,21 +17,23 @@ import torch
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.runtime.distributed import gather_objects, rank, world_size
+from dinokit.runtime.launch import process_group
 from dinokit.runtime.signals import Stopped
-from dinokit.train import loop
+from dinokit.runtime.watchdog import Watchdog
+from dinokit.train import trainer
 from dinokit.train.checkpoint import Checkpoints
-from dinokit.train.loop import Evaluator
-from dinokit.train.processes import joined
+from dinokit.train.step import Step
+from dinokit.train.trainer import Evaluator
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 
 
-def train(recipe, overrides, judge=None):
-    """A run. `judge` names one of the evaluators below."""
+def train(recipe, overrides, evaluate=None):
+    """A run. `evaluate` names one of the evaluators below."""
     recipe = load_recipe(recipe, overrides)
-    evaluators = [Evaluator("probe", 2, globals()[judge])] if judge else []
-    loop.train(recipe, registry.build("data.sources", recipe.data), evaluators)
+    evaluators = [Evaluator("probe", 2, globals()[evaluate])] if evaluate else []
+    trainer.train(recipe, registry.build("data.sources", recipe.data), evaluators)
 
 
 def several_runs(recipe, runs):
@@ -43,15 +45,16 @@ def several_runs(recipe, runs):
 
 def stop_after(recipe, overrides, steps):
     """The last process is asked to stop after so many steps: one of all, by a real signal."""
-    real, done = loop.Run.advance, []
+    real, calls = Step.__call__, []
 
-    def advance(self, batch):
-        real(self, batch)
-        done.append(batch.step)
-        if len(done) == steps and rank() == world_size() - 1:
+    def step(self, batch):
+        losses = real(self, batch)
+        calls.append(batch.step)
+        if len(calls) == steps and rank() == world_size() - 1:
             signal.raise_signal(signal.SIGTERM)
+        return losses
 
-    loop.Run.advance = advance
+    Step.__call__ = step
     train(recipe, overrides)
 
 
@@ -75,40 +78,41 @@ def unequal(backbone):
 
 def fail_in_one(recipe, overrides):
     """Process 1 fails in its third step."""
-    real = loop.Run.advance
+    real = Step.__call__
 
-    def advance(self, batch):
+    def failing_step(self, batch):
         if batch.step == 2 and rank() == 1:
             raise RuntimeError("a bug in one process")
-        real(self, batch)
+        return real(self, batch)
 
-    loop.Run.advance = advance
+    Step.__call__ = failing_step
     train(recipe, overrides)
 
 
 def hang_in_one(recipe, overrides):
-    """Process 1 stops moving in its third step; process 0 waits for it, without a clock of its own."""
-    real = loop.Run.advance
+    """Process 1 hangs before its third step; process 0 waits for it, without a watchdog of its own."""
+    real, calls = Watchdog.reset, []
 
-    def advance(self, batch):
-        if batch.step == 2:
-            self.watchdog.pause()
-            if rank() == 1:
-                self.watchdog.wind()
-                sleep_for_ever()
-        real(self, batch)
+    def reset(self):
+        calls.append(0)
+        if len(calls) == 3:
+            self.pause()
+        if len(calls) != 3 or rank() == 1:
+            real(self)
+        if len(calls) == 3 and rank() == 1:
+            sleep_for_ever()
 
     def sleep_for_ever():
         time.sleep(1000)
 
-    loop.Run.advance = advance
+    Watchdog.reset = reset
     train(recipe, overrides)
 
 
 def leave(how):
     """Join, and part in the way that is named; what still runs then is said."""
     try:
-        with joined(CPU, 2.0):
+        with process_group(CPU, 2.0):
             if how == "failed" and rank() == 1:
                 raise ValueError("this was wrong")
             gather_objects(None)
@@ -134,7 +138,7 @@ def golden(name, parallel):
     """The recorded trajectory, each process with its share of the images."""
     tests = runpy.run_path(str(HERE / "test_golden_steps.py"))
     conftest = runpy.run_path(str(HERE.parent / "conftest.py"))
-    with joined(CPU, 2.0):
+    with process_group(CPU, 2.0):
         tests["in_several_processes"](conftest["Golden"](name), parallel)
         gather_objects(None)
 

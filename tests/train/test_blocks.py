@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinokit.config import registry
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
-from dinokit.train import loop
-from dinokit.train.loop import Evaluator, block_masks
+from dinokit.train import trainer
 from dinokit.train.step import Step
+from dinokit.train.student_teacher import block_masks
+from dinokit.train.trainer import Evaluator
 
 
 def batches(recipe, step, steps):
@@ -141,5 +142,5 @@ def test_an_evaluation_is_not_compiled(tiny, graphs):
         return {"x": 0.0}
 
     recipe = tiny("run", "run.compile=blocks", "optim.steps=2", "optim.warmup=0")
-    loop.train(recipe, registry.build("data.sources", recipe.data), [Evaluator("probe", 1, judge)])
+    trainer.train(recipe, registry.build("data.sources", recipe.data), [Evaluator("probe", 1, judge)])
     assert len(graphs) == 2

@@ -13,18 +13,18 @@ from dinokit.features import fingerprint
 from dinokit.losses import Views
 from dinokit.losses.chunked import sinkhorn_knopp
 from dinokit.models.head import LazyLogits
-from dinokit.train import loop
-from dinokit.train.distill import Distillation
-from dinokit.train.frozen import read_teacher
+from dinokit.train import trainer
 from dinokit.train.plan import plan
+from dinokit.train.pretrained import read_frozen_teacher
 from dinokit.train.step import Step
+from dinokit.train.student_teacher import StudentTeacher
 from dinokit.weights import load_backbone, save_backbone
 
 DISTIL = ("masks=null", "backbone.drop_path=0")
 
 
 def train(recipe):
-    return loop.train(recipe, registry.build("data.sources", recipe.data))
+    return trainer.train(recipe, registry.build("data.sources", recipe.data))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def cross_entropy(student, target) -> float:
 @pytest.mark.parametrize("tokens", ["read", "all"])
 def test_ibot_is_the_mean_over_all_patches_of_both_global_crops(tiny, run, tokens):
     words = [f"run.tokens={tokens}", "losses.ibot.targets=centering", "losses.dino.targets=centering"]
-    model = Distillation(tiny("a", f"teacher.frozen={run}", *DISTIL, *words))
+    model = StudentTeacher(tiny("a", f"teacher.frozen={run}", *DISTIL, *words))
     seen = batch()
     torch.nn.init.normal_(model.student.dino_head.last_layer.weight_g)
     value = model(seen, teacher_temp=0.05)["ibot"].item()
@@ -80,9 +80,9 @@ def test_ibot_is_the_mean_over_all_patches_of_both_global_crops(tiny, run, token
 
 
 def test_a_run_gives_its_heads_and_a_file_gets_fresh_ones_that_learn(tiny, run, teacher):
-    own = Distillation(tiny("a", f"teacher.frozen={run}", *DISTIL))
+    own = StudentTeacher(tiny("a", f"teacher.frozen={run}", *DISTIL))
     assert set(own(batch(), 0.05)) == {"dino", "ibot", "koleo"}
-    fresh = Distillation(tiny("b", f"teacher.frozen={teacher}", *DISTIL))
+    fresh = StudentTeacher(tiny("b", f"teacher.frozen={teacher}", *DISTIL))
     values = fresh(batch(), 0.05)
     assert set(values) == {"dino", "ibot", "koleo", "guide_dino", "guide_ibot"}
     values["dino"].backward()
@@ -109,13 +109,16 @@ def test_a_step_moves_student_average_and_fresh_heads_but_not_the_teacher(tiny, 
 def test_a_frozen_teacher_is_held_in_the_dtype_of_the_step_and_says_the_same(tiny, run):
     words = [f"teacher.frozen={run}", *DISTIL]
     crops = batch().global_crops
-    whole, held = (read_teacher(tiny("a", *words)) for _ in range(2))
+    whole, held = (read_frozen_teacher(tiny("a", *words)) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         want = whole.backbone([crops], [None])[0]
-        seen = held.see(crops)
-        scores = [t.heads.scores(x.cls, x.patches.flatten(0, 1)) for t, x in ((whole, want), (held, seen))]
-    assert torch.equal(seen.cls, want.cls)
-    assert torch.equal(seen.patches, want.patches)
+        seen = held.read([crops], [None], torch.arange(6 * 16))
+        scores = [
+            whole.logits(want.cls, want.patches.flatten(0, 1)),
+            held.logits(seen.cls[0], seen.patches),
+        ]
+    assert torch.equal(seen.cls[0], want.cls)
+    assert torch.equal(seen.patches, want.patches.flatten(0, 1))
     for one, two in zip(*scores, strict=True):
         assert torch.equal(one.logits(), two.logits())
     assert held.backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
@@ -124,14 +127,14 @@ def test_a_frozen_teacher_is_held_in_the_dtype_of_the_step_and_says_the_same(tin
 
 def test_the_average_is_the_average_of_the_student_alone(tiny, teacher):
     step = Step(tiny("a", f"teacher.frozen={teacher}", *DISTIL), torch.device("cpu"))
-    before = {name: p.clone() for name, p in step.model.average.named_parameters()}
+    before = {name: p.clone() for name, p in step.model.ema.named_parameters()}
     with torch.no_grad():
         for p in step.model.student.parameters():
             p.add_(torch.randn_like(p))
     step.model.update_teacher(0.75)
     student = dict(step.model.student.named_parameters())
     assert before.keys() == {name for name in student if not name.startswith("guide.")}
-    for name, p in step.model.average.named_parameters():
+    for name, p in step.model.ema.named_parameters():
         torch.testing.assert_close(p, 0.75 * before[name] + 0.25 * student[name])
 
 
@@ -155,7 +158,7 @@ def test_a_run_does_not_go_on_under_another_teacher(tiny, teacher):
 
 def test_a_distilled_run_can_teach_in_turn(tiny, teacher):
     out = train(tiny("a", f"teacher.frozen={teacher}", *DISTIL))
-    chained = read_teacher(tiny("b", f"teacher.frozen={out}", *DISTIL))
+    chained = read_frozen_teacher(tiny("b", f"teacher.frozen={out}", *DISTIL))
     assert fingerprint(chained.backbone) == fingerprint(load_backbone(out))
 
 
@@ -170,7 +173,7 @@ def test_a_distilled_run_can_teach_in_turn(tiny, teacher):
 )
 def test_a_teacher_that_does_not_fit_is_refused_in_words(tiny, run, words, answer):
     with pytest.raises(ValueError, match=answer):
-        Distillation(tiny("a", f"teacher.frozen={run}", *DISTIL, *words))
+        StudentTeacher(tiny("a", f"teacher.frozen={run}", *DISTIL, *words))
 
 
 def test_masks_have_no_place_under_a_frozen_teacher(tiny):
@@ -188,7 +191,7 @@ def test_a_plan_counts_every_patch_and_opens_no_teacher(tiny):
 def nats_told(heads, patches: torch.Tensor, kinds: torch.Tensor) -> float:
     """Mutual information between the target's prototype of a patch and its kind; ln 10 is all there is."""
     with torch.no_grad():
-        targets = sinkhorn_knopp([heads(patches[:0], patches)[1]], 0.05)[0]
+        targets = sinkhorn_knopp([heads.logits(patches[:0], patches)[1]], 0.05)[0]
         chosen = targets.probabilities().argmax(dim=1)
     joint = torch.zeros(32, 10).index_put_((chosen, kinds), torch.ones(len(kinds)), accumulate=True)
     joint /= joint.sum()
@@ -199,8 +202,8 @@ def nats_told(heads, patches: torch.Tensor, kinds: torch.Tensor) -> float:
 def test_fresh_heads_come_to_tell_apart_what_the_teacher_does(tiny, teacher):
     """Tokens around ten centres, new ones every step: drawn heads hash them, heads that learn sort them."""
     torch.manual_seed(0)
-    model = Distillation(tiny("a", f"teacher.frozen={teacher}", *DISTIL))
-    guide, loss = model.student.guide, model.guide_losses[model.names.index("ibot")]
+    model = StudentTeacher(tiny("a", f"teacher.frozen={teacher}", *DISTIL))
+    guide, loss = model.student.guide, model.guide_losses[model.loss_names.index("ibot")]
     centres = 0.6 * torch.randn(10, 36)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +215,7 @@ def test_fresh_heads_come_to_tell_apart_what_the_teacher_does(tiny, teacher):
     none, weight = LazyLogits(torch.zeros(1, 1, 32), torch.eye(32)), torch.full((256,), 1 / 256)
     for _ in range(120):
         tokens = draw(256)[0]
-        said = guide(tokens[:0], tokens)[1]
+        said = guide.logits(tokens[:0], tokens)[1]
         optimizer.zero_grad()
         loss(Views(none, none, none.rows, said, said.detach(), weight, 0.05)).backward()
         optimizer.step()
@@ -222,6 +225,6 @@ def test_fresh_heads_come_to_tell_apart_what_the_teacher_does(tiny, teacher):
 
 
 def test_the_run_of_a_teacher_is_read_with_its_own_recipe(tiny, run):
-    network = read_teacher(tiny("a", f"teacher.frozen={run}", *DISTIL)).heads
+    network = read_frozen_teacher(tiny("a", f"teacher.frozen={run}", *DISTIL)).heads
     assert network.backbone.width == load_recipe(Path(run) / "recipe.yaml").backbone["width"] == 36
     assert fingerprint(network.backbone) == fingerprint(load_backbone(run))

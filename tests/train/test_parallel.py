@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dinokit.config import registry
-from dinokit.train import loop
-from dinokit.train.parallel import choose, synced, whole_backbone
-from dinokit.train.parts import parts_of_step
+from dinokit.train import trainer
+from dinokit.train.parallel import choose, gradient_sync, unsharded_backbone
+from dinokit.train.schedule import accumulation
 from dinokit.train.step import Step
 
 # Every statistic then counts over all processes: what is per process by nature is left out, or made to count.
@@ -15,7 +15,7 @@ CENTRES = ["losses.dino.targets=centering", "losses.ibot.targets=centering"]
 
 
 def train(recipe, evaluators=()):
-    return loop.train(recipe, registry.build("data.sources", recipe.data), evaluators)
+    return trainer.train(recipe, registry.build("data.sources", recipe.data), evaluators)
 
 
 @pytest.fixture
@@ -111,14 +111,14 @@ def test_alone_there_is_nothing_to_spread(tiny):
         step = Step(recipe, torch.device("cpu"))
         assert choose(recipe, step.model, torch.device("cpu"), 4) == "none"
     assert step.replica is step.model
-    assert whole_backbone(recipe, step.model.teacher.backbone) is step.model.teacher.backbone
-    with synced(step.replica, last=False):
+    assert unsharded_backbone(recipe, step.model.teacher.backbone) is step.model.teacher.backbone
+    with gradient_sync(step.replica, last=False):
         pass
 
 
 def test_several_processes_that_would_train_apart_are_refused(recipe_file, overrides, together):
     said = together(2, "train", str(recipe_file), overrides("a", "run.parallel=none"), status=(1, 2))
-    assert said.count("run.parallel=none: each would train by itself") == 1
+    assert said.count("run.parallel=none: each would train alone") == 1
 
 
 @pytest.mark.parametrize(
@@ -126,25 +126,25 @@ def test_several_processes_that_would_train_apart_are_refused(recipe_file, overr
 )
 def test_parts_keep_the_batch_on_any_number_of_processes(tiny, world, accumulate, want):
     recipe = tiny("a", "optim.batch=12", f"run.accumulate={accumulate}", "losses.koleo=null")
-    assert parts_of_step(recipe, world) == want
+    assert accumulation(recipe, world) == want
 
 
 def test_with_fewer_processes_parts_get_more_if_the_images_would_not_fit(tiny):
     recipe = tiny("a", "optim.batch=64", "losses.koleo=null")
-    assert parts_of_step(recipe, 4, {"images_at_once": 8, "memory_share": 0.8}) == 2
-    assert parts_of_step(recipe, 4, {"images_at_once": 8, "memory_share": 0.4}) == 1
-    assert parts_of_step(recipe, 1, {"images_at_once": 8, "memory_share": 0.8}) == 8
-    assert parts_of_step(recipe, 1, {"images_at_once": 8, "memory_share": 0.0}) == 1
+    assert accumulation(recipe, 4, {"images_at_once": 8, "memory_share": 0.8}) == 2
+    assert accumulation(recipe, 4, {"images_at_once": 8, "memory_share": 0.4}) == 1
+    assert accumulation(recipe, 1, {"images_at_once": 8, "memory_share": 0.8}) == 8
+    assert accumulation(recipe, 1, {"images_at_once": 8, "memory_share": 0.0}) == 1
 
 
 def test_a_batch_that_cannot_be_shared_out_is_said_with_the_numbers_that_can(tiny):
     with pytest.raises(ValueError, match=r"optim.batch=12 .* over 5 processes\. Start 4, .* optim.batch=15"):
-        parts_of_step(tiny("a", "optim.batch=12"), 5)
+        accumulation(tiny("a", "optim.batch=12"), 5)
     with pytest.raises(
         ValueError, match=r"losses.koleo compares 2 images .* gives each 1\..*distributed=true"
     ):
-        parts_of_step(tiny("a", "optim.batch=4"), 4)
-    assert parts_of_step(tiny("a", "optim.batch=4", "losses.koleo.distributed=true"), 4) == 1
+        accumulation(tiny("a", "optim.batch=4"), 4)
+    assert accumulation(tiny("a", "optim.batch=4", "losses.koleo.distributed=true"), 4) == 1
 
 
 @pytest.mark.gpu

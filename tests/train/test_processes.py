@@ -105,7 +105,7 @@ def test_a_failure_is_told_once_by_the_one_that_failed_and_ends_all(recipe_file,
     said = together(2, "fail_in_one", str(recipe_file), overrides, status=(1, 2))
     assert said.startswith("process 1 of 2")
     assert said.count("Traceback") == 1
-    assert "in advance" in said
+    assert "in failing_step" in said
     assert said.count("ERROR RuntimeError: a bug in one process") == 1
     assert time.monotonic() - begun < 90  # not the half hour of run.timeout_minutes
 
@@ -129,7 +129,7 @@ def test_a_hang_is_broken_by_the_process_that_hangs_which_shows_where(recipe_fil
     said = together(
         2, "hang_in_one", str(recipe_file), [*overrides, "run.timeout_minutes=0.25"], status=(1, 2)
     )
-    assert said.startswith("process 1 made no step for run.timeout_minutes=0.25, and ends.")
+    assert said.startswith("process 1 made no step for run.timeout_minutes=0.25, and exits.")
     assert "Timeout (0:00:15)!" in said
     assert "in sleep_for_ever" in said
 

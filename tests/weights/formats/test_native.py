@@ -16,14 +16,15 @@ VIT = {"name": "vit", "width": 32, "depth": 2, "heads": 2, "patch": 8, "size": 3
 TOY = """
 from dataclasses import dataclass
 from torch import nn
-from dinokit.models import Input
+from dinokit.models import Backbone, Input
 @dataclass
 class Config:
     channels: int = 3
     grid: tuple[int, int] = (4, 4)
-class Toy(nn.Linear):
+class Toy(Backbone):
     def __init__(self, cfg):
-        super().__init__(2, 2)
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
         self.grid, self.channels, self.input = cfg.grid, cfg.channels, Input(8, (0.5,) * 3, (0.5,) * 3)
 build = Toy
 """

@@ -5,13 +5,13 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
-from dinokit.train import loop
+from dinokit.train import trainer
 from dinokit.train.checkpoint import Checkpoints
-from dinokit.train.loop import Evaluator
+from dinokit.train.trainer import Evaluator
 
 
 def train(recipe, evaluators=()):
-    return loop.train(recipe, registry.build("data.sources", recipe.data), evaluators)
+    return trainer.train(recipe, registry.build("data.sources", recipe.data), evaluators)
 
 
 def die(*_, **__):

@@ -16,16 +16,15 @@ from safetensors.torch import load_file
 
 from dinokit.config import registry
 from dinokit.runtime.signals import STOP_SIGNALS
-from dinokit.train import loop
+from dinokit.train import trainer
 from dinokit.train.checkpoint import latest
-from dinokit.train.finite import TrainingError
-from dinokit.train.loop import Evaluator, block_masks
 from dinokit.train.step import Step
-from dinokit.train.unreadable import TooManyUnreadableError
+from dinokit.train.student_teacher import block_masks
+from dinokit.train.trainer import Evaluator, TooManyUnreadableError, TrainingError
 
 
 def train(recipe, evaluators=()):
-    return loop.train(recipe, registry.build("data.sources", recipe.data), evaluators)
+    return trainer.train(recipe, registry.build("data.sources", recipe.data), evaluators)
 
 
 def test_a_run_leaves_what_it_promises(tiny, records):
@@ -172,7 +171,7 @@ def test_another_recipe_does_not_touch_a_run(tiny, weights):
 
 
 def test_a_folder_with_other_things_is_left_alone(tiny, photos):
-    with pytest.raises(ValueError, match="not empty and holds no run"):
+    with pytest.raises(ValueError, match="not empty and is not a run"):
         train(tiny("photos"))
     assert len(list(photos.iterdir())) == 10
 
@@ -180,7 +179,7 @@ def test_a_folder_with_other_things_is_left_alone(tiny, photos):
 def test_pictures_without_files_cannot_be_decoded_reduced_and_leave_no_folder_behind(tiny, tmp_path):
     recipe = tiny("a", "crops.decode=reduced")
     with pytest.raises(ValueError, match="decodes JPEG files"):
-        loop.train(recipe, registry.build("data.sources", {"name": "scenes", "size": 32, "count": 10}))
+        trainer.train(recipe, registry.build("data.sources", {"name": "scenes", "size": 32, "count": 10}))
     assert not (tmp_path / "a").exists()
 
 

@@ -12,9 +12,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinokit.config.load import load_recipe
 from dinokit.runtime.distributed import local
-from dinokit.train.parallel import STATE_BYTES, choose, shard
-from dinokit.train.plan import plan
-from dinokit.train.scale import Cluster, gathered, held, kind_and_cut, sent
+from dinokit.train.parallel import choose, shard
+from dinokit.train.plan import (
+    STATE_BYTES,
+    Cluster,
+    bytes_sent,
+    gathered_bytes,
+    parallel_mode,
+    plan,
+    sharded_numel,
+)
 from dinokit.train.student_teacher import StudentTeacher
 
 NODES, GPUS = 12, 8
@@ -53,7 +60,7 @@ def test_the_giant_cut_over_96_processes_weighs_what_the_plan_says(giant, fake_w
         mesh = init_device_mesh("cpu", (NODES, GPUS), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh("cpu", (NODES * GPUS,), mesh_dim_names=("shard",))
-    planned = held(model.student.parameters(), GPUS if hybrid else NODES * GPUS)
+    planned = sharded_numel(model.student.parameters(), GPUS if hybrid else NODES * GPUS)
     shard(model, mesh, MixedPrecisionPolicy())
     parts = {
         who: sum(local(p).numel() for p in net.parameters())
@@ -75,7 +82,7 @@ def test_the_giant_cut_over_96_processes_weighs_what_the_plan_says(giant, fake_w
 
 def test_the_plan_says_the_memory_of_a_gpu_and_what_it_assumes(giant):
     lines = plan(giant, Cluster(NODES, GPUS, images_per_second=35.0))
-    assert "12 nodes of 8 GPUs, fsdp: every tensor cut over 8 GPUs; 32 images a GPU" in lines["spread"]
+    assert "12 nodes of 8 GPUs, fsdp: every tensor sharded over 8 GPUs; 32 images a GPU" in lines["parallel"]
     assert lines["memory of a GPU"].startswith(f"{1_234_919_040 * 20 / 8 / 2**30:.2f} GiB for weights")
     assert "images_per_second=35" in lines["assumed"]
     low, high = (float(x.replace(",", "")) for x in lines["speed"].split(" images/s")[0].split(" to "))
@@ -86,24 +93,24 @@ def test_the_plan_says_the_memory_of_a_gpu_and_what_it_assumes(giant):
 def test_bytes_sent_are_those_of_rings(giant, student):
     total = sum(p.numel() for p in student.parameters())
     giant.run.parallel = "ddp"
-    inside, across = sent(giant, student, Cluster(1, 2), 1)
+    inside, across = bytes_sent(giant, student, Cluster(1, 2), 1)
     assert across == 0
     assert inside == pytest.approx(total * 4, rel=0.01)  # two processes send each other all gradients, once
     giant.run.parallel = "fsdp"
-    inside, across = sent(giant, student, Cluster(2, 4), 1)
-    assert inside == pytest.approx(0.75 * (3 * gathered(student, half=True) + 4 * total), rel=0.01)
+    inside, across = bytes_sent(giant, student, Cluster(2, 4), 1)
+    assert inside == pytest.approx(0.75 * (3 * gathered_bytes(student, half=True) + 4 * total), rel=0.01)
     assert across == pytest.approx(total * 4, rel=0.01)  # two nodes, each gradient once
     blocks = sum(p.numel() for p in student.backbone.blocks.parameters())
-    assert gathered(student, half=True) == 4 * total - 2 * blocks
+    assert gathered_bytes(student, half=True) == 4 * total - 2 * blocks
 
 
 def test_auto_cuts_what_would_not_fit_a_gpu_with_its_backward_pass(giant):
     giant.run.parallel = "auto"
     state = 10**9 * STATE_BYTES / 2**30  # 18.6 GiB
-    assert kind_and_cut(giant, 10**9, 0.89 * 80 - state, Cluster(1, 8)) == ("ddp", 1)
-    assert kind_and_cut(giant, 10**9, 0.91 * 80 - state, Cluster(1, 8)) == ("fsdp", 8)
-    assert kind_and_cut(giant, 10**9, 1.0, Cluster(8, 1, gpu_gib=20)) == ("fsdp", 8)
-    assert kind_and_cut(giant, 10**9, 100.0, Cluster()) == ("none", 1)
+    assert parallel_mode(giant, 10**9, 0.89 * 80 - state, Cluster(1, 8)) == ("ddp", 1)
+    assert parallel_mode(giant, 10**9, 0.91 * 80 - state, Cluster(1, 8)) == ("fsdp", 8)
+    assert parallel_mode(giant, 10**9, 1.0, Cluster(8, 1, gpu_gib=20)) == ("fsdp", 8)
+    assert parallel_mode(giant, 10**9, 100.0, Cluster()) == ("none", 1)
 
 
 def test_a_run_and_its_plan_spread_the_giant_alike(giant, fake_world, monkeypatch):
@@ -117,7 +124,7 @@ def test_a_run_and_its_plan_spread_the_giant_alike(giant, fake_world, monkeypatc
     for checkpointing, kind in (("none", "fsdp"), ("full", "ddp")):
         giant.run.checkpointing = checkpointing
         assert choose(giant, model, torch.device("cuda"), 32) == kind
-        assert f"of 8 GPUs, {kind}:" in plan(giant, Cluster(NODES, GPUS))["spread"]
+        assert f"of 8 GPUs, {kind}:" in plan(giant, Cluster(NODES, GPUS))["parallel"]
 
 
 def test_a_cluster_of_nothing_is_refused():

@@ -5,19 +5,19 @@ import sys
 
 PROGRAM = """
 import sys, time
-from dinokit.train.watchdog import Watchdog
+from dinokit.runtime.watchdog import Watchdog
 
 def sleep_for_ever():
     time.sleep(60)
 
 with Watchdog(2 / 60) as watchdog:
     for _ in range(5):
-        watchdog.wind()
+        watchdog.reset()
         time.sleep(0.6)
     watchdog.pause()
     time.sleep(3)
     print("alive", flush=True)
-    watchdog.wind()
+    watchdog.reset()
     sleep_for_ever()
 """
 
@@ -26,7 +26,7 @@ def test_a_process_that_stands_still_says_which_setting_ends_it_and_where_it_is(
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "alive\n")
     said = done.stderr.splitlines()
-    assert said[0].startswith("process 0 made no step for run.timeout_minutes=0.0333333, and ends.")
+    assert said[0].startswith("process 0 made no step for run.timeout_minutes=0.0333333, and exits.")
     assert said[1] == "Timeout (0:00:02)!"
     assert any(line.endswith("in sleep_for_ever") for line in said)
     assert done.stderr.count("made no step") == 1

@@ -1,6 +1,6 @@
 """A run's folder: recipe.yaml, env.json, metrics.jsonl, run.log, checkpoints/, teacher.safetensors.
 
-It belongs to one recipe. Given again with the same recipe, the run goes on; with another, that is an error.
+It belongs to one recipe. With the same recipe the run resumes; with another one, that is an error.
 """
 
 import json
@@ -18,30 +18,32 @@ from typing import Any
 import torch
 
 from dinokit.config.load import Recipe, load_recipe, to_yaml
+from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
-from dinokit.runtime.device import pick_precision
+from dinokit.runtime.device import pick_device, pick_precision
 from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
 from dinokit.runtime.files import TEMPORARY, atomic, remove, write_text
+from dinokit.runtime.launch import digest
 from dinokit.runtime.run_lock import LOCK
-from dinokit.weights import save_backbone
 
-# Settings that may change when a run goes on, because they do not change what it learns.
+# Settings that may change when a run resumes, because they do not change what it learns.
 FREE = (
     "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
     "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.parallel",
     "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits", "run.tokens",
     "run.keep_memory", "data.memory_gib",
 )  # fmt: skip
+NAMES = 64  # images whose names are compared between processes
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 
 
 def open_run(recipe: Recipe) -> Path:
-    """Make the folder `run.out`, or take up the run that is in it. Returns its path.
+    """Make the folder `run.out`, or open the run that is in it. Returns its path.
 
     All processes call it, and process 0 writes.
 
     Raises:
-        ValueError: if the folder holds a run of another recipe, or things that are no run.
+        ValueError: if the folder has a run of another recipe, or files that are not a run.
     """
     out = Path(recipe.run.out)
     saved = out / "recipe.yaml"
@@ -49,46 +51,66 @@ def open_run(recipe: Recipe) -> Path:
         changes = differences(load_recipe(saved), recipe)
         if changes:
             raise ValueError(
-                f"run.out={out} holds a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
-                f"or give the old values to go on with that run."
+                f"run.out={out} has a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
+                f"or give the old values to resume that run."
             )
     elif out.exists() and any(not path.match(TEMPORARY) and path.name != LOCK for path in out.iterdir()):
-        raise ValueError(f"run.out={out} is not empty and holds no run. Choose another run.out.")
-    gather_objects(None)  # all have looked before anything is written
+        raise ValueError(f"run.out={out} is not empty and is not a run. Choose another run.out.")
+    gather_objects(None)  # all processes have checked before anything is written
     if rank() == 0:
         write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
         (out / "checkpoints").mkdir(exist_ok=True)
-        for part in (
-            *out.glob(TEMPORARY),
-            *out.glob(f"checkpoints/{TEMPORARY}"),
-            *out.glob(f"teachers/{TEMPORARY}"),
-        ):
-            remove(part)  # left by a process that was killed while it wrote
+        for folder in (out, out / "checkpoints", out / "teachers"):
+            for temporary in folder.glob(TEMPORARY):
+                remove(temporary)  # left by a process that was killed while it wrote
         write_text(out / "env.json", json.dumps(environment(), indent=1))
     gather_objects(None)
     return out
 
 
 def with_precision(recipe: Recipe, device: torch.device) -> Recipe:
-    """With run.precision settled: what the run in the folder has, else what process 0's device does well."""
-    saved, wanted = Path(recipe.run.out) / "recipe.yaml", recipe.run.precision
-    if wanted == "auto" and saved.exists():
-        wanted = load_recipe(saved).run.precision
-    precision = broadcast(pick_precision(wanted, device))
+    """The recipe with run.precision resolved: that of the run in the folder, or the best of process 0."""
+    saved, name = Path(recipe.run.out) / "recipe.yaml", recipe.run.precision
+    if name == "auto" and saved.exists():
+        name = load_recipe(saved).run.precision
+    precision = broadcast(pick_precision(name, device))
     return replace(recipe, run=replace(recipe.run, precision=precision))
 
 
-def save_teacher(recipe: Recipe, backbone: Backbone, done: int) -> None:
-    """Write the teacher after `done` steps; to teachers/ as well, if it is one of every so many to keep."""
+def save_teacher(recipe: Recipe, backbone: Backbone, steps: int) -> None:
+    """Write the teacher after `steps` steps; also to teachers/, every `run.keep_every` steps."""
+    from dinokit.weights.formats.native import save_backbone
+
     path, every = Path(recipe.run.out) / "teacher.safetensors", recipe.run.keep_every
     save_backbone(path, backbone, recipe.architecture, to_yaml(recipe))
-    if every and done % every == 0:
-        with atomic(path.parent / "teachers" / f"step_{done:07d}.safetensors") as part:
-            shutil.copyfile(path, part)
+    if every and steps % every == 0:
+        with atomic(path.parent / "teachers" / f"step_{steps:07d}.safetensors") as temporary:
+            shutil.copyfile(path, temporary)
+
+
+def run_facts(recipe: Recipe, source: ImageSource) -> dict[str, Any]:
+    """What must be equal in every process, with names for people."""
+    return {
+        "version of dinokit": version("dinokit"),
+        "version of torch": torch.__version__,
+        "recipe": digest({**asdict(recipe), "data": None}),
+        "kind of device": pick_device(recipe.run.device).type,
+        **image_facts(source),
+    }
+
+
+def image_facts(source: ImageSource) -> dict[str, Any]:
+    """What must also stay the same of the images when a run resumes."""
+    n = len(source)
+    names = [source.name(i * n // NAMES) for i in range(min(NAMES, n))]
+    return {
+        "number of images": n,
+        "order of images": f"{digest(names)} (the first is {names[0] if names else 'none'})",
+    }
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Each setting that differs and matters for what is learnt, as 'key was A, now B'."""
+    """Each setting that differs and changes what is learnt, as 'key was A, now B'."""
     a, b = _flat(asdict(old)), _flat(asdict(new))
     return [
         f"{key} was {a.get(key, 'absent')}, now {b.get(key, 'absent')}"
@@ -98,7 +120,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what a run runs."""
+    """Machine, software and command of a run, for env.json."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -119,20 +141,20 @@ def _commit() -> str | None:
     if not (here / ".git").exists():
         return None  # installed: a repository around the environment is not ours
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
         )
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    done: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{where}.{key}" if where else key
-        done.update(_flat(value, path) if isinstance(value, dict) and value else {path: _plain(value)})
-    return done
+        flat.update(_flat(value, path) if isinstance(value, dict) and value else {path: _plain(value)})
+    return flat
 
 
 def _plain(value: Any) -> Any:

@@ -11,9 +11,9 @@ from dinokit.__main__ import main
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.features import fingerprint
-from dinokit.train import loop
-from dinokit.train.start import begin, build_model
-from dinokit.train.student_teacher import build_backbone
+from dinokit.train import trainer
+from dinokit.train.pretrained import init_weights
+from dinokit.train.student_teacher import StudentTeacher, build_backbone
 from dinokit.weights import load_backbone, save_backbone
 
 
@@ -28,7 +28,7 @@ def old(tiny, tmp_path):
 
 
 def train(recipe):
-    return loop.train(recipe, registry.build("data.sources", recipe.data))
+    return trainer.train(recipe, registry.build("data.sources", recipe.data))
 
 
 def test_student_and_teacher_begin_with_the_file(tiny, old):
@@ -45,9 +45,10 @@ def test_student_and_teacher_begin_with_the_file(tiny, old):
 def test_both_networks_are_filled_and_heads_are_not(tiny, old):
     recipe = tiny("a", f"backbone.weights={old}")
     torch.manual_seed(0)
-    before = build_model(recipe).student.dino_head.state_dict()
+    before = StudentTeacher(recipe).student.dino_head.state_dict()
     torch.manual_seed(0)
-    model, filled = begin(recipe, first=True)
+    model = StudentTeacher(recipe)
+    filled = init_weights(recipe, model, resumes=False)
     student, teacher = model.student.backbone, model.teacher.backbone
     assert fingerprint(student) == fingerprint(teacher) == filled.backbone["fingerprint"]
     assert fingerprint(student) != fingerprint(build_backbone(recipe))

@@ -1,4 +1,4 @@
-"""The speed of each attention kernel at a recipe's crops, forward and backward."""
+"""The speed of a backbone: its attention with each kernel, and the frozen network that evaluators use."""
 
 from functools import partial
 from typing import Any
@@ -7,10 +7,11 @@ import torch
 
 from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
 from dinokit.config.load import Recipe
+from dinokit.features.tokens import frozen, normalised
 from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, why_not
 from dinokit.models.fused import attend
 from dinokit.runtime.device import DTYPES
-from dinokit.train.activations import tokens_of
+from dinokit.train.plan import tokens_per_crop
 from dinokit.train.student_teacher import build_backbone
 
 
@@ -30,7 +31,7 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
             f"backbone.name={recipe.backbone['name']} has its own attention; there is no choice."
         )
     groups = [
-        (recipe.optim.batch * group.count, tokens_of(backbone, group.size))
+        (recipe.optim.batch * group.count, tokens_per_crop(backbone, group.size))
         for group in (recipe.crops.globals, recipe.crops.locals)
         if group.count
     ]
@@ -54,3 +55,20 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
 def _run(qkv: torch.Tensor, heads: int, segments: PackedBatch, kernel: Kernel) -> None:
     qkv.grad = None
     attend(qkv, heads, segments, kernel).sum().backward()
+
+
+def bench_eval(recipe: Recipe, rounds: int) -> dict[str, Any]:
+    """Images per second of the class token, from uint8 crops of the size of the global ones."""
+    run = settled(recipe).run
+    device, dtype = torch.device(run.device), DTYPES[run.precision]
+    backbone = build_backbone(recipe).to(device).eval()
+    size, batch = recipe.crops.globals.size, recipe.optim.batch
+    crops = torch.randint(0, 256, (batch, backbone.channels, size, size), dtype=torch.uint8, device=device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    with frozen(backbone), torch.inference_mode(), autocast:
+        took = seconds(lambda: backbone([normalised(backbone, crops)], [None])[0].cls, device, rounds)
+    return {
+        **measured_on(run.device, run.precision),
+        "images_per_second": batch / took,
+        **matmul_rates(device),
+    }

@@ -7,10 +7,10 @@ from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.losses import chunked
-from dinokit.train import activations
-from dinokit.train.activations import tokens_of
-from dinokit.train.loop import block_masks
-from dinokit.train.student_teacher import StudentTeacher
+from dinokit.models import fused
+from dinokit.train import plan
+from dinokit.train.plan import activation_memory, tokens_per_crop
+from dinokit.train.student_teacher import StudentTeacher, block_masks
 
 SMALL = [
     "optim.batch=8", "data.size=32", "crops.globals.size=32", "crops.locals.size=16", "backbone.width=32",
@@ -21,6 +21,7 @@ SMALL = [
 def seen(recipe):
     """A model and its batch, the crops as floats."""
     model = StudentTeacher(recipe).train()
+    fused.install(model)
     source, masks = registry.build("data.sources", recipe.data), block_masks(recipe, model.student.backbone)
     batch = next(
         iter(training_loader(source, recipe.crops, masks, seed=0, start_step=0, steps=1, batch=8, workers=0))
@@ -44,14 +45,14 @@ def most_bytes(recipe, counting):
 @pytest.mark.parametrize(("logits", "chunk"), [("whole", 2**26), ("chunks", 2**26), ("chunks", 2**14)])
 def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, chunk, patch):
     """By what 8,192 more prototypes cost: all else stays."""
-    for place, name in ((chunked, "CPU_CHUNK"), (activations, "GPU_CHUNK")):
+    for place, name in ((chunked, "CPU_CHUNK"), (plan, "GPU_CHUNK")):
         monkeypatch.setattr(place, name, chunk)
     lived, counted = [], []
     for prototypes in (32768, 40960):
         more = [f"heads.cls.prototypes={prototypes}", f"heads.patch={patch}", f"run.logits={logits}"]
         recipe = load_recipe("scenes_cpu", [*SMALL, *more])
         lived.append(most_bytes(recipe, living))
-        counted.append(activations.activations(recipe, 8)[1] * 2**30)
+        counted.append(activation_memory(recipe, 8)[1] * 2**30)
     # The prototypes themselves are counted elsewhere: 32 numbers each, at most four times at a time.
     own = 8192 * 32 * 4 * 4
     grown = lived[1] - lived[0]
@@ -73,21 +74,21 @@ def test_tokens_are_counted_as_the_blocks_see_them(backbone):
     with torch.no_grad():
         model([torch.rand(2, 3, 56, 56), torch.rand(5, 3, 28, 28)], [None, None])
     seen = sum(rows)
-    assert 2 * tokens_of(model.to("meta"), 56) + 5 * tokens_of(model, 28) == seen
+    assert 2 * tokens_per_crop(model.to("meta"), 56) + 5 * tokens_per_crop(model, 28) == seen
 
 
 def test_the_backward_pass_is_counted_as_published():
     """Korthikanti et al. 2022: 34 bytes a token, block and unit of width; and logits, by hand."""
     giant = load_recipe("dinov2_vitg14", ["data.path=nowhere", "run.checkpointing=none", "run.logits=whole"])
-    tokens, kept = activations.activations(giant, 32)
+    tokens, kept = activation_memory(giant, 32)
     assert tokens == 32 * (2 * 257 + 8 * 50)
     asked, taught = 32 * (2 + 8) * 131_072, 32 * 2 * 131_072
     patches = round(32 * 2 * 256 * 0.5 * 0.3) * 131_072  # half the images, 10 to 50 % of their patches
     logits = 4 * (asked + taught + 2 * patches + 1.5 * patches)
     assert kept * 2**30 == pytest.approx(tokens * 1536 * 40 * 34 + logits)
     giant.run.checkpointing = "full"
-    kept = activations.activations(giant, 32)[1]
+    kept = activation_memory(giant, 32)[1]
     assert kept * 2**30 == pytest.approx(tokens * 1536 * (40 * 4 + 34) + logits)
     giant.run.logits = "chunks"
-    kept -= activations.activations(giant, 32)[1]
+    kept -= activation_memory(giant, 32)[1]
     assert kept * 2**30 == pytest.approx(4 * (asked + patches + 1.5 * patches - 1.5 * 2**26))

@@ -1,0 +1,199 @@
+"""Start, compare, stop and fail together: the processes of one command, with torch.distributed.
+
+A process that fails writes so into the store that all share. The others see it within a second and exit
+without a message, so what is printed first is the cause, and not another process's lost connection.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from dinokit.runtime.distributed import Launch, broadcast, gather_objects, launch, rank, world_size
+from dinokit.runtime.signals import Stopped
+from dinokit.runtime.watchdog import Watchdog
+
+FAILED = "failed"  # key in the store: the rank of the process that failed first
+LATER = 60.0  # seconds by which the wait for others outlasts the watchdog, which shows where one hangs
+GRACE = 5.0  # seconds that a process has to exit by itself after another one failed
+PATIENCE = 2.0  # seconds to wait for the cause of a lost connection
+LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of errors that follow from another process's exit
+SELF_EXPLAINING = ValueError, LookupError, OSError, KeyboardInterrupt  # errors that need no traceback
+
+
+@contextmanager
+def process_group(device: torch.device, minutes: float) -> Iterator[Watchdog]:
+    """Connect the processes that were started together, for the length of the block; gives a watchdog.
+
+    Args:
+        device: that of run.device; with several GPUs on a node, each process takes its own.
+        minutes: how long a process waits for the others before it gives up; also for itself: see Watchdog.
+
+    Raises:
+        ValueError: if there are more processes than GPUs on this node.
+        SystemExit: if another process failed, which has reported why.
+        Stopped: if it was raised in the block, in all processes.
+    """
+    ours = launch()
+    if ours.world == 1:
+        with Watchdog(minutes) as watchdog:
+            yield watchdog
+        return
+    _take_gpu(device, ours)
+    timeout = timedelta(minutes=minutes)
+    longer = timeout + timedelta(seconds=LATER)
+    address = "env://" if ours.by == "torchrun" else f"tcp://{ours.address}:{ours.port}"
+    store, _, _ = next(rendezvous(address, ours.rank, ours.world, timeout=timeout))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=ours.rank, world_size=ours.world, timeout=longer)
+    leaving = threading.Event()
+    watcher = threading.Thread(target=_exit_after_a_failure, args=(store.clone(), leaving), daemon=True)
+    watcher.start()
+    try:
+        with Watchdog(minutes) as watchdog:
+            yield watchdog
+        _leave_together(leaving, watcher)
+    except Stopped:
+        _leave_together(leaving, watcher)
+        raise
+    except BaseException as error:
+        first = _is_first_to_fail(store, error)
+        _leave_after_a_failure(leaving, watcher)
+        if not first and not isinstance(error, KeyboardInterrupt):
+            raise SystemExit(1) from None
+        if not isinstance(error, SELF_EXPLAINING) and not type(error).__module__.startswith("dinokit"):
+            sys.stderr.write(f"process {ours.rank} of {ours.world}, on {socket.gethostname()}, failed:\n")
+            traceback.print_exception(error)
+        raise
+
+
+def check_consistency(facts: Mapping[str, Any], folder: Path, key: str) -> None:
+    """Check that all processes have the same `facts` and see the same folder. All processes call it.
+
+    Args:
+        facts: what must be equal in every process: a name for people, and a value.
+        folder: that process 0 writes to.
+        key: the setting that names the folder, for the message.
+
+    Raises:
+        ValueError: naming two processes that differ, their hosts, and in what.
+    """
+    if world_size() == 1:
+        return
+    everywhere = gather_objects({"host": socket.gethostname(), **facts})
+    first = everywhere[0]
+    for number, theirs in enumerate(everywhere):
+        for name, value in theirs.items():
+            if name != "host" and value != first[name]:
+                raise ValueError(
+                    f"Process {number} (on {theirs['host']}) has another {name} than process 0 (on "
+                    f"{first['host']}): {value}, not {first[name]}. All processes must be given the same "
+                    f"command, code and data: is the same folder mounted at the same place everywhere?"
+                )
+    token = broadcast(os.urandom(8).hex())
+    probe = folder / f".{token}.part"
+    if rank() == 0:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    gather_objects(None)
+    blind = [host for host in gather_objects(None if _appears(probe) else socket.gethostname()) if host]
+    if rank() == 0:
+        probe.unlink()
+    if blind:
+        raise ValueError(
+            f"{key}={folder} is not one folder for all processes: what process 0 (on {first['host']}) "
+            f"writes there cannot be read on {', '.join(dict.fromkeys(blind))}. Give a folder that all nodes "
+            f"share, with its full path."
+        )
+
+
+def digest(x: Any) -> str:
+    """A short hash of a value that JSON can write; of other objects their text counts."""
+    return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _leave_together(leaving: threading.Event, watcher: threading.Thread) -> None:
+    gather_objects(None)  # nobody leaves, and closes the store, while another process still works
+    leaving.set()
+    watcher.join()
+    dist.destroy_process_group()
+
+
+def _leave_after_a_failure(leaving: threading.Event, watcher: threading.Thread) -> None:
+    """Exit within GRACE seconds, whatever else hangs, and with no thread left in the store.
+
+    A thread that is in the store's C++ code when the interpreter exits makes the process abort.
+    """
+    last = threading.Timer(GRACE, os._exit, [1])
+    last.daemon = True
+    last.start()
+    leaving.set()
+    watcher.join(PATIENCE)
+
+
+def _take_gpu(device: torch.device, ours: Launch) -> None:
+    if device.type != "cuda":
+        return
+    if ":" in str(device):
+        raise ValueError(
+            f"run.device={device} is one GPU for {ours.world} processes: set run.device=cuda, and each "
+            f"takes its own."
+        )
+    gpus = torch.cuda.device_count()
+    one_each = gpus == 1 and ours.by == "SLURM"  # srun may show each task only its own
+    if ours.local_world > gpus and not one_each:
+        raise ValueError(
+            f"{ours.local_world} processes on {socket.gethostname()}, but {gpus} GPUs: start as many "
+            f"processes as GPUs."
+        )
+    torch.cuda.set_device(0 if one_each else ours.local_rank)
+
+
+def _is_first_to_fail(store: Any, error: BaseException) -> bool:
+    """Whether this process failed first. A lost connection never is: its cause gets time to be reported."""
+    ours = f"{rank()}"
+    try:
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
+            error.add_note(
+                "Another process is gone and reported nothing: was it killed, perhaps because memory ran "
+                "out, or does it hang?"
+            )
+            deadline = time.monotonic() + PATIENCE
+            while time.monotonic() < deadline and not store.check([FAILED]):
+                time.sleep(0.05)
+        return store.compare_set(FAILED, "", ours).decode() == ours
+    except (RuntimeError, OSError):
+        # The store ended with the process that owned it, which failed before this one.
+        sys.stderr.write(f"process {rank()} exits, because process 0 is gone\n")
+        return False
+
+
+def _exit_after_a_failure(store: Any, leaving: threading.Event) -> None:
+    with suppress(RuntimeError, OSError):  # the process that owned the store may be gone
+        while not leaving.wait(1.0) and not store.check([FAILED]):
+            pass
+    if not leaving.wait(GRACE):
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file can be seen here, within the seconds that a network file system may take."""
+    for _ in range(20):
+        if path.exists():
+            return True
+        time.sleep(0.25)
+    return False

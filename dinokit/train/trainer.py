@@ -1,0 +1,336 @@
+"""Trains a student and its teacher: the training loop, from a recipe and images to a run's folder."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinokit.config.load import Recipe
+from dinokit.data.batch import Batch
+from dinokit.data.loader import training_loader
+from dinokit.data.sources import ImageSource
+from dinokit.models import Backbone
+from dinokit.runtime.device import keep_freed_memory, memory_share, peak_memory, pick_device
+from dinokit.runtime.distributed import all_reduce_sum, broadcast, gather_objects, rank, world_size
+from dinokit.runtime.launch import check_consistency, process_group
+from dinokit.runtime.log import RunLog, first_and_last_scores
+from dinokit.runtime.run_lock import run_lock
+from dinokit.runtime.signals import Stopped, stop_signals
+from dinokit.runtime.watchdog import Watchdog
+from dinokit.train import checkpoint
+from dinokit.train.checkpoint import Checkpoints, SavedCheckpoint
+from dinokit.train.parallel import eager, unsharded_backbone
+from dinokit.train.run_dir import image_facts, open_run, run_facts, save_teacher, with_precision
+from dinokit.train.schedule import accumulation
+from dinokit.train.step import Step
+from dinokit.train.student_teacher import StudentTeacher, block_masks
+
+MIN_SCALE = 1e-3  # of fp16's gradients: the scale halves with every overflow
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot continue; the message says what happened and what to try."""
+
+
+class TooManyUnreadableError(RuntimeError):
+    """More images than `run.max_unreadable` allows cannot be read."""
+
+
+@dataclass
+class Evaluator:
+    """An evaluation of the teacher, every so many steps and at both ends of a run."""
+
+    name: str
+    every: int
+    evaluate: Callable[[Backbone], Mapping[str, float]]
+
+
+def train(recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = ()) -> Path:
+    """Run a recipe on a source of images, or resume the run that is in its folder. Returns the folder.
+
+    Raises:
+        ValueError: before the first step, if recipe, folder and source do not fit together.
+        TrainingError: if a loss is not finite.
+        TooManyUnreadableError: if too many images cannot be read.
+        OSError: if a checkpoint cannot be written.
+        Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step. After
+            a signal of STOP_SIGNALS the process ignores these, because a launcher repeats them.
+    """
+    device, out = pick_device(recipe.run.device), Path(recipe.run.out)
+    keep_freed_memory(recipe.run)
+    with process_group(device, recipe.run.timeout_minutes) as watchdog, run_lock(out):
+        check_consistency(run_facts(recipe, source), out, "run.out")
+        Trainer(recipe, source, evaluators, device, watchdog).fit()
+    return out
+
+
+class Trainer:
+    """A run, from its start or from a checkpoint to its last step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: ImageSource,
+        evaluators: Sequence[Evaluator],
+        device: torch.device,
+        watchdog: Watchdog,
+    ) -> None:
+        out = Path(recipe.run.out)
+        recipe = with_precision(recipe, device)
+        saved = checkpoint.latest(out / "checkpoints")
+        micro_batches = accumulation(recipe, world_size(), saved.values if saved else None)
+        torch.manual_seed(recipe.run.seed)
+        model = StudentTeacher(recipe)
+        if recipe.backbone.get("weights"):
+            from dinokit.train.pretrained import init_weights
+
+            recipe = init_weights(recipe, model, resumes=saved is not None)
+        self.recipe, self.out, self.source = recipe, out, source
+        self.evaluators, self.watchdog = evaluators, watchdog
+        self.step = Step(recipe, device, micro_batches, model)
+        self.start = saved.step if saved else 0
+        self.loader = training_loader(
+            source, recipe.crops, block_masks(recipe, model.student.backbone), seed=recipe.run.seed,
+            start_step=self.start, steps=recipe.optim.steps, batch=recipe.optim.batch, rank=rank(),
+            world=world_size(), accumulation=micro_batches, workers=recipe.run.workers,
+            pin=device.type == "cuda",
+        )  # fmt: skip
+        open_run(recipe)  # after all checks: a recipe that does not fit its images leaves no folder
+        if saved is None and recipe.backbone.get("weights"):
+            from dinokit.train.pretrained import save_start
+
+            save_start(out, recipe, unsharded_backbone(recipe, model.student.backbone))
+        self.unreadable = UnreadableImages(recipe.run.max_unreadable, len(source))
+        if saved is not None:
+            self.resume(saved)
+        self.checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
+        self.log = RunLog(out, recipe.optim.steps, self.start)
+        self.pending: list[dict[str, Tensor]] = []  # losses of steps that were not logged yet
+        self.new_unreadable: dict[str, str] = {}
+        self.data_wait, self.since = 0.0, time.monotonic()
+
+    def fit(self) -> None:
+        """Train until the last step, or until the run is stopped. Raises as train()."""
+        run, steps = self.recipe.run, self.recipe.optim.steps
+        with stop_signals() as stop, self.log, self.checkpoints:
+            self.log_start()
+            self.evaluate(self.start, self.due_at_start())
+            for batch in self.batches():
+                self.pending.append(self.step(batch))
+                step = batch.step + 1  # steps that are complete
+                last = step == steps
+                stopping = stop.on_any_process() and not last
+                save = step % run.checkpoint_every == 0 or last or stopping
+                due = [e for e in self.evaluators if step % e.every == 0 or last]
+
+                if step % run.log_every == 0 or save or due:
+                    losses = self.fetch_losses(step)  # one wait for the device
+                    if not losses.isfinite().all():
+                        self.handle_not_finite(losses, step)
+                    self.log_losses(losses, step)
+                if save:
+                    self.save_checkpoint(step)
+                if stopping:
+                    self.checkpoints.finish()
+                    self.log.info(f"stopped after step {step}; the same command resumes from here")
+                    raise Stopped
+                if due:
+                    self.evaluate(step, due)
+            self.checkpoints.finish()
+            for line in first_and_last_scores(self.out):
+                self.log.info(line)
+            self.log.info(f"finished: {self.out / 'teacher.safetensors'}")
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the loader; counts the time spent waiting for them."""
+        batches = iter(self.loader)
+        while True:
+            self.watchdog.reset()
+            begin = time.monotonic()
+            batch = next(batches, None)
+            self.data_wait += time.monotonic() - begin
+            if batch is None:
+                return
+            self.checkpoints.raise_failure()
+            self.new_unreadable |= batch.unreadable
+            yield batch
+
+    def fetch_losses(self, step: int) -> Tensor:
+        """Losses and gradient norms (steps, names) since the last call, means over all processes."""
+        names = list(self.pending[0])
+        table = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.pending])
+        # Whether any process met unreadable images travels along: names are no tensors, and they are rare.
+        count = table.new_full((1,), len(self.new_unreadable))
+        sums = all_reduce_sum(torch.cat([table.flatten(), count])).cpu()
+        if sums[-1]:
+            self.count_unreadable(seen=step * self.recipe.optim.batch)
+        return sums[:-1].view(table.shape) / world_size()
+
+    def handle_not_finite(self, losses: Tensor, step: int) -> None:
+        """End the run, except after an overflow in fp16 that the loss scale can still fall for."""
+        scaler, names = self.step.scaler, list(self.pending[0])
+        scale = scaler.get_scale()
+        if scale < MIN_SCALE:
+            raise TrainingError(
+                f"In fp16 every recent step overflowed: the loss scale fell to {scale:g}. Set "
+                f"run.precision=bf16 or fp32, in a new run.out."
+            )
+        for row, column in (~losses.isfinite()).nonzero().tolist():
+            if scaler.is_enabled() and names[column].startswith("grad_"):
+                continue  # an overflow, which the scaler handles
+            self.checkpoints.finish()
+            last = checkpoint.newest(self.checkpoints.folder)
+            good = f"The last good checkpoint is {last.path}." if last else "No checkpoint was written yet."
+            raise TrainingError(
+                f"'{names[column]}' became {losses[row, column].item()} in step "
+                f"{step - len(losses) + row + 1}. {good} To try, one at a time, in a new run.out: a lower "
+                f"optim.lr, a longer optim.warmup, a smaller optim.clip, a lower second teacher.temp, "
+                f"run.precision=fp32."
+            )
+
+    def log_losses(self, losses: Tensor, step: int) -> None:
+        """Log the means of the steps since the last time, and the rates of the last step."""
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        schedules, names = self.step.schedules, list(self.pending[0])
+        self.log.step(
+            step,
+            {
+                **dict(zip(names, losses.mean(dim=0).tolist(), strict=True)),
+                "lr": schedules.lr(step - 1),
+                "weight_decay": schedules.weight_decay(step - 1),
+                "momentum": schedules.momentum(step - 1),
+                "teacher_temp": schedules.teacher_temp(step - 1),
+                "images_per_second": len(losses) * self.recipe.optim.batch / seconds,
+                "data_wait": self.data_wait / seconds,
+                "memory_gib": peak_memory(self.step.device),
+            },
+        )
+        self.pending.clear()
+        self.data_wait, self.since = 0.0, time.monotonic()
+
+    def log_start(self) -> None:
+        """Log what is trained on what."""
+        run, world, n = self.recipe.run, world_size(), self.step.accumulation
+        processes = f", {world} processes" if world > 1 else ""
+        self.log.info(
+            f"{self.recipe.name}: {len(self.source)} images, {self.step.device.type} {run.precision}"
+            f"{processes}, run.out={self.out}"
+        )
+        if n != run.accumulate:
+            self.log.info(
+                f"each step in {n} micro-batches, not run.accumulate={run.accumulate}: so {world} processes "
+                f"have the batch of {self.recipe.optim.batch} images"
+            )
+        if self.start:
+            self.log.info(f"resumes after step {self.start}")
+
+    def due_at_start(self) -> list[Evaluator]:
+        """At the start all evaluators; after a resumption those that were interrupted at this step."""
+        finished = broadcast(self.log.evaluated)
+        everyone = self.start in (0, self.recipe.optim.steps)
+        return [
+            e for e in self.evaluators if (everyone or self.start % e.every == 0) and e.name not in finished
+        ]
+
+    def evaluate(self, step: int, evaluators: Sequence[Evaluator]) -> None:
+        """Evaluate the teacher after `step` steps, and record the scores."""
+        if not evaluators:
+            return
+        backbone = unsharded_backbone(self.recipe, self.step.model.ema.backbone)
+        self.watchdog.pause()  # an evaluation may take hours
+        for evaluator in evaluators:
+            begin = time.monotonic()
+            with self.log.paused(), eager(self.recipe.run):
+                scores = evaluator.evaluate(backbone)
+            self.log.record(step, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
+            text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
+            self.log.info(f"{evaluator.name} after step {step}: {text}  ({time.monotonic() - begin:.1f} s)")
+        self.since = time.monotonic()
+
+    def save_checkpoint(self, step: int) -> None:
+        """Save the teacher for use, and a checkpoint to resume from."""
+        backbone = unsharded_backbone(self.recipe, self.step.model.ema.backbone)
+        if rank() == 0:
+            # The checkpoint comes last: a run that is killed in between repeats the last steps, and this.
+            try:
+                save_teacher(self.recipe, backbone, step)
+            except OSError as error:
+                raise OSError(self.checkpoints.failure(step, error)) from None
+        tensors, scaler = self.step.state()
+        values = {
+            "scaler": scaler,
+            "unreadable": list(self.unreadable.reasons),
+            "images": image_facts(self.source),
+            "images_at_once": self.step.images_at_once,
+            "memory_share": memory_share(self.step.device),
+        }
+        self.checkpoints.save(step, tensors, values)
+
+    def resume(self, saved: SavedCheckpoint) -> None:
+        """Restore model, optimiser and counts from a checkpoint.
+
+        Raises:
+            ValueError: if the images are others, or the checkpoint is damaged or of another model.
+        """
+        images = image_facts(self.source)
+        for name, value in saved.values.get("images", images).items():
+            if value != images[name]:
+                teacher = saved.path.parents[1] / "teacher.safetensors"
+                raise ValueError(
+                    f"The {name} was {value} at {saved.path}, and now is {images[name]}: a run resumes with "
+                    f"the images that it began with. Bring them back, or begin a new run with "
+                    f"run.out=ANOTHER backbone.weights={teacher}."
+                )
+        checkpoint.verify(saved)
+        tensors = self.step.read_targets(checkpoint.shapes(saved))
+        checkpoint.load(saved, tensors)
+        self.step.load(tensors, saved.values["scaler"])
+        self.unreadable.reasons = dict.fromkeys(saved.values["unreadable"], "")
+
+    def count_unreadable(self, seen: int) -> None:
+        """Log the unreadable images of all processes that are new. Raises as UnreadableImages.add()."""
+        reasons = {name: why for each in gather_objects(self.new_unreadable) for name, why in each.items()}
+        self.new_unreadable.clear()
+        for line in self.unreadable.add(reasons, seen):
+            self.log.info(line)
+
+
+class UnreadableImages:
+    """The unreadable images met so far.
+
+    Args:
+        share: of the images that may be unreadable.
+        images: in the source.
+    """
+
+    def __init__(self, share: float, images: int) -> None:
+        self.share, self.images = share, images
+        self.reasons: dict[str, str] = {}  # by name, in the order met; "" from a checkpoint
+
+    def add(self, reasons: Mapping[str, str], seen: int) -> list[str]:
+        """Count unreadable images. Returns a line for each that is new.
+
+        Args:
+            reasons: by name of the image, which may be known already, why it cannot be read.
+            seen: images read since the start of the run.
+
+        Raises:
+            TooManyUnreadableError: if they are more than `share` of the source, or of the first thousand
+                images seen.
+        """
+        new = {name: why for name, why in reasons.items() if name not in self.reasons}
+        self.reasons.update(new)
+        count, tried = len(self.reasons), min(self.images, max(seen, 1000))
+        if new and count > self.share * tried:
+            known = list(dict.fromkeys(why.rstrip(".") for why in self.reasons.values() if why))
+            names = ", ".join(list(self.reasons)[:5])
+            raise TooManyUnreadableError(
+                f"{count} of {tried} images cannot be read, more than "
+                f"run.max_unreadable={self.share:g}: {names}{', ...' if count > 5 else ''}. "
+                f"Why: {'; '.join(known[:3])}. Repair or remove them, or allow more, such as "
+                f"run.max_unreadable={min(1.0, 2 * count / tried):.2g}."
+            )
+        return [f"cannot be read, left out: {name}: {why}" for name, why in new.items()]
