@@ -46,7 +46,7 @@ def build_loader(
     pin: bool = False,
     batch_bytes: int = 0,
 ) -> DataLoader[Any]:
-    """A DataLoader whose workers ignore Ctrl-C, and which leaves torch's global random state unchanged.
+    """A DataLoader that leaves torch's global random state unchanged. Its workers ignore signals.
 
     Args:
         dataset: makes an item from a key; picklable.
@@ -70,17 +70,22 @@ def build_loader(
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # else it would draw from torch's global generator, and change training
     )
 
 
-def _ignore_signals(_: int) -> None:
+def _leave_signals_to_parent(_: int) -> None:
     """Make a worker ignore Ctrl-C and a scheduler's warning, which reach every process of a job at once.
 
     The parent handles them, and still needs batches to stop in order. A SIGTERM from the parent ends the
     worker: Python sends it to each child at exit, and then waits for it.
+
+    Nor does a worker print. Ctrl-C may interrupt the parent while it receives a tensor; the thread in the
+    worker that sends it then has a broken connection, which it would show by sys.excepthook. Nothing else in
+    a worker uses that: errors of a dataset are sent to the parent.
     """
+    sys.excepthook = lambda *_: None
     for name in {"SIGINT", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():  # Windows has the first
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none; there, any SIGTERM ends the worker
