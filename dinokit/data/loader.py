@@ -103,7 +103,7 @@ def training_loader(
     source: ImageSource, crops: Crops, masks: BlockMasks | None, *, seed: int, start_step: int, steps: int,
     batch: int, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = -1, pin: bool = False,
 ) -> Iterable[Batch]:  # fmt: skip
-    """This process's part of the batches of steps `start_step` to `steps` - 1.
+    """This process's share of the batches of steps `start_step` to `steps` - 1.
 
     Args:
         source: the images. An unreadable one is named in its batch, and another takes its place.
@@ -159,15 +159,11 @@ def image_loader(
     workers: int,
     pin: bool = False,
 ) -> Iterable[ImageBatch]:
-    """Transformed images of a source.
+    """Transformed images of a source; an unreadable one is named in its batch, and has no pixels there.
 
-    Args:
-        source: the images; unreadable ones are named in their batch, and have no pixels there.
-        transform: applied to (image, index, draw).
-        batches: (index, draw) of the images of each batch, such as a RangeSampler. A generator is advanced
-            batch by batch.
-        workers: as in build_loader.
-        pin: as in build_loader.
+    `transform` is applied to (image, index, draw); `batches` has (index, draw) of the images of each batch,
+    such as a RangeSampler, and a generator is advanced batch by batch. `workers` and `pin` are as in
+    build_loader.
     """
     read = partial(_read_image, transform)
     return build_loader(_ReadDataset(source, read), batches, _collate_images, workers, pin)
@@ -193,19 +189,11 @@ def dense_training_loader(
     source: DenseSource, transform: DenseTransform, *, seed: int, start_step: int, steps: int, batch: int,
     rank: int = 0, world: int = 1, workers: int = -1,
 ) -> Iterator[DenseBatch]:  # fmt: skip
-    """This process's part of the batches of steps `start_step` to `steps` - 1, for training a dense head.
+    """This process's share of the batches of steps `start_step` to `steps` - 1, for training a dense head.
 
-    Args:
-        source: images with maps. An unreadable one stops the work, because in a labelled set each counts, and
-            a mask that does not fit its image is a mistake to correct.
-        transform: makes an image and a map of one size for all.
-        seed: of all random numbers.
-        start_step: the first step.
-        steps: the step to stop before.
-        batch: images in a step over all processes.
-        rank: the number of this process, of `world`.
-        world: the number of processes.
-        workers: as in build_loader.
+    The arguments are those of training_loader; `transform` makes an image and a map of one size for all. An
+    unreadable image stops the work, because in a labelled set each counts, and a mask that does not fit its
+    image is a mistake to correct.
 
     Raises:
         ValueError: if the batch cannot be divided equally; while iterating, if an image or map is unreadable.
