@@ -1,105 +1,38 @@
-"""Image sets of a curation (pool, seeds, evaluation images) and their embeddings, which stay on disk."""
+"""Sets of images (pool, seeds, evaluation images), their embeddings on disk, and search by image in them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from dinokit.config import registry
-from dinokit.curate.settings import Embed
-from dinokit.curate.stages import Share, save
-from dinokit.data.files import Names
+from dinokit.curate.index import Searcher, Vectors, save
+from dinokit.curate.settings import Embed, Index, Share
+from dinokit.data.files import ImageFiles, Names
 from dinokit.data.sources import ImageLike, ImageSource
-from dinokit.features import Extraction, ExtractSpec, Subset, fingerprint, images_stamp, open_store
+from dinokit.features import (
+    Extraction,
+    ExtractSpec,
+    Subset,
+    extract_to,
+    fingerprint,
+    images_stamp,
+    open_store,
+)
+from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
 from dinokit.weights import load_backbone
 
-CHUNK = 65_536  # rows at a time: 100 MB of width 384
 
-
-class Vectors:
-    """Rows (n, D) of .npy files or arrays laid end to end, or a selection of these rows.
-
-    Args:
-        arrays: each (m, D), of any float type; files are memory-mapped when they are read.
-        rows: the selected rows, ascending; None: all.
-        unit: whether to put each row on the unit sphere.
-
-    Raises:
-        ValueError: if the arrays are not of one width.
-    """
-
-    def __init__(
-        self, arrays: Sequence[Path | np.ndarray], rows: np.ndarray | None = None, unit: bool = True
-    ) -> None:
-        self.arrays, self.rows, self.unit = list(arrays), rows, unit
-        shapes = [_open(array).shape for array in self.arrays]
-        if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
-            raise ValueError(f"Embeddings must be arrays (n, D) of one width; the shapes are: {shapes[:4]}.")
-        self._starts = np.cumsum([0, *(shape[0] for shape in shapes)])
-        self.width = int(shapes[0][1])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1]) if self.rows is None else len(self.rows)
-
-    def select(self, rows: np.ndarray) -> "Vectors":
-        """Only these rows, ascending, counted among the rows of this object."""
-        return Vectors(self.arrays, rows if self.rows is None else self.rows[rows], self.unit)
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), D) float32, in the order asked for."""
-        rows = np.asarray(rows) if self.rows is None else self.rows[rows]
-        if len(self.arrays) == 1 and (rows[1:] >= rows[:-1]).all():
-            return self._normalised(_open(self.arrays[0])[rows].astype(np.float32))
-        result = np.empty((len(rows), self.width), np.float32)
-        array_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(array_of):
-            here = np.flatnonzero(array_of == number)
-            inside = rows[here] - self._starts[number]
-            order = np.argsort(inside, kind="stable")  # a file is read from its beginning to its end
-            result[here[order]] = _open(self.arrays[number])[inside[order]]
-        return self._normalised(result)
-
-    def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, np.ndarray]]:
-        """The first row's number and (m, D) float32, for all rows in order."""
-        for start in range(0, len(self), size):
-            yield start, self.chunk(start, size)
-
-    def chunk(self, start: int, size: int = CHUNK) -> np.ndarray:
-        """(m, D) float32: the `size` rows from `start`, or as many as there are."""
-        stop = min(start + size, len(self))
-        if self.rows is not None:
-            return self.take(np.arange(start, stop))
-        result = np.empty((stop - start, self.width), np.float32)
-        begin = int(np.searchsorted(self._starts, start, side="right")) - 1
-        end = int(np.searchsorted(self._starts, stop, side="left"))
-        for number in range(begin, end):
-            first, last = int(self._starts[number]), int(self._starts[number + 1])
-            low, high = max(first, start), min(last, stop)
-            result[low - start : high - start] = _open(self.arrays[number])[low - first : high - first]
-        return self._normalised(result)
-
-    def without_direction(self) -> np.ndarray:
-        """(n,) bool: rows that are not finite, or zero."""
-        raw = Vectors(self.arrays, self.rows, unit=False)
-        result = np.zeros(len(self), np.bool_)
-        for start, x in raw.chunks():
-            length = np.einsum("ij,ij->i", x, x)
-            result[start : start + len(x)] = ~np.isfinite(length) | (length == 0)
-        return result
-
-    def _normalised(self, x: np.ndarray) -> np.ndarray:
-        if self.unit:
-            length = np.sqrt(np.einsum("ij,ij->i", x, x))[:, None]
-            x /= np.where(length > 0, length, 1)
-        return x
-
-
-def _open(array: Path | np.ndarray) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else np.load(array, mmap_mode="r")
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that depend on every input."""
+    return sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 class ImageSet:
@@ -287,3 +220,123 @@ def thumbnail(picture: ImageLike, side: int) -> Image.Image:
         top = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
         picture = Image.fromarray((array.astype(np.float32) * (255 / top)).astype(np.uint8))
     return ImageOps.contain(picture.convert("RGB"), (side, side))
+
+
+class ImageSearch:
+    """Nearest images in stored embeddings, with their names and pictures."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a store of features, or the folder of a curation.
+
+        Raises:
+            ValueError, LookupError: if it is neither, or the embeddings were given to the curation.
+        """
+        folder, cfg, index = path, Index(exact_below=1 << 62), path
+        self._images: np.ndarray | None = None  # the number in the source of each row, where it differs
+        stages = path / "stages"
+        if stages.is_dir():
+            index, settings = _finished_stage(stages, "index")
+            embedded, _ = _finished_stage(stages, "embed")
+            # If duplicates have weights of their own, the index is of their rows.
+            embedded = next(r for r in (embedded / "pool.copies", embedded / "pool") if r.is_dir())
+            folder = embedded / "store"
+            if not folder.is_dir():
+                raise ValueError(
+                    f"The embeddings of the curation {path} were given to it. Search the store of features "
+                    f"that they come from: index=STORE."
+                )
+            cfg = Index(**{key: value for key, value in settings.items() if key in vars(Index())})
+            self._images = np.load(embedded / "rows.npy")
+        elif not (path / "store.json").is_file():
+            raise LookupError(
+                f"index={path} has no features: give the folder that `dinokit extract` or `dinokit curate` "
+                f"wrote, its out=."
+            )
+        self.store = open_store(folder)
+        self.token = self.store.tokens[0]
+        if len(self.store[self.token].shape) != 2:
+            raise ValueError(f"{folder} has several layers or patches; search needs one vector an image.")
+        self._rows = np.flatnonzero(self.store.valid)
+        self._searcher = Searcher(Vectors(self.store.files(self.token), self._rows), index, cfg)
+        self._names = Names.of(self.store.iter_names())
+        self._source: ImageSource | None = None
+
+    @property
+    def weights(self) -> str:
+        """Where the weights were that made the embeddings."""
+        return str(self.store.about["weights"])
+
+    def embed(self, backbone: Backbone, files: Sequence[str]) -> np.ndarray:
+        """(q, D) unit rows of image files, with the same transform as the index.
+
+        Raises:
+            LookupError: if a file does not exist.
+            ValueError: if the index was made with other weights, or a file cannot be read.
+        """
+        about = self.store.about
+        if fingerprint(backbone) != about["fingerprint"]:
+            raise ValueError(
+                f"These are not the weights that made the index, which were {self.weights}: their features "
+                f"cannot be compared."
+            )
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing:
+            raise LookupError(f"There is no image {', '.join(missing)}.")
+        source = ImageFiles(Path.cwd(), Names.of(files), range(len(files)), None, [], backbone.channels)
+        for number in range(len(files)):
+            source[number]  # raises the reader's error if it cannot be read
+        transform = about["transform"]
+        spec = ExtractSpec(
+            (self.token,),
+            about["layers"],
+            transform["fit"],
+            transform["size"],
+            transform["resize"] or 0,
+            "float32",
+        )
+        with TemporaryDirectory() as folder:
+            features = extract_to(folder, backbone, source, spec)[self.token][:]
+        return Vectors([features]).chunk(0, len(features))
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(q, k) similarities, descending, and (q, k) numbers for name() and picture(); -1 for none."""
+        return self._searcher.search(queries, min(k, len(self._rows)))
+
+    def name(self, number: int) -> str:
+        """The name of an image that was found."""
+        return self._names[int(self._rows[number])]
+
+    def picture(self, number: int) -> ImageLike | None:
+        """An image that was found, or None if it can no longer be read."""
+        try:
+            if self._source is None:
+                self._source = registry.build("data.sources", self.store.about["data"])
+            image = self._rows[number] if self._images is None else self._images[number]
+            return self._source[int(image)][0]
+        except (OSError, ValueError, IndexError, LookupError):
+            return None
+
+
+def _finished_stage(stages: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a finished stage, and its inputs."""
+    for marker in sorted(stages.glob(f"{name}.*/done.json")):
+        return marker.parent, json.loads(marker.read_text(encoding="utf-8"))["inputs"]
+    raise ValueError(f"The curation in {stages.parent} has not finished its stage '{name}'.")
+
+
+def contact_sheet(
+    pictures: Sequence[tuple[ImageLike | None, str]], side: int = 192, columns: int = 6
+) -> Image.Image:
+    """Pictures with a caption below each; a grey square in place of None."""
+    text = 16
+    height = -(-len(pictures) // columns) * (side + text)
+    sheet = Image.new("RGB", (min(columns, len(pictures)) * side, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (picture, caption) in enumerate(pictures):
+        x, y = place % columns * side, place // columns * (side + text)
+        tile = Image.new("RGB", (side, side), "#dddddd") if picture is None else thumbnail(picture, side - 4)
+        sheet.paste(tile, (x + (side - tile.width) // 2, y + (side - tile.height) // 2))
+        while draw.textlength(caption) > side - 8:
+            caption = f"{caption.removesuffix('...')[:-1]}..."
+        draw.text((x + 4, y + side), caption, fill="black")
+    return sheet

@@ -145,12 +145,12 @@ def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, 
 def test_the_teachers_to_keep_stay_beside_the_last_one(tiny, weights):
     out = train(tiny("a", "run.keep_every=4", "run.checkpoint_every=2"))
     assert [path.name for path in (out / "teachers").iterdir()] == ["step_0000004.safetensors"]
-    kept = load_file(out / "teachers/step_0000004.safetensors")
-    assert kept.keys() == weights(out).keys()
-    assert not all(torch.equal(kept[key], value) for key, value in weights(out).items())
+    saved = load_file(out / "teachers/step_0000004.safetensors")
+    assert saved.keys() == weights(out).keys()
+    assert not all(torch.equal(saved[key], value) for key, value in weights(out).items())
     out = train(tiny("b", "run.keep_every=3", "run.checkpoint_every=3"))  # the last step is one of them
-    kept = load_file(out / "teachers/step_0000006.safetensors")
-    assert all(torch.equal(kept[key], value) for key, value in weights(out).items())
+    saved = load_file(out / "teachers/step_0000006.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in weights(out).items())
 
 
 def test_a_finished_run_is_not_run_again(tiny, records):
