@@ -1,4 +1,4 @@
-"""Evaluations that receive a stop signal: they report it, exit with the status that requeues a job, and
+"""Evaluations that receive a stop signal report it, exit with the status of a requeue, and resume."""
 
 import json
 import os
