@@ -22,7 +22,7 @@ from dinokit.commands import Command, parse_part
 from dinokit.config import registry
 from dinokit.config.load import merge_settings, parse_overrides, read_mapping, section_values
 from dinokit.config.values import validated
-from dinokit.curate.settings import OLD_STAGES, SHARED, STAGES, Config, Seeds
+from dinokit.curate.settings import OLD_STAGES, SHARED, STAGES, Config, Seeds, Share
 
 RESUMES = True
 
@@ -30,12 +30,10 @@ RESUMES = True
 def run(command: Command) -> None:
     (cfg, sections, rules), until, (number, of) = check(command)
     from dinokit.curate.pipeline import curate
-    from dinokit.curate.stages import Share, Stages
 
-    out = Path(cfg.out)
-    log = partial(print, flush=True)
-    figures = curate(cfg, sections, rules, Stages(out, log, until, Share(number, of)))
+    figures = curate(cfg, sections, rules, partial(print, flush=True), until, Share(number, of))
     if until == STAGES[-1]:
+        out = Path(cfg.out)
         figures = {"manifest": str(out / "manifest.csv"), "report": str(out / "report.html")}
     print(json.dumps({"out": cfg.out, **figures}))
 

@@ -70,7 +70,7 @@ def _identify(source: str, heads: Any) -> None:
 
     file, stored = read(source, heads=heads, values=False)
     backbone = build(file.path, stored)
-    fit = coverage(backbone, stored)
+    fit = coverage(backbone, stored.tensors)
     count = sum(parameter.numel() for parameter in backbone.parameters())
     shown = stored.input
     print(f"{'file':<13}{file.path}")

@@ -5,16 +5,15 @@ for self-supervised learning" (arXiv 2405.15613), written from its description.
 """
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dinokit.curate.image_sets import Vectors
-from dinokit.curate.index import nearest_centre
+from dinokit.curate.index import Vectors, nearest_centre, save
 from dinokit.curate.settings import Balance, KMeans
-from dinokit.curate.stages import Log, save
 
 _BLOCK = 1 << 26  # distances in memory at a time: rows of a chunk times centres
 _FIRST = 20  # rows a centre that k-means++ chooses among
@@ -101,7 +100,7 @@ def _squared_distances(x: np.ndarray, length: np.ndarray, to: np.ndarray) -> np.
 
 
 def hierarchical_kmeans(
-    vectors: Vectors, cfg: Balance, gpu: bool, seed: int, folder: Path, log: Log
+    vectors: Vectors, cfg: Balance, gpu: bool, seed: int, folder: Path, log: Callable[[str], None]
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Cluster the vectors, then the centres, and so on; each level is saved in `folder`.
 
@@ -170,15 +169,10 @@ def even_quotas(sizes: np.ndarray, total: int, rng: np.random.Generator) -> np.n
     available = int(sizes.sum())
     if not 0 <= total <= available:
         raise ValueError(f"{total} images were asked for, but there are {available}.")
-    low, high = 0, int(sizes.max(initial=0))
-    while low < high:
-        cap = (low + high + 1) // 2
-        if int(np.minimum(sizes, cap).sum()) <= total:
-            low = cap
-        else:
-            high = cap - 1
-    quotas = np.minimum(sizes, low).astype(np.int64)
-    larger = np.flatnonzero(sizes > low)
+    caps = range(int(sizes.max(initial=0)) + 1)
+    cap = bisect_right(caps, total, key=lambda cap: int(np.minimum(sizes, cap).sum())) - 1
+    quotas = np.minimum(sizes, cap).astype(np.int64)
+    larger = np.flatnonzero(sizes > cap)
     quotas[rng.choice(larger, total - int(quotas.sum()), replace=False)] += 1
     return quotas
 

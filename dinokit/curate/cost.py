@@ -14,8 +14,7 @@ from pathlib import Path
 
 from dinokit.curate.dedup import EDGE, QUERIES
 from dinokit.curate.hashing import RECORD
-from dinokit.curate.image_sets import CHUNK
-from dinokit.curate.index import ITERATIONS, lists_of
+from dinokit.curate.index import CHUNK, ITERATIONS, lists_of
 from dinokit.curate.retrieve import MAX_CLUSTERS, SELECTED
 from dinokit.curate.settings import Clusters, Index
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from dinokit.curate.image_sets import Embeddings, Vectors
-from dinokit.curate.index import Searcher, measure_recall, recall_of_pairs
-from dinokit.curate.stages import Share, save
+from dinokit.curate.image_sets import Embeddings
+from dinokit.curate.index import Searcher, measure_recall, recall_of_pairs, save, shard_files
+from dinokit.curate.settings import Dedup, Share
 
 QUERIES = 65_536  # rows whose neighbours are written to one file
 SUSPICIOUS = 0.1  # share of the images that makes a group of duplicates suspicious
@@ -22,7 +22,7 @@ EDGE = np.dtype([("a", "<i8"), ("b", "<i8"), ("similarity", "<f4")])
 class Status(IntEnum):
     """What was decided about an image of the pool."""
 
-    KEPT = 0
+    CLEAN = 0
     UNREADABLE = 1  # or its embedding has no direction
     EXACT = 2  # the same pixels as another image
     NEAR = 3  # a near duplicate, by hash
@@ -43,13 +43,7 @@ def removed_in_words(status: np.ndarray) -> str:
     """How many images of the pool were removed, and why; status (n,)."""
     counts = {reason: int((status == kind).sum()) for kind, reason in REASONS.items()}
     reasons = "; ".join(f"{count:,}: {reason}" for reason, count in counts.items() if count)
-    removed = int((status != Status.KEPT).sum())
-    return f"of {len(status):,} images {removed:,} were removed ({reasons or 'none'})"
-
-
-def save_status(folder: Path, status: np.ndarray, **arrays: np.ndarray) -> None:
-    """Write status.npz: the Status of each image of the pool (n,), and other arrays."""
-    save(folder / "status.npz", status=status, **arrays)
+    return f"of {len(status):,} images {sum(counts.values()):,} were removed ({reasons or 'none'})"
 
 
 def load_status(folder: Path, name: str = "status.npz") -> dict[str, np.ndarray]:
@@ -78,8 +72,7 @@ class Components:
             a, b = self._root(a), self._root(b)
             apart = a != b
             a, b = a[apart], b[apart]
-            low, high = np.minimum(a, b), np.maximum(a, b)
-            np.minimum.at(self._parent, high, low)
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def labels(self) -> np.ndarray:
         """(n,) int64: the smallest point of each point's component."""
@@ -120,29 +113,20 @@ def representatives(label: np.ndarray, pixels: np.ndarray | None, candidates: np
             represents itself.
     """
     images = np.flatnonzero(candidates)
-    key = np.zeros(len(images)) if pixels is None else -pixels[images].astype(np.float64)
-    images = images[np.lexsort((images, key, label[images]))]
+    if pixels is not None:
+        images = images[np.argsort(-pixels[images].astype(np.float64), kind="stable")]
     names, first = np.unique(label[images], return_index=True)
-    chosen = np.arange(len(label))
+    chosen = np.full(len(label), -1)
     chosen[names] = images[first]
-    has_candidate = np.zeros(len(label), np.bool_)
-    has_candidate[names] = True
-    return np.where(has_candidate[label], chosen[label], np.arange(len(label)))
-
-
-def shard_count(rows: int) -> int:
-    """Files of edges that the rows make."""
-    return -(-rows // QUERIES)
+    return np.where(chosen[label] >= 0, chosen[label], np.arange(len(label)))
 
 
 def write_edges(searcher: Searcher, k: int, threshold: float, folder: Path, share: Share) -> None:
     """Stage `neighbours`: pairs of rows with a similarity above `threshold`, a file for every 65,536 rows."""
-    for number in share.shards(shard_count(len(searcher.vectors))):
-        path = folder / f"{number:05d}.npy"
+    for path, start in shard_files(folder, len(searcher.vectors), QUERIES, share=share):
         if not path.exists():
-            start = number * QUERIES
-            queries = searcher.vectors.chunk(start, QUERIES)
-            save(path, _edges(*searcher.search(queries, k + 1), start, threshold))
+            found = searcher.search(searcher.vectors.chunk(start, QUERIES), k + 1)
+            save(path, _edges(*found, start, threshold))
 
 
 def _edges(similarity: np.ndarray, rows: np.ndarray, start: int, threshold: float) -> np.ndarray:
@@ -158,77 +142,47 @@ def _edges(similarity: np.ndarray, rows: np.ndarray, start: int, threshold: floa
 
 def read_edges(folder: Path, rows: int) -> Iterator[np.ndarray]:
     """The files of write_edges()."""
-    for number in range(shard_count(rows)):
-        yield np.load(folder / f"{number:05d}.npy")
+    return (np.load(path) for path, _ in shard_files(folder, rows, QUERIES))
 
 
 def group_duplicates(
-    images: np.ndarray,
-    edges: Iterator[np.ndarray],
-    status: np.ndarray,
-    of: np.ndarray,
-    pixels: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Groups of duplicates, by hash and by embedding together.
-
-    Args:
-        images: (m,) the image of each row.
-        edges: between rows.
-        status: (n,) after the stage `hash`; images without an embedding are already UNREADABLE.
-        of: (n,) the image that each image duplicates by hash, or itself.
-        pixels: (n,), to keep the largest image of a group; None: the first.
-
-    Returns:
-        (n,) status; (n,) the image kept in its place; (n,) label of its group: the group's smallest image.
-    """
-    components = Components(len(status))
-    components.add_edges(np.arange(len(status)), of)
-    for some in edges:
-        components.add_edges(images[some["a"]], images[some["b"]])
-    label, status = components.labels(), status.copy()
-    candidates = status == Status.KEPT
-    keeper = representatives(label, pixels, candidates)
-    status[candidates & (keeper != np.arange(len(status)))] = Status.DUPLICATE
-    return status, keeper, label
-
-
-def dedup(
     pool: Embeddings,
     images: np.ndarray,
-    hash_folder: Path,
-    edges_folder: Path,
-    largest: bool,
-    threshold: float,
+    hashes: Mapping[str, np.ndarray],
+    edges: Iterator[np.ndarray],
+    cfg: Dedup,
     folder: Path,
 ) -> dict[str, Any]:
-    """Stage `dedup`: groups of duplicates, and the image of each that is kept.
+    """Stage `dedup`: groups of duplicates, by hash and by embedding together.
 
-    Writes groups.npz: status, keeper and label, (n,) each, as group_duplicates() returns them.
+    Writes groups.npz, (n,) each: status; keeper, the image that represents the group; label, the group's
+    smallest image.
 
     Args:
         pool: the embeddings of the pool.
         images: the images that were to be embedded.
-        hash_folder: of the stage `hash`.
-        edges_folder: of the stage `neighbours`.
-        largest: keep the image with most pixels, not the first.
-        threshold: the similarity that made the edges.
+        hashes: status.npz of the stage `hash`.
+        edges: EDGEs between rows.
+        cfg: which image represents a group, and the similarity that made the edges.
         folder: of groups.npz.
     """
-    hashed = load_status(hash_folder)
-    status = hashed["status"]
+    status = hashes["status"]
     status[np.setdiff1d(images, pool.images, assume_unique=True)] = Status.UNREADABLE
-    distinct = status == Status.KEPT
-    edges = read_edges(edges_folder, len(pool.images))
-    pixels = hashed["pixels"] if largest else None
-    status, keeper, label = group_duplicates(pool.images, edges, status, hashed["of"], pixels)
+    components = Components(len(status))
+    components.add_edges(np.arange(len(status)), hashes["of"])
+    for some in edges:
+        components.add_edges(pool.images[some["a"]], pool.images[some["b"]])
+    label, distinct = components.labels(), status == Status.CLEAN
+    keeper = representatives(label, hashes["pixels"] if cfg.keep == "largest" else None, distinct)
+    status[distinct & (keeper != np.arange(len(status)))] = Status.DUPLICATE
     save(folder / "groups.npz", status=status, keeper=keeper, label=label)
     sizes = np.bincount(label)
     return {
-        "kept": int((status == Status.KEPT).sum()),
+        "left": int((status == Status.CLEAN).sum()),
         "duplicates": int((status == Status.DUPLICATE).sum()),
         "groups": int((sizes > 1).sum()),
         "largest_group": int(sizes.max()),
-        **_suspicion(np.bincount(label[distinct]), threshold),
+        **_suspicion(np.bincount(label[distinct]), cfg.similarity),
     }
 
 
@@ -238,32 +192,12 @@ def _suspicion(sizes: np.ndarray, threshold: float) -> dict[str, str]:
     if most < max(SUSPICIOUS * n, 20):
         return {}
     return {
-        "note": f"One group of duplicates has {most:,} of {n:,} images ({most / n:.0%}); only one of them is "
-        f"kept. Either the pool is full of one picture, or these features find all images similar, as "
+        "note": f"One group of duplicates has {most:,} of {n:,} images ({most / n:.0%}); only one of them "
+        f"stays. Either the pool is full of one picture, or these features find all images similar, as "
         f"those of a backbone do that was trained for a short time or on other images. See 'Groups of "
         f"duplicates' in report.html. If they are no duplicates, raise dedup.similarity ({threshold:g}), or "
         f"give better weights, or dedup.weights for duplicates."
     }
-
-
-def matches(
-    vectors: Vectors, images: np.ndarray, others: Searcher, threshold: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(s,) images of the pool that show an image of `others`, (s,) its nearest row there, (s,) similarity."""
-    found = []
-    for start, x in vectors.chunks():
-        similarity, rows = others.search(x, 1)
-        hit = np.flatnonzero(similarity[:, 0] > threshold)
-        found.append((images[start + hit], rows[hit, 0], similarity[hit, 0]))
-    image, other, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
-    return image, other, similarity
-
-
-def remove_groups(status: np.ndarray, label: np.ndarray, shown: np.ndarray) -> np.ndarray:
-    """(n,) status after every group with one of the images `shown` is removed, with all its images."""
-    bad = np.zeros(len(label), np.bool_)
-    bad[label[shown]] = True
-    return np.where(bad[label] & (status != Status.UNREADABLE), Status.OVERLAP, status).astype(np.uint8)
 
 
 def remove_overlap(
@@ -271,11 +205,11 @@ def remove_overlap(
     others: Mapping[str, tuple[Searcher, np.ndarray]],
     threshold: float,
     seed: int,
-    groups_folder: Path,
+    grouped: Mapping[str, np.ndarray],
     by_hash: np.ndarray,
     folder: Path,
 ) -> dict[str, Any]:
-    """Stage `overlap`: removes every group of duplicates that shows an evaluation image.
+    """Stage `overlap`: removes every group of duplicates that shows an evaluation image, with all its images.
 
     Writes status.npz: status (n,); shown (s, 4): image of the pool, number of the evaluation set, image of
     it, similarity (1 by hash).
@@ -285,25 +219,29 @@ def remove_overlap(
         others: by label of an evaluation set: its index, and the image of each row.
         threshold: a similarity.
         seed: of the sample that measures approximate indexes.
-        groups_folder: of the stage `dedup`.
+        grouped: groups.npz of the stage `dedup`.
         by_hash: (s, 3) the same columns without the similarity: matches by hash.
         folder: of status.npz.
     """
-    grouped = load_status(groups_folder, "groups.npz")
-    status, label = grouped["status"], grouped["label"]
-    columns = [np.column_stack([by_hash, np.ones(len(by_hash))])]
+    matches = [np.column_stack([by_hash, np.ones(len(by_hash))])]
     recall = {}
     for number, (name, (searcher, images)) in enumerate(others.items()):
         if not searcher.exact:
             measured = measure_recall(searcher, 1, seed, searcher.folder, pool.vectors)
             recall[name] = {**measured, **recall_of_pairs(searcher.folder, threshold)}
-        image, other, similarity = matches(pool.vectors, pool.images, searcher, threshold)
-        columns.append(np.column_stack([image, np.full(len(image), number), images[other], similarity]))
-    shown = np.concatenate(columns)
-    status = remove_groups(status, label, shown[:, 0].astype(np.int64))
-    save_status(folder, status, shown=shown)
+        for start, x in pool.vectors.chunks():
+            similarity, rows = (array[:, 0] for array in searcher.search(x, 1))
+            hit = np.flatnonzero(similarity > threshold)
+            columns = pool.images[start + hit], np.full(len(hit), number), images[rows[hit]], similarity[hit]
+            matches.append(np.column_stack(columns))
+    shown = np.concatenate(matches)
+    status, label = grouped["status"], grouped["label"]
+    in_overlap = np.zeros(len(label), np.bool_)  # by label
+    in_overlap[label[shown[:, 0].astype(np.int64)]] = True
+    status[in_overlap[label] & (status != Status.UNREADABLE)] = Status.OVERLAP
+    save(folder / "status.npz", status=status, shown=shown)
     return {
-        "kept": int((status == Status.KEPT).sum()),
+        "left": int((status == Status.CLEAN).sum()),
         "showing_evaluation_images": len(np.unique(shown[:, 0])),
         "removed_with_their_groups": int((status == Status.OVERLAP).sum()),
         **recall,

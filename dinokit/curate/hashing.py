@@ -5,7 +5,7 @@ encoder or another size changes few of them, a crop changes many. It is the pHas
 bits, so that two of a million different images do not have a similar hash by chance.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from hashlib import blake2b
@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinokit.config import registry
-from dinokit.curate.dedup import Components, Status, representatives, save_status
+from dinokit.curate.dedup import Components, Status, representatives
 from dinokit.curate.image_sets import ImageSet
-from dinokit.curate.settings import Config
-from dinokit.curate.stages import Share, save
+from dinokit.curate.index import save, shard_files
+from dinokit.curate.settings import Config, Share
 from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.runtime.files import write_text
 
@@ -45,7 +44,7 @@ def hash_pool(
     if cfg.hash.bits < 0 or pool.source is None:
         n = len(pool)
         nothing = {"of": np.arange(n), "pixels": np.zeros(n, np.uint64), "seen": np.zeros((0, 3), np.int64)}
-        save_status(folder, np.zeros(n, np.uint8), **nothing)
+        save(folder / "status.npz", status=np.zeros(n, np.uint8), **nothing)
         return {"images": n, "computed": 0}
     for image_set in sets:
         if image_set.source is not None:
@@ -58,7 +57,7 @@ def hash_pool(
     starts = np.cumsum([0, *map(len, tables)])
     number = np.searchsorted(starts, pairs[:, 1], side="right") - 1
     seen = np.stack([pairs[:, 0], number - 1, pairs[:, 1] - starts[number]], axis=1)
-    save_status(folder, status, of=of, pixels=table["pixels"][:n], seen=seen)
+    save(folder / "status.npz", status=status, of=of, pixels=table["pixels"][:n], seen=seen)
     counts = {kind.name.lower(): int((status == kind).sum()) for kind in list(Status)[1:4]}
     note = f"The names of unreadable images are in {folder / pool.label}/*.unreadable.txt."
     return {
@@ -79,13 +78,13 @@ def find_duplicates(
         table: RECORDs of the pool's n images, followed by those of evaluation images.
         n: images of the pool.
         bits: that may differ between near duplicates.
-        largest: keep the image of a group with most pixels, not the first.
+        largest: the image with most pixels represents a group, not the first.
 
     Returns:
-        (n,) Status; (n,) the image kept in its place; (s, 2) rows of `table`: an image of the pool and an
-        evaluation image that are duplicates.
+        (n,) Status; (n,) the image that represents its group; (s, 2) rows of `table`: an image of the pool
+        and an evaluation image that are duplicates.
     """
-    status = np.where(table["valid"][:n], Status.KEPT, Status.UNREADABLE).astype(np.uint8)
+    status = np.where(table["valid"][:n], Status.CLEAN, Status.UNREADABLE).astype(np.uint8)
     valid = np.flatnonzero(table["valid"])
     _, first, where = np.unique(table["digest"][valid], axis=0, return_index=True, return_inverse=True)
     same = valid[first[where]]  # the first image with these pixels
@@ -103,8 +102,8 @@ def find_duplicates(
         across = (a < n) != (b < n)
         across_sets.append(np.stack([np.minimum(a, b), np.maximum(a, b)], axis=1)[across])
     exact_of, label = exact_of[:n], components.labels()
-    keeper = representatives(label, table["pixels"][:n] if largest else None, status == Status.KEPT)
-    duplicate = (keeper != np.arange(n)) & (status == Status.KEPT)
+    keeper = representatives(label, table["pixels"][:n] if largest else None, status == Status.CLEAN)
+    duplicate = (keeper != np.arange(n)) & (status == Status.CLEAN)
     exact = (exact_of == exact_of[keeper]) | (exact_of != np.arange(n))
     status[duplicate] = np.where(exact, Status.EXACT, Status.NEAR)[duplicate]
     return status, keeper, np.unique(np.concatenate(across_sets), axis=0)
@@ -162,34 +161,28 @@ def _equal_pairs(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _write_records(image_set: ImageSet, folder: Path, processes: int, share: Share) -> None:
     """Write the missing files of RECORDs, and of the errors of images that cannot be read."""
-    shards = share.shards(-(-len(image_set) // SHARD))
-    missing = [number for number in shards if not (folder / f"{number:05d}.npy").exists()]
-    assert image_set.source is not None
-    assert image_set.section is not None
-    if processes == 1 or len(missing) < 2:
-        for number in missing:
-            _write_shard(image_set.source, len(image_set), folder, number)
+    files = [file for file in shard_files(folder, len(image_set), SHARD, share=share) if not file[0].exists()]
+    write = partial(_write_shard, image_set.source, len(image_set))
+    if processes == 1 or len(files) < 2:
+        for file in files:
+            write(file)
         return
-    work = partial(_write_shard_of_section, image_set.section, len(image_set), folder)
-    with ProcessPoolExecutor(min(processes, len(missing)), get_context("spawn")) as executor:
-        list(executor.map(work, missing))
+    with ProcessPoolExecutor(min(processes, len(files)), get_context("spawn")) as executor:
+        # The source is pickled once for each of these chunks.
+        list(executor.map(write, files, chunksize=-(-len(files) // (4 * processes))))
 
 
-def _write_shard_of_section(section: Mapping[str, Any], n: int, folder: Path, number: int) -> None:
-    _write_shard(registry.build("data.sources", section), n, folder, number)
-
-
-def _write_shard(source: Any, n: int, folder: Path, number: int) -> None:
-    records, errors = hash_images(source, range(number * SHARD, min((number + 1) * SHARD, n)))
-    write_text(folder / f"{number:05d}.unreadable.txt", "".join(f"{line}\n" for line in errors))
-    save(folder / f"{number:05d}.npy", records)
+def _write_shard(source: Any, n: int, file: tuple[Path, int]) -> None:
+    path, start = file
+    records, errors = hash_images(source, range(start, min(start + SHARD, n)))
+    write_text(path.with_suffix(".unreadable.txt"), "".join(f"{line}\n" for line in errors))
+    save(path, records)
 
 
 def _read_records(image_set: ImageSet, folder: Path) -> np.ndarray:
     if image_set.source is None:
         return np.zeros(len(image_set), RECORD)  # not valid: never compared
-    shards = range(-(-len(image_set) // SHARD))
-    return np.concatenate([np.load(folder / f"{number:05d}.npy") for number in shards])
+    return np.concatenate([np.load(path) for path, _ in shard_files(folder, len(image_set), SHARD)])
 
 
 def hash_images(source: ImageSource, images: range) -> tuple[np.ndarray, list[str]]:

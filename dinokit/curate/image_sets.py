@@ -1,7 +1,9 @@
 """Image sets of a curation (pool, seeds, evaluation images) and their embeddings, which stay on disk."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,97 +11,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dinokit.config import registry
-from dinokit.curate.settings import Embed
-from dinokit.curate.stages import Share, save
+from dinokit.curate.index import Vectors, save
+from dinokit.curate.settings import Embed, Share
 from dinokit.data.files import Names
 from dinokit.data.sources import ImageLike, ImageSource
 from dinokit.features import Extraction, ExtractSpec, Subset, fingerprint, images_stamp, open_store
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
 from dinokit.weights import load_backbone
 
-CHUNK = 65_536  # rows at a time: 100 MB of width 384
 
-
-class Vectors:
-    """Rows (n, D) of .npy files or arrays laid end to end, or a selection of these rows.
-
-    Args:
-        arrays: each (m, D), of any float type; files are memory-mapped when they are read.
-        rows: the selected rows, ascending; None: all.
-        unit: whether to put each row on the unit sphere.
-
-    Raises:
-        ValueError: if the arrays are not of one width.
-    """
-
-    def __init__(
-        self, arrays: Sequence[Path | np.ndarray], rows: np.ndarray | None = None, unit: bool = True
-    ) -> None:
-        self.arrays, self.rows, self.unit = list(arrays), rows, unit
-        shapes = [_open(array).shape for array in self.arrays]
-        if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
-            raise ValueError(f"Embeddings must be arrays (n, D) of one width; the shapes are: {shapes[:4]}.")
-        self._starts = np.cumsum([0, *(shape[0] for shape in shapes)])
-        self.width = int(shapes[0][1])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1]) if self.rows is None else len(self.rows)
-
-    def select(self, rows: np.ndarray) -> "Vectors":
-        """Only these rows, ascending, counted among the rows of this object."""
-        return Vectors(self.arrays, rows if self.rows is None else self.rows[rows], self.unit)
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), D) float32, in the order asked for."""
-        rows = np.asarray(rows) if self.rows is None else self.rows[rows]
-        if len(self.arrays) == 1 and (rows[1:] >= rows[:-1]).all():
-            return self._normalised(_open(self.arrays[0])[rows].astype(np.float32))
-        result = np.empty((len(rows), self.width), np.float32)
-        array_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(array_of):
-            here = np.flatnonzero(array_of == number)
-            inside = rows[here] - self._starts[number]
-            order = np.argsort(inside, kind="stable")  # a file is read from its beginning to its end
-            result[here[order]] = _open(self.arrays[number])[inside[order]]
-        return self._normalised(result)
-
-    def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, np.ndarray]]:
-        """The first row's number and (m, D) float32, for all rows in order."""
-        for start in range(0, len(self), size):
-            yield start, self.chunk(start, size)
-
-    def chunk(self, start: int, size: int = CHUNK) -> np.ndarray:
-        """(m, D) float32: the `size` rows from `start`, or as many as there are."""
-        stop = min(start + size, len(self))
-        if self.rows is not None:
-            return self.take(np.arange(start, stop))
-        result = np.empty((stop - start, self.width), np.float32)
-        begin = int(np.searchsorted(self._starts, start, side="right")) - 1
-        end = int(np.searchsorted(self._starts, stop, side="left"))
-        for number in range(begin, end):
-            first, last = int(self._starts[number]), int(self._starts[number + 1])
-            low, high = max(first, start), min(last, stop)
-            result[low - start : high - start] = _open(self.arrays[number])[low - first : high - first]
-        return self._normalised(result)
-
-    def without_direction(self) -> np.ndarray:
-        """(n,) bool: rows that are not finite, or zero."""
-        raw = Vectors(self.arrays, self.rows, unit=False)
-        result = np.zeros(len(self), np.bool_)
-        for start, x in raw.chunks():
-            length = np.einsum("ij,ij->i", x, x)
-            result[start : start + len(x)] = ~np.isfinite(length) | (length == 0)
-        return result
-
-    def _normalised(self, x: np.ndarray) -> np.ndarray:
-        if self.unit:
-            length = np.sqrt(np.einsum("ij,ij->i", x, x))[:, None]
-            x /= np.where(length > 0, length, 1)
-        return x
-
-
-def _open(array: Path | np.ndarray) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else np.load(array, mmap_mode="r")
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that depend on every input."""
+    return sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 class ImageSet:

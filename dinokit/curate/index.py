@@ -1,4 +1,4 @@
-"""Nearest-neighbour search with faiss (the only file that imports it), and its measured recall.
+"""Vectors on disk, nearest-neighbour search in them with faiss, and its measured recall.
 
 Up to `exact_below` rows every pair is compared. Above, an inverted file is learnt from a sample and lies on
 disk in shards, which a search maps into memory one after the other:
@@ -11,23 +11,121 @@ again from the rows themselves.
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinokit.curate.image_sets import CHUNK, Vectors
-from dinokit.curate.settings import Index
-from dinokit.curate.stages import save
+from dinokit.curate.settings import WHOLE, Index, Share
 from dinokit.runtime.files import atomic, write_text
 
-Neighbours = tuple[
-    np.ndarray, np.ndarray
-]  # (q, k) float32 similarities, descending; (q, k) int64 rows, -1: none
+CHUNK = 65_536  # rows at a time: 100 MB of width 384
+# (q, k) float32 similarities, descending; (q, k) int64 rows, -1: none
+Neighbours = tuple[np.ndarray, np.ndarray]
 ITERATIONS = 10  # of the k-means that learns the lists: faiss' default
 RECALL_FILE = "recall.npz"
 _REFINE = 1 << 22  # numbers gathered at a time
+
+
+def save(path: Path, array: np.ndarray | None = None, **arrays: np.ndarray) -> None:
+    """Write one array to a .npy file, or named arrays to an .npz file, atomically."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        if array is not None:
+            np.save(file, array)
+        else:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes them for allow_pickle
+
+
+def shard_files(
+    folder: Path, rows: int, size: int, ending: str = "npy", share: Share = WHOLE
+) -> Iterator[tuple[Path, int]]:
+    """For each shard of the share: its file, and its first row; a shard has `size` of the rows."""
+    for number in range(share.number, -(-rows // size), share.of):
+        yield folder / f"{number:05d}.{ending}", number * size
+
+
+class Vectors:
+    """Rows (n, D) of .npy files or arrays laid end to end, or a selection of these rows.
+
+    Args:
+        arrays: each (m, D), of any float type; files are memory-mapped when they are read.
+        rows: the selected rows, ascending; None: all.
+        unit: whether to put each row on the unit sphere.
+
+    Raises:
+        ValueError: if the arrays are not of one width.
+    """
+
+    def __init__(
+        self, arrays: Sequence[Path | np.ndarray], rows: np.ndarray | None = None, unit: bool = True
+    ) -> None:
+        self.arrays, self.rows, self.unit = list(arrays), rows, unit
+        shapes = [_open(array).shape for array in self.arrays]
+        if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+            raise ValueError(f"Embeddings must be arrays (n, D) of one width; the shapes are: {shapes[:4]}.")
+        self._starts = np.cumsum([0, *(shape[0] for shape in shapes)])
+        self.width = int(shapes[0][1])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1]) if self.rows is None else len(self.rows)
+
+    def select(self, rows: np.ndarray) -> "Vectors":
+        """Only these rows, ascending, counted among the rows of this object."""
+        return Vectors(self.arrays, rows if self.rows is None else self.rows[rows], self.unit)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), D) float32, in the order asked for."""
+        rows = np.asarray(rows) if self.rows is None else self.rows[rows]
+        if len(self.arrays) == 1 and (rows[1:] >= rows[:-1]).all():
+            return self._normalised(_open(self.arrays[0])[rows].astype(np.float32))
+        result = np.empty((len(rows), self.width), np.float32)
+        array_of = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(array_of):
+            here = np.flatnonzero(array_of == number)
+            inside = rows[here] - self._starts[number]
+            order = np.argsort(inside, kind="stable")  # a file is read from its beginning to its end
+            result[here[order]] = _open(self.arrays[number])[inside[order]]
+        return self._normalised(result)
+
+    def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, np.ndarray]]:
+        """The first row's number and (m, D) float32, for all rows in order."""
+        for start in range(0, len(self), size):
+            yield start, self.chunk(start, size)
+
+    def chunk(self, start: int, size: int = CHUNK) -> np.ndarray:
+        """(m, D) float32: the `size` rows from `start`, or as many as there are."""
+        stop = min(start + size, len(self))
+        if self.rows is not None:
+            return self.take(np.arange(start, stop))
+        result = np.empty((stop - start, self.width), np.float32)
+        begin = int(np.searchsorted(self._starts, start, side="right")) - 1
+        end = int(np.searchsorted(self._starts, stop, side="left"))
+        for number in range(begin, end):
+            first, last = int(self._starts[number]), int(self._starts[number + 1])
+            low, high = max(first, start), min(last, stop)
+            result[low - start : high - start] = _open(self.arrays[number])[low - first : high - first]
+        return self._normalised(result)
+
+    def without_direction(self) -> np.ndarray:
+        """(n,) bool: rows that are not finite, or zero."""
+        raw = Vectors(self.arrays, self.rows, unit=False)
+        result = np.zeros(len(self), np.bool_)
+        for start, x in raw.chunks():
+            length = np.einsum("ij,ij->i", x, x)
+            result[start : start + len(x)] = ~np.isfinite(length) | (length == 0)
+        return result
+
+    def _normalised(self, x: np.ndarray) -> np.ndarray:
+        if self.unit:
+            length = np.sqrt(np.einsum("ij,ij->i", x, x))[:, None]
+            x /= np.where(length > 0, length, 1)
+        return x
+
+
+def _open(array: Path | np.ndarray) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else np.load(array, mmap_mode="r")
 
 
 def import_faiss() -> Any:
@@ -96,22 +194,23 @@ def build_index(
     faiss = import_faiss()
     n, description = len(vectors), folder / "index.json"
     searcher = Searcher(vectors, folder, cfg)
-    if n > cfg.exact_below and not description.exists():
+    if description.exists():
+        return searcher
+    if not searcher.exact:
         empty = folder / "trained.faiss"
         if trained is not None and (trained / "trained.faiss").exists():
             empty = trained / "trained.faiss"
         elif not empty.exists():
             _write(_train(vectors, cfg, seed), empty)
-        for number in range(searcher.shards):
-            if not searcher.shard(number).exists():
+        for path, first in shard_files(folder, n, cfg.shard, "faiss"):
+            if not path.exists():
                 index = faiss.read_index(str(empty))
-                stop = min((number + 1) * cfg.shard, n)
-                for start in range(number * cfg.shard, stop, CHUNK):
+                stop = min(first + cfg.shard, n)
+                for start in range(first, stop, CHUNK):
                     index.add(vectors.chunk(start, min(CHUNK, stop - start)))
-                _write(index, searcher.shard(number))
-    if not description.exists():
-        values = {"rows": n, "width": vectors.width, "exact": searcher.exact}
-        write_text(description, json.dumps(values) + "\n")
+                _write(index, path)
+    values = {"rows": n, "width": vectors.width, "exact": searcher.exact}
+    write_text(description, json.dumps(values) + "\n")
     return searcher
 
 
@@ -121,22 +220,17 @@ class Searcher:
     def __init__(self, vectors: Vectors, folder: Path, cfg: Index) -> None:
         self.vectors, self.folder, self.cfg = vectors, folder, cfg
         self.exact = len(vectors) <= cfg.exact_below
-        self.shards = -(-len(vectors) // cfg.shard)
         if cfg.threads:
             import_faiss().omp_set_num_threads(cfg.threads)
-
-    def shard(self, number: int) -> Path:
-        """The file of a shard."""
-        return self.folder / f"{number:05d}.faiss"
 
     def search(self, queries: np.ndarray, k: int) -> Neighbours:
         """The k most similar rows to each of queries (q, D): unit rows in float32."""
         if self.exact:
             return exact_search(queries, self.vectors, k, self.cfg.gpu)
         found = _no_neighbours(len(queries), k)
-        for number in range(self.shards):
-            similarity, rows = self._open(number).search(queries, k)
-            rows = np.where(rows < 0, -1, rows + number * self.cfg.shard)
+        for path, first in shard_files(self.folder, len(self.vectors), self.cfg.shard, "faiss"):
+            similarity, rows = self._open(path).search(queries, k)
+            rows = np.where(rows < 0, -1, rows + first)
             if self.cfg.pq:
                 similarity = self._refine(queries, rows)
             found = _merge(found, (similarity, rows), k)
@@ -147,13 +241,13 @@ class Searcher:
         """A description in words."""
         if self.exact:
             return "exact"
-        lists = lists_of(len(self.vectors), self.cfg)
-        return f"{lists} lists, {self.cfg.probe} searched, {self.shards} shard(s)"
+        lists, shards = lists_of(len(self.vectors), self.cfg), -(-len(self.vectors) // self.cfg.shard)
+        return f"{lists} lists, {self.cfg.probe} searched, {shards} shard(s)"
 
-    def _open(self, number: int) -> Any:
+    def _open(self, path: Path) -> Any:
         faiss = import_faiss()
         gpu = self.cfg.gpu and _gpu_count()
-        index = faiss.read_index(str(self.shard(number)), 0 if gpu else faiss.IO_FLAG_MMAP)
+        index = faiss.read_index(str(path), 0 if gpu else faiss.IO_FLAG_MMAP)
         index.nprobe = self.cfg.probe
         if gpu:
             return faiss.index_cpu_to_all_gpus(index)

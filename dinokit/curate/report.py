@@ -14,10 +14,9 @@ from PIL import Image
 
 from dinokit.curate.clustering import entropy
 from dinokit.curate.dedup import REASONS, Status, groups, load_status
-from dinokit.curate.image_sets import ImageSet, thumbnail
-from dinokit.curate.retrieve import ALL, BALANCE
+from dinokit.curate.image_sets import ImageSet, key_of, thumbnail
+from dinokit.curate.retrieve import ALL, BALANCE, origins
 from dinokit.curate.settings import Config, Seeds
-from dinokit.curate.stages import hash_of, in_words
 from dinokit.runtime.files import atomic, write_text
 
 HEADER = ("path", "from", "rule", "query", "rank", "similarity", "cluster")
@@ -44,10 +43,9 @@ Tile = tuple[ImageSet, int, str]  # a set, an image of it, the caption
 def write_manifest(
     out: Path,
     selected: np.ndarray,
-    origins: list[str],
     pool: ImageSet,
     seeds: Mapping[str, ImageSet],
-    kept_seeds: Mapping[str, np.ndarray],
+    included: Mapping[str, np.ndarray],
     rules: Mapping[str, Seeds],
 ) -> dict[str, Any]:
     """Write manifest.csv, a line an image, and OUT/images/*.png of the images that are not files.
@@ -55,26 +53,24 @@ def write_manifest(
     Args:
         out: the folder of the curation.
         selected: SELECTED images of the pool.
-        origins: the names that their `origin` numbers.
         pool: the pool.
         seeds: by name.
-        kept_seeds: by name, the seeds that are part of the training set themselves.
+        included: by name, the seeds that are part of the training set themselves.
         rules: by name.
     """
     files = {name: _ImageFiles(out, image_set) for name, image_set in {"pool": pool, **seeds}.items()}
-    counts: dict[str, int] = {}
+    counts, names = {f"seeds_of_{name}": len(images) for name, images in included.items()}, origins(rules)
     with (
         atomic(out / "manifest.csv") as temporary,
         temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         table = csv.writer(file, lineterminator="\n")
         table.writerow(HEADER)
-        for name, images in kept_seeds.items():
+        for name, images in included.items():
             for number in images.tolist():
                 table.writerow([files[name].path(number), f"seeds.{name}", "seed", "", "", "", ""])
-            counts[f"seeds_of_{name}"] = len(images)
         for image, origin, query, rank, similarity, cluster in selected.tolist():
-            name = origins[origin]
+            name = names[origin]
             rule = rules[name].rule if name in rules else name
             path = files["pool"].path(image)
             if query >= 0:
@@ -90,7 +86,7 @@ class _ImageFiles:
 
     def __init__(self, out: Path, image_set: ImageSet) -> None:
         self.image_set = image_set
-        self.folder = out / "images" / f"{image_set.label}.{hash_of(image_set.stamp())}"
+        self.folder = out / "images" / f"{image_set.label}.{key_of(image_set.stamp())}"
         self.has_files = image_set.source is None or hasattr(image_set.source, "file")
 
     def path(self, number: int) -> str:
@@ -184,7 +180,7 @@ def _stages(figures: Mapping[str, Mapping[str, Any]]) -> str:
 def _cluster_sizes(status: np.ndarray, cluster: np.ndarray, selected: np.ndarray) -> str:
     """Sizes of clusters, largest first: of the embedded images, the clean pool and the training set."""
     count = int(cluster.max()) + 1
-    clean = cluster[(status == Status.KEPT) & (cluster >= 0)]
+    clean = cluster[(status == Status.CLEAN) & (cluster >= 0)]
     counts = {
         "embedded": np.bincount(cluster[cluster >= 0], minlength=count),
         "without duplicates and evaluation images": np.bincount(clean, minlength=count),
@@ -259,6 +255,15 @@ def _clusters(selected: np.ndarray, data: ReportData) -> str:
         tiles = [(data.sets["pool"], int(image), "") for image in sample]
         rows.append(_row(f"{sizes[number]:,} images", tiles))
     return f"<p>{len(order):,} clusters have images; from the largest to the smallest.</p>" + "".join(rows)
+
+
+def in_words(figures: Mapping[str, Any]) -> str:
+    """Figures in one line: 'images 1,000, clusters 31'; a mapping stands in brackets."""
+    words = []
+    for key, value in figures.items():
+        text = f"({in_words(value)})" if isinstance(value, Mapping) else str(value)
+        words.append(f"{key.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else text}")
+    return ", ".join(words)
 
 
 def _even_steps(length: int, count: int) -> np.ndarray:

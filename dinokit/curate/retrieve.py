@@ -5,7 +5,7 @@ The two retrievals of DINOv2 (arXiv 2304.07193, section 3 and appendix A.4), and
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,45 +23,30 @@ from dinokit.curate.clustering import (
     sort_by_cluster,
 )
 from dinokit.curate.dedup import removed_in_words
-from dinokit.curate.image_sets import CHUNK, Embeddings, Vectors
-from dinokit.curate.index import Searcher, exact_search
-from dinokit.curate.settings import Config, Seeds
-from dinokit.curate.stages import Log, Share, save
+from dinokit.curate.image_sets import Embeddings
+from dinokit.curate.index import CHUNK, Searcher, Vectors, exact_search, save, shard_files
+from dinokit.curate.settings import Config, Seeds, Share
 
-QUERIES = 65_536  # seeds whose candidates are written to one file
 FLOOR_SAMPLE = 1000  # seeds that the similarity floor is learnt from
 MAX_CLUSTERS = 100_000  # as published
 BALANCE, ALL = "balance", "all"  # origins besides the names of sets of seeds
 
-# An image of the training set. `origin` is a number of origins(); `query` is the image of these seeds that
-# retrieved it, -1 for none; `rank` and `similarity` are the image's for this query.
-SELECTED = np.dtype(
-    [
-        ("image", "<i8"),
-        ("origin", "<i4"),
-        ("query", "<i8"),
-        ("rank", "<i8"),
-        ("similarity", "<f4"),
-        ("cluster", "<i8"),
-    ]
-)
+# An image of the training set, with the reason for it.
+SELECTED = np.dtype([
+    ("image", "<i8"),  # of the pool; until select_images() ends, the row of the clean pool
+    ("origin", "<i4"),  # number in origins()
+    ("query", "<i8"),  # the image of these seeds that retrieved it, -1 for none
+    ("rank", "<i8"),  # from 1, among the seed's candidates, or among its cluster's images; 0 without query
+    ("similarity", "<f4"),  # to the query
+    ("cluster", "<i8"),
+])  # fmt: skip
 
 
-@dataclass
-class Selection:
-    """Images with the reason for each, all (m,)."""
-
-    image: np.ndarray  # int64 row of the clean pool, ascending, each once
-    query: np.ndarray  # int64 seed that retrieved it, -1 for none
-    rank: np.ndarray  # int64 from 1: its rank among the seed's candidates, or among its cluster's images
-    similarity: np.ndarray  # float32, to the seed
-    cluster: np.ndarray  # int64 cluster of the image; -1 if not known
-
-    @classmethod
-    def without_query(cls, image: np.ndarray, cluster: np.ndarray) -> "Selection":
-        """Images that no seed retrieved; `cluster` (m,) of each."""
-        m = len(image)
-        return cls(image, np.full(m, -1), np.zeros(m, np.int64), np.zeros(m, np.float32), cluster)
+def without_query(image: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    """(m,) SELECTED: images (m,) of clusters (m,) that no seed retrieved."""
+    table = np.zeros(len(image), SELECTED)
+    table["image"], table["query"], table["cluster"] = image, -1, cluster
+    return table
 
 
 @dataclass
@@ -100,18 +85,12 @@ def cluster_pool(cfg: Config, pool: Embeddings, clean: Embeddings, n: int, folde
     return {"clusters": count, "largest": int(sizes.max()), "entropy": round(entropy(sizes), 4)}
 
 
-def search_candidates(searcher: Searcher, seeds: Vectors, k: int, folder: Path, share: Share) -> None:
+def write_candidates(searcher: Searcher, seeds: Vectors, k: int, folder: Path, share: Share) -> None:
     """Stage `search`: files of the k most similar images to each seed, 65,536 seeds a file."""
-    for number in share.shards(-(-len(seeds) // QUERIES)):
-        path = folder / f"{number:05d}.npz"
+    for path, start in shard_files(folder, len(seeds), CHUNK, "npz", share):
         if not path.exists():
-            similarity, rows = searcher.search(seeds.chunk(number * QUERIES, QUERIES), k)
+            similarity, rows = searcher.search(seeds.chunk(start), k)
             save(path, similarity=similarity, rows=rows)
-
-
-def _read_candidates(folder: Path, seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    files = [np.load(folder / f"{number:05d}.npz") for number in range(-(-seeds // QUERIES))]
-    return np.concatenate([f["similarity"] for f in files]), np.concatenate([f["rows"] for f in files])
 
 
 def select_images(
@@ -120,7 +99,7 @@ def select_images(
     seeds: Mapping[str, Embeddings],
     pool: CleanPool,
     folder: Path,
-    log: Log,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Stage `retrieve`: each set of seeds in turn, then balance. Writes selection.npy: SELECTED, by image.
 
@@ -141,18 +120,21 @@ def select_images(
     taken = np.zeros(len(clean.images), np.bool_)
     tables: list[np.ndarray] = []
     counts: dict[str, int] = {}
+
+    def add(name: str, table: np.ndarray) -> None:
+        """Add the images that no earlier origin selected."""
+        table = table[~taken[table["image"]]]
+        taken[table["image"]], table["origin"] = True, names.index(name)
+        tables.append(table)
+        counts[name] = len(table)
+
     for number, (name, rule) in enumerate(rules.items()):
-        selection = _retrieve(cfg, number, pool.candidates / name, rule, seeds[name], pool)
-        tables.append(_new_rows(selection, number, taken))
-        counts[name] = len(tables[-1])
+        add(name, _retrieve(cfg, number, pool.candidates / name, rule, seeds[name], pool))
     if cfg.balance.images:
         image = _balanced(cfg, pool, folder, log)
-        selection = Selection.without_query(image, pool.row_cluster[image])
-        tables.append(_new_rows(selection, names.index(BALANCE), taken))
-        counts[BALANCE] = len(tables[-1])
+        add(BALANCE, without_query(image, pool.row_cluster[image]))
     elif not rules:
-        selection = Selection.without_query(np.arange(len(clean.images)), pool.row_cluster)
-        tables.append(_new_rows(selection, names.index(ALL), taken))
+        add(ALL, without_query(np.arange(len(clean.images)), pool.row_cluster))
     table = np.concatenate(tables)
     if not len(table):
         raise ValueError(_nothing_selected(rules, pool))
@@ -172,37 +154,26 @@ def select_images(
 
 def _retrieve(
     cfg: Config, number: int, candidates: Path, rule: Seeds, seeds: Embeddings, pool: CleanPool
-) -> Selection:
-    """What the set of seeds with this number retrieves."""
+) -> np.ndarray:
+    """SELECTED images that the set of seeds with this number retrieves."""
     clean, gpu = pool.embeddings, cfg.index.gpu
     rng = np.random.default_rng([cfg.seed, 5, number])
     if rule.rule == "sample":
-        similarity, rows = _read_candidates(candidates, len(seeds.images))
+        files = [np.load(path) for path, _ in shard_files(candidates, len(seeds.images), CHUNK, "npz")]
+        similarity, rows = (np.concatenate([file[key] for file in files]) for key in ("similarity", "rows"))
         if rule.strict:
             rows = np.where(similarity < similarity_floor(seeds.vectors, rule.strict, gpu, rng), -1, rows)
-        selection = retrieve_by_sample(similarity, rows, rule.k, len(clean.images))
-        selection.cluster = pool.row_cluster[selection.image]
+        table = retrieve_by_sample(similarity, rows, rule.k, pool.row_cluster)
     else:
         seed_cluster, _ = assign(seeds.vectors, pool.centres, gpu)
-        selection = retrieve_by_cluster(
+        table = retrieve_by_cluster(
             clean.vectors, pool.row_cluster, seeds.vectors, seed_cluster, rule, gpu, rng
         )
-    selection.query = seeds.images[selection.query]
-    return selection
-
-
-def _new_rows(selection: Selection, origin: int, taken: np.ndarray) -> np.ndarray:
-    """The images that were not taken before, as SELECTED; marks them as taken."""
-    free = ~taken[selection.image]
-    taken[selection.image] = True
-    table = np.empty(int(free.sum()), SELECTED)
-    for name in ("image", "query", "rank", "similarity", "cluster"):
-        table[name] = getattr(selection, name)[free]
-    table["origin"] = origin
+    table["query"] = seeds.images[table["query"]]
     return table
 
 
-def _balanced(cfg: Config, pool: CleanPool, folder: Path, log: Log) -> np.ndarray:
+def _balanced(cfg: Config, pool: CleanPool, folder: Path, log: Callable[[str], None]) -> np.ndarray:
     clean = pool.embeddings
     if cfg.balance.images > len(clean.images):
         raise ValueError(
@@ -232,7 +203,7 @@ def _nothing_selected(rules: Mapping[str, Seeds], pool: CleanPool) -> str:
     return " ".join(sentences)
 
 
-def retrieve_by_sample(similarity: np.ndarray, rows: np.ndarray, k: int, n: int) -> Selection:
+def retrieve_by_sample(similarity: np.ndarray, rows: np.ndarray, k: int, cluster: np.ndarray) -> np.ndarray:
     """The k nearest images of each seed (rule=sample).
 
     Each seed has more than k candidates, so that an image goes to one seed only and the other seeds take
@@ -246,9 +217,12 @@ def retrieve_by_sample(similarity: np.ndarray, rows: np.ndarray, k: int, n: int)
         similarity: (q, w), descending.
         rows: (q, w) images, -1 for none.
         k: images a seed.
-        n: images in total.
+        cluster: (n,) of each image.
+
+    Returns:
+        (m,) SELECTED, ascending by image.
     """
-    free = np.ones(n, np.bool_)
+    free = np.ones(len(cluster), np.bool_)
     count = np.zeros(len(rows), np.int64)
     won: list[np.ndarray] = []
     for place in range(rows.shape[1]):
@@ -261,9 +235,9 @@ def retrieve_by_sample(similarity: np.ndarray, rows: np.ndarray, k: int, n: int)
         free[image] = False
         won.append(np.stack([image, query, np.full(len(image), place)]))
     image, query, place = np.concatenate(won, axis=1)
-    order = np.argsort(image)
-    image, query, place = image[order], query[order], place[order]
-    return Selection(image, query, place + 1, similarity[query, place], np.full(len(image), -1))
+    table = without_query(image, cluster[image])
+    table["query"], table["rank"], table["similarity"] = query, place + 1, similarity[query, place]
+    return table[np.argsort(image)]
 
 
 def similarity_floor(seeds: Vectors, strict: float, gpu: bool, rng: np.random.Generator) -> float:
@@ -290,7 +264,7 @@ def retrieve_by_cluster(
     cfg: Seeds,
     gpu: bool,
     rng: np.random.Generator,
-) -> Selection:
+) -> np.ndarray:
     """Random images of the clusters that seeds hit (rule=cluster).
 
     A cluster with more than `min_hits` seeds gives up to `per_cluster` images, all clusters together `cap`,
@@ -304,6 +278,9 @@ def retrieve_by_cluster(
         cfg: min_hits, per_cluster and cap.
         gpu: whether to use the GPUs that faiss sees.
         rng: draws the images.
+
+    Returns:
+        (m,) SELECTED, ascending by image.
     """
     count = int(max(cluster.max(initial=-1), seed_cluster.max(initial=-1))) + 1
     sizes = np.bincount(cluster, minlength=count)
@@ -311,16 +288,16 @@ def retrieve_by_cluster(
     available = np.where(hit, np.minimum(sizes, cfg.per_cluster), 0)
     quotas = even_quotas(available, min(cfg.cap, int(available.sum())), rng)
     image = sample_clusters(cluster, quotas, None, rng)
-    selection = Selection.without_query(image, cluster[image])
-    members, starts = sort_by_cluster(selection.cluster, count)
+    table = without_query(image, cluster[image])
+    members, starts = sort_by_cluster(table["cluster"], count)
     seed_members, seed_starts = sort_by_cluster(seed_cluster, count)
-    for number in np.unique(selection.cluster):
+    for number in np.unique(table["cluster"]):
         here = members[starts[number] : starts[number + 1]]
         queries = seed_members[seed_starts[number] : seed_starts[number + 1]]
         for start in range(0, len(here), CHUNK):
             some = here[start : start + CHUNK]
             similarity, nearest = exact_search(vectors.take(image[some]), seeds.select(queries), 1, gpu)
-            selection.query[some], selection.similarity[some] = queries[nearest[:, 0]], similarity[:, 0]
-        by_similarity = here[np.argsort(-selection.similarity[here], kind="stable")]
-        selection.rank[by_similarity] = np.arange(1, len(here) + 1)
-    return selection
+            table["query"][some], table["similarity"][some] = queries[nearest[:, 0]], similarity[:, 0]
+        by_similarity = here[np.argsort(-table["similarity"][here], kind="stable")]
+        table["rank"][by_similarity] = np.arange(1, len(here) + 1)
+    return table

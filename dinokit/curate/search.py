@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dinokit.config import registry
-from dinokit.curate.image_sets import Vectors, thumbnail
-from dinokit.curate.index import Searcher
+from dinokit.curate.image_sets import thumbnail
+from dinokit.curate.index import Searcher, Vectors
 from dinokit.curate.settings import Index
 from dinokit.data.files import ImageFiles, Names
 from dinokit.data.sources import ImageLike, ImageSource

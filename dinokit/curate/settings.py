@@ -15,6 +15,29 @@ STAGES = (
 SHARED = ("hash", "embed", "neighbours", "search")  # stages that several machines may share
 OLD_STAGES = {"survivors": "clean_index"}  # earlier names, which stage= still accepts
 
+# By section: the least value of each number, or of each number in a list.
+LEAST = {
+    "embed": {"size": 0, "batch": 1, "workers": -1},
+    "hash": {"bits": -1, "processes": 1},
+    "dedup": {"k": 1, "similarity": -1, "against": -1},
+    "index": {
+        "exact_below": 0, "lists": 0, "probe": 1, "pq": 0, "train": 1, "shard": 1, "recall": 1, "threads": 0,
+    },
+    "clusters": {"count": 0},
+    "balance": {"images": 0, "levels": 1, "resample": 0, "nearest": 1},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of a stage that this process computes: its shards number, number + of, number + 2 of, ..."""
+
+    number: int = 0
+    of: int = 1
+
+
+WHOLE = Share()
+
 
 @dataclass
 class Embed:
@@ -27,9 +50,6 @@ class Embed:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
 
-    def __post_init__(self) -> None:
-        check_at_least(self, size=0, batch=1, workers=-1)
-
 
 @dataclass
 class Hash:
@@ -37,9 +57,6 @@ class Hash:
 
     bits: int = 12  # of 255 that may differ between near duplicates; -1: no hashing at all
     processes: int = 1  # that decode and hash
-
-    def __post_init__(self) -> None:
-        check_at_least(self, bits=-1, processes=1)
 
 
 @dataclass
@@ -51,9 +68,6 @@ class Dedup:
     similarity: float = 0.6  # two images of the pool above it are duplicates
     keep: Literal["first", "largest"] = "first"  # of a group: the first image, or the one with most pixels
     against: float = 0.45  # an image of the pool above it shows an evaluation image
-
-    def __post_init__(self) -> None:
-        check_at_least(self, k=1, similarity=-1, against=-1)
 
 
 @dataclass
@@ -70,10 +84,6 @@ class Index:
     threads: int = 0  # 0: OMP_NUM_THREADS, or the number of cores
     gpu: bool = True  # use the GPUs that faiss sees
 
-    def __post_init__(self) -> None:
-        least = {"exact_below": 0, "lists": 0, "probe": 1, "pq": 0, "train": 1, "shard": 1, "recall": 1}
-        check_at_least(self, **least, threads=0)
-
 
 @dataclass
 class KMeans:
@@ -83,9 +93,6 @@ class KMeans:
     points: int = 256  # rows a cluster that the centres are learnt from; 0: all
     plus_plus: int = 5_000  # clusters up to which k-means++ draws the first centres; above, they are random
 
-    def __post_init__(self) -> None:
-        check_at_least(self, iterations=0, points=0, plus_plus=0)
-
 
 @dataclass
 class Clusters:
@@ -93,9 +100,6 @@ class Clusters:
 
     count: int = 0  # 0: the square root of the number of images, at most the published 100,000
     kmeans: KMeans = field(default_factory=KMeans)
-
-    def __post_init__(self) -> None:
-        check_at_least(self, count=0)
 
 
 @dataclass
@@ -110,7 +114,6 @@ class Balance:
     kmeans: KMeans = field(default_factory=KMeans)
 
     def __post_init__(self) -> None:
-        check_at_least(self, images=0, levels=1, resample=0, nearest=1)
         if not len(self.levels) == len(self.resample) == len(self.nearest):
             raise ValueError(
                 f"balance.levels, .resample and .nearest have {len(self.levels)}, {len(self.resample)} and "
@@ -129,9 +132,8 @@ class Seeds:
     rule: Literal["sample", "cluster"] = "sample"
     keep: bool = False  # put the seeds themselves into the training set
     k: int = 4  # rule=sample: images a seed
-    reserve: int = (
-        4  # rule=sample: k * reserve candidates, for when other seeds took some; 1: seeds share images
-    )
+    # rule=sample: a seed has k * reserve candidates, for when other seeds took some; 1: seeds share images
+    reserve: int = 4
     # rule=sample: an image is taken only if it is more similar to its seed than this share of the seeds is to
     # the nearest other seed; 0: no such limit.
     strict: float = 0.0
@@ -162,3 +164,9 @@ class Config:
     balance: Balance = field(default_factory=Balance)
     seed: int = 0  # of all random numbers
     gallery: int = 12  # groups, clusters and queries that the report shows
+
+    def __post_init__(self) -> None:
+        for section, least in LEAST.items():
+            check_at_least(getattr(self, section), **least)
+        for kmeans in (self.clusters.kmeans, self.balance.kmeans):
+            check_at_least(kmeans, iterations=0, points=0, plus_plus=0)

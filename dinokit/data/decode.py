@@ -5,6 +5,8 @@ which tifffile reads. torchvision.io is not used: its PNG reader crashes on a da
 """
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from io import BytesIO
 
@@ -26,6 +28,7 @@ SUFFIXES = (
 )  # fmt: skip
 
 _LUMA = np.array([19595, 38470, 7471], np.uint32)  # ITU-R 601, times 65536: the integers that Pillow uses
+_NPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BITS, _SAMPLES = 258, 277  # TIFF tags: bits per sample, samples per pixel
 _RGB = 2  # TIFF photometric interpretation
@@ -70,8 +73,8 @@ def decode(data: bytes, name: str, channels: int, reduction: int = 1) -> ImageLi
         ValueError: if the file is damaged, cut short or in no known format, if its channels or values do not
             fit, or if it has more pixels than Pillow's limit; the message begins with `name`.
     """
-    try:
-        if data.startswith(b"\x93NUMPY"):
+    with _named_errors(data, name):
+        if data.startswith(_NPY):
             return _checked(np.load(BytesIO(data), allow_pickle=False), channels)
         if data.startswith(_TIFF):
             return _tiff(data, channels)
@@ -82,13 +85,18 @@ def decode(data: bytes, name: str, channels: int, reduction: int = 1) -> ImageLi
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
         return _pillow(image, channels)
+
+
+@contextmanager
+def _named_errors(data: bytes, name: str) -> Iterator[None]:
+    """Raise any error of a decoder as a ValueError with `name`."""
+    try:
+        yield
     except UnidentifiedImageError:
         raise ValueError(
             f"{name} cannot be read: {len(data)} bytes that do not begin like an image format."
         ) from None
-    except (
-        Exception
-    ) as error:  # a decoder may raise anything for a damaged file: SyntaxError, struct.error, zlib.error
+    except Exception as error:  # a damaged file may raise anything: SyntaxError, struct.error, zlib.error
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
@@ -101,23 +109,15 @@ def decode_map(data: bytes, name: str) -> np.ndarray:
         ValueError: if the file is damaged, in no known format, in JPEG, or has more than one channel; the
             message begins with `name`.
     """
-    if data.startswith(b"\x93NUMPY"):
-        try:
-            return _numbers(np.load(BytesIO(data), allow_pickle=False), name)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{name} cannot be read: {error}") from None
-    try:
-        image = Image.open(BytesIO(data))
-        image.load()
-    except UnidentifiedImageError:
-        raise ValueError(
-            f"{name} cannot be read: {len(data)} bytes that do not begin like an image format."
-        ) from None
-    except Exception as error:  # as in decode()
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    if image.format == "JPEG":
+    with _named_errors(data, name):
+        if data.startswith(_NPY):
+            array, jpeg = np.load(BytesIO(data), allow_pickle=False), False
+        else:
+            image = Image.open(BytesIO(data))
+            array, jpeg = np.array(image), image.format == "JPEG"
+    if jpeg:
         raise ValueError(f"{name} is a JPEG, whose compression changes numbers: store maps as PNG.")
-    return _numbers(np.array(image), name)
+    return _numbers(array, name)
 
 
 def _numbers(array: np.ndarray, name: str) -> np.ndarray:
@@ -196,14 +196,11 @@ def _many_bands(data: bytes, channels: int) -> np.ndarray:
             raise ValueError(
                 f"its shape {series.shape} is larger than Pillow's limit, PIL.Image.MAX_IMAGE_PIXELS."
             )
-        array = series.asarray().transpose(axes.index("Y"), axes.index("X"), *_other_axes(axes))
+        bands = [i for i, axis in enumerate(axes) if axis not in "YX"]
+        array = series.asarray().transpose(axes.index("Y"), axes.index("X"), *bands)
         if series.keyframe.photometric != _RGB and array.ndim == 3:
             return _checked(array, channels)
         return _colour(array, channels, alpha=bool(set(series.keyframe.extrasamples) & {1, 2}))
-
-
-def _other_axes(axes: str) -> list[int]:
-    return [i for i, axis in enumerate(axes) if axis not in "YX"]
 
 
 def _colour(array: np.ndarray, channels: int, alpha: bool) -> np.ndarray:

@@ -46,7 +46,7 @@ def build_loader(
     pin: bool = False,
     batch_bytes: int = 0,
 ) -> DataLoader[Any]:
-    """A DataLoader whose workers ignore Ctrl-C, and which leaves torch's global random state unchanged.
+    """A DataLoader that leaves torch's global random state unchanged. Its workers ignore signals.
 
     Args:
         dataset: makes an item from a key; picklable.
@@ -70,17 +70,22 @@ def build_loader(
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # else it would draw from torch's global generator, and change training
     )
 
 
-def _ignore_signals(_: int) -> None:
+def _leave_signals_to_parent(_: int) -> None:
     """Make a worker ignore Ctrl-C and a scheduler's warning, which reach every process of a job at once.
 
     The parent handles them, and still needs batches to stop in order. A SIGTERM from the parent ends the
     worker: Python sends it to each child at exit, and then waits for it.
+
+    Nor does a worker print. Ctrl-C may interrupt the parent while it receives a tensor; the thread in the
+    worker that sends it then has a broken connection, which it would show by sys.excepthook. Nothing else in
+    a worker uses that: errors of a dataset are sent to the parent.
     """
+    sys.excepthook = lambda *_: None
     for name in {"SIGINT", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():  # Windows has the first
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none; there, any SIGTERM ends the worker
@@ -98,7 +103,7 @@ def training_loader(
     source: ImageSource, crops: Crops, masks: BlockMasks | None, *, seed: int, start_step: int, steps: int,
     batch: int, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = -1, pin: bool = False,
 ) -> Iterable[Batch]:  # fmt: skip
-    """This process's part of the batches of steps `start_step` to `steps` - 1.
+    """This process's share of the batches of steps `start_step` to `steps` - 1.
 
     Args:
         source: the images. An unreadable one is named in its batch, and another takes its place.
@@ -154,15 +159,11 @@ def image_loader(
     workers: int,
     pin: bool = False,
 ) -> Iterable[ImageBatch]:
-    """Transformed images of a source.
+    """Transformed images of a source; an unreadable one is named in its batch, and has no pixels there.
 
-    Args:
-        source: the images; unreadable ones are named in their batch, and have no pixels there.
-        transform: applied to (image, index, draw).
-        batches: (index, draw) of the images of each batch, such as a RangeSampler. A generator is advanced
-            batch by batch.
-        workers: as in build_loader.
-        pin: as in build_loader.
+    `transform` is applied to (image, index, draw); `batches` has (index, draw) of the images of each batch,
+    such as a RangeSampler, and a generator is advanced batch by batch. `workers` and `pin` are as in
+    build_loader.
     """
     read = partial(_read_image, transform)
     return build_loader(_ReadDataset(source, read), batches, _collate_images, workers, pin)
@@ -188,19 +189,11 @@ def dense_training_loader(
     source: DenseSource, transform: DenseTransform, *, seed: int, start_step: int, steps: int, batch: int,
     rank: int = 0, world: int = 1, workers: int = -1,
 ) -> Iterator[DenseBatch]:  # fmt: skip
-    """This process's part of the batches of steps `start_step` to `steps` - 1, for training a dense head.
+    """This process's share of the batches of steps `start_step` to `steps` - 1, for training a dense head.
 
-    Args:
-        source: images with maps. An unreadable one stops the work, because in a labelled set each counts, and
-            a mask that does not fit its image is a mistake to correct.
-        transform: makes an image and a map of one size for all.
-        seed: of all random numbers.
-        start_step: the first step.
-        steps: the step to stop before.
-        batch: images in a step over all processes.
-        rank: the number of this process, of `world`.
-        world: the number of processes.
-        workers: as in build_loader.
+    The arguments are those of training_loader; `transform` makes an image and a map of one size for all. An
+    unreadable image stops the work, because in a labelled set each counts, and a mask that does not fit its
+    image is a mistake to correct.
 
     Raises:
         ValueError: if the batch cannot be divided equally; while iterating, if an image or map is unreadable.

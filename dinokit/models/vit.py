@@ -84,7 +84,7 @@ class VisionTransformer(Backbone):
             raise ValueError(
                 f"backbone.width={cfg.width} cannot be shared by backbone.heads={cfg.heads} heads."
             )
-        self.width, self.patch, self.channels = cfg.width, cfg.patch, cfg.channels
+        self.width, self.patch, self.channels, self.heads = cfg.width, cfg.patch, cfg.channels, cfg.heads
         self.offset, self.antialias = cfg.pos_offset, cfg.pos_antialias
         self.side = cfg.size // cfg.patch  # M
         self.input = Input(cfg.size, (0.5,) * cfg.channels, (0.5,) * cfg.channels)

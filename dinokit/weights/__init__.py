@@ -5,8 +5,7 @@ packages.
 """
 
 from dinokit.weights.checkpoint import NAME
-from dinokit.weights.coverage import Coverage
 from dinokit.weights.formats.native import save_backbone
-from dinokit.weights.load import describe, fill, load_backbone
+from dinokit.weights.load import Coverage, describe, fill, load_backbone
 
 __all__ = ["NAME", "Coverage", "describe", "fill", "load_backbone", "save_backbone"]

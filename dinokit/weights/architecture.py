@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -58,8 +58,10 @@ def stored_vit(
     format: str,  # noqa: A002  # the name of the field
     tensors: dict[str, Tensor],
     heads: int | None,
-    input: Input | None = None,  # noqa: A002
-    ignored: list[str] | None = None,
+    ignored: list[str],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
 ) -> StoredBackbone:
     """A vit whose architecture is inferred from its tensors.
 
@@ -67,22 +69,25 @@ def stored_vit(
         format: its name.
         tensors: by our names; all of CORE must be among them.
         heads: the number of attention heads, if it is known.
-        input: if the file contains it.
         ignored: other content of the file, in words.
+        mean: of the images, if the file contains it, and `std`; else those of ImageNet.
+        std: see `mean`.
+        size: of the images in pixels; without mean and std it has no effect.
 
     Raises:
         ValueError: if the architecture cannot be inferred.
     """
     config, notes = infer_config(tensors, heads)
-    if input is None:
+    if mean is None or std is None:
+        size = None
         mean, std = (MEAN, STD) if config.channels == 3 else ((0.5,) * config.channels,) * 2
-        input = Input(input_size(config), mean, std)  # noqa: A001
         if config.channels != 3:
             notes.append(f"Mean and deviation of {config.channels} channels are not known: 0.5 is assumed.")
+    shown = Input(size or input_size(config), tuple(map(float, mean)), tuple(map(float, std)))
     other_types = {str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"}
     if other_types:
         notes.append(f"The file contains {', '.join(sorted(other_types))}; the backbone is float32.")
-    return StoredBackbone(format, tensors, {"name": "vit", **asdict(config)}, input, ignored or [], notes)
+    return StoredBackbone(format, tensors, {"name": "vit", **asdict(config)}, shown, ignored, notes)
 
 
 def infer_config(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[Config, list[str]]:

@@ -12,10 +12,9 @@ from dinokit.config.registry import suggest
 from dinokit.weights.tensor_files import (
     is_pickled,
     is_safetensors,
-    read_header,
     read_pickled,
+    read_safetensors,
     read_shards,
-    read_tensors,
 )
 
 NAME = "teacher.safetensors"  # of the weights in the folder of a run
@@ -95,8 +94,7 @@ def open_checkpoint(source: str | Path, values: bool = True) -> Checkpoint:
     if path.name.endswith(".index.json"):
         return Checkpoint(path, read_shards(path, values), {}, config, processor)
     if is_safetensors(path):
-        header, metadata = read_header(path)
-        return Checkpoint(path, read_tensors(path) if values else header, metadata, config, processor)
+        return Checkpoint(path, *read_safetensors(path, values), config, processor)
     if not is_pickled(path):
         raise ValueError(_not_readable(path))
     wrapper, tensors, other_keys = _unwrap(path, read_pickled(path, values))

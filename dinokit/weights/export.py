@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from dinokit.models import Backbone
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import aside, remove
-from dinokit.weights.export_check import TOLERANCE, Exported, difference
-from dinokit.weights.formats import dinov2, huggingface, onnx, timm
+from dinokit.weights.formats import Exported, dinov2, huggingface, onnx, timm
 
 WRITERS = {"timm": timm.write, "hf": huggingface.write, "dinov2": dinov2.write, "onnx": onnx.write}
+TOLERANCE = 1e-4  # of a difference, relative to the largest value: another order of float32 sums
 
 
 def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None) -> Iterator[str]:
@@ -35,7 +37,7 @@ def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None
     with aside(out) as folder:
         exported = WRITERS[to](backbone, folder / out.resolve().name, size)
         try:
-            comparisons = list(_compare(backbone, exported))
+            comparisons = list(_compare(backbone, exported, [size] if size else _two_sizes(backbone)))
         except ValueError as error:
             wrong = out.resolve().with_name(f"{out.resolve().name}.wrong")
             remove(wrong)
@@ -44,16 +46,35 @@ def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None
     yield f"Written: {out}"
     yield from comparisons
     yield from exported.notes
-    yield f"Open it with: {exported.command(out)}"
+    yield f"Open it with: {exported.command.replace('PATH', str(out))}"
 
 
-def _compare(vit: VisionTransformer, exported: Exported) -> Iterator[str]:
-    for size in exported.sizes:
-        gap, largest = difference(vit, exported, size)
+def _compare(vit: VisionTransformer, exported: Exported, sizes: list[int]) -> Iterator[str]:
+    for size in sizes:
+        gap, largest = _difference(vit, exported, size)
         text = f"Largest difference at {size} x {size} pixels: {gap:.1e} (values up to {largest:.2g})."
         if gap <= TOLERANCE * max(largest, 1.0):
             yield text
-        elif size == exported.sizes[0] or exported.every_size:
+        elif size == sizes[0] or exported.every_size:
             raise ValueError(f"The exported backbone does not give the features of the backbone. {text}")
         else:
             yield f"{text} There the positional embedding is resampled, by another rule than the vit's."
+
+
+def _two_sizes(vit: VisionTransformer) -> list[int]:
+    """Pixels: the size of the stored grid, where positions are not resampled, and another."""
+    stored = vit.side * vit.patch
+    shown = vit.input.size if vit.input.size % vit.patch == 0 else stored
+    return [stored, shown if shown != stored else vit.patch * max(round(0.7 * vit.side), 1)]
+
+
+def _difference(vit: VisionTransformer, other: Exported, size: int) -> tuple[float, float]:
+    """The largest difference of class tokens and patches, and the largest value, on two random images."""
+    images = torch.randn(2, vit.channels, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tokens = vit([images], [None])[0]
+        pairs = list(zip((tokens.cls, tokens.patches), other.forward(images), strict=True))
+    return (
+        max(float((a - b.reshape(a.shape)).abs().max()) for a, b in pairs),
+        max(float(a.abs().max()) for a, _ in pairs),
+    )

@@ -1,30 +1,68 @@
 """Loads a backbone from a file of any readable format, fills an existing one, and describes files."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dinokit
 from dinokit import models
-from dinokit.models import Backbone, Input
+from dinokit.models import Backbone
 from dinokit.models.vit import Config, VisionTransformer, interpolate_grid
 from dinokit.weights.architecture import StoredBackbone, other_model
 from dinokit.weights.checkpoint import Checkpoint, open_checkpoint
-from dinokit.weights.coverage import Coverage, Shape, compare, first
 from dinokit.weights.formats import dinov2, huggingface, native, timm
 
-READERS = (
-    native.read,
-    huggingface.read,
-    timm.read,
-    dinov2.read,
-    dinov2.read_dino,
-)  # at most one accepts a file
+READERS = native.read, huggingface.read, timm.read, dinov2.read  # the first that accepts a file
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Coverage:
+    """Which tensors of a backbone a file fills, by names and shapes."""
+
+    total: int  # tensors of the backbone
+    missing: dict[str, Shape]  # in the backbone, not in the file
+    left_over: dict[str, Shape]  # in the file, not in the backbone
+    misshapen: dict[str, tuple[Shape, Shape]]  # in the backbone, in the file
+    resampled: str = ""  # what was changed in the positional embedding
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tensors match."""
+        return not (self.missing or self.left_over or self.misshapen)
+
+    def __str__(self) -> str:
+        parts = [f"{self.total - len(self.missing) - len(self.misshapen)} of {self.total} tensors"]
+        if self.complete:
+            parts.append("nothing missing, nothing left over")
+        kinds: dict[str, Mapping[str, object]] = {
+            "missing": self.missing,
+            "left over": self.left_over,
+            "of another shape": self.misshapen,
+        }
+        parts += [f"{len(names)} {what}: {_first(names, 6, ', ')}" for what, names in kinds.items() if names]
+        return "; ".join([*parts, self.resampled] if self.resampled else parts)
+
+    def problems(self, tolerate: Sequence[str] = ()) -> list[str]:
+        """Tensors that do not match, with both shapes, without the tolerated names.
+
+        Names may be patterns such as '*.gamma'. A different shape is never tolerated.
+        """
+        absent = {name: f"asked for {shape}, absent" for name, shape in self.missing.items()}
+        absent |= {name: f"not asked for, found {shape}" for name, shape in self.left_over.items()}
+        problems = [
+            f"{name}: {text}"
+            for name, text in absent.items()
+            if not any(fnmatch(name, pattern) for pattern in tolerate)
+        ]
+        return problems + [f"{name}: asked for {a}, found {b}" for name, (a, b) in self.misshapen.items()]
 
 
 def load_backbone(source: str | Path, *, heads: int | None = None, partial: bool = False) -> Backbone:
@@ -44,13 +82,12 @@ def load_backbone(source: str | Path, *, heads: int | None = None, partial: bool
     """
     file, stored = read(source, heads=heads)
     backbone = build(file.path, stored)
-    fit = coverage(backbone, stored)
+    fit = coverage(backbone, stored.tensors)
     problem = refusal(file.path, stored, fit, partial)
     if problem:
         raise ValueError(problem)
     if fit.missing:
         backbone = build(file.path, stored, meta=False)
-    assert isinstance(backbone, nn.Module)
     have = backbone.state_dict()
     tensors = {name: _copy(value, have[name]) for name, value in stored.tensors.items() if name in have}
     backbone.load_state_dict(tensors, strict=not fit.missing, assign=True)
@@ -102,22 +139,20 @@ def fill(
         ValueError: if the file is not readable, or a tensor that is not tolerated does not fit; the backbone
             is then unchanged.
     """
-    assert isinstance(backbone, nn.Module)
     file, stored = read(source, heads=heads)
     own = backbone.state_dict()
     tensors, resampled = dict(stored.tensors), ""
     if stored.section.get("name") == "vit" and "pos_embed" in tensors and "pos_embed" in own:
         config = Config(**{key: value for key, value in stored.section.items() if key != "name"})
         tensors["pos_embed"], resampled = _resample(tensors["pos_embed"], own["pos_embed"], config)
-    fit = compare(shapes(own), shapes(tensors))
-    fit.resampled = resampled
+    fit = replace(coverage(backbone, tensors), resampled=resampled)
     problems = fit.problems(tolerate)
-    theirs, ours = stored.section.get("heads"), _heads(backbone)
-    if theirs and ours and theirs != ours:
-        problems.append(f"heads: asked for {ours}, found {theirs}")
+    theirs = stored.section.get("heads")
+    if isinstance(backbone, VisionTransformer) and theirs and theirs != backbone.heads:
+        problems.append(f"heads: asked for {backbone.heads}, found {theirs}")
     if problems:
         raise ValueError(
-            f"{file.path} ({stored.format}) does not fit the backbone to fill: {first(problems)}. Give the "
+            f"{file.path} ({stored.format}) does not fit the backbone to fill: {_first(problems)}. Give the "
             f"backbone the architecture of the file, which dinokit models identify {file.path} shows, or "
             f"name in `tolerate` what may be missing or left over."
         )
@@ -134,7 +169,7 @@ def read(
     """The content of a file, and the backbone that it was identified as.
 
     Args:
-        source: as for load_backbone.
+        source: a file or a folder.
         heads: as for load_backbone.
         values: False leaves the tensors on the device meta, which takes no time for a file of any size.
 
@@ -144,6 +179,8 @@ def read(
     file = open_checkpoint(source, values)
     try:
         stored = next((found for reader in READERS if (found := reader(file, heads)) is not None), None)
+        if stored is not None and "dinokit_backbone" in file.metadata:
+            stored = native.add_metadata(stored, file.metadata, heads)
     except ValueError as error:
         raise ValueError(f"{file.path} cannot be read: {error}.") from None
     if stored is None:
@@ -154,18 +191,30 @@ def read(
             f"Readable are DINO and DINOv2 in their own files, in those of timm and Hugging Face, and in "
             "ours."
         )
-    return file, _as_exported(file, stored, heads)
+    return file, stored
 
 
-def coverage(backbone: Backbone, stored: StoredBackbone) -> Coverage:
+def coverage(backbone: Backbone, tensors: dict[str, Tensor]) -> Coverage:
     """How the tensors of a file fit a backbone."""
-    assert isinstance(backbone, nn.Module)
-    return compare(shapes(backbone.state_dict()), shapes(stored.tensors))
+    want, have = shapes(backbone.state_dict()), shapes(tensors)
+    return Coverage(
+        len(want),
+        {name: shape for name, shape in want.items() if name not in have},
+        {name: shape for name, shape in have.items() if name not in want},
+        {name: (shape, have[name]) for name, shape in want.items() if have.get(name, shape) != shape},
+    )
 
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, Shape]:
     """Name to shape."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _first(names: Iterable[str], count: int = 5, separator: str = "; ") -> str:
+    """The first few, and the number of the others."""
+    names = list(names)
+    more = [f"and {len(names) - count} more"] if len(names) > count else []
+    return separator.join([*names[:count], *more])
 
 
 def refusal(path: Path, stored: StoredBackbone, fit: Coverage, partial: bool = False) -> str:
@@ -177,7 +226,7 @@ def refusal(path: Path, stored: StoredBackbone, fit: Coverage, partial: bool = F
     return (
         f"The tensors in {path} do not fit the backbone that it "
         f"{'names' if stored.version else 'seems to be'}: "
-        f"{first(problems)}.{f' It looks like {what}.' if what else ''}"
+        f"{_first(problems)}.{f' It looks like {what}.' if what else ''}"
         f"{'' if fit.misshapen else ' With partial=True it is loaded as far as possible.'}"
     )
 
@@ -193,7 +242,15 @@ def build(path: Path, stored: StoredBackbone, meta: bool = True) -> Backbone:
     if not all(part.isidentifier() for part in name.split(".")):  # never the path of a file that would be run
         raise ValueError(f"The header of {path} names the backbone '{name}', which is no name of a backbone.")
     try:
-        backbone = _vit(section, meta) if name == "vit" else _from_registry(name, section)
+        if name == "vit":  # values that will be replaced are not drawn: seconds for ViT-g
+            with torch.device("meta" if meta else "cpu"):
+                backbone: Backbone = VisionTransformer(Config(**section))
+        else:
+            # It needs omegaconf, which users of torch.hub may lack.
+            from dinokit.config.load import section_values
+
+            values = section_values("models", name, section, "backbone")  # JSON has made its tuples lists
+            backbone = models.build({"name": name, **values})
     except (LookupError, TypeError, ValueError) as error:
         old, new = stored.version, dinokit.__version__
         by = f", written by dinokit {old}," if old else ""
@@ -209,43 +266,9 @@ def build(path: Path, stored: StoredBackbone, meta: bool = True) -> Backbone:
     return backbone
 
 
-def _vit(section: dict[str, Any], meta: bool) -> Backbone:
-    with torch.device(
-        "meta" if meta else "cpu"
-    ):  # values that will be replaced are not drawn: seconds for ViT-g
-        return VisionTransformer(Config(**section))
-
-
-def _from_registry(name: str, section: dict[str, Any]) -> Backbone:
-    from dinokit.config.load import (
-        section_values,  # needs omegaconf, which readers of released files may lack
-    )
-
-    values = section_values("models", name, section, "backbone")  # JSON has made its tuples lists
-    return models.build({"name": name, **values})
-
-
 def _copy(value: Tensor, like: Tensor) -> Tensor:
     """A copy in memory: a memory-mapped tensor would change with the file."""
     return value.to(like.dtype, copy=True).contiguous()
-
-
-def _as_exported(file: Checkpoint, stored: StoredBackbone, heads: int | None) -> StoredBackbone:
-    """Adds what our writers put into the metadata of other formats, which have no place for it."""
-    if "dinokit_backbone" not in file.metadata:
-        return stored
-    try:
-        section = dict(json.loads(file.metadata["dinokit_backbone"]))
-        trained_with = json.loads(file.metadata["dinokit_input"])
-        added = {key: section[key] for key in ("heads", "pos_offset", "pos_antialias")}
-        mean, std = (tuple(map(float, trained_with[key])) for key in ("mean", "std"))
-        shown = Input(int(trained_with["size"]), mean, std)
-    except (KeyError, TypeError, ValueError) as error:
-        text = f"The header of {file.path} is damaged: {error!r}. Copy or download it again."
-        raise ValueError(text) from None
-    if heads:
-        added["heads"] = heads
-    return replace(stored, section={**stored.section, **added}, input=shown, notes=[])
 
 
 def _resample(position: Tensor, like: Tensor, config: Config) -> tuple[Tensor, str]:
@@ -257,9 +280,3 @@ def _resample(position: Tensor, like: Tensor, config: Config) -> tuple[Tensor, s
     grid = interpolate_grid(grid, new, new, config.pos_offset, config.pos_antialias)
     resampled = torch.cat([position[:, :1].float(), grid.flatten(1, 2)], dim=1)
     return resampled, f"pos_embed resampled from {side} x {side} to {new} x {new}"
-
-
-def _heads(backbone: nn.Module) -> int | None:
-    block = next(iter(getattr(backbone, "blocks", [])), None)
-    heads = getattr(getattr(block, "attn", None), "heads", None)
-    return heads if isinstance(heads, int) else None

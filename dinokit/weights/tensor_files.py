@@ -1,8 +1,4 @@
-"""Reads and writes files of tensors: safetensors, and what torch.save wrote. No code in a file is ever run.
-
-A safetensors file is a number, so many bytes of JSON (names, shapes and offsets of tensors), then their
-bytes.
-"""
+"""Reads and writes files of tensors: safetensors, and what torch.save wrote. No code in a file is run."""
 
 import json
 import pickletools
@@ -10,13 +6,13 @@ import re
 import warnings
 import zipfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_HEADER = 100_000_000  # bytes: the format's own limit
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip file; pickles
 
@@ -27,33 +23,30 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name, without values (on the device meta), and the metadata.
+def read_safetensors(path: Path, values: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors by name, and the metadata.
+
+    Args:
+        path: of the file.
+        values: False leaves the tensors on the device meta, which takes no time for a file of any size.
 
     Raises:
-        ValueError: if the file is no safetensors file, or is truncated.
+        ValueError: if the file is truncated or damaged.
     """
-    header = _read_safetensors_header(path)
-    metadata = header.pop("__metadata__", {})
-    return {
-        name: torch.empty(entry["shape"], dtype=TYPES.get(entry["dtype"], torch.float32), device="meta")
-        for name, entry in header.items()
-    }, dict(metadata)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name.
-
-    Raises:
-        ValueError: if the file is broken.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            read = file.get_tensor if values else partial(_without_values, file)
+            return {name: read(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is broken: {error}. Copy or download it again.") from None
+        raise ValueError(f"{path} is truncated or damaged: {error}. Copy or download it again.") from None
+
+
+def _without_values(file: Any, name: str) -> Tensor:
+    view = file.get_slice(name)
+    dtype = TYPES.get(view.get_dtype(), torch.float32)
+    return torch.empty(view.get_shape(), dtype=dtype, device="meta")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -100,41 +93,13 @@ def read_shards(index: Path, values: bool) -> dict[str, Tensor]:
         raise LookupError(f"{index} lists {len(files)} files; missing: {', '.join(missing)}.")
     tensors: dict[str, Tensor] = {}
     for name in files:
-        header, _ = read_header(index.parent / name)
-        tensors |= read_tensors(index.parent / name) if values else header
+        tensors |= read_safetensors(index.parent / name, values)[0]
     absent = sorted(set(file_of) - set(tensors))
     if absent:
         raise ValueError(
             f"{index} lists {len(absent)} tensors that none of its files has, such as {absent[0]}."
         )
     return tensors
-
-
-def _read_safetensors_header(path: Path) -> dict[str, Any]:
-    """The header; it is compared with the size of the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
-            raise ValueError(f"{path} is not a safetensors file: it has no header.")
-        text = file.read(length)
-    needed = 8 + length
-    if size < needed:
-        raise ValueError(
-            f"{path} is truncated: {size} bytes of at least {needed}. Copy or download it again."
-        )
-    try:
-        header: dict[str, Any] = dict(json.loads(text))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        needed += max((entry["data_offsets"][1] for entry in entries), default=0)
-        assert all(isinstance(entry["shape"], list) and "dtype" in entry for entry in entries)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is not a safetensors file: its header describes no tensors.") from None
-    if size < needed:
-        raise ValueError(
-            f"{path} is truncated: {size} bytes of at least {needed}. Copy or download it again."
-        )
-    return header
 
 
 def is_pickled(path: Path) -> bool:

@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans as SkKMeans
 
 from dinokit.curate import clustering
 from dinokit.curate.clustering import balanced_sample, entropy, even_quotas, sample_clusters
-from dinokit.curate.image_sets import Vectors
+from dinokit.curate.index import Vectors
 from dinokit.curate.settings import Balance, KMeans
 
 

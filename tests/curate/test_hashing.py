@@ -149,6 +149,6 @@ def test_duplicates_in_the_pool_are_one_group_even_if_a_test_image_has_their_has
         table["hash"][3] = rng.integers(1, 1 << 60, 4)
         status, of, pairs = find_duplicates(table, 4, 12, largest=True)  # the last is a test image
         assert of.tolist() == [2, 2, 2, 3]
-        assert status.tolist() == [Status.NEAR, Status.NEAR, Status.KEPT, Status.KEPT]
+        assert status.tolist() == [Status.NEAR, Status.NEAR, Status.CLEAN, Status.CLEAN]
         assert set(pairs[:, 1]) == {4}
         assert 3 not in pairs[:, 0]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dinokit.curate.image_sets import Vectors
+from dinokit.curate.index import Vectors
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dinokit.curate.image_sets import Vectors
 from dinokit.curate.index import (
     Searcher,
+    Vectors,
     build_index,
     exact_search,
     measure_recall,

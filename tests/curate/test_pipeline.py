@@ -126,7 +126,7 @@ def test_names_of_earlier_versions_are_read(tmp_path, planted, capsys):
     arrays = dedup.load_status(folder)
     (folder / "status.npz").unlink()
     np.savez(folder / "fate.npz", fate=arrays.pop("status"), **arrays)
-    assert dedup.load_status(folder)["status"].tolist() == [Status.KEPT] * 4000
+    assert dedup.load_status(folder)["status"].tolist() == [Status.CLEAN] * 4000
     assert dedup.load_status(folder).keys() == {"status", *arrays}
 
 

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinokit.curate.image_sets import Vectors
+from dinokit.curate.index import Vectors
 from dinokit.curate.retrieve import retrieve_by_cluster, retrieve_by_sample, similarity_floor
 from dinokit.curate.settings import Seeds
+
+NO_CLUSTERS = np.full(6, -1)
 
 
 def plain_loop(similarity, rows, k, n):
@@ -30,21 +32,21 @@ def test_images_go_to_seeds_as_in_a_plain_loop(seeds, k, reserve, seed):
     truth = rng.random((seeds, n)).round(1).astype(np.float32)  # ties
     rows = np.argsort(-truth, axis=1, kind="stable")[:, : k * reserve]
     similarity = np.take_along_axis(truth, rows, 1)
-    selection = retrieve_by_sample(similarity, rows, k, n)
+    selection = retrieve_by_sample(similarity, rows, k, np.zeros(n, np.int64))
     expected = plain_loop(similarity.tolist(), rows.tolist(), k, n)
     assert {
-        i: (q, r) for i, q, r in zip(selection.image, selection.query, selection.rank, strict=True)
+        i: (q, r) for i, q, r in zip(selection["image"], selection["query"], selection["rank"], strict=True)
     } == expected
-    assert (np.diff(selection.image) > 0).all()
-    assert np.allclose(selection.similarity, truth[selection.query, selection.image])
-    assert np.bincount(selection.query).max(initial=0) <= k
+    assert (np.diff(selection["image"]) > 0).all()
+    assert np.allclose(selection["similarity"], truth[selection["query"], selection["image"]])
+    assert np.bincount(selection["query"]).max(initial=0) <= k
 
 
 def test_with_a_reserve_equal_seeds_retrieve_different_images_and_without_they_share():
     similarity = np.array([[0.9, 0.8, 0.7, 0.6]] * 2, np.float32)
     rows = np.array([[3, 1, 4, 2]] * 2)
-    assert retrieve_by_sample(similarity, rows, 2, 6).image.tolist() == [1, 2, 3, 4]
-    assert retrieve_by_sample(similarity[:, :2], rows[:, :2], 2, 6).image.tolist() == [1, 3]
+    assert retrieve_by_sample(similarity, rows, 2, NO_CLUSTERS)["image"].tolist() == [1, 2, 3, 4]
+    assert retrieve_by_sample(similarity[:, :2], rows[:, :2], 2, NO_CLUSTERS)["image"].tolist() == [1, 3]
 
 
 def test_the_floor_is_how_similar_the_seeds_are_to_each_other():
@@ -60,8 +62,10 @@ def test_the_floor_is_how_similar_the_seeds_are_to_each_other():
 
 
 def test_candidates_without_an_image_are_skipped():
-    selection = retrieve_by_sample(np.array([[0.9, -np.inf]], np.float32), np.array([[0, -1]]), 2, 3)
-    assert selection.image.tolist() == [0]
+    selection = retrieve_by_sample(
+        np.array([[0.9, -np.inf]], np.float32), np.array([[0, -1]]), 2, NO_CLUSTERS
+    )
+    assert selection["image"].tolist() == [0]
 
 
 def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
@@ -73,16 +77,16 @@ def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
     images, seeds = Vectors([around(cluster)]), Vectors([around(hit)])
     cfg = Seeds(rule="cluster", min_hits=3, per_cluster=15, cap=1000)
     selection = retrieve_by_cluster(images, cluster, seeds, hit, cfg, False, np.random.default_rng(0))
-    assert np.bincount(selection.cluster).tolist() == [15, 0, 15]
-    assert (cluster[selection.image] == selection.cluster).all()
-    assert (hit[selection.query] == selection.cluster).all()
-    cosine = images.take(selection.image) @ seeds.take(np.arange(len(hit))).T
-    cosine[selection.cluster[:, None] != hit[None]] = -2
-    assert np.allclose(selection.similarity, cosine.max(axis=1), atol=1e-6)
+    assert np.bincount(selection["cluster"]).tolist() == [15, 0, 15]
+    assert (cluster[selection["image"]] == selection["cluster"]).all()
+    assert (hit[selection["query"]] == selection["cluster"]).all()
+    cosine = images.take(selection["image"]) @ seeds.take(np.arange(len(hit))).T
+    cosine[selection["cluster"][:, None] != hit[None]] = -2
+    assert np.allclose(selection["similarity"], cosine.max(axis=1), atol=1e-6)
     for number in (0, 2):
-        own = selection.cluster == number
-        assert sorted(selection.rank[own]) == list(range(1, 16))
-        assert (np.diff(selection.similarity[own][np.argsort(selection.rank[own])]) <= 0).all()
+        own = selection["cluster"] == number
+        assert sorted(selection["rank"][own]) == list(range(1, 16))
+        assert (np.diff(selection["similarity"][own][np.argsort(selection["rank"][own])]) <= 0).all()
     capped = retrieve_by_cluster(
         images,
         cluster,
@@ -92,6 +96,6 @@ def test_only_clusters_with_enough_seeds_give_images_and_no_more_than_the_cap():
         False,
         np.random.default_rng(0),
     )
-    assert sorted(np.bincount(capped.cluster, minlength=3).tolist()) == [0, 10, 11]
+    assert sorted(np.bincount(capped["cluster"], minlength=3).tolist()) == [0, 10, 11]
     nothing = retrieve_by_cluster(images, cluster, seeds, hit, Seeds(rule="cluster", min_hits=9), False, rng)
-    assert len(nothing.image) == 0
+    assert len(nothing["image"]) == 0

@@ -32,14 +32,14 @@ def photo_like(batch: int, size: int = 48, seed: int = 0) -> Tensor:
 
 def row(**changes: float) -> list[float]:
     """Parameters that do nothing but `changes`: a jitter by its name, or gray, sigma, solarize."""
-    done = list(NEUTRAL)
+    result = list(NEUTRAL)
     first = ph.ORDER
     for key, value in changes.items():
         column = getattr(ph, key.upper())
-        done[column] = value
+        result[column] = value
         if column < 4:
-            done[first], first = column, first + 1
-    return done
+            result[first], first = column, first + 1
+    return result
 
 
 def params_of(cfg: Crops, crops: int) -> Tensor:
@@ -78,17 +78,17 @@ def by_torchvision(
 )
 def test_each_operation_equals_torchvision(params: list[float]) -> None:
     crops = photo_like(3)
-    done = ph.Photometric(Crops(**RAW))(crops, torch.tensor([params] * 3))
-    for image, mine in zip(crops, done, strict=True):
+    result = ph.Photometric(Crops(**RAW))(crops, torch.tensor([params] * 3))
+    for image, mine in zip(crops, result, strict=True):
         assert (mine - by_torchvision(image / 255, params)).abs().max() < GREY_LEVEL / 2
 
 
 def test_many_crops_at_once_equal_torchvision_one_at_a_time() -> None:
     cfg = Crops(**RAW | {"globals": CropGroup(blur=(0.5,), solarize=(0.3,))}, jitter=0.9)
     params, crops = params_of(cfg, 40), photo_like(40)
-    done = ph.Photometric(cfg)(crops, params)
+    result = ph.Photometric(cfg)(crops, params)
     apart = 0
-    for image, mine, numbers in zip(crops, done, params.tolist(), strict=True):
+    for image, mine, numbers in zip(crops, result, params.tolist(), strict=True):
         off = (mine - by_torchvision(image / 255, numbers)).abs() > GREY_LEVEL
         apart += off.sum().item()  # solarise jumps: a rounding on the threshold shows as a whole step
     assert apart < 5
@@ -98,9 +98,9 @@ def test_many_crops_at_once_equal_torchvision_one_at_a_time() -> None:
 def test_normalised_crops_have_the_channel_means_and_deviations_taken_out() -> None:
     cfg = Crops()
     crops = photo_like(2)
-    done = ph.Photometric(cfg)(crops, torch.tensor([NEUTRAL] * 2))
-    assert done.dtype == torch.float32
-    torch.testing.assert_close(done, tv.normalize(crops / 255, list(cfg.mean), list(cfg.std)))
+    result = ph.Photometric(cfg)(crops, torch.tensor([NEUTRAL] * 2))
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, tv.normalize(crops / 255, list(cfg.mean), list(cfg.std)))
 
 
 def test_float_crops_are_taken_as_they_are_and_left_as_they_were() -> None:
@@ -162,9 +162,9 @@ def test_the_device_is_never_asked_for_a_value(compiled: bool) -> None:
     """A tensor on the device "meta" has no values: asking for one raises; on a GPU it would wait."""
     cfg = Crops(globals=CropGroup(blur=(0.5,), solarize=(0.5,)))
     with torch.compiler.set_stance("force_eager"):
-        done = ph.Photometric(cfg, compiled)(photo_like(20).to("meta"), params_of(cfg, 20))
-    assert done.device.type == "meta"
-    assert done.shape == (20, 3, 48, 48)
+        result = ph.Photometric(cfg, compiled)(photo_like(20).to("meta"), params_of(cfg, 20))
+    assert result.device.type == "meta"
+    assert result.shape == (20, 3, 48, 48)
 
 
 @pytest.mark.gpu
@@ -178,10 +178,10 @@ def test_a_gpu_gives_what_the_cpu_gives_without_being_waited_for(compiled: bool)
     colour(there, params)  # compiling may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        done = colour(there, params)
+        result = colour(there, params)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(done.cpu(), ph.Photometric(cfg)(crops, params), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.cpu(), ph.Photometric(cfg)(crops, params), atol=1e-4, rtol=1e-4)
 
 
 def test_no_crops_are_no_work() -> None:
@@ -193,16 +193,16 @@ def test_no_crops_are_no_work() -> None:
 
 def test_grey_pixels_keep_their_colour_under_a_turn_of_hue() -> None:
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
-    done = ph.Photometric(Crops(**RAW))(ramp, torch.tensor([row(hue=0.37)]))
-    torch.testing.assert_close(done, ramp / 255, atol=1e-6, rtol=0)
+    result = ph.Photometric(Crops(**RAW))(ramp, torch.tensor([row(hue=0.37)]))
+    torch.testing.assert_close(result, ramp / 255, atol=1e-6, rtol=0)
 
 
 def test_six_channels_are_blurred_and_blended_with_the_mean_over_all_of_them() -> None:
     plain = {"hue": 0.0, "saturation": 0.0, "gray": 0.0, "mean": (0.0,) * 6, "std": (1.0,) * 6}
     crops = torch.rand(2, 6, 16, 16, generator=torch.Generator().manual_seed(0))
-    done = ph.Photometric(Crops(**plain))(crops, torch.tensor([row(contrast=0.5), row(sigma=1.5)]))
-    torch.testing.assert_close(done[0], 0.5 * crops[0] + 0.5 * crops[0].mean())
-    torch.testing.assert_close(done[1], tv.gaussian_blur(crops[1], [9, 9], [1.5, 1.5]), atol=1e-5, rtol=0)
+    result = ph.Photometric(Crops(**plain))(crops, torch.tensor([row(contrast=0.5), row(sigma=1.5)]))
+    torch.testing.assert_close(result[0], 0.5 * crops[0] + 0.5 * crops[0].mean())
+    torch.testing.assert_close(result[1], tv.gaussian_blur(crops[1], [9, 9], [1.5, 1.5]), atol=1e-5, rtol=0)
 
 
 def test_colours_of_one_channel_are_refused_with_the_keys_to_change() -> None:

@@ -46,8 +46,8 @@ def png(pixels: np.ndarray, interlaced: bool = False, size: tuple[int, int] | No
 
     height, width, channels = pixels.shape
     header = struct.pack(">IIBBBBB", *(size or (width, height)), 16, PNG_COLOUR[channels], 0, 0, interlaced)
-    parts = [pixels[y::down, x::right] for x, y, right, down in ADAM7] if interlaced else [pixels]
-    data = zlib.compress(b"".join(b"".join(filtered(part)) for part in parts if part.size))
+    passes = [pixels[y::down, x::right] for x, y, right, down in ADAM7] if interlaced else [pixels]
+    data = zlib.compress(b"".join(b"".join(filtered(rows)) for rows in passes if rows.size))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 

@@ -63,6 +63,27 @@ def test_ctrl_c_is_answered_by_one_process_only(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def test_ctrl_c_while_a_batch_is_received_leaves_the_workers_silent(tmp_path: Path) -> None:
+    """The connection closes before the main process has asked for its tensor."""
+    rest = (
+        "from multiprocessing import connection\n"
+        "for _ in range(3): print(next(batches).step, flush=True)\n"
+        "connect = connection.Client\n"
+        "def interrupted(*args, **kwargs):\n"
+        "    connect(*args, **kwargs).close()\n"
+        "    raise KeyboardInterrupt\n"
+        "connection.Client = interrupted\n"
+        "try:\n"
+        "    next(batches)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(0.5)\n"
+        "    print('stopped')\n"
+    )
+    out, err = start(tmp_path, rest).communicate(timeout=20)
+    assert out.splitlines()[-1] == "stopped"
+    assert err == ""
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs to know who sent a signal")
 def test_a_schedulers_warning_leaves_time_for_more_steps_and_an_end_in_order(tmp_path: Path) -> None:
     """The batches are still referred to at the end: Python then asks the workers to end, and waits."""

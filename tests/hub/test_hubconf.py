@@ -20,7 +20,7 @@ from dinokit.hub.released import RELEASED
 from dinokit.models import Input
 from dinokit.models.vit import Config, VisionTransformer
 from dinokit.weights import save_backbone
-from dinokit.weights.export_check import section_of
+from dinokit.weights.formats import section_of
 
 ROOT = Path(__file__).parents[2]
 hubconf = SimpleNamespace(**run_path(str(ROOT / "hubconf.py")))

@@ -73,7 +73,7 @@ def kept(recipe, counting):
     """Bytes that a forward pass leaves for the backward pass, and the losses."""
     torch.manual_seed(0)
     step = Step(recipe, torch.device("cpu"))
-    seen = step.coloured(next(iter(batches(recipe, step, 1))))
+    seen = step.augment(next(iter(batches(recipe, step, 1))))
     with counting() as living:
         losses = step.model(seen, 0.05)
     return living.now, losses

@@ -7,6 +7,7 @@ from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.losses import chunked
+from dinokit.models import fused
 from dinokit.train import plan
 from dinokit.train.plan import activation_memory, tokens_per_crop
 from dinokit.train.student_teacher import StudentTeacher, block_masks
@@ -20,6 +21,7 @@ SMALL = [
 def seen(recipe):
     """A model and its batch, the crops as floats."""
     model = StudentTeacher(recipe).train()
+    fused.install(model)
     source, masks = registry.build("data.sources", recipe.data), block_masks(recipe, model.student.backbone)
     batch = next(
         iter(training_loader(source, recipe.crops, masks, seed=0, start_step=0, steps=1, batch=8, workers=0))

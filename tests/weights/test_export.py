@@ -1,4 +1,4 @@
-"""What was written is what was there: by the models of timm and transformers, and by onnxruntime."""
+"""Exported backbones give the same features in timm, transformers and onnxruntime."""
 
 import json
 from itertools import pairwise
@@ -25,7 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def said_by(backbone, x):
+def features_of(backbone, x):
     tokens = backbone([x], [None])[0]
     return tokens.cls, tokens.patches
 
@@ -47,7 +47,9 @@ def test_from_format_to_format_and_back_nothing_changes(architecture, drawn, tmp
     ):  # away from the stored grid its resampling must have come through, too
         x = torch.randn(2, 3, side * vit.patch, side * vit.patch)
         for _, out in route:
-            for have, want in zip(said_by(load_backbone(tmp_path / out), x), said_by(vit, x), strict=True):
+            for have, want in zip(
+                features_of(load_backbone(tmp_path / out), x), features_of(vit, x), strict=True
+            ):
                 torch.testing.assert_close(have, want, **CLOSE)
 
 
@@ -56,7 +58,7 @@ def test_timm_opens_the_exported_folder(architecture, drawn, tmp_path):
     lines = write(vit, "timm", tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = torch.randn(2, 3, vit.side * vit.patch, vit.side * vit.patch)
-    cls, patches = said_by(vit, x)
+    cls, patches = features_of(vit, x)
     rows = model.forward_features(x)
     torch.testing.assert_close(rows[:, 0], cls, **CLOSE)
     torch.testing.assert_close(rows[:, 1 + vit.registers :], patches, **CLOSE)
@@ -71,7 +73,7 @@ def test_transformers_opens_the_exported_folder(architecture, drawn, tmp_path):
     write(vit, "hf", tmp_path / "out")
     model = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     x = torch.randn(2, 3, vit.side * vit.patch, vit.side * vit.patch)
-    cls, patches = said_by(vit, x)
+    cls, patches = features_of(vit, x)
     out = model(x)
     torch.testing.assert_close(out.pooler_output, cls, **CLOSE)
     torch.testing.assert_close(out.last_hidden_state[:, 1 + vit.registers :], patches, **CLOSE)
@@ -129,7 +131,7 @@ def test_a_graph_with_a_separate_weights_file_opens(drawn, tmp_path, monkeypatch
     x = torch.randn(1, 3, 56, 56)
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     cls, _ = session.run(None, {"images": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(cls), said_by(vit, x)[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(cls), features_of(vit, x)[0], rtol=0, atol=1e-4)
 
 
 def test_only_a_vit_is_exported(tmp_path):
@@ -144,7 +146,9 @@ def test_one_channel_is_exported_with_a_note(drawn, tmp_path):
     write(vit, "timm", tmp_path / "timm")
     x = torch.randn(1, 1, 56, 56)
     for out in ("hf", "timm"):
-        torch.testing.assert_close(said_by(load_backbone(tmp_path / out), x)[0], said_by(vit, x)[0], **CLOSE)
+        torch.testing.assert_close(
+            features_of(load_backbone(tmp_path / out), x)[0], features_of(vit, x)[0], **CLOSE
+        )
 
 
 @pytest.mark.parametrize(("offset", "antialias"), [(0.1, False), (0.0, True), (0.0, False)])
@@ -168,7 +172,7 @@ def test_one_graph_takes_images_of_any_size(drawn, tmp_path, values):
     assert [o.name for o in session.get_outputs()] == ["cls", "patches"]
     for shape in ((1, 3, 56, 56), (3, 3, 28, 84), (2, 3, 112, 98)):
         x = torch.randn(shape)
-        for have, want in zip(session.run(None, {"images": x.numpy()}), said_by(vit, x), strict=True):
+        for have, want in zip(session.run(None, {"images": x.numpy()}), features_of(vit, x), strict=True):
             np.testing.assert_allclose(have, want, rtol=0, atol=1e-4)
     about = {p.key: p.value for p in onnx.load(tmp_path / "any.onnx").metadata_props}
     assert json.loads(about["dinokit_input"])["size"] == 56
@@ -181,7 +185,7 @@ def test_a_graph_of_one_size_takes_any_number_of_images(drawn, tmp_path):
     assert session.get_inputs()[0].shape[1:] == [3, 28, 28]
     for images in (1, 5):
         x = torch.randn(images, 3, 28, 28)
-        for have, want in zip(session.run(None, {"images": x.numpy()}), said_by(vit, x), strict=True):
+        for have, want in zip(session.run(None, {"images": x.numpy()}), features_of(vit, x), strict=True):
             np.testing.assert_allclose(have, want, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="size=30 is not a multiple of the backbone's patch"):
         write(vit, "onnx", tmp_path / "x.onnx", size=30)

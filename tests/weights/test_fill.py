@@ -1,4 +1,4 @@
-"""A backbone filled from a file says what the file's own backbone says of images of its size."""
+"""A backbone filled from a file gives the features of the file's own backbone."""
 
 import pytest
 import torch
@@ -30,13 +30,13 @@ def file(tmp_path):
 @torch.no_grad()
 def test_a_filled_backbone_of_another_size_gives_the_features_of_the_file(file, size):
     backbone = drawn(size=size, drop_path=0.3)
-    done = fill(backbone, file)
-    assert done.complete
+    coverage = fill(backbone, file)
+    assert coverage.complete
     x = torch.randn(2, 3, size, size)
     for name in ("cls", "patches"):
         want, have = (getattr(b([x], [None])[0], name) for b in (load_backbone(file), backbone))
         torch.testing.assert_close(have, want)
-    assert done.resampled == (
+    assert coverage.resampled == (
         "" if size == 32 else f"pos_embed resampled from 4 x 4 to {size // 8} x {size // 8}"
     )
 
@@ -54,8 +54,8 @@ def test_missing_and_left_over_tensors_are_refused_unless_tolerated(file):
     with pytest.raises(ValueError, match=r"register_tokens: asked for \(1, 2, 128\), absent.*`tolerate`"):
         fill(backbone, file)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
-    done = fill(backbone, file, tolerate=["register_*"])
-    assert list(done.missing) == ["register_tokens"]
+    coverage = fill(backbone, file, tolerate=["register_*"])
+    assert list(coverage.missing) == ["register_tokens"]
     assert torch.equal(backbone.register_tokens, before["register_tokens"])
     assert not torch.equal(backbone.cls_token, before["cls_token"])
 

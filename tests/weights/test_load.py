@@ -1,4 +1,4 @@
-"""Files as other projects write them, read as their own models say; and files that are something else."""
+"""Files as other projects write them, compared with their own models; and other files."""
 
 import json
 import os
@@ -38,12 +38,12 @@ def same(backbone, x, cls, patches) -> None:
 
 def chunked(tensors, prefix, each):
     """Names as DINOv2 trains, with `each` blocks in a chunk: blocks.CHUNK.NUMBER."""
-    done = {}
+    renamed = {}
     for name, value in tensors.items():
         first, *rest = name.split(".")
         parts = [first, str(int(rest[0]) // each), *rest] if first == "blocks" else [name]
-        done[prefix + ".".join(parts)] = value
-    return done
+        renamed[prefix + ".".join(parts)] = value
+    return renamed
 
 
 def test_dino_s_pretrain_file(drawn, tmp_path):
@@ -240,7 +240,7 @@ def test_an_incomplete_backbone_is_refused_unless_partial(drawn, tmp_path):
     assert back.blocks[1].mlp.fc2.bias.isfinite().all()
 
 
-STRANGERS = {
+OTHER_MODELS = {
     "an object detector": ["backbone.body.layer1.0.conv1.weight", "rpn.head.conv.0.0.weight"],
     "a CLIP-like model": ["visual.class_embedding", "visual.conv1.weight", "logit_scale"],
     "a diffusion model": ["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"],
@@ -249,9 +249,9 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("what", STRANGERS)
+@pytest.mark.parametrize("what", OTHER_MODELS)
 def test_another_kind_of_model_is_named(tmp_path, what):
-    torch.save({name: torch.zeros(2, 2) for name in STRANGERS[what]}, tmp_path / "x.pth")
+    torch.save({name: torch.zeros(2, 2) for name in OTHER_MODELS[what]}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=f"contains no backbone that dinokit knows, but {what}"):
         load_backbone(tmp_path / "x.pth")
 

@@ -85,8 +85,14 @@ class ClassMaps:
 class DepthMaps:
     """Reads maps of depth."""
 
-    scale: float  # stored units per metre
+    scale: float  # stored units per metre, above 0
     classes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise ValueError(
+                f"depth_scale={self.scale}: it is the stored units per metre, 1000 for millimetres."
+            )
 
     def __call__(self, data: bytes, name: str) -> np.ndarray:
         """(H, W) float32 metres, as in DenseSource.
@@ -129,17 +135,6 @@ def class_maps(
     for number in (*ignore, *([0] if reduce_zero_label else [])):
         table[number] = IGNORE
     return ClassMaps(table, tuple(classes))
-
-
-def depth_maps(scale: float) -> DepthMaps:
-    """The reader of maps that store depth, `scale` units per metre.
-
-    Raises:
-        ValueError: if the scale is not above 0.
-    """
-    if scale <= 0:
-        raise ValueError(f"depth_scale={scale}: it is the stored units per metre, 1000 for millimetres.")
-    return DepthMaps(scale)
 
 
 def check_size(image: ImageLike, target: np.ndarray, name: str) -> None:
@@ -291,5 +286,5 @@ def listed_depth(cfg: ListConfig) -> DenseSource:
             raise ValueError(f"{files[0]} names {path}, which does not exist: set the folder that it is in.")
     return DenseFiles(
         root / cfg.images, root / cfg.maps, images, maps,
-        range(len(images)), depth_maps(cfg.depth_scale), cfg.channels,
+        range(len(images)), DepthMaps(cfg.depth_scale), cfg.channels,
     )  # fmt: skip

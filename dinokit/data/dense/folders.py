@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dinokit.data.dense import DenseFiles, DenseSource, class_maps, depth_maps, match_files
-from dinokit.data.sources._labels import Categorical, choose_split, split_of
+from dinokit.data.dense import ClassMaps, DenseFiles, DenseSource, DepthMaps, class_maps, match_files
+from dinokit.data.sources._labels import choose_split, splits_of_folders
 
 
 @dataclass
@@ -36,15 +36,11 @@ def build(cfg: Config) -> DenseSource:
     root = Path(cfg.path).expanduser()
     images, maps = root / cfg.images, root / (cfg.maps or {"mask": "masks", "depth": "depth"}[cfg.target])
     image_names, map_names = match_files(images, maps)
-    tops = Categorical()
-    for name in image_names:
-        tops.add(name.partition("/")[0] if "/" in name else "")
-    both = {"train", "test"} <= {split_of(word) for word in tops.words}
-    named = (tops.codes, tops.words) if both else None
+    _, named = splits_of_folders(image_names)
     rows = choose_split(cfg.split, cfg.test_share, image_names, len(image_names), named, str(images))
+    reader: ClassMaps | DepthMaps
     if cfg.target == "depth":
-        return DenseFiles(
-            images, maps, image_names, map_names, rows, depth_maps(cfg.depth_scale), cfg.channels
-        )
-    reader = class_maps(cfg.classes, cfg.ignore, cfg.reduce_zero_label)
+        reader = DepthMaps(cfg.depth_scale)
+    else:
+        reader = class_maps(cfg.classes, cfg.ignore, cfg.reduce_zero_label)
     return DenseFiles(images, maps, image_names, map_names, rows, reader, cfg.channels)

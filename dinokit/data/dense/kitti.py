@@ -6,7 +6,7 @@ Images without a depth map, which the lists mark with `None`, are left out.
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.data.dense import DenseSource, listed_depth
+from dinokit.data.dense import listed_depth
 
 
 @dataclass
@@ -21,10 +21,4 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> DenseSource:
-    """Read the lists.
-
-    Raises:
-        ValueError: if a list is missing or names no image with a map, or the first files do not exist.
-    """
-    return listed_depth(cfg)
+build = listed_depth

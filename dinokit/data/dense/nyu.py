@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.data.dense import DenseSource, listed_depth
+from dinokit.data.dense import listed_depth
 
 
 @dataclass
@@ -18,10 +18,4 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> DenseSource:
-    """Read the lists.
-
-    Raises:
-        ValueError: if a list is missing or names no image with a map, or the first files do not exist.
-    """
-    return listed_depth(cfg)
+build = listed_depth

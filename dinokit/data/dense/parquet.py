@@ -13,7 +13,7 @@ import numpy as np
 
 from dinokit.config.registry import suggest
 from dinokit.data.decode import ImageLike, decode
-from dinokit.data.dense import ClassMaps, DepthMaps, check_size, class_maps, depth_maps
+from dinokit.data.dense import ClassMaps, DepthMaps, check_size, class_maps
 from dinokit.data.files import shards
 from dinokit.data.sources import parquet
 from dinokit.data.sources.parquet import read_metadata
@@ -54,7 +54,7 @@ class ParquetDense:
             )
         self._read_map: ClassMaps | DepthMaps
         self._read_map = (
-            _reader(cfg, columns, metadata) if cfg.target == "mask" else depth_maps(cfg.depth_scale)
+            _reader(cfg, columns, metadata) if cfg.target == "mask" else DepthMaps(cfg.depth_scale)
         )
         self.classes: Sequence[str] = self._read_map.classes
         self._channels = cfg.channels

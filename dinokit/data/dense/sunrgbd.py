@@ -6,7 +6,7 @@ Its 16-bit PNG files are rotated by three bits; read as they are, they have 8000
 from dataclasses import dataclass
 from typing import Literal
 
-from dinokit.data.dense import DenseSource, listed_depth
+from dinokit.data.dense import listed_depth
 
 
 @dataclass
@@ -21,10 +21,4 @@ class Config:
     channels: int = 3  # as backbone.channels
 
 
-def build(cfg: Config) -> DenseSource:
-    """Read the lists.
-
-    Raises:
-        ValueError: if a list is missing or names no image with a map, or the first files do not exist.
-    """
-    return listed_depth(cfg)
+build = listed_depth

@@ -93,26 +93,24 @@ def _crescent_area() -> float:
     return math.pi - overlap
 
 
-def _table() -> dict[str, tuple[Callable[[Plane, Plane], Plane], float]]:
-    return {
-        "disc": (_disc, math.pi),
-        "square": (_square, 4.0),
-        "triangle": (_triangle, 1.5 * math.sqrt(0.75)),
-        "star": (_star, _pentagram_area()),
-        "cross": (_cross, 8 * _CROSS_ARM - 4 * _CROSS_ARM**2),
-        "ring": (_ring, math.pi * (1 - _RING_HOLE**2)),
-        "crescent": (_crescent, _crescent_area()),
-        "heart": (_heart, 2 + math.pi / 2),
-        "arrow": (_arrow, 0.85 + 0.56),
-        "bowtie": (_bowtie, 4 * 0.12 + 2 * 0.7),
-    }
-
-
-NAMES = tuple(_table())
+# By name: the function, and the area of its silhouette.
+_SHAPES: dict[str, tuple[Callable[[Plane, Plane], Plane], float]] = {
+    "disc": (_disc, math.pi),
+    "square": (_square, 4.0),
+    "triangle": (_triangle, 1.5 * math.sqrt(0.75)),
+    "star": (_star, _pentagram_area()),
+    "cross": (_cross, 8 * _CROSS_ARM - 4 * _CROSS_ARM**2),
+    "ring": (_ring, math.pi * (1 - _RING_HOLE**2)),
+    "crescent": (_crescent, _crescent_area()),
+    "heart": (_heart, 2 + math.pi / 2),
+    "arrow": (_arrow, 0.85 + 0.56),
+    "bowtie": (_bowtie, 4 * 0.12 + 2 * 0.7),
+}
+NAMES = tuple(_SHAPES)
 
 
 def outline(label: int, u: Plane, v: Plane) -> Plane:
     """About the distance to the outline of silhouette `label` at the points (u, v), negative inside."""
-    function, area = _table()[NAMES[label]]
+    function, area = _SHAPES[NAMES[label]]
     zoom = np.float32(math.sqrt(area / AREA))
     return function(u * zoom, v * zoom) / zoom

@@ -110,6 +110,18 @@ def split_of(word: str) -> str:
     return "train" if word in _TRAIN else "test" if word in _TEST else ""
 
 
+def splits_of_folders(names: Iterable[str]) -> tuple[set[str], tuple[np.ndarray, list[str]] | None]:
+    """The splits that the first folders of paths name ('' for none), and these folders as for choose_split().
+
+    The folders are None unless both splits are among them.
+    """
+    folders = Categorical()
+    for name in names:
+        folders.add(name.partition("/")[0] if "/" in name else "")
+    splits = {split_of(word) for word in folders.words}
+    return splits, (folders.codes, folders.words) if {"train", "test"} <= splits else None
+
+
 def splits_of_files(files: Sequence[Path]) -> list[str]:
     """The split of each file, by its name or a folder below their common one; all '' if names do not decide.
 

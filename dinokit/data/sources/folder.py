@@ -17,7 +17,7 @@ import numpy as np
 from dinokit.data.decode import SUFFIXES, suffix
 from dinokit.data.files import ImageFiles, Names, existing, nothing_found, wrong_kind
 from dinokit.data.sources import ImageSource
-from dinokit.data.sources._labels import Categorical, choose_split, class_ids, split_of
+from dinokit.data.sources._labels import Categorical, choose_split, class_ids, split_of, splits_of_folders
 
 
 @dataclass
@@ -43,16 +43,11 @@ def build(cfg: Config) -> ImageSource:
     names = Names.of(_images(root, "", frozenset(), others))
     if not len(names):
         raise nothing_found(root, SUFFIXES, others)
-    tops = Categorical()
-    for name in names:
-        tops.add(name.partition("/")[0] if "/" in name else "")
-    splits = {split_of(word) for word in tops.words}
-    both = {"train", "test"} <= splits
-    named = (tops.codes, tops.words) if both else None
+    splits, named = splits_of_folders(names)
     rows = choose_split(cfg.split, cfg.test_share, names, len(names), named, str(root))
     if cfg.labels == "none":
         return ImageFiles(root, names, rows, None, [], cfg.channels)
-    classes, labels = _labels(names, 1 if both or "" not in splits else 0, root)
+    classes, labels = _labels(names, 1 if named or "" not in splits else 0, root)
     return ImageFiles(root, names, rows, labels, classes, cfg.channels)
 
 

@@ -11,19 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinokit.models import Input
 from dinokit.models.block import NORM_EPS
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import write_text
-from dinokit.weights.architecture import (
-    StoredBackbone,
-    count_groups,
-    infer_config,
-    input_size,
-    stored_vit,
-)
+from dinokit.weights.architecture import StoredBackbone, count_groups, stored_vit
 from dinokit.weights.checkpoint import Checkpoint
-from dinokit.weights.export_check import Exported, heads_of, metadata_of, two_sizes
+from dinokit.weights.formats import Exported, metadata_of
 from dinokit.weights.tensor_files import write_tensors
 
 PREFIX = re.compile(r"^(?:dinov2|dinov2_with_registers|vit)\.")
@@ -62,24 +55,19 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
     if act != "gelu":
         raise ValueError(f"its config.json has hidden_act={act}, and the vit has gelu")
     rest = [name for name in named if not our_name(name)]
-    outer = (
-        ("pooler.",) if kind == "vit" else ("pooler.", "classifier.")
-    )  # a classifier of ViTModel means other training
+    # A classifier on a ViTModel means that it was trained with labels.
+    outer = ("pooler.",) if kind == "vit" else ("pooler.", "classifier.")
     ignored = [name for name in rest if name.startswith(outer)]
     tensors |= {name: named[name] for name in rest if name not in ignored}
-    heads = heads or file.config.get("num_attention_heads")
-    processor = file.processor
-    shown = None
-    if {"image_mean", "image_std"} <= set(processor):
-        config = infer_config(tensors, heads)[0]
-        shown = Input(
-            _crop(processor) or input_size(config),
-            tuple(map(float, processor["image_mean"])),
-            tuple(map(float, processor["image_std"])),
-        )
     architecture = ", ".join(file.config.get("architectures") or [kind or "Dinov2Model or similar"])
     stored = stored_vit(
-        f"Hugging Face, {architecture}", tensors, heads, shown, count_groups(ignored) + file.other_keys
+        f"Hugging Face, {architecture}",
+        tensors,
+        heads or file.config.get("num_attention_heads"),
+        count_groups(ignored) + file.other_keys,
+        file.processor.get("image_mean"),
+        file.processor.get("image_std"),
+        _crop(file.processor),
     )
     eps = file.config.get("layer_norm_eps", 1e-6)
     if eps != 1e-6:
@@ -122,14 +110,6 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
 
     A vit with registers becomes a Dinov2WithRegistersModel, any other a Dinov2Model; one without LayerScale
     gets scales of 1, which is equal.
-
-    Args:
-        vit: to write.
-        out: the folder.
-        size: not used; it is for ONNX.
-
-    Raises:
-        RuntimeError: if transformers is not installed.
     """
     try:
         import transformers
@@ -158,29 +138,27 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
         rows = model(images).last_hidden_state
         return rows[:, 0], rows[:, 1 + vit.registers :]
 
-    return Exported(
-        lambda path: f"transformers.AutoModel.from_pretrained('{path}')", forward, two_sizes(vit), notes=notes
-    )
+    return Exported("transformers.AutoModel.from_pretrained('PATH')", forward, notes=notes)
 
 
 def to_huggingface(vit: VisionTransformer) -> dict[str, Tensor]:
     """Our tensors by the names in Hugging Face's files."""
     top = {ours: name for name, ours in TOP.items()}
     block = {ours: name for name, ours in reversed(BLOCK.items())}  # of several names take the first
-    renamed: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in vit.state_dict().items():
-        parts = {name: tensor.detach().cpu().clone()}
         if ".attn.qkv." in name:
-            parts = {
-                name.replace("qkv", x): t.clone() for x, t in zip("qkv", tensor.cpu().chunk(3), strict=True)
-            }
-        for part, value in parts.items():
-            match = re.match(r"^blocks\.(\d+)\.(.+?)(\.weight|\.bias|)$", part)
-            stem, dot, kind = part.rpartition(".")
-            if match:
-                renamed[f"encoder.layer.{match[1]}.{block[match[2]]}{match[3]}"] = value
-            else:
-                renamed[top.get(part) or f"{top[stem]}{dot}{kind}"] = value
+            tensors |= {name.replace("qkv", x): t for x, t in zip("qkv", tensor.chunk(3), strict=True)}
+        else:
+            tensors[name] = tensor
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if match := re.match(r"^blocks\.(\d+)\.(.+?)(\.weight|\.bias|)$", name):
+            new = f"encoder.layer.{match[1]}.{block[match[2]]}{match[3]}"
+        else:
+            stem, _, kind = name.rpartition(".")
+            new = top.get(name) or f"{top[stem]}.{kind}"
+        renamed[new] = tensor.detach().cpu().clone()
     for i in range(len(vit.blocks)):
         for j in (1, 2):
             renamed.setdefault(f"encoder.layer.{i}.layer_scale{j}.lambda1", torch.ones(vit.width))
@@ -199,7 +177,7 @@ def _config(vit: VisionTransformer) -> dict[str, object]:
         "model_type": "dinov2_with_registers" if vit.registers else "dinov2",
         "hidden_size": vit.width,
         "num_hidden_layers": len(vit.blocks),
-        "num_attention_heads": heads_of(vit),
+        "num_attention_heads": vit.heads,
         "num_channels": vit.channels,
         "image_size": vit.side * vit.patch,
         "patch_size": vit.patch,

@@ -6,11 +6,9 @@ section, with its `name`), `input` (JSON: size, mean, std) and `recipe` (YAML).
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 import dinokit
 from dinokit.models import Backbone, Input
@@ -28,16 +26,7 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
     metadata = file.metadata
     if "dinokit" not in metadata:
         return None
-    try:
-        section = dict(json.loads(metadata["backbone"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its header is damaged: `backbone`: {error!r}. Copy or download it again") from None
-    try:
-        trained_with = json.loads(metadata["input"])
-        mean, std = (tuple(map(float, trained_with[key])) for key in ("mean", "std"))
-        shown = Input(int(trained_with["size"]), mean, std)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its header is damaged: `input`: {error!r}. Copy or download it again") from None
+    section, shown = _parse(metadata, "backbone", "input")
     if heads and section.get("heads", heads) != heads:
         raise ValueError(
             f"it has {section['heads']} heads according to its header, so heads={heads} cannot be right"
@@ -46,6 +35,33 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
     return StoredBackbone(
         f"dinokit {version}", file.tensors, section, shown, [], [], metadata.get("recipe", ""), version
     )
+
+
+def add_metadata(stored: StoredBackbone, metadata: Mapping[str, str], heads: int | None) -> StoredBackbone:
+    """The backbone with the values that our exports put in metadata: their formats have no place for them.
+
+    Raises:
+        ValueError: if the header is damaged.
+    """
+    section, shown = _parse(metadata, "dinokit_backbone", "dinokit_input")
+    added: dict[str, Any] = {
+        key: section[key] for key in ("heads", "pos_offset", "pos_antialias") if key in section
+    }
+    if heads:
+        added["heads"] = heads
+    return replace(stored, section={**stored.section, **added}, input=shown, notes=[])
+
+
+def _parse(metadata: Mapping[str, str], section_key: str, input_key: str) -> tuple[dict[str, Any], Input]:
+    key = section_key
+    try:
+        section = dict(json.loads(metadata[key]))
+        key = input_key
+        values = json.loads(metadata[key])
+        mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
+        return section, Input(int(values["size"]), mean, std)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its header is damaged: `{key}`: {error!r}. Copy or download it again") from None
 
 
 def save_backbone(
@@ -63,7 +79,6 @@ def save_backbone(
         ValueError: if the section has no name.
         OSError: if the file cannot be written.
     """
-    assert isinstance(backbone, nn.Module)
     if not section.get("name"):
         raise ValueError(
             "The section of a backbone needs its `name`: without it the backbone cannot be rebuilt."

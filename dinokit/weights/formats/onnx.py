@@ -16,21 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.models.vit import VisionTransformer
-from dinokit.weights.export_check import Exported, heads_of, metadata_of, two_sizes
+from dinokit.weights.formats import Exported, metadata_of
 
 MAX_BYTES = 2**31 - 2**20  # of one protobuf file, less space for the graph; larger weights go to another file
 
 
 def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
-    """Write one file, and `*.data` beside it for more than two gigabytes of weights.
-
-    Args:
-        vit: to write.
-        out: the new file.
-        size: pixels of the images; None: any multiple of the patch. Any number of images.
+    """Write one file for any number of images, and `*.data` beside it for more than two gigabytes of weights.
 
     Raises:
-        RuntimeError: if a library is not installed.
         ValueError: if the size is not a multiple of the patch.
     """
     if size is not None and (size < 1 or size % vit.patch):
@@ -61,13 +55,8 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
 
     mean, std = json.dumps(vit.input.mean), json.dumps(vit.input.std)
     notes = [f"It takes images (batch, {vit.channels}, h, w) in [0, 1] minus {mean}, divided by {std}."]
-    return Exported(
-        lambda path: f"onnxruntime.InferenceSession('{path}').run(['cls', 'patches'], {{'images': images}})",
-        forward,
-        [size] if size else two_sizes(vit),
-        every_size=True,
-        notes=notes,
-    )
+    command = "onnxruntime.InferenceSession('PATH').run(['cls', 'patches'], {'images': images})"
+    return Exported(command, forward, every_size=True, notes=notes)
 
 
 class Graph(nn.Module):
@@ -75,7 +64,7 @@ class Graph(nn.Module):
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
-        self.vit, self.heads, self.positions = vit, heads_of(vit), Positions(vit)
+        self.vit, self.heads, self.positions = vit, vit.heads, Positions(vit)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(b, C, h, w) -> class tokens (b, D), patches (b, N, D)."""

@@ -8,20 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinokit.models import Input
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import write_text
-from dinokit.weights.architecture import (
-    StoredBackbone,
-    backbone_tensors,
-    infer_config,
-    input_size,
-    is_vit,
-    stored_vit,
-)
+from dinokit.weights.architecture import StoredBackbone, backbone_tensors, is_vit, stored_vit
 from dinokit.weights.checkpoint import Checkpoint
-from dinokit.weights.export_check import Exported, heads_of, metadata_of, two_sizes
-from dinokit.weights.tensor_files import read_tensors, write_tensors
+from dinokit.weights.formats import Exported, metadata_of
+from dinokit.weights.tensor_files import read_safetensors, write_tensors
 
 NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # the largest width of each name
 PACKED = re.compile(r"^(blocks\.\d+\.mlp)\.fc([12])\.")
@@ -36,13 +28,10 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
         return None
     tensors = from_timm(tensors)
     heads = heads or file.config.get("model_args", {}).get("num_heads")
-    pretrained = file.config.get("pretrained_cfg", {})
-    shown = None
-    if {"mean", "std"} <= set(pretrained):
-        size = input_size(infer_config(tensors, heads)[0])
-        shown = Input(size, tuple(map(float, pretrained["mean"])), tuple(map(float, pretrained["std"])))
+    shown = file.config.get("pretrained_cfg", {})
     kind = f"timm, {file.config['architecture']}" if "architecture" in file.config else "timm"
-    return stored_vit(kind, tensors, heads, shown, [*ignored, *file.other_keys])
+    ignored += file.other_keys
+    return stored_vit(kind, tensors, heads, ignored, shown.get("mean"), shown.get("std"))
 
 
 def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,16 +52,7 @@ def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
-    """Write a folder for timm.create_model('local-dir:...') or, if `out` ends in .safetensors, only the file.
-
-    Args:
-        vit: to write.
-        out: the folder, or the file.
-        size: not used; it is for ONNX.
-
-    Raises:
-        RuntimeError: if timm is not installed.
-    """
+    """Write a folder for timm.create_model('local-dir:...'), or only a file if `out` is a .safetensors."""
     try:
         import timm
     except ModuleNotFoundError:
@@ -85,7 +65,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
     )
     if only_file:
         model = timm.create_model(name, **args)
-        model.load_state_dict(read_tensors(out), strict=True)
+        model.load_state_dict(read_safetensors(out)[0], strict=True)
         call = f"timm.create_model('{name}', {', '.join(f'{key}={value}' for key, value in args.items())})"
         command = f"{call}.load_state_dict(safetensors.torch.load_file('PATH'))"
     else:
@@ -99,14 +79,12 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
         return rows[:, 0], rows[:, 1 + vit.registers :]
 
     notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
-    return Exported(lambda path: command.replace("PATH", str(path)), forward, two_sizes(vit), notes=notes)
+    return Exported(command, forward, notes=notes)
 
 
 def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names as timm's; the reverse of from_timm()."""
-    renamed = {
-        name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if name != "mask_token"
-    }
+    renamed = {name: t.detach().cpu().clone() for name, t in tensors.items() if name != "mask_token"}
     if "register_tokens" in renamed:
         renamed["reg_token"] = renamed.pop("register_tokens")
         position = renamed.pop("pos_embed")
@@ -134,7 +112,7 @@ def _model(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
         "patch_size": vit.patch,
         "embed_dim": vit.width,
         "depth": len(vit.blocks),
-        "num_heads": heads_of(vit),
+        "num_heads": vit.heads,
         "init_values": 1e-5 if scaled else None,
         "dynamic_img_size": True,
     }

@@ -71,9 +71,9 @@ def test_sixteen_bits_are_metres_and_zero_is_no_reading(tmp_path):
 
 
 def test_ade20k_voc_and_cityscapes_are_read_as_they_lie_on_disk(tmp_path):
-    for part in ("training", "validation"):
-        image(tmp_path / "ade/images" / part / f"{part}.jpg")
-        ids(tmp_path / "ade/annotations" / part / f"{part}.png", [[0, 1, 150, 2, 3, 4]] * 4)
+    for split in ("training", "validation"):
+        image(tmp_path / "ade/images" / split / f"{split}.jpg")
+        ids(tmp_path / "ade/annotations" / split / f"{split}.png", [[0, 1, 150, 2, 3, 4]] * 4)
     got = build("ade20k", path=str(tmp_path / "ade"), split="test")
     assert len(got) == 1
     assert got[0][1][0].tolist() == [-1, 0, 149, 1, 2, 3]

@@ -88,9 +88,9 @@ def test_without_a_label_column_there_are_no_labels(tmp_path: Path, paint: Paint
 
 def test_columns_may_have_other_names(tmp_path: Path, paint: Paint, numbers: Numbers) -> None:
     path = write(
-        tmp_path / "x.parquet", {"img": [paint(1), paint(2)], "y": [0, 1], "part": ["train", "test"]}
+        tmp_path / "x.parquet", {"img": [paint(1), paint(2)], "y": [0, 1], "subset": ["train", "test"]}
     )
-    source = opened(path, image="img", label="y", split_column="part", split="test")
+    source = opened(path, image="img", label="y", split_column="subset", split="test")
     assert numbers(source) == [(2, 1)]
 
 
@@ -166,7 +166,7 @@ def test_a_row_without_an_image_is_named(tmp_path: Path, paint: Paint) -> None:
     [
         ({"img": [b""], "label": [1]}, {}, "no column 'image' for image.*Did you mean 'img'.*img, label"),
         ({"image": [b""], "label": [1]}, {"label": "labell"}, "no column 'labell'.*Did you mean 'label'"),
-        ({"image": [b""]}, {"split_column": "part"}, "no column 'part' for split_column"),
+        ({"image": [b""]}, {"split_column": "subset"}, "no column 'subset' for split_column"),
         ({"image": [[1, 2]]}, {}, "of type list"),
         ({"image": [b""][:0]}, {"image": "image"}, "of type null|without a row"),
     ],
