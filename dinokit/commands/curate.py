@@ -12,7 +12,7 @@ dinokit curate curate_small pool.embeddings=vectors.npy seeds.mine.embeddings=mi
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -68,14 +68,15 @@ def read_settings(values: dict[str, Any]) -> tuple[Config, Any, dict[str, Seeds]
         ValueError, LookupError: for settings that cannot work; each names the key and the way out.
     """
     cfg = Config(**section_values("curate", "settings", values, ""))
-    seed_keys = {f.name for f in fields(Seeds)}
-    sections = {"pool": _source_section("pool", cfg.pool)}
-    rules = {}
+    sections, rules = {"pool": _source_section("pool", cfg.pool)}, {}
     for name, section in cfg.seeds.items():
         label = f"seeds.{name}"
-        section = _not_empty(label, section)
-        rules[name] = Seeds(**validated(Seeds, _only(section, seed_keys), label))
-        sections[label] = _source_section(label, _only(section, section.keys() - seed_keys))
+        rule: dict[str, Any] = {}
+        if isinstance(section, Mapping) and section:
+            rule = {f.name: section[f.name] for f in fields(Seeds) if f.name in section}
+            section = {key: value for key, value in section.items() if key not in rule}
+        rules[name] = Seeds(**validated(Seeds, rule, label))
+        sections[label] = _source_section(label, section)
     for name, section in cfg.against.items():
         sections[f"against.{name}"] = _source_section(f"against.{name}", section)
     without = [label for label, (_, embeddings) in sections.items() if not embeddings]
@@ -92,27 +93,19 @@ def read_settings(values: dict[str, Any]) -> tuple[Config, Any, dict[str, Seeds]
     return cfg, sections, rules
 
 
-def _source_section(label: str, values: Any) -> tuple[dict[str, Any] | None, str]:
+def _source_section(label: str, section: Any) -> tuple[dict[str, Any] | None, str]:
     """The completed section of a source, or None, and the embeddings that are given, or ''."""
-    values = dict(_not_empty(label, values))
+    values = dict(section) if isinstance(section, Mapping) else {}
     embeddings = str(values.pop("embeddings", "") or "")
-    if not values and embeddings:
-        return None, embeddings
+    if not values:
+        if embeddings:
+            return None, embeddings
+        raise ValueError(f"{label}.path must be given: a folder of images; or {label}.embeddings.")
     name = str(values.pop("name", "folder"))
     try:
         return {"name": name, **section_values("data.sources", name, values, label)}, embeddings
     except LookupError as error:
         raise LookupError(f"{label}.name: {error}") from None
-
-
-def _not_empty(label: str, values: Any) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping) or not values:
-        raise ValueError(f"{label}.path must be given: a folder of images; or {label}.embeddings.")
-    return values
-
-
-def _only(section: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key in keys}
 
 
 def _stage(name: str) -> str:

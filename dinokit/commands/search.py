@@ -38,7 +38,7 @@ def run(command: Command) -> None:
         raise ValueError("Which image? Give one or more files: dinokit search index=FOLDER photo.jpg")
     from PIL import Image
 
-    from dinokit.curate.search import ImageSearch, contact_sheet
+    from dinokit.curate.image_sets import ImageSearch, contact_sheet
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.files import atomic
     from dinokit.weights import load_backbone

@@ -34,7 +34,7 @@ def embedded(net: torch.nn.Module, pictures: list[Image.Image], side: int) -> np
 def make(folder: Path, out: Path, side: int) -> None:
     net = load_net()
     source = registry.build("data.sources", {"name": "folder", "path": str(folder)})
-    done = np.full((len(source), WIDTH), np.nan, np.float16)
+    features = np.full((len(source), WIDTH), np.nan, np.float16)
     for start in range(0, len(source), BATCH):
         pictures = {}
         for number in range(start, min(start + BATCH, len(source))):
@@ -42,8 +42,8 @@ def make(folder: Path, out: Path, side: int) -> None:
                 pictures[number] = source[number][0]
             except (OSError, ValueError) as error:
                 sys.stderr.write(f"{source.name(number)}: {error}\n")
-        done[list(pictures)] = embedded(net, list(pictures.values()), side)
-    np.save(out, done)
+        features[list(pictures)] = embedded(net, list(pictures.values()), side)
+    np.save(out, features)
     out.with_suffix(".txt").write_text("".join(f"{source.name(n)}\n" for n in range(len(source))))
 
 

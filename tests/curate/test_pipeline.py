@@ -28,7 +28,7 @@ def numbers(rows):
     return sorted(int(Path(row["path"]).name[:2]) for row in rows)
 
 
-def test_one_image_of_each_photo_is_kept_and_none_of_the_test_set(photos, weights, curate, capsys):
+def test_one_image_of_each_photo_stays_and_none_of_the_test_set(photos, weights, curate, capsys):
     out = photos / "out"
     strict = ("dedup.similarity=0.9999", "dedup.against=0.9999")  # the backbone is untrained
     curate(f"weights={weights}", f"pool.path={photos / 'pool'}", f"against.test.path={photos / 'test'}",
@@ -57,9 +57,9 @@ def test_seeds_retrieve_images_and_the_manifest_gives_the_reason(photos, weights
     words = (f"weights={weights}", f"pool.path={photos / 'pool'}", f"out={out}", "dedup.similarity=1")
     curate(*words, f"seeds.mine.path={photos / 'seeds'}", "seeds.mine.k=2", "seeds.mine.keep=true")
     rows = manifest(out)
-    kept_seeds = [row for row in rows if row["rule"] == "seed"]
+    seed_rows = [row for row in rows if row["rule"] == "seed"]
     retrieved = [row for row in rows if row["rule"] == "sample"]
-    assert (len(kept_seeds), len(retrieved)) == (10, 20)
+    assert (len(seed_rows), len(retrieved)) == (10, 20)
     assert {row["from"] for row in rows} == {"seeds.mine"}
     assert all(Path(row["query"]).parent == photos / "seeds" for row in retrieved)
     assert all(1 <= int(row["rank"]) <= 8 and -1 <= float(row["similarity"]) <= 1 for row in retrieved)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dinokit.__main__ import main
 from dinokit.config import registry
-from dinokit.curate.search import ImageSearch, contact_sheet
+from dinokit.curate.image_sets import ImageSearch, contact_sheet
 from dinokit.weights import save_backbone
 
 
