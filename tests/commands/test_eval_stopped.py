@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Evaluations that get a stop signal: they log it, end with the status that requeues a job, and resume."""
-=======
-"""Evaluations that receive a stop signal: they report it, exit with the status that requeues a job, and
->>>>>>> 5b678655be6895214ee0bbdb40ae58644ce17b0d
 
 import json
 import os
