@@ -50,7 +50,7 @@ def generator():
 
 @pytest.fixture
 def signals_given_back():
-    """As they were: whoever was told to stop leaves its process deaf to more of it."""
+    """Restore signal handlers: after a stop signal a process ignores further ones."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOP_SIGNALS)}
     yield
     for number, handler in before.items():

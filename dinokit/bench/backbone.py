@@ -38,14 +38,14 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
     segments = PackedBatch(tuple(groups))
     rows = sum(images * tokens for images, tokens in groups)
     qkv = torch.randn(rows, 3 * backbone.width, device=device).to(dtype).requires_grad_()
-    done: dict[str, Any] = {}
+    times: dict[str, Any] = {}
     for kernel in KERNELS:
         reason = unavailable_reason(kernel, device, dtype)
         work = partial(_run, qkv, layers[0].heads, segments, kernel)
-        done[kernel] = reason or 1000 * seconds(work, device, rounds)
+        times[kernel] = reason or 1000 * seconds(work, device, rounds)
     return {
         **measured_on(run.device, run.precision),
-        "milliseconds": done,
+        "milliseconds": times,
         "rows": rows,
         "width": backbone.width,
         **matmul_rates(device),
@@ -66,9 +66,9 @@ def bench_eval(recipe: Recipe, rounds: int) -> dict[str, Any]:
     crops = torch.randint(0, 256, (batch, backbone.channels, size, size), dtype=torch.uint8, device=device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     with frozen(backbone), torch.inference_mode(), autocast:
-        took = seconds(lambda: backbone([normalised(backbone, crops)], [None])[0].cls, device, rounds)
+        elapsed = seconds(lambda: backbone([normalised(backbone, crops)], [None])[0].cls, device, rounds)
     return {
         **measured_on(run.device, run.precision),
-        "images_per_second": batch / took,
+        "images_per_second": batch / elapsed,
         **matmul_rates(device),
     }

@@ -44,7 +44,7 @@ def bench_data(recipe: Recipe, rounds: int, real: bool) -> dict[str, Any]:
         rates.append(matmul_rates(torch.device("cpu")))
     return {
         **measured_on("cpu", "fp32"),
-        "images_per_second": {name: places.batch / took for name, took in medians(times).items()},
+        "images_per_second": {name: places.batch / elapsed for name, elapsed in medians(times).items()},
         "loader": _loader_rate(source, recipe, rounds),
         **medians(rates),
     }
@@ -66,13 +66,13 @@ def _round(places: TrainDataset, colour: Photometric, step: int) -> dict[str, fl
         if len(crops):
             colour(crops, rows)
     marks.append(time.perf_counter())
-    decode_, cut, both, coloured = (end - begun for begun, end in pairwise(marks))
+    decode_, cut, both, coloured = (end - begin for begin, end in pairwise(marks))
     return {"decode": decode_, "cut": cut, "colour": coloured, "decode and cut": both, "all": both + coloured}
 
 
 def _loader_rate(source: ImageSource, recipe: Recipe, rounds: int) -> dict[str, float]:
     """What the loader hands over when nobody takes its time: the start, s, and images per second after it."""
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     batches = iter(
         training_loader(
             source, recipe.crops, None, seed=recipe.run.seed, start_step=0, steps=rounds + 4,
@@ -80,10 +80,10 @@ def _loader_rate(source: ImageSource, recipe: Recipe, rounds: int) -> dict[str, 
         )
     )  # fmt: skip
     next(batches)
-    start = time.perf_counter() - begun
-    begun = time.perf_counter()
+    start = time.perf_counter() - begin
+    begin = time.perf_counter()
     handed = sum(batch.images for batch in batches)
-    return {"start_s": start, "images_per_second": handed / (time.perf_counter() - begun)}
+    return {"start_s": start, "images_per_second": handed / (time.perf_counter() - begin)}
 
 
 class SyntheticImages:

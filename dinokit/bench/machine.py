@@ -41,14 +41,14 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int, warm
 def once(work: Callable[[], object], device: torch.device) -> float:
     """The time of one call of `work`, s, the device having finished."""
     wait(device)
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     work()
     wait(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - begin
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -44,7 +44,7 @@ class StepReport:
     images_per_second: float
     milliseconds: dict[str, float]  # of a step, by phase, in one step more with a clock in it
     peak_gib: float
-    idle_gib: float  # of it, what the process held before it had a network: Python, PyTorch, their libraries
+    idle_gib: float  # of it, before there was a network: Python, PyTorch, their libraries
     model_flops: float  # of a step: what must be multiplied and added
     share_of_matmul: float  # model FLOP/s over those of a matrix product in the run's precision
     matmul_fp32: float  # FLOP/s
@@ -121,7 +121,7 @@ def _receive(pipe: Connection) -> Any:
 
 
 def _serve(pipe: Connection, recipe: Recipe, rounds: int, real: bool) -> None:
-    """A process: warm up, a round each time it is asked, at last the report."""
+    """A child process: warm up, run a round at each request, then send the report."""
     try:
         form = Form(recipe, rounds, real)
         form.warm_up()
@@ -131,8 +131,8 @@ def _serve(pipe: Connection, recipe: Recipe, rounds: int, real: bool) -> None:
             pipe.send(None)
         pipe.send(asdict(form.report()))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return  # nobody asks any more
-    except Exception as error:  # whatever it is, the one who asked tells it
+        return  # the parent is gone
+    except Exception as error:  # the parent raises it
         pipe.send(error)
 
 
@@ -167,17 +167,17 @@ class Form:
     def report(self) -> StepReport:
         """Of the rounds so far."""
         peak = peak_memory(self.device)
-        took, images = median(self.seconds), self.recipe.optim.batch
+        elapsed, images = median(self.seconds), self.recipe.optim.batch
         rates = medians(self.rates)
         flops = model_flops(self.recipe, next(self.batches))
         rate = rates[f"matmul_{self.recipe.run.precision}"]
         return StepReport(
-            images_per_second=images / took,
+            images_per_second=images / elapsed,
             milliseconds=self._phases(),
             peak_gib=peak,
             idle_gib=self.idle,
             model_flops=flops,
-            share_of_matmul=flops / took / rate,
+            share_of_matmul=flops / elapsed / rate,
             seconds=self.seconds,
             **rates,
         )
@@ -214,11 +214,11 @@ class Clock:
         @wraps(work, updated=())
         def run(*args: Any, **kwargs: Any) -> Any:
             wait(self.device)
-            begun = time.perf_counter()
+            begin = time.perf_counter()
             self._inner.append(0.0)
             out = work(*args, **kwargs)
             wait(self.device)
-            whole = time.perf_counter() - begun
+            whole = time.perf_counter() - begin
             self.seconds[phase] = self.seconds.get(phase, 0.0) + whole - self._inner.pop()
             if self._inner:
                 self._inner[-1] += whole
@@ -265,5 +265,5 @@ def _batches(recipe: Recipe, step: Step, steps: int, real: bool) -> Iterator[Bat
     )  # fmt: skip
     if real:
         return iter(made)
-    kept = list(made)
-    return (replace(batch, step=i) for i, batch in enumerate(itertools.cycle(kept)))
+    two = list(made)
+    return (replace(batch, step=i) for i, batch in enumerate(itertools.cycle(two)))

@@ -19,10 +19,8 @@ from dinokit.features.tokens import (
     spread_blocks,
 )
 
-Reading, Wanted = Pooling, ExtractSpec  # their names in earlier versions
-
 __all__ = [
-    "ExtractSpec", "Extraction", "Features", "Map", "Pooling", "Reading", "Store", "Subset", "Wanted",
+    "ExtractSpec", "Extraction", "Features", "Map", "Pooling", "Store", "Subset",
     "attention", "cached", "dense", "device_of", "extract", "extract_to", "fingerprint", "frozen",
     "images_stamp", "last_blocks", "last_layers", "load_cached", "normalised", "open_store", "patch_width",
     "spread", "spread_blocks",

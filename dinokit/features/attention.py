@@ -55,10 +55,6 @@ def attention(backbone: Backbone, crops: Tensor, block: int = -1) -> Tensor:
 def _weights(layer: nn.Module, qkv: Tensor, heads: int) -> Tensor:
     """(b, T, 3 * D) -> (b, H, T)."""
     q, k, _ = qkv.float().unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (b, H, T, d)
-    q = getattr(layer, "q_norm", _identity)(q[:, :, :1])
-    k = getattr(layer, "k_norm", _identity)(k)
+    q = getattr(layer, "q_norm", nn.Identity())(q[:, :, :1])
+    k = getattr(layer, "k_norm", nn.Identity())(k)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(dim=-1)[:, :, 0]
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

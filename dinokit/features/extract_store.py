@@ -8,6 +8,7 @@ g  images of one shape     L  blocks     D  width     C  channels
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from dinokit.features.store import (
     shard_range,
     shard_size,
 )
-from dinokit.features.store_writers import NpyShard, ParquetShard, prepare_folder, write_error
+from dinokit.features.store_writers import Append, npy_shard, parquet_shard, prepare_folder, write_error
 from dinokit.features.tokens import block_tokens, device_of, frozen, normalised
 from dinokit.models import Backbone, Tokens
 
@@ -152,11 +153,11 @@ class Extraction:
             computed = _one_ahead(self._compute(images, device, precision) for images in loader)
             for number, images in zip(mine, ranges, strict=True):
                 try:
-                    with self._writer(number) as writer:
+                    with self._shard(number) as append:
                         while images:
                             loaded, tokens = next(computed)
                             images = images[len(loaded.labels) :]
-                            writer.append(*self._assemble(loaded, tokens))
+                            append(*self._assemble(loaded, tokens))
                             on_progress(len(loaded.labels), loaded.errors)
                 except OSError as error:
                     shards = shard_count(self.about)
@@ -204,10 +205,10 @@ class Extraction:
             arrays["patch"] = np.concatenate(patches)
         return arrays, records, [self.source.name(i) for i in images.indices.tolist()]
 
-    def _writer(self, number: int) -> NpyShard | ParquetShard:
+    def _shard(self, number: int) -> AbstractContextManager[Append]:
         if self.spec.files == "parquet":
-            return ParquetShard(self.out, number, json.dumps(self.about))
-        return NpyShard(self.out, number, self.rows)
+            return parquet_shard(self.out, number, json.dumps(self.about))
+        return npy_shard(self.out, number, self.rows)
 
     def _describe(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """The content of store.json."""

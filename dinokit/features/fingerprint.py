@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.data.sources import ImageSource
-from dinokit.models import Backbone, Input
+from dinokit.models import Input
 
 PLAIN = bool, int, float, str, tuple, Input, torch.dtype, type(None)
 
 
-def fingerprint(module: Backbone | nn.Module, *, settings: bool = False) -> str:
+def fingerprint(module: nn.Module, *, settings: bool = False) -> str:
     """SHA-256 of a module's tensors, as 64 hexadecimal digits.
 
     By default it covers what a file of weights contains: name, type, shape and values of every tensor in
@@ -24,7 +24,6 @@ def fingerprint(module: Backbone | nn.Module, *, settings: bool = False) -> str:
 
     It copies every tensor to the CPU, one at a time: about one second for each gigabyte.
     """
-    assert isinstance(module, nn.Module)
     state = module.state_dict()
     if not settings:
         return _digest(state)

@@ -5,13 +5,12 @@ A shard writer is a context manager: its files appear, complete, when the block 
 
 import errno
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from filecmp import cmp
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -82,118 +81,96 @@ def _first_difference(old: Path, new: Path) -> str:
     return "has other names."
 
 
-class GrowingArray:
-    """A `.npy` file of rows of one shape, which is complete when the `with` block ends.
+AppendRows = Callable[[np.ndarray], None]
+Append = Callable[[dict[str, np.ndarray], np.ndarray, list[str]], None]
+
+
+@contextmanager
+def growing_array(
+    path: Path, row: tuple[int, ...], dtype: np.dtype
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A `.npy` file of rows of one shape, which is complete when the block ends; yields append(rows).
 
     Rows are written, not memory-mapped: on a full disk a write raises OSError, but a map kills the process.
     """
+    count = 0
 
-    def __init__(self, path: Path, row: tuple[int, ...], dtype: np.dtype) -> None:
-        self.row, self.dtype, self.count = row, dtype, 0
-        self.file = path.open("w+b")
-        self._header()
+    def write_header() -> None:
+        file.seek(0)
+        about = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (count, *row)}
+        npy.write_array_header_1_0(file, about)
 
-    def append(self, rows: np.ndarray) -> None:
-        """Append rows (m, *row) of the array's dtype."""
-        assert rows.shape[1:] == self.row, (rows.shape, self.row)
-        assert rows.dtype == self.dtype, (rows.dtype, self.dtype)
-        self.file.write(np.ascontiguousarray(rows).data)
-        self.count += len(rows)
+    def append(rows: np.ndarray) -> None:
+        nonlocal count
+        assert rows.shape[1:] == row, (rows.shape, row)
+        assert rows.dtype == dtype, (rows.dtype, dtype)
+        file.write(np.ascontiguousarray(rows).data)
+        count += len(rows)
 
-    def __enter__(self) -> "GrowingArray":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._header()  # numpy reserves space in it for a larger number of rows
-        finally:
-            self.file.close()
-
-    def _header(self) -> None:
-        self.file.seek(0)
-        description = npy.dtype_to_descr(self.dtype)
-        shape = (self.count, *self.row)
-        npy.write_array_header_1_0(self.file, {"descr": description, "fortran_order": False, "shape": shape})
+    with path.open("w+b") as file:
+        write_header()
+        yield append
+        write_header()  # numpy reserves space in it for a larger number of rows
 
 
-class NpyShard:
-    """The `.npy` files of one shard; use it in a `with` block.
+@contextmanager
+def npy_shard(out: Path, number: int, rows: dict[str, tuple[tuple[int, ...], np.dtype]]) -> Iterator[Append]:
+    """The `.npy` files of one shard; yields append(rows of each token, records, names).
 
     Args:
         out: the store's folder.
         number: of the shard.
         rows: shape and dtype of a row of each token.
     """
+    with ExitStack() as stack:
+        arrays = {}
+        for token, (row, dtype) in {**rows, "images": ((), RECORD)}.items():
+            temporary = stack.enter_context(atomic(shard_path(out, token, number)))
+            arrays[token] = stack.enter_context(growing_array(temporary, row, dtype))
 
-    def __init__(self, out: Path, number: int, rows: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-        self.out, self.number, self.rows = out, number, {**rows, "images": ((), RECORD)}
+        def append(tokens: dict[str, np.ndarray], records: np.ndarray, names: list[str]) -> None:
+            for token, array in {**tokens, "images": records}.items():
+                arrays[token](array)
 
-    def __enter__(self) -> "NpyShard":
-        self.stack = ExitStack()
-        self.files: dict[str, GrowingArray] = {}
-        for token, (row, dtype) in self.rows.items():
-            temporary = self.stack.enter_context(atomic(shard_path(self.out, token, self.number)))
-            self.files[token] = self.stack.enter_context(GrowingArray(temporary, row, dtype))
-        return self
-
-    def append(self, arrays: dict[str, np.ndarray], records: np.ndarray, names: list[str]) -> None:
-        """Append the rows of each token and the RECORD of each image."""
-        for token, array in {**arrays, "images": records}.items():
-            self.files[token].append(array)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stack.__exit__(kind, error, trace)
+        yield append
 
 
-class ParquetShard:
+@contextmanager
+def parquet_shard(out: Path, number: int, about: str) -> Iterator[Append]:
     """OUT/00000.parquet: name, label, valid, rows, columns, and for each token a flat list of numbers.
 
-    The metadata `dinokit` is the content of store.json, which has the shapes of the lists.
+    The metadata `dinokit` is the content of store.json, which has the shapes of the lists. Yields
+    append(rows of each token, records, names), which writes one row group.
     """
+    arrow, parquet = _arrow("pyarrow"), _arrow("pyarrow.parquet")
+    writer: Any = None
 
-    def __init__(self, out: Path, number: int, about: str) -> None:
-        self.path, self.about = out / f"{number:05d}.parquet", about
-        self.arrow = _arrow("pyarrow")
-        self.parquet = _arrow("pyarrow.parquet")
+    def append(tokens: dict[str, np.ndarray], records: np.ndarray, names: list[str]) -> None:
+        nonlocal writer
+        columns = {"name": arrow.array(names, arrow.string())}
+        columns |= {key: arrow.array(records[key]) for key in RECORD.names or ()}
+        columns |= {token: _lists(arrow, array, records, token) for token, array in tokens.items()}
+        table = arrow.table(columns).replace_schema_metadata({"dinokit": about})
+        if writer is None:
+            writer = parquet.ParquetWriter(temporary, table.schema, use_dictionary=["name"])
+        writer.write_table(table)
 
-    def __enter__(self) -> "ParquetShard":
-        self.stack = ExitStack()
-        self.temporary = self.stack.enter_context(atomic(self.path))
-        self.writer: Any = None
-        return self
-
-    def append(self, arrays: dict[str, np.ndarray], records: np.ndarray, names: list[str]) -> None:
-        """Append one row group."""
-        columns = {"name": self.arrow.array(names, self.arrow.string())}
-        columns |= {key: self.arrow.array(records[key]) for key in RECORD.names or ()}
-        columns |= {token: self._lists(array, records, token) for token, array in arrays.items()}
-        table = self.arrow.table(columns).replace_schema_metadata({"dinokit": self.about})
-        if self.writer is None:
-            self.writer = self.parquet.ParquetWriter(self.temporary, table.schema, use_dictionary=["name"])
-        self.writer.write_table(table)
-
-    def _lists(self, array: np.ndarray, records: np.ndarray, token: str) -> Any:
-        flat = self.arrow.array(array.reshape(-1))
-        if len(array) == len(records) and token != "patch":
-            return self.arrow.FixedSizeListArray.from_arrays(flat, int(np.prod(array.shape[1:])))
-        sizes = np.full(len(records), array.size // max(len(records), 1))
-        if len(array) != len(records):  # concatenated patches
-            sizes = records["rows"].astype(np.int64) * records["columns"] * int(np.prod(array.shape[1:]))
-        return self.arrow.LargeListArray.from_arrays(self.arrow.array(np.cumsum([0, *sizes])), flat)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    with atomic(out / f"{number:05d}.parquet") as temporary:
         try:
-            if self.writer is not None:
-                self.writer.close()
+            yield append
         finally:
-            self.stack.__exit__(kind, error, trace)
+            if writer is not None:
+                writer.close()
+
+
+def _lists(arrow: Any, array: np.ndarray, records: np.ndarray, token: str) -> Any:
+    flat, numbers = arrow.array(array.reshape(-1)), int(np.prod(array.shape[1:]))
+    if len(array) == len(records) and token != "patch":
+        return arrow.FixedSizeListArray.from_arrays(flat, numbers)
+    sizes = np.full(len(records), array.size // max(len(records), 1))
+    if len(array) != len(records):  # concatenated patches
+        sizes = records["rows"].astype(np.int64) * records["columns"] * numbers
+    return arrow.LargeListArray.from_arrays(arrow.array(np.cumsum([0, *sizes])), flat)
 
 
 def unreadable_names(out: Path) -> Iterator[str]:

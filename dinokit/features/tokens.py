@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinokit.models import Backbone, Tokens
 
@@ -22,7 +22,6 @@ SPREAD = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 @contextmanager
 def frozen(backbone: Backbone) -> Iterator[None]:
     """Eval mode inside the block; after it each module is in the mode that it was in."""
-    assert isinstance(backbone, nn.Module)
     before = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
@@ -34,7 +33,6 @@ def frozen(backbone: Backbone) -> Iterator[None]:
 
 def device_of(backbone: Backbone) -> torch.device:
     """The device of the backbone's parameters, or else of its buffers."""
-    assert isinstance(backbone, nn.Module)
     return next((t.device for t in (*backbone.parameters(), *backbone.buffers())), torch.device("cpu"))
 
 
@@ -70,12 +68,7 @@ def block_tokens(backbone: Backbone, crops: Tensor, blocks: Sequence[int], norm:
     """
     if list(blocks) == last_blocks(backbone, 1) and norm:
         return backbone([crops], [None])
-    if not backbone.has_layers:
-        raise ValueError(
-            f"{type(backbone).__name__} gives its last block only, after its final norm: give it a method "
-            f"`layers` (dinokit/models/__init__.py), or ask for the last block."
-        )
-    return backbone.layers(crops, blocks) if norm else backbone.layers(crops, blocks, norm=False)
+    return backbone.layers(crops, blocks, norm)
 
 
 def last_layers(backbone: Backbone, crops: Tensor, count: int) -> list[Tokens]:

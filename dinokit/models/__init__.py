@@ -85,7 +85,7 @@ class Backbone(nn.Module):
             ValueError: if there is no such block.
         """
         name = type(self).__name__
-        raise ValueError(f"{name} gives the tokens of its last block only: it defines no layers().")
+        raise ValueError(f"{name} gives its last block only, after the final norm: it defines no layers().")
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> None:

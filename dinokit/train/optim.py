@@ -1,6 +1,6 @@
-"""AdamW with the parameter groups of DINOv2, and both ways of clipping.
+"""AdamW with the parameter groups of DINOv2 (layer-wise learning rates), and gradient clipping.
 
-A group is all parameters that share (factor on the learning rate, do they decay, whose rate they follow).
+A group has the parameters that share a factor on the learning rate, weight decay or none, and a schedule.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +19,17 @@ from dinokit.train.student_teacher import Network
 def parameter_groups(student: Network, cfg: Optim) -> list[dict[str, Any]]:
     """Every trainable parameter of the student once, in groups for AdamW.
 
-    A group has `lr_scale`, `decays` and `part` (backbone, heads, prototypes) beside `params`. Biases, norms
+    A group has `lr_scale`, `decays` and `role` (backbone, heads, prototypes) beside `params`. Biases, norms
     and LayerScale gains (all that has one dimension) do not decay; tokens, positions and the prototypes'
     lengths do, as in DINOv2.
     """
     groups: dict[tuple[float, bool, str], list[Tensor]] = {}
     for name, p, scale in _scaled(student, cfg):
         if p.requires_grad:
-            groups.setdefault((scale, p.ndim > 1, _part(name)), []).append(p)
+            groups.setdefault((scale, p.ndim > 1, _role(name)), []).append(p)
     return [
-        {"params": params, "lr_scale": scale, "decays": decays, "part": part}
-        for (scale, decays, part), params in groups.items()
+        {"params": params, "lr_scale": scale, "decays": decays, "role": role}
+        for (scale, decays, role), params in groups.items()
     ]
 
 
@@ -39,22 +39,22 @@ def build_optimizer(student: Network, cfg: Optim) -> AdamW:
 
 
 def set_rates(optimizer: AdamW, rates: Mapping[str, float], weight_decay: float) -> None:
-    """Give every group its share of this step's learning rate, by part, and of the weight decay."""
+    """Give every group its share of this step's learning rate, by role, and of the weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["part"]] * group["lr_scale"]
+        group["lr"] = rates[group["role"]] * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 @torch.no_grad()
 def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
-    """Scale gradients down to norm `clip`, part by part or tensor by tensor. Never waits for the device.
+    """Scale gradients down to norm `clip`, child by child or tensor by tensor. Never waits for the device.
 
     Returns:
-        The norm of each part's gradient, (), before clipping.
+        The norm of each child's gradient, (), before clipping.
     """
     norms = {}
-    for name, part in student.named_children():
-        grads = [p.grad for p in part.parameters() if p.grad is not None]
+    for name, child in student.named_children():
+        grads = [p.grad for p in child.parameters() if p.grad is not None]
         if not grads:  # a head that no loss reads
             continue
         each = full(torch.stack(torch._foreach_norm(grads)))  # (tensors,)
@@ -70,12 +70,12 @@ def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
 def drop_prototype_gradients(optimizer: AdamW) -> None:
     """Leave the prototypes out of the next step: DINO's way of freezing, which spares Adam's moments."""
     for group in optimizer.param_groups:
-        if group["part"] == "prototypes":
+        if group["role"] == "prototypes":
             for p in group["params"]:
                 p.grad = None
 
 
-def _part(name: str) -> str:
+def _role(name: str) -> str:
     if name.startswith("backbone."):
         return "backbone"
     return "prototypes" if "last_layer" in name else "heads"

@@ -154,9 +154,9 @@ def shard(model: StudentTeacher, mesh: DeviceMesh, policy: MixedPrecisionPolicy)
     for network in (model.student, model.ema):
         for block in network.backbone.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        for part in network.children():
+        for child in network.children():
             # Tokens, positions, prototypes stay in float32: small, or of unit length, where bf16 is coarse.
-            fully_shard(part, mesh=mesh, mp_policy=float32)
+            fully_shard(child, mesh=mesh, mp_policy=float32)
         if fused.reads_rows(network.backbone):
             register_fsdp_forward_method(network.get_submodule("backbone"), "read")
     fully_shard(model, mesh=mesh, mp_policy=float32)

@@ -73,7 +73,7 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, str]:
     Photometric(recipe.crops)
     optim, accumulate = recipe.optim, recipe.run.accumulate
     images = optim.batch // accumulate
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()}
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in student.named_children()}
     state = sum(counts.values()) * STATE_BYTES / GIB
     tokens, activations = activation_memory(recipe, images)
     crops = recipe.crops.globals.count + recipe.crops.locals.count
@@ -173,8 +173,8 @@ def gathered_bytes(student: Network, half: bool) -> int:
 def gathered_at_once(student: Network, half: bool) -> int:
     """Bytes that FSDP has gathered at a time: two blocks, and the largest head with its gradient."""
     blocks = [sum(p.numel() for p in block.parameters()) for block in student.backbone.blocks]
-    heads = [part for name, part in student.named_children() if name != "backbone"]
-    head = max(sum(p.numel() for p in part.parameters()) for part in heads)
+    heads = [child for name, child in student.named_children() if name != "backbone"]
+    head = max(sum(p.numel() for p in head.parameters()) for head in heads)
     return 2 * max(blocks, default=0) * (2 if half else 4) + head * 8
 
 

@@ -29,7 +29,7 @@ class Schedules:
         self.optim, self.teacher = recipe.optim, recipe.teacher
 
     def rates(self, step: int) -> dict[str, float]:
-        """The learning rate of each part of the student."""
+        """The learning rate of backbone, heads and prototypes."""
         return {
             "backbone": self.lr(step),
             "heads": self.head_lr(step),
@@ -37,7 +37,7 @@ class Schedules:
         }
 
     def lr(self, step: int) -> float:
-        """The backbone's: nothing while the heads warm up; a line from 0 to the peak; a cosine to min_lr."""
+        """The backbone's: 0 while the heads warm up; a line from 0 to the peak; a cosine to min_lr."""
         first, warmup = self.optim.head_warmup, self.optim.warmup
         if step < first + warmup:
             return _line(self.optim.peak_lr, step - first, warmup)
@@ -53,7 +53,7 @@ class Schedules:
         return self.optim.peak_lr if first and step < first + self.optim.warmup else self.lr(step)
 
     def prototypes_lr(self, step: int) -> float:
-        """The heads', and nothing while the prototypes are frozen by it."""
+        """The heads', and 0 while the prototypes are frozen by their learning rate."""
         frozen = self.optim.head_freeze == "lr" and step < self.optim.head_frozen
         return 0.0 if frozen else self.head_lr(step)
 

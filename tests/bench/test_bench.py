@@ -205,7 +205,7 @@ def test_a_share_in_fp16_is_one_of_the_rate_in_fp16():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["bench"], "There is: step, data, attention, eval"),
         (["bench", "stp"], "Did you mean 'step'"),
@@ -228,6 +228,6 @@ def test_a_share_in_fp16_is_one_of_the_rate_in_fp16():
         (["bench", "step", "smal_photos"], "Did you mean 'small_photos'"),
     ],
 )
-def test_a_typo_is_answered(words, said, capsys):
+def test_a_typo_is_answered(words, message, capsys):
     assert main(words) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Evaluations that are told to stop: they say so, end with the status that has a job requeued, and go on."""
+"""Evaluations that get a stop signal: they log it, end with the status that requeues a job, and resume."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_a_demo_that_is_stopped_at_its_last_step_does_not_evaluate(words, folder
     folder("broken")
     Path("stop").write_text("150 SIGTERM")  # of 80 + 4 + 80: scored, a step, scored again
     assert main(["demo", *DEMO]) == 130
-    assert looked() <= 80 + 4 + 80 + 60  # the first batch to be judged
+    assert looked() <= 80 + 4 + 80 + 60  # the first batch to be evaluated
     out, err = capfd.readouterr()
     assert "k-NN top-1" not in out
     assert err.endswith("dinokit: interrupted\n")
@@ -171,24 +171,24 @@ def started(words, ranks=1):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     many = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    done = []
+    processes = []
     for rank in range(ranks):
         env = {**os.environ, **({"RANK": str(rank), "LOCAL_RANK": str(rank), **many} if ranks > 1 else {})}
         command = [sys.executable, "-W", "ignore", "-m", "dinokit", *words]
-        done.append(
+        processes.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         )
-    return done
+    return processes
 
 
 def ended(processes):
     """Status, standard output and standard error of each."""
     try:
-        said = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
 @pytest.mark.slow

@@ -18,4 +18,4 @@ def test_an_evaluator_of_a_run_leaves_out_as_many_unreadable_images_as_the_run_d
     sets = [f"evals.knn.{split}.path={tmp_path / split}" for split in ("train", "test")]
     recipe = load_recipe("scenes_cpu", [*words, *sets, "evals.knn.workers=0", "evals.knn.k=[1]"])
     (knn,) = (each for each in _evaluators(recipe, build("data.sources", recipe.data)) if each.name == "knn")
-    assert knn.judge(evaluation.load_evaluated(None, {"name": "pixels"}, "cpu"))["images_unreadable"] == 4
+    assert knn.evaluate(evaluation.load_evaluated(None, {"name": "pixels"}, "cpu"))["images_unreadable"] == 4

@@ -50,9 +50,9 @@ class Watched(Backbone):
         self.calls.append(len(crops[0]))
         return self.net(crops, masks)
 
-    def layers(self, crops, blocks):
+    def layers(self, crops, blocks, norm=True):
         self.calls.append(len(crops))
-        return self.net.layers(crops, blocks)
+        return self.net.layers(crops, blocks, norm)
 
 
 def asked(tmp_path, net, source, reading=Pooling(), **values):  # noqa: B008

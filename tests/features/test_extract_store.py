@@ -98,9 +98,9 @@ def test_ctrl_c_stops_at_once_and_complete_shards_stay(whole, vit_file, tmp_path
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    done = contents(out)
-    assert not any("part" in name for name in done)
-    assert all(done[name] == want[name] for name in done)
+    written = contents(out)
+    assert not any("part" in name for name in written)
+    assert all(written[name] == want[name] for name in written)
 
 
 @pytest.mark.slow
@@ -184,12 +184,12 @@ def test_a_wrong_setting_is_refused_without_importing_torch(change, answer):
         "import sys; from dinokit.__main__ import main; status = main(sys.argv[1:]); "
         "sys.exit('torch' if 'torch' in sys.modules else status)"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", command, "extract", "weights=x", "out=y", "data.path=z", change],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 2
-    assert answer in done.stderr
+    assert result.returncode == 2
+    assert answer in result.stderr
 
 
 def test_an_empty_folder_is_refused(vit_file, tmp_path, capsys):

@@ -12,7 +12,7 @@ from dinokit.data.transforms import center_crop, resize, to_tensor
 from dinokit.features import Extraction, ExtractSpec, extract_to, normalised, open_store
 from dinokit.features.extract_store import select_blocks
 from dinokit.features.store import shard_size
-from dinokit.features.store_writers import GrowingArray
+from dinokit.features.store_writers import growing_array
 
 
 def folder(path):
@@ -220,9 +220,9 @@ def test_a_shard_is_a_power_of_two_and_no_file_is_above_256_mib(row, images):
 
 def test_a_growing_array_is_a_plain_npy_file(tmp_path):
     rows = np.random.default_rng(0).normal(size=(12_345, 3)).astype(np.float32)
-    with GrowingArray(tmp_path / "x.npy", (3,), np.dtype("float32")) as array:
+    with growing_array(tmp_path / "x.npy", (3,), np.dtype("float32")) as append:
         for part in np.array_split(rows, 7):
-            array.append(part)
+            append(part)
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), rows)
     np.save(tmp_path / "y.npy", rows)
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()

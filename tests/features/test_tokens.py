@@ -1,4 +1,4 @@
-"""What the last blocks say, against the backbone's own forward pass."""
+"""Tokens of the last blocks, compared with the backbone's own forward pass."""
 
 import pytest
 import torch
@@ -27,11 +27,11 @@ def same(a, b):
 def test_the_last_of_the_last_blocks_is_the_output(backbone):
     x = torch.randn(2, 3, 32, 32)
     depth = len(backbone.blocks)
-    done = last_layers(backbone, x, depth)
-    assert len(done) == depth
-    assert same(done[-1], backbone([x], [None])[0])
-    assert same(last_layers(backbone, x, 1)[0], done[-1])
-    assert not same(done[0], done[1])
+    layers = last_layers(backbone, x, depth)
+    assert len(layers) == depth
+    assert same(layers[-1], backbone([x], [None])[0])
+    assert same(last_layers(backbone, x, 1)[0], layers[-1])
+    assert not same(layers[0], layers[1])
 
 
 @torch.inference_mode()

@@ -61,9 +61,9 @@ def test_a_clone_works_without_installation_and_with_torch_only(tmp_path):
     shutil.copy(ROOT / "hubconf.py", clone)
     torch.save(VisionTransformer(Config(size=56, patch=14)).state_dict(), tmp_path / "x.pth")
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(clone), str(tmp_path / "x.pth")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    names, count = done.stdout.splitlines()
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    names, count = result.stdout.splitlines()
     assert names.startswith(
         "['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight'] (1, 384) ['masks', 'x_norm"
     )

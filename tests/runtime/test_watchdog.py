@@ -1,4 +1,4 @@
-"""A process that stands still ends and says why; one that moves, or was told to wait, does not."""
+"""A process without progress exits and prints why; one with progress, or with a paused watchdog, does not."""
 
 import subprocess
 import sys
@@ -23,17 +23,17 @@ with Watchdog(2 / 60) as watchdog:
 
 
 def test_a_process_that_stands_still_says_which_setting_ends_it_and_where_it_is():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (1, "alive\n")
-    said = done.stderr.splitlines()
-    assert said[0].startswith("process 0 made no step for run.timeout_minutes=0.0333333, and exits.")
-    assert said[1] == "Timeout (0:00:02)!"
-    assert any(line.endswith("in sleep_for_ever") for line in said)
-    assert done.stderr.count("made no step") == 1
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (1, "alive\n")
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("process 0 made no step for run.timeout_minutes=0.0333333, and exits.")
+    assert lines[1] == "Timeout (0:00:02)!"
+    assert any(line.endswith("in sleep_for_ever") for line in lines)
+    assert result.stderr.count("made no step") == 1
 
 
 def test_a_block_that_ends_leaves_neither_thread_nor_clock():
     program = PROGRAM.replace("    sleep_for_ever()", "") + "time.sleep(3)\nimport threading\n"
     program += "print(threading.active_count())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n1\n", "")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "alive\n1\n", "")

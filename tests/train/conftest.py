@@ -170,26 +170,26 @@ class Together:
         for process in late:
             process.kill()
             process.join()
-        assert not late, f"still running after {seconds} s: {self.said()}"
+        assert not late, f"still running after {seconds} s: {self.output()}"
         return [process.exitcode for process in processes]
 
     def __call__(self, world: int, job: str, *arguments: object, status: tuple = (0,)) -> str:
-        """Run to the end, with one more try after a race at the start. Returns what was said on stderr."""
+        """Run to the end, with one more try after a race at the start. Returns what was written to stderr."""
         for again in (True, False):
             self.log.write_text("")
             got = self.end(self.start(world, job, *arguments))
-            if not (again and any(race in self.said() for race in RACES)):
+            if not (again and any(race in self.output() for race in RACES)):
                 break
-        assert set(got) <= set(status), f"{got}: {self.said()}"
-        return self.said()
+        assert set(got) <= set(status), f"{got}: {self.output()}"
+        return self.output()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
 
 @pytest.fixture
 def together(tmp_path):
-    return Together(tmp_path / "said.txt")
+    return Together(tmp_path / "stderr.txt")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What one of several processes does in a test: run by `together` (conftest.py), never collected.
 
 It is executed as a file in a fresh process, with ENVIRONMENT, JOB (name of a function,
-its arguments) and LOG, the file for what is said on stderr, as globals.
+its arguments) and LOG, the file for what is written to stderr, as globals.
 """
 
 import os
@@ -110,7 +110,7 @@ def hang_in_one(recipe, overrides):
 
 
 def leave(how):
-    """Join, and part in the way that is named; what still runs then is said."""
+    """Join, and part in the way that is named; the threads that still run then are written to stderr."""
     try:
         with process_group(CPU, 2.0):
             if how == "failed" and rank() == 1:

@@ -69,7 +69,7 @@ def test_a_step_never_waits_for_the_gpu(tiny, targets):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def kept(recipe, counting):
+def saved_bytes(recipe, counting):
     """Bytes that a forward pass leaves for the backward pass, and the losses."""
     torch.manual_seed(0)
     step = Step(recipe, torch.device("cpu"))
@@ -81,7 +81,7 @@ def kept(recipe, counting):
 
 def test_checkpointing_keeps_less_and_changes_nothing(tiny, living):
     names = ("none", "selective", "full")
-    ways = {way: kept(tiny("run", f"run.checkpointing={way}"), living) for way in names}
+    ways = {way: saved_bytes(tiny("run", f"run.checkpointing={way}"), living) for way in names}
     assert ways["full"][0] < ways["selective"][0] * 0.9 < ways["none"][0] * 0.9**2
     for way in ("selective", "full"):
         for name, value in ways["none"][1].items():
@@ -109,7 +109,7 @@ COMPILES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor th
 
 @COMPILES
 @pytest.mark.parametrize(
-    ("overrides", "wanted"),
+    ("overrides", "expected"),
     [
         ([], 2),  # student and teacher
         (["run.tokens=all"], 2),
@@ -119,7 +119,7 @@ COMPILES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor th
     ],
     ids=str,
 )
-def test_graphs_are_few_and_made_in_the_first_step(tiny, graphs, overrides, wanted):
+def test_graphs_are_few_and_made_in_the_first_step(tiny, graphs, overrides, expected):
     recipe = tiny("run", "run.compile=blocks", *overrides)
     step = Step(recipe, torch.device("cpu"))
     masked, made = set(), []
@@ -128,7 +128,7 @@ def test_graphs_are_few_and_made_in_the_first_step(tiny, graphs, overrides, want
         masked.add(len(batch.masked))
         made.append(len(graphs))
     assert len(masked) == 3
-    assert made == [wanted] * 3
+    assert made == [expected] * 3
     # What is computed again is not left out: the student's block is a graph too.
     inside = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert ("tag_activation_checkpoint" in inside) == (recipe.run.checkpointing != "none")
@@ -136,11 +136,11 @@ def test_graphs_are_few_and_made_in_the_first_step(tiny, graphs, overrides, want
 
 @COMPILES
 def test_an_evaluation_is_not_compiled(tiny, graphs):
-    def judge(backbone):
+    def evaluate(backbone):
         for images in (1, 2, 3):
             backbone.layers(torch.rand(images, 3, 32, 32), [0, 1])
         return {"x": 0.0}
 
     recipe = tiny("run", "run.compile=blocks", "optim.steps=2", "optim.warmup=0")
-    trainer.train(recipe, registry.build("data.sources", recipe.data), [Evaluator("probe", 1, judge)])
+    trainer.train(recipe, registry.build("data.sources", recipe.data), [Evaluator("probe", 1, evaluate)])
     assert len(graphs) == 2

@@ -66,8 +66,8 @@ def test_a_damaged_file_is_told_and_never_loaded(tmp_path, harm):
         file.unlink()
     else:
         file.write_bytes(whole if harm == "a bit" else whole[:2000])
-    said = {"a bit": "does not match its checksum", "cut": "has 2000 bytes, not", "gone": "is missing"}[harm]
-    with pytest.raises(ValueError, match=rf"step_0000005 is damaged: .*{said}.*Move it away"):
+    messages = {"a bit": "does not match its checksum", "cut": "has 2000 bytes, not", "gone": "is missing"}
+    with pytest.raises(ValueError, match=rf"step_0000005 is damaged: .*{messages[harm]}.*Move it away"):
         read(newest(tmp_path))
 
 
@@ -130,12 +130,12 @@ def kill_in_the_middle(together, folder, first, seconds):
     """Save from step `first` on, be killed after so long. Returns the last step whose save was begun."""
     together.log.write_text("")
     (process,) = together.start(1, "save_for_ever", str(folder), first)
-    while not together.said() and process.is_alive():
+    while not together.output() and process.is_alive():
         time.sleep(0.01)
     time.sleep(seconds)
     process.kill()
     process.join()
-    return int(together.said().split()[-1])
+    return int(together.output().split()[-1])
 
 
 def check_after_a_kill(folder, begun):

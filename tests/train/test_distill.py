@@ -101,28 +101,28 @@ def test_a_step_moves_student_average_and_fresh_heads_but_not_the_teacher(tiny, 
     for part in ("student.backbone.", "student.dino_head.", "student.guide.dino_head.", "average.backbone."):
         assert any(name.startswith(part) for name in moved), part
     assert not any("teacher" in name for name in states[0])
-    kept = load_backbone(out).state_dict()
-    assert all(torch.equal(states[5][f"average.backbone.{name}"], value) for name, value in kept.items())
-    assert any(not torch.equal(states[5][f"student.backbone.{name}"], kept[name]) for name in kept)
+    exported = load_backbone(out).state_dict()
+    assert all(torch.equal(states[5][f"average.backbone.{name}"], value) for name, value in exported.items())
+    assert any(not torch.equal(states[5][f"student.backbone.{name}"], exported[name]) for name in exported)
 
 
 def test_a_frozen_teacher_is_held_in_the_dtype_of_the_step_and_says_the_same(tiny, run):
     words = [f"teacher.frozen={run}", *DISTIL]
     crops = batch().global_crops
-    whole, held = (read_frozen_teacher(tiny("a", *words)) for _ in range(2))
+    float32, cast = (read_frozen_teacher(tiny("a", *words)) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        want = whole.backbone([crops], [None])[0]
-        seen = held.read([crops], [None], torch.arange(6 * 16))
+        want = float32.backbone([crops], [None])[0]
+        seen = cast.read([crops], [None], torch.arange(6 * 16))
         scores = [
-            whole.logits(want.cls, want.patches.flatten(0, 1)),
-            held.logits(seen.cls[0], seen.patches),
+            float32.logits(want.cls, want.patches.flatten(0, 1)),
+            cast.logits(seen.cls[0], seen.patches),
         ]
     assert torch.equal(seen.cls[0], want.cls)
     assert torch.equal(seen.patches, want.patches.flatten(0, 1))
     for one, two in zip(*scores, strict=True):
         assert torch.equal(one.logits(), two.logits())
-    assert held.backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
-    assert held.backbone.norm.weight.dtype == torch.float32
+    assert cast.backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert cast.backbone.norm.weight.dtype == torch.float32
 
 
 def test_the_average_is_the_average_of_the_student_alone(tiny, teacher):
@@ -215,9 +215,9 @@ def test_fresh_heads_come_to_tell_apart_what_the_teacher_does(tiny, teacher):
     none, weight = LazyLogits(torch.zeros(1, 1, 32), torch.eye(32)), torch.full((256,), 1 / 256)
     for _ in range(120):
         tokens = draw(256)[0]
-        said = guide.logits(tokens[:0], tokens)[1]
+        logits = guide.logits(tokens[:0], tokens)[1]
         optimizer.zero_grad()
-        loss(Views(none, none, none.rows, said, said.detach(), weight, 0.05)).backward()
+        loss(Views(none, none, none.rows, logits, logits.detach(), weight, 0.05)).backward()
         optimizer.step()
     after = nats_told(guide, *draw(2000))
     assert before < 1.4

@@ -80,15 +80,15 @@ def test_tokens_are_counted_as_the_blocks_see_them(backbone):
 def test_the_backward_pass_is_counted_as_published():
     """Korthikanti et al. 2022: 34 bytes a token, block and unit of width; and logits, by hand."""
     giant = load_recipe("dinov2_vitg14", ["data.path=nowhere", "run.checkpointing=none", "run.logits=whole"])
-    tokens, kept = activation_memory(giant, 32)
+    tokens, gib = activation_memory(giant, 32)
     assert tokens == 32 * (2 * 257 + 8 * 50)
     asked, taught = 32 * (2 + 8) * 131_072, 32 * 2 * 131_072
     patches = round(32 * 2 * 256 * 0.5 * 0.3) * 131_072  # half the images, 10 to 50 % of their patches
     logits = 4 * (asked + taught + 2 * patches + 1.5 * patches)
-    assert kept * 2**30 == pytest.approx(tokens * 1536 * 40 * 34 + logits)
+    assert gib * 2**30 == pytest.approx(tokens * 1536 * 40 * 34 + logits)
     giant.run.checkpointing = "full"
-    kept = activation_memory(giant, 32)[1]
-    assert kept * 2**30 == pytest.approx(tokens * 1536 * (40 * 4 + 34) + logits)
+    gib = activation_memory(giant, 32)[1]
+    assert gib * 2**30 == pytest.approx(tokens * 1536 * (40 * 4 + 34) + logits)
     giant.run.logits = "chunks"
-    kept -= activation_memory(giant, 32)[1]
-    assert kept * 2**30 == pytest.approx(4 * (asked + patches + 1.5 * patches - 1.5 * 2**26))
+    gib -= activation_memory(giant, 32)[1]
+    assert gib * 2**30 == pytest.approx(4 * (asked + patches + 1.5 * patches - 1.5 * 2**26))

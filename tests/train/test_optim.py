@@ -55,11 +55,11 @@ def rule(name: str, decay: float, patch: float) -> tuple[float, bool, str]:
 def test_every_parameter_is_in_one_group_and_follows_the_published_rules():
     student = network()
     groups = parameter_groups(student, optim(layer_decay=0.9, patch_lr=0.2))
-    found = {id(p): (g["lr_scale"], g["decays"], g["part"]) for g in groups for p in g["params"]}
+    found = {id(p): (g["lr_scale"], g["decays"], g["role"]) for g in groups for p in g["params"]}
     assert sum(len(g["params"]) for g in groups) == len(found) == len(list(student.parameters()))
     for name, p in student.named_parameters():
-        scale, decays, part = rule(name, 0.9, 0.2)
-        assert found[id(p)] == (pytest.approx(scale), decays, part), name
+        scale, decays, role = rule(name, 0.9, 0.2)
+        assert found[id(p)] == (pytest.approx(scale), decays, role), name
 
 
 def test_a_patch_embedding_of_a_large_model_learns_slowly():
@@ -71,9 +71,9 @@ def test_rates_reach_the_groups():
     opt = build_optimizer(network(), optim())
     rates = {"backbone": 0.5, "heads": 0.25, "prototypes": 0.0}
     set_rates(opt, rates, weight_decay=0.1)
-    assert {g["part"] for g in opt.param_groups} == set(rates)
+    assert {g["role"] for g in opt.param_groups} == set(rates)
     for g in opt.param_groups:
-        assert g["lr"] == rates[g["part"]]
+        assert g["lr"] == rates[g["role"]]
         assert g["weight_decay"] == (0.1 if g["decays"] else 0.0)
 
 

@@ -90,10 +90,10 @@ def test_a_run_that_goes_on_with_ever_fewer_processes_keeps_its_path(
 def test_an_evaluator_may_call_the_backbone_unequally_often(
     recipe_file, overrides, together, records, tmp_path
 ):
-    said = together(
+    output = together(
         2, "train", str(recipe_file), overrides("a", "run.parallel=fsdp", "optim.steps=3"), "unequal"
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert [r["step"] for r in records(tmp_path / "a") if "probe/size" in r] == [0, 2, 3]
 
 
@@ -117,8 +117,8 @@ def test_alone_there_is_nothing_to_spread(tiny):
 
 
 def test_several_processes_that_would_train_apart_are_refused(recipe_file, overrides, together):
-    said = together(2, "train", str(recipe_file), overrides("a", "run.parallel=none"), status=(1, 2))
-    assert said.count("run.parallel=none: each would train alone") == 1
+    output = together(2, "train", str(recipe_file), overrides("a", "run.parallel=none"), status=(1, 2))
+    assert output.count("run.parallel=none: each would train alone") == 1
 
 
 @pytest.mark.parametrize(

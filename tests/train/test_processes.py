@@ -93,45 +93,45 @@ def overrides(photos, tmp_path):
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step(recipe_file, overrides, together, tmp_path):
-    said = together(
+    output = together(
         2, "stop_after", str(recipe_file), [*overrides, "run.checkpoint_every=100"], 3, status=(130,)
     )
-    assert said == ""
+    assert output == ""
     assert newest(tmp_path / "out" / "checkpoints").step == 3
 
 
 def test_a_failure_is_told_once_by_the_one_that_failed_and_ends_all(recipe_file, overrides, together):
     begun = time.monotonic()
-    said = together(2, "fail_in_one", str(recipe_file), overrides, status=(1, 2))
-    assert said.startswith("process 1 of 2")
-    assert said.count("Traceback") == 1
-    assert "in failing_step" in said
-    assert said.count("ERROR RuntimeError: a bug in one process") == 1
+    output = together(2, "fail_in_one", str(recipe_file), overrides, status=(1, 2))
+    assert output.startswith("process 1 of 2")
+    assert output.count("Traceback") == 1
+    assert "in failing_step" in output
+    assert output.count("ERROR RuntimeError: a bug in one process") == 1
     assert time.monotonic() - begun < 90  # not the half hour of run.timeout_minutes
 
 
 @pytest.mark.parametrize(("how", "status"), [("done", 0), ("stopped", 130)])
 def test_no_thread_is_left_in_the_store_when_the_interpreter_ends(together, how, status):
     """There it would end the process with SIGABRT, whatever had been done."""
-    said = together(2, "leave", how, status=(status,))
-    assert said == 2 * "left: []\n"
+    output = together(2, "leave", how, status=(status,))
+    assert output == 2 * "left: []\n"
 
 
 def test_after_a_failure_only_a_clock_is_left(together):
-    said = together(2, "leave", "failed", status=(1, 2))
-    assert said.count("left: ['Timer']\n") == 2
-    assert said.count("this was wrong") == 1
+    output = together(2, "leave", "failed", status=(1, 2))
+    assert output.count("left: ['Timer']\n") == 2
+    assert output.count("this was wrong") == 1
 
 
 @pytest.mark.slow
 def test_a_hang_is_broken_by_the_process_that_hangs_which_shows_where(recipe_file, overrides, together):
     """The one that waits for it has as long, and no clock here; it must not give up first, and guess."""
-    said = together(
+    output = together(
         2, "hang_in_one", str(recipe_file), [*overrides, "run.timeout_minutes=0.25"], status=(1, 2)
     )
-    assert said.startswith("process 1 made no step for run.timeout_minutes=0.25, and exits.")
-    assert "Timeout (0:00:15)!" in said
-    assert "in sleep_for_ever" in said
+    assert output.startswith("process 1 made no step for run.timeout_minutes=0.25, and exits.")
+    assert "Timeout (0:00:15)!" in output
+    assert "in sleep_for_ever" in output
 
 
 def test_a_process_that_sees_other_images_is_named_at_once(
@@ -142,9 +142,9 @@ def test_a_process_that_sees_other_images_is_named_at_once(
     for path in sorted(photos.iterdir())[:-1]:
         (fewer / path.name).write_bytes(path.read_bytes())
     folders = [str(photos), str(fewer)]
-    said = together(2, "see_other_data", str(recipe_file), overrides[1:], folders, status=(1, 2))
-    assert said.count("has another number of images than process 0") == 1
-    assert ": 9, not 10." in said
+    output = together(2, "see_other_data", str(recipe_file), overrides[1:], folders, status=(1, 2))
+    assert output.count("has another number of images than process 0") == 1
+    assert ": 9, not 10." in output
     assert not (tmp_path / "out" / "recipe.yaml").exists()
 
 
@@ -153,5 +153,6 @@ def test_a_run_folder_that_is_not_shared_is_told_at_once(recipe_file, photos, to
     for out in outs:
         out.mkdir()
     given = [f"data.path={photos}", "run.out=run"]
-    said = together(2, "see_other_folder", str(recipe_file), given, [str(out) for out in outs], status=(1, 2))
-    assert said.count("run.out=run is not one folder for all processes") == 1
+    folders = [str(out) for out in outs]
+    output = together(2, "see_other_folder", str(recipe_file), given, folders, status=(1, 2))
+    assert output.count("run.out=run is not one folder for all processes") == 1

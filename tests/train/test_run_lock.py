@@ -126,6 +126,6 @@ def test_without_locks_a_run_works_and_says_so(tmp_path, monkeypatch, capsys):
 def test_all_processes_are_told_once_that_a_run_is_at_work(recipe_file, photos, together, other, tmp_path):
     process, _ = other()
     given = [f"data.path={photos}", f"run.out={tmp_path}"]
-    said = together(2, "train", str(recipe_file), given, status=(1, 2))
-    assert said.count(f"is in use by process {process.pid}") == 1
+    output = together(2, "train", str(recipe_file), given, status=(1, 2))
+    assert output.count(f"is in use by process {process.pid}") == 1
     assert not (tmp_path / "recipe.yaml").exists()

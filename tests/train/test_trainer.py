@@ -129,28 +129,28 @@ def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, 
     whole = train(tiny("whole"), [Evaluator("probe", 6, lambda _: {"x": 0.0})])
     calls = []
 
-    def judge(_):
+    def evaluate(_):
         calls.append(1)
         if len(calls) == 2:  # after step 6
             signal.raise_signal(number)
         return {"x": 0.0}
 
-    told = train(tiny("told"), [Evaluator("probe", 6, judge)])
+    signalled = train(tiny("signalled"), [Evaluator("probe", 6, evaluate)])
     assert {signal.getsignal(each) for each in STOP_SIGNALS} == {signal.SIG_IGN}  # a scheduler repeats itself
     assert len(calls) == 2
-    assert "stopped" not in (told / "run.log").read_text()
-    same_run(whole, told)
+    assert "stopped" not in (signalled / "run.log").read_text()
+    same_run(whole, signalled)
 
 
 def test_the_teachers_to_keep_stay_beside_the_last_one(tiny, weights):
     out = train(tiny("a", "run.keep_every=4", "run.checkpoint_every=2"))
     assert [path.name for path in (out / "teachers").iterdir()] == ["step_0000004.safetensors"]
-    kept = load_file(out / "teachers/step_0000004.safetensors")
-    assert kept.keys() == weights(out).keys()
-    assert not all(torch.equal(kept[key], value) for key, value in weights(out).items())
+    saved = load_file(out / "teachers/step_0000004.safetensors")
+    assert saved.keys() == weights(out).keys()
+    assert not all(torch.equal(saved[key], value) for key, value in weights(out).items())
     out = train(tiny("b", "run.keep_every=3", "run.checkpoint_every=3"))  # the last step is one of them
-    kept = load_file(out / "teachers/step_0000006.safetensors")
-    assert all(torch.equal(kept[key], value) for key, value in weights(out).items())
+    saved = load_file(out / "teachers/step_0000006.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in weights(out).items())
 
 
 def test_a_finished_run_is_not_run_again(tiny, records):
@@ -217,11 +217,11 @@ def test_fp16_skips_overflowing_steps_and_then_trains(tiny, records, weights):
 def test_an_evaluator_is_called_at_both_ends_and_when_due_and_sees_the_teacher(tiny, records):
     seen = []
 
-    def judge(backbone):
+    def evaluate(backbone):
         seen.append(backbone.training)
         return {"answer": 42.0}
 
-    out = train(tiny("a"), [Evaluator("deep", 4, judge)])
+    out = train(tiny("a"), [Evaluator("deep", 4, evaluate)])
     assert [r["step"] for r in records(out) if "deep/answer" in r] == [0, 4, 6]
     assert seen == [False] * 3
 
@@ -229,19 +229,19 @@ def test_an_evaluator_is_called_at_both_ends_and_when_due_and_sees_the_teacher(t
 def test_an_evaluation_that_was_cut_short_is_done_again_and_costs_no_step(tiny, records):
     calls = []
 
-    def judge(backbone):
+    def evaluate(backbone):
         calls.append(1)
         if len(calls) == 3:  # after step 4
             raise KeyboardInterrupt
         return {"norm": float(len(calls))}
 
     with pytest.raises(KeyboardInterrupt):
-        train(tiny("a"), [Evaluator("probe", 2, judge)])
+        train(tiny("a"), [Evaluator("probe", 2, evaluate)])
     assert latest(Path(tiny("a").run.out) / "checkpoints").step == 4
-    out = train(tiny("a"), [Evaluator("probe", 2, judge)])
-    judged = {each["step"]: each["probe/norm"] for each in records(out) if "probe/norm" in each}
-    assert judged == {0: 1, 2: 2, 4: 4, 6: 5}
-    train(tiny("a"), [Evaluator("probe", 2, judge)])
+    out = train(tiny("a"), [Evaluator("probe", 2, evaluate)])
+    evaluated = {each["step"]: each["probe/norm"] for each in records(out) if "probe/norm" in each}
+    assert evaluated == {0: 1, 2: 2, 4: 4, 6: 5}
+    train(tiny("a"), [Evaluator("probe", 2, evaluate)])
     assert len(calls) == 5
 
 
@@ -259,8 +259,8 @@ def test_a_run_does_not_go_on_with_other_images(tiny, photos, cut_short):
 def test_evaluation_changes_nothing_of_the_run(tiny, weights):
     quiet = train(tiny("a"))
     torch_user = Evaluator("noisy", 1, lambda _: {"x": torch.rand(3).sum().item()})
-    judged = train(tiny("b"), [torch_user])
-    assert all(torch.equal(weights(quiet)[k], v) for k, v in weights(judged).items())
+    evaluated = train(tiny("b"), [torch_user])
+    assert all(torch.equal(weights(quiet)[k], v) for k, v in weights(evaluated).items())
 
 
 def test_a_loss_that_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tiny):

@@ -48,13 +48,13 @@ def test_a_copied_recipe_alone_means_the_folder_that_it_names(tiny, tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_is_logged_once(tiny, records):
     calls = []
 
-    def judge(_):
+    def evaluate(_):
         calls.append(0)
         return die() if len(calls) == 2 else {"x": 1.0}
 
     with pytest.raises(SystemError):
-        train(tiny("a"), [Evaluator("e", 1, judge)])
-    out = train(tiny("a"), [Evaluator("e", 3, judge)])
+        train(tiny("a"), [Evaluator("e", 1, evaluate)])
+    out = train(tiny("a"), [Evaluator("e", 3, evaluate)])
     assert [r["step"] for r in records(out) if "e/x" in r] == [0, 3, 6]
 
 
