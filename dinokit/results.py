@@ -37,15 +37,7 @@ def record(
     settings: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The line of one evaluation.
-
-    Args:
-        name: of the evaluator.
-        weights: that were evaluated.
-        scores: by name.
-        settings: of the evaluator, its sources among them.
-        about: what else is known.
-    """
+    """The line of one evaluation by evaluator `name`, whose settings include its sources."""
     sources = {
         role: {key: value for key, value in section.items() if key not in SET}
         for role, section in settings.items()
@@ -139,9 +131,7 @@ class Table:
 
     title: str
     columns: list[str]  # names of scores
-    rows: list[
-        tuple[str, str, list[float | None]]
-    ]  # weights, settings in which rows differ, a value a column
+    rows: list[tuple[str, str, list[float | None]]]  # weights, settings that differ, a value a column
     best: list[float | None]  # of each column
 
 
@@ -192,7 +182,11 @@ def training_tables(folders: Iterable[str | Path]) -> list[Table]:
             for name, records in _by_evaluator(file).items():
                 title = f"{name} on {_data_of_run(file.parent, name)}, while training"
                 groups.setdefault(title, []).extend(_rows(str(file.parent), records))
-    return [_training_table(title, rows) for title, rows in sorted(groups.items())]
+    tables = []
+    for title, rows in sorted(groups.items()):
+        columns = list(dict.fromkeys(score for _, _, scores in rows for score in scores))
+        tables.append(_sorted_table(title, columns, rows, columns[:1]))
+    return tables
 
 
 def _by_evaluator(file: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
@@ -226,11 +220,6 @@ def _data_of_run(run: Path, name: str) -> str:
     recipe: dict[str, Any] = read_mapping(run / "recipe.yaml")
     section = ((recipe.get("evals") or {}).get(name) or {}).get("test") or recipe.get("data") or {}
     return str(section.get("path") or section.get("name", "nothing"))
-
-
-def _training_table(title: str, rows: list[tuple[str, str, dict[str, float]]]) -> Table:
-    columns = list(dict.fromkeys(score for _, _, scores in rows for score in scores))
-    return _sorted_table(title, columns, rows, columns[:1])
 
 
 def lower_is_better(score: str) -> bool:

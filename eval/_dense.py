@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +15,18 @@ from torch import Tensor, nn
 
 from dinokit.config import registry
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense_transforms import pad_image, pad_map
-from dinokit.data.loader import DenseTransform, dense_loader, dense_training_loader
+from dinokit.data.dense_transforms import (
+    BORDERS,
+    pad_image,
+    pad_map,
+    resize_image,
+    resize_map,
+    shorter_side_to,
+)
+from dinokit.data.loader import DenseSample, DenseTransform, dense_loader, dense_training_loader
 from dinokit.data.sampler import image_at
 from dinokit.data.sources import ImageLike
-from dinokit.eval._config import DenseConfig
+from dinokit.data.transforms import to_uint8
 from dinokit.features import Map, dense, device_of, patch_width
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, Precision, pick_precision
@@ -33,35 +40,45 @@ Batch = tuple[list[Map], Tensor]  # of a training step: feature maps of each blo
 Window = tuple[int, int, int, int]  # top, left, bottom, right
 
 
-@dataclass(frozen=True)
+class HeadSettings(Protocol):
+    """Settings of a head's training, in every Config that has one."""
+
+    augment: bool  # random crops, which the backbone sees anew in every step; else windows, seen once
+    resize: int  # pixels of the shorter side; 0: as stored
+    steps: int
+    batch: int
+    lr: float  # peak
+    weight_decay: float  # of matrices and kernels alone
+    warmup: float  # share of the steps
+    save_every: int  # steps
+    cache_gib: float  # memory that features of windows may take
+    seed: int
+    workers: int
+
+
 class DenseBackbone:
-    """A frozen backbone that gives feature maps of some of its blocks."""
+    """A frozen backbone that gives feature maps of some of its blocks.
 
-    backbone: Backbone
-    blocks: list[int]
-    norm: bool  # whether features are taken after the final norm
-    precision: torch.dtype | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the backbone is."""
-        return device_of(self.backbone)
-
-    def __call__(self, images: Tensor) -> list[Map]:
-        """Images (b, C, H, W) -> a Map of each block."""
-        return dense(self.backbone, images.to(self.device), self.blocks, self.norm, self.precision)
-
-
-def dense_backbone(
-    backbone: Backbone, blocks: list[int], precision: Precision | Literal["auto"], norm: bool = True
-) -> DenseBackbone:
-    """The backbone in the precision of a setting.
+    Args:
+        backbone: in eval mode.
+        blocks: indices.
+        precision: a setting, "auto" as in training.
+        norm: whether features are taken after the final norm.
 
     Raises:
         ValueError: if the backbone has no patches.
     """
-    patch_width(backbone)
-    return DenseBackbone(backbone, blocks, norm, DTYPES[pick_precision(precision, device_of(backbone))])
+
+    def __init__(
+        self, backbone: Backbone, blocks: list[int], precision: Precision | Literal["auto"], norm: bool = True
+    ) -> None:
+        self.backbone, self.blocks, self.norm = backbone, blocks, norm
+        self.device, self.width = device_of(backbone), patch_width(backbone)
+        self.precision = DTYPES[pick_precision(precision, self.device)]
+
+    def __call__(self, images: Tensor) -> list[Map]:
+        """Images (b, C, H, W) -> a Map of each block."""
+        return dense(self.backbone, images.to(self.device), self.blocks, self.norm, self.precision)
 
 
 def open_dense(
@@ -103,6 +120,22 @@ class _DenseSubset:
 
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
+
+
+def read_pairs(source: DenseSource, workers: int, text: str, share: bool = False) -> Iterator[DenseSample]:
+    """All pairs of a source, or this process's `share` of them, with progress under the title `text`."""
+    indices = range(rank(), len(source), world_size()) if share else range(len(source))
+    return watch(dense_loader(source, indices, workers), len(indices), text)
+
+
+def cut_and_resize(image: Tensor, target: Tensor, border: str, resize: int) -> tuple[Tensor, Tensor]:
+    """An image (C, H, W) uint8 and its map (H, W) without the border, the shorter side `resize` unless 0."""
+    top, bottom, left, right = BORDERS[border](*target.shape)
+    image, target = image[:, top:bottom, left:right], target[top:bottom, left:right]
+    if not resize:
+        return image, target
+    size = shorter_side_to(image, resize)
+    return to_uint8(resize_image(image.float() / 255, *size)), resize_map(target, *size)
 
 
 def windows(height: int, width: int, crop: tuple[int, int], stride: tuple[int, int]) -> list[Window]:
@@ -147,16 +180,37 @@ def slide(
     return total / counts
 
 
-def online_batches(
-    cfg: DenseConfig, dense: DenseBackbone, source: DenseSource, transform: DenseTransform, batch: int,
-    start: int, steps: int,
-) -> Iterator[Batch]:  # fmt: skip
-    """Feature maps of random crops, which the backbone sees anew in every step."""
-    for images, truth in dense_training_loader(
-        source, transform, seed=cfg.seed, start_step=start, steps=steps, batch=batch, rank=rank(),
-        world=world_size(), workers=cfg.workers,
-    ):  # fmt: skip
-        yield dense(images), truth.to(dense.device)
+def training_batches(
+    cfg: HeadSettings, dense: DenseBackbone, source: DenseSource, transform: DenseTransform, border: str,
+    crop: tuple[int, int], stride: tuple[int, int], fill: int,
+) -> Callable[[int], Iterator[Batch]]:  # fmt: skip
+    """From the number of a step to this process's training batches from there on.
+
+    Args:
+        cfg: how a head is trained.
+        dense: the backbone.
+        source: training images.
+        transform: of the random crops, with augment=true. With augment=false:
+        border: what is cut off images, a key of BORDERS.
+        crop: height and width of a window.
+        stride: down and across, between two windows.
+        fill: the truth beyond an image that is smaller than a window.
+
+    Raises:
+        ValueError: if features of windows would not fit in cfg.cache_gib, or a pair cannot be read.
+    """
+    if not cfg.augment:
+        features = window_features(cfg, dense, source, border, crop, stride, fill)
+        return lambda start: features.batches(cfg.seed, cfg.batch, start, cfg.steps)
+
+    def online(start: int) -> Iterator[Batch]:
+        for images, truth in dense_training_loader(
+            source, transform, seed=cfg.seed, start_step=start, steps=cfg.steps, batch=cfg.batch,
+            rank=rank(), world=world_size(), workers=cfg.workers,
+        ):  # fmt: skip
+            yield dense(images), truth.to(dense.device)
+
+    return online
 
 
 @dataclass
@@ -178,106 +232,71 @@ class WindowFeatures:
 
 
 def window_features(
-    dense: DenseBackbone,
-    source: DenseSource,
-    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    crop: tuple[int, int],
-    stride: tuple[int, int],
-    fill: int,
-    max_gib: float,
-    workers: int,
-) -> WindowFeatures:
-    """Features of all windows of all pairs, for training without augmentation. Each process computes all.
-
-    Args:
-        dense: the backbone.
-        source: training images.
-        prepare: applied to an image (C, H, W) uint8 and its map (H, W) before they are cut into windows.
-        crop: height and width of a window.
-        stride: down and across, between two windows.
-        fill: the truth beyond an image that is smaller than a window.
-        max_gib: memory that the features may take.
-        workers: loader processes.
-
-    Raises:
-        ValueError: if the features would be larger, or a pair cannot be read.
-    """
+    cfg: HeadSettings, dense: DenseBackbone, source: DenseSource, border: str, crop: tuple[int, int],
+    stride: tuple[int, int], fill: int,
+) -> WindowFeatures:  # fmt: skip
+    """Features of all windows of all pairs, as training_batches(). Each process computes all."""
     features: list[list[Map]] = []
     truths: list[Tensor] = []
     images: list[Tensor] = []
     colour = tuple(dense.backbone.input.mean)
     size = 0.0
-    for pair in watch(
-        dense_loader(source, range(len(source)), workers), len(source), "features of training images"
-    ):
-        image, target = prepare(pair.image, pair.target)
-        for top, left, bottom, right in windows(target.shape[0], target.shape[1], crop, stride):
+    for pair in read_pairs(source, cfg.workers, "features of training images"):
+        image, target = cut_and_resize(pair.image, pair.target, border, cfg.resize)
+        boxes = windows(target.shape[0], target.shape[1], crop, stride)
+        for number, (top, left, bottom, right) in enumerate(boxes, 1):
             window = image[:, top:bottom, left:right].float() / 255
             images.append(pad_image(window, crop, colour))
             truths.append(pad_map(target[top:bottom, left:right], crop, fill))
-            if len(images) == AT_ONCE:
-                features.append(_half_precision(dense, images))
+            last = pair.index + 1 == len(source) and number == len(boxes)
+            if len(images) == AT_ONCE or last:
+                maps = [Map(m.patches.half(), m.cls.half()) for m in dense(torch.stack(images))]
+                size += sum(m.patches.nbytes + m.cls.nbytes for m in maps) + len(images) * truths[-1].nbytes
+                features.append(maps)
                 images = []
-                size += sum(x.nbytes for m in features[-1] for x in (m.patches, m.cls))
-                size += AT_ONCE * truths[-1].nbytes
-        if size > max_gib * 2**30:
+        if size > cfg.cache_gib * 2**30:
             total = size / 2**30 * len(source) / (pair.index + 1)
             raise ValueError(
                 f"Features of all training windows would take about {total:.1f} GiB, more than "
-                f"cache_gib={max_gib:g}. Raise it, take fewer images by max_train or a smaller crop, or set "
-                f"augment=true, which computes them at every step."
+                f"cache_gib={cfg.cache_gib:g}. Raise it, take fewer images by max_train or a smaller crop, "
+                f"or set augment=true, which computes them at every step."
             )
-    if images:
-        features.append(_half_precision(dense, images))
     maps = [
-        Map(torch.cat([f[i].patches for f in features]), torch.cat([f[i].cls for f in features]))
-        for i in range(len(dense.blocks))
+        Map(torch.cat([m.patches for m in block]), torch.cat([m.cls for m in block]))
+        for block in zip(*features, strict=True)
     ]
     return WindowFeatures(maps, torch.stack(truths).to(dense.device))
 
 
-def _half_precision(dense: DenseBackbone, images: list[Tensor]) -> list[Map]:
-    return [Map(m.patches.half(), m.cls.half()) for m in dense(torch.stack(images))]
+def poly(step: int, steps: int, warmup: int) -> float:
+    """Factor of the rate: a line from 1 to 0, times one from 1e-6 to 1 over the first `warmup` steps."""
+    return (1 - step / steps) * _warmup(step, warmup, 1e-6)
 
 
-@dataclass(frozen=True)
-class HeadTraining:
-    """How a head is trained."""
-
-    steps: int
-    lr: float  # peak
-    weight_decay: float  # of matrices and kernels alone
-    schedule: Callable[[int], float]  # factor of the learning rate by step
-    clip: float  # largest gradient norm; 0 is off
-    partial: PartialResult  # the state to resume from; it stays until the scores are computed
-    save_every: int  # steps
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Factor of the rate: a half cosine from 1 to 1e-8, times a line from 1e-3 to 1 over `warmup` steps."""
+    return (1e-8 + (1 - 1e-8) * (1 + math.cos(math.pi * step / steps)) / 2) * _warmup(step, warmup, 1e-3)
 
 
-def poly(steps: int, warmup: int, ratio: float = 1e-6) -> Callable[[int], float]:
-    """A line from 1 to 0, times one from `ratio` to 1 over the first `warmup` steps."""
-    return lambda step: (1 - step / steps) * _warmup(step, warmup, ratio)
-
-
-def cosine(steps: int, warmup: int, ratio: float = 1e-3, end: float = 1e-8) -> Callable[[int], float]:
-    """A half cosine from 1 to `end`, times a line from `ratio` to 1 over the first `warmup` steps."""
-    return lambda step: (
-        (end + (1 - end) * (1 + math.cos(math.pi * step / steps)) / 2) * _warmup(step, warmup, ratio)
-    )
+def _warmup(step: int, warmup: int, ratio: float) -> float:
+    return 1.0 if step >= warmup else 1 - (1 - step / warmup) * (1 - ratio)
 
 
 def train_head(
-    head: nn.Module,
-    batches: Callable[[int], Iterator[Batch]],
-    loss: Callable[[list[Map], Tensor, int], Tensor],
-    training: HeadTraining,
-) -> None:
+    cfg: HeadSettings, head: nn.Module, batches: Callable[[int], Iterator[Batch]],
+    loss: Callable[[list[Map], Tensor, int], Tensor], schedule: Callable[[int, int, int], float],
+    partial: PartialResult, clip: float = 0.0,
+) -> None:  # fmt: skip
     """Train `head` in place by AdamW, and leave it in eval mode.
 
     Args:
+        cfg: how it is trained.
         head: on the device to compute on, equal in all processes.
         batches: of this process, from the given step on.
         loss: of maps and truth at a step, (); it calls the head.
-        training: steps, optimiser and schedule.
+        schedule: factor of the learning rate, from the step, all steps and those of the warm-up.
+        partial: the state to resume from; it stays until the scores are computed.
+        clip: largest gradient norm; 0 is off.
 
     Raises:
         ValueError: if the loss is not finite.
@@ -285,42 +304,39 @@ def train_head(
     kernels = [p for p in head.parameters() if p.ndim > 1]
     others = [p for p in head.parameters() if p.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, training.lr, weight_decay=training.weight_decay)
+    optimizer = torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay)
     head.train()
-    state = training.partial.load()
+    warmup = round(cfg.warmup * cfg.steps)
+    state = partial.load()
     if state is not None:
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
     start = step = 0 if state is None else int(state["step"])
-    remaining = batches(start) if start < training.steps else iter(())
+    remaining = batches(start) if start < cfg.steps else iter(())
 
     def training_state() -> dict[str, Any]:
         return {"step": step, "head": head.state_dict(), "optimizer": optimizer.state_dict()}
 
-    with training.partial.saved_on_exit(training_state):
-        for maps, truth in watch(remaining, training.steps, "train head", start, together=True):
+    with partial.saved_on_exit(training_state):
+        for maps, truth in watch(remaining, cfg.steps, "train head", start, together=True):
             for group in optimizer.param_groups:
-                group["lr"] = training.lr * training.schedule(step)
+                group["lr"] = cfg.lr * schedule(step, cfg.steps, warmup)
             value = loss(maps, truth, step)
             if not value.isfinite():
                 raise ValueError(
                     f"The loss of step {step} is {value.item()}: the features are not finite, or "
-                    f"lr={training.lr} is too high."
+                    f"lr={cfg.lr} is too high."
                 )
             optimizer.zero_grad()
             value.backward()
             _average_over_processes(head)
-            if training.clip:
-                nn.utils.clip_grad_norm_(head.parameters(), training.clip)
+            if clip:
+                nn.utils.clip_grad_norm_(head.parameters(), clip)
             optimizer.step()
             step += 1
-            if step % training.save_every == 0:
-                training.partial.save(training_state())
+            if step % cfg.save_every == 0:
+                partial.save(training_state())
     head.eval()
-
-
-def _warmup(step: int, warmup: int, ratio: float) -> float:
-    return 1.0 if step >= warmup else 1 - (1 - step / warmup) * (1 - ratio)
 
 
 def _average_over_processes(head: nn.Module) -> None:

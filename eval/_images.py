@@ -42,14 +42,7 @@ LINEAR_GRID = Pooling(4, "mean")  # features of the linear grid, which contain t
 def open_source(
     section: Mapping[str, Any] | None, key: str, backbone: Backbone, limit: int = 0, labelled: bool = True
 ) -> ImageSource:
-    """The source of a section, in the backbone's channels.
-
-    Args:
-        section: as checked.
-        key: of the section, for messages.
-        backbone: that will see the images.
-        limit: images, drawn evenly; 0 is all.
-        labelled: whether a source without labels is refused.
+    """The source of the section `key`, in the backbone's channels; `limit` images, drawn evenly; 0 is all.
 
     Raises:
         ValueError, LookupError: if it cannot be opened, or has no labels; the message names the key to set.
@@ -274,18 +267,11 @@ def classes_in(table: Any, path: str) -> list[str]:
 def multi_hot(
     table: Any, source: ImageSource, images: Sequence[int], classes: Sequence[str], path: str
 ) -> Tensor:
-    """The classes of each image, as a mask.
+    """The classes of the images with these numbers in a source, as a mask (len(images), C) bool.
 
-    Args:
-        table: {name of the image: [class, ...]}, by the end of its path or its file name; or a list of lists
-            by the number that ends the file name, from 1, as in ImageNet-ReaL's file.
-        source: of the images.
-        images: numbers of the images.
-        classes: names; a class in the table is a name or a number.
-        path: of the table, for messages.
-
-    Returns:
-        (len(images), C) bool.
+    The table is {name of the image: [class, ...]}, by the end of its path or its file name; or a list of
+    lists by the number that ends the file name, from 1, as in ImageNet-ReaL's file. A class in it is one of
+    the names `classes`, or a number.
 
     Raises:
         ValueError: if an image or a class is not found.
@@ -323,14 +309,10 @@ def _entry(table: Any, name: str, path: str) -> list[Any]:
 
 
 def class_map(source: ImageSource, key: str, path: str, classes: Sequence[str]) -> list[int]:
-    """For each class of another test set, the number of the same class in the training set.
+    """For each class of the test set `key`, the number of the same one of `classes`, the training set's.
 
-    Args:
-        source: of the other set.
-        key: of its section, for messages.
-        path: of a map, or "" for classes of the same name. A .npy or a JSON list of numbers or names, in the
-            order of the set's classes, or a JSON object {class of the set: class of the training set}.
-        classes: names of the training classes.
+    `path` is a .npy or a JSON list of numbers or names, in the order of the set's classes, or a JSON object
+    {class of the set: class of the training set}; or "" for classes of the same name.
 
     Raises:
         ValueError: if a class has no counterpart, or two have the same.

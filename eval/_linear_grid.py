@@ -11,7 +11,7 @@ product for each block serves them all. Heads share nothing else: each learns as
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,12 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinokit.data.loader import image_loader
 from dinokit.data.sampler import hash_key
-from dinokit.data.sources import ImageSource
-from dinokit.data.transforms import RandomResizedCrop
-from dinokit.features import Pooling, device_of, frozen, normalised
-from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 
 
@@ -227,80 +222,11 @@ def cached_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and targets of steps `start` to `steps` - 1.
 
-    Args:
-        views: features (N, W) of the images in one or several views: epoch i has view i modulo their number.
-        y: (N, ...) targets.
-        rows: which of the N are in `order`.
-        order: which of these.
-        start: the first step.
-        steps: the step to stop before.
+    `order` counts the `rows` of the features (N, W) and the targets (N, ...). The images may be given in
+    several views: epoch i has view i modulo their number.
     """
     for step in range(start, steps):
         parts = [(views[epoch % len(views)], rows[images].to(y.device)) for epoch, images in order(step)]
         x = [view[indices] for view, indices in parts]
         indices = torch.cat([indices for _, indices in parts])
         yield x[0] if len(x) == 1 else torch.cat(x), y[indices]  # cat() would copy even a single one
-
-
-def online_batches(
-    backbone: Backbone, source: ImageSource, images: Tensor, crop: RandomResizedCrop, pooling: Pooling,
-    target: Callable[[Tensor, Tensor], Tensor], order: ImageOrder, start: int, steps: int,
-    batch: int, workers: int, precision: torch.dtype | None, unreadable: Tensor,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """As cached_batches, but each image is cropped and shown to the backbone again every time.
-
-    Args:
-        backbone: that sees the crops.
-        source: of the images.
-        images: (N,) numbers in the source of those in `order`.
-        crop: the random crop.
-        pooling: how tokens become a row of features.
-        target: from labels and numbers of images, (b,) each, to targets (b, ...).
-        order: which images.
-        start: the first step.
-        steps: the step to stop before.
-        batch: images that the backbone sees at a time.
-        workers: loader processes.
-        precision: of the backbone.
-        unreadable: (len(source),); an image that cannot be read is set to 1.
-
-    Raises:
-        ValueError: if no image of a step can be read, or features are not finite.
-    """
-    device = device_of(backbone)
-    requests = (
-        [(image, epoch) for epoch, rows in order(step) for image in images[rows].tolist()]
-        for step in range(start, steps)
-    )
-    for loaded in image_loader(source, crop, _SizedBatches(requests, steps - start), workers):
-        valid = loaded.valid
-        unreadable[loaded.indices[~valid]] = 1
-        if len(valid) and not valid.any():
-            raise ValueError(
-                f"None of the {len(valid)} images of a step can be read, such as {loaded.unreadable[0]}."
-            )
-        features = [torch.empty(0, pooling.width(backbone), device=device)]
-        with frozen(backbone), torch.inference_mode():
-            for crops in (crops for images, _ in loaded.groups for crops in images.split(batch)):
-                pixels = normalised(backbone, crops.to(device))
-                with torch.autocast(device.type, precision, enabled=precision is not None):
-                    features.append(pooling(backbone, pixels))
-            x = torch.cat(features)
-        if not x.isfinite().all():
-            raise ValueError(
-                "Features are not finite: the weights are broken, or the precision is too narrow."
-            )
-        yield x, target(loaded.labels[valid], loaded.indices[valid]).to(device)
-
-
-class _SizedBatches:
-    """An iterator of batches with a length."""
-
-    def __init__(self, batches: Iterator[list[tuple[int, int]]], count: int) -> None:
-        self.batches, self.count = batches, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.batches

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import resize_image, resize_map, shorter_side_to
-from dinokit.data.loader import dense_loader
-from dinokit.eval._dense import DenseBackbone
+from dinokit.eval._dense import DenseBackbone, read_pairs
 from dinokit.features.tokens import padding
 from dinokit.runtime.log import watch
 
@@ -40,22 +39,15 @@ def fill_bank(
     generator = torch.Generator().manual_seed(seed)
     share = max(1, limit // len(source))
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for pair in watch(
-        dense_loader(source, range(len(source)), workers), len(source), "patches of training images"
-    ):
+    for pair in read_pairs(source, workers, "patches of training images"):
         size = shorter_side_to(pair.image, resize)
         x = patch_rows(dense, resize_image(pair.image.float() / 255, *size))
         counts = patch_counts(resize_map(pair.target, *size), dense.backbone.patch, len(source.classes))
         chosen = counts.sum(dim=1).nonzero().flatten()
         chosen = chosen[torch.randperm(len(chosen), generator=generator)[:share]]
         labelled = counts[chosen].to(x.device)
-        rows.append(
-            (
-                x[chosen.to(x.device)],
-                labelled / labelled.sum(1, keepdim=True),
-                torch.full((len(chosen),), pair.index),
-            )
-        )
+        image = torch.full((len(chosen),), pair.index)
+        rows.append((x[chosen.to(x.device)], labelled / labelled.sum(1, keepdim=True), image))
     x, shares, image = (torch.cat(column) for column in zip(*rows, strict=True))
     if not len(x):
         raise ValueError("No pixel of the training images is labelled: check `ignore` and the masks' ids.")

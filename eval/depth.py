@@ -8,7 +8,7 @@ the scores of each image.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,36 +18,26 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import DenseSource
-from dinokit.data.dense_transforms import (
-    BORDERS,
-    DepthTransform,
-    resize_image,
-    resize_map,
-    shorter_side_to,
-)
-from dinokit.data.loader import dense_loader
-from dinokit.data.transforms import to_uint8
+from dinokit.data.dense_transforms import DepthTransform, resize_image, shorter_side_to
 from dinokit.eval._config import DenseConfig, refuse_overlap
 from dinokit.eval._dense import (
-    Batch,
     DenseBackbone,
-    HeadTraining,
     cosine,
-    dense_backbone,
-    online_batches,
+    cut_and_resize,
     open_dense,
+    read_pairs,
     train_head,
-    window_features,
+    training_batches,
 )
 from dinokit.eval._images import partial_result
 from dinokit.eval._metrics import depth_errors
-from dinokit.features import Map, device_of, frozen, last_blocks, patch_width, spread_blocks
+from dinokit.features import Map, device_of, frozen, last_blocks, spread_blocks
 from dinokit.heads.dpt import DPT
 from dinokit.heads.linear import LinearDepth, to_size
 from dinokit.heads.released import load_depther, save_head
 from dinokit.models import Backbone
-from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
-from dinokit.runtime.log import info, watch
+from dinokit.runtime.distributed import all_reduce_sum, rank
+from dinokit.runtime.log import info
 from dinokit.runtime.partial import PartialResult
 
 EPS = 1e-3  # metres, added before the logarithm
@@ -159,7 +149,7 @@ def _mean_depth(cfg: Config, train: DenseSource, device: torch.device) -> Predic
         ValueError: if there is no reading.
     """
     total = count = 0.0
-    for pair in watch(dense_loader(train, range(len(train)), cfg.workers), len(train), "training maps"):
+    for pair in read_pairs(train, cfg.workers, "training maps"):
         depths = pair.target[(pair.target > cfg.min_depth) & (pair.target < cfg.max_depth)]
         total, count = total + depths.double().sum().item(), count + len(depths)
     if not count:
@@ -170,7 +160,7 @@ def _mean_depth(cfg: Config, train: DenseSource, device: torch.device) -> Predic
 def _load_head(cfg: Config, backbone: Backbone) -> Predict:
     trained_on: Literal["KITTI", "NYU"] = "KITTI" if cfg.protocol == "kitti" else "NYU"
     model = load_depther(cfg.head, backbone, trained_on, cfg.hub_range_bug, cfg.max_depth)
-    dense = dense_backbone(backbone, model.blocks, cfg.precision, cfg.norm)
+    dense = DenseBackbone(backbone, model.blocks, cfg.precision, cfg.norm)
     return _with_head(dense, model.head.to(dense.device))
 
 
@@ -185,15 +175,14 @@ def _with_head(dense: DenseBackbone, head: LinearDepth | DPT) -> Predict:
 def _train_head(cfg: Config, backbone: Backbone, train: DenseSource, partial: PartialResult) -> Predict:
     count = 4 if cfg.method == "dpt" else cfg.layers
     blocks = last_blocks(backbone, 1) if count == 1 else spread_blocks(backbone, count)
-    dense = dense_backbone(backbone, blocks, cfg.precision, cfg.norm)
-    width = patch_width(backbone)
+    dense = DenseBackbone(backbone, blocks, cfg.precision, cfg.norm)
     head: LinearDepth | DPT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         if cfg.method == "dpt":
-            head = DPT(width, cfg.min_depth, cfg.max_depth, cfg.features)
+            head = DPT(dense.width, cfg.min_depth, cfg.max_depth, cfg.features)
         else:
-            head = LinearDepth(width, count, cfg.min_depth, cfg.max_depth, cfg.bins)
+            head = LinearDepth(dense.width, count, cfg.min_depth, cfg.max_depth, cfg.bins)
     head = head.to(dense.device)
 
     def loss(maps: list[Map], truth: Tensor, step: int) -> Tensor:
@@ -211,50 +200,30 @@ def _train_head(cfg: Config, backbone: Backbone, train: DenseSource, partial: Pa
             )
         return value
 
-    schedule = cosine(cfg.steps, round(cfg.warmup * cfg.steps))
-    training = HeadTraining(cfg.steps, cfg.lr, cfg.weight_decay, schedule, cfg.clip, partial, cfg.save_every)
-    train_head(head, _batches(cfg, dense, train), loss, training)
+    protocol, size, colour = PROTOCOLS[cfg.protocol], backbone.input.size, tuple(backbone.input.mean)
+    crop = (cfg.crop[0], cfg.crop[1]) if cfg.crop else protocol.crop if any(protocol.crop) else (size, size)
+    transform = DepthTransform(cfg.resize, protocol.border, crop, colour, brightness=protocol.brightness)
+    batches = training_batches(cfg, dense, train, transform, protocol.border, crop, crop, fill=0)
+    train_head(cfg, head, batches, loss, cosine, partial, cfg.clip)
     if cfg.out and rank() == 0:
         kind = cfg.method if cfg.method == "dpt" else f"linear{'' if count == 1 else count}"
         save_head(Path(cfg.out) / f"depth_{kind}_head.pth", head)
     return _with_head(dense, head)
 
 
-def _batches(cfg: Config, dense: DenseBackbone, train: DenseSource) -> Callable[[int], Iterator[Batch]]:
-    """From the number of a step to the training batches from there on."""
-    protocol, size = PROTOCOLS[cfg.protocol], dense.backbone.input.size
-    crop = (cfg.crop[0], cfg.crop[1]) if cfg.crop else protocol.crop if any(protocol.crop) else (size, size)
-    if not cfg.augment:
-        features = window_features(
-            dense, train, lambda image, depth: _prepared(image, depth, protocol.border, cfg.resize), crop,
-            crop, 0, cfg.cache_gib, cfg.workers,
-        )  # fmt: skip
-        return lambda start: features.batches(cfg.seed, cfg.batch, start, cfg.steps)
-    colour = tuple(dense.backbone.input.mean)
-    transform = DepthTransform(cfg.resize, protocol.border, crop, colour, brightness=protocol.brightness)
-    return lambda start: online_batches(cfg, dense, train, transform, cfg.batch, start, cfg.steps)
-
-
-def _prepared(image: Tensor, depth: Tensor, border: str, resize: int) -> tuple[Tensor, Tensor]:
-    """An image (C, H, W) and its depth (H, W) without the border, the shorter side `resize` unless 0."""
-    top, bottom, left, right = BORDERS[border](*depth.shape)
-    image, depth = image[:, top:bottom, left:right], depth[top:bottom, left:right]
-    if not resize:
-        return image, depth
-    size = shorter_side_to(image, resize)
-    return to_uint8(resize_image(image.float() / 255, *size)), resize_map(depth, *size)
-
-
 @torch.no_grad()
 def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.device) -> dict[str, float]:
-    """Means over the test images of the errors of each."""
+    """Means over the test images, of all processes, of the errors of each.
+
+    Raises:
+        ValueError: if no image has a reading in the range.
+    """
     protocol = PROTOCOLS[cfg.protocol]
     border = protocol.border if cfg.protocol == "kitti" else "none"  # NYU is tested with its border
     sums: dict[str, float] = {}
     with_depth = without_depth = 0
-    share = range(rank(), len(test), world_size())
-    for pair in watch(dense_loader(test, share, cfg.workers), len(share), "test images"):
-        image, truth = _prepared(pair.image, pair.target, border, 0)
+    for pair in read_pairs(test, cfg.workers, "test images", share=True):
+        image, truth = cut_and_resize(pair.image, pair.target, border, 0)
         image = image.float() / 255
         if any(protocol.size):
             image = resize_image(image, *protocol.size)
@@ -270,15 +239,6 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
             continue
         with_depth += 1
         sums = {key: sums.get(key, 0.0) + value for key, value in errors.items()}
-    return _means(cfg, sums, with_depth, without_depth)
-
-
-def _means(cfg: Config, sums: dict[str, float], with_depth: int, without_depth: int) -> dict[str, float]:
-    """Over the images of all processes.
-
-    Raises:
-        ValueError: if no image has a reading in the range.
-    """
     names = ["rmse", "abs_rel", "log_10", "a1", "a2", "a3", "rmse_log", "sq_rel", "silog"]
     numbers = [*(sums.get(name, 0.0) for name in names), with_depth, without_depth]
     *totals, count, missing = all_reduce_sum(torch.tensor(numbers).double()).tolist()
@@ -287,12 +247,9 @@ def _means(cfg: Config, sums: dict[str, float], with_depth: int, without_depth: 
             f"None of the {missing:.0f} test images has a reading between min_depth={cfg.min_depth} and "
             f"max_depth={cfg.max_depth} m in the evaluated region: check test.depth_scale and max_depth."
         )
-    means = {name: total / count for name, total in zip(names, totals, strict=True)}
-    return {
-        **means,
-        "images_test": count + missing,
-        **({"images_without_depth": missing} if missing else {}),
-    }
+    scores = {name: total / count for name, total in zip(names, totals, strict=True)}
+    scores["images_test"] = count + missing
+    return scores | ({"images_without_depth": missing} if missing else {})
 
 
 def scale_invariant_loss(predicted: Tensor, truth: Tensor, progress: float) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if, source_field
+from dinokit.data.loader import image_loader
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import RandomResizedCrop, Transform
 from dinokit.eval._config import ClassificationConfig, refuse_overlap
@@ -37,9 +38,9 @@ from dinokit.eval._images import (
     shared_classes,
     split_images,
 )
-from dinokit.eval._linear_grid import Head, ImageOrder, LinearGrid, cached_batches, online_batches
+from dinokit.eval._linear_grid import Head, ImageOrder, LinearGrid, cached_batches
 from dinokit.eval._metrics import accepted_share, class_scores, mean_average_precision
-from dinokit.features import Features, Pooling, Subset, device_of, images_stamp
+from dinokit.features import Features, Pooling, Subset, device_of, frozen, images_stamp, normalised
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import all_reduce_max, rank
@@ -134,11 +135,6 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
 
 class Task:
     """Training and test images, their classes, and the scores of a classifier.
-
-    Args:
-        cfg: the data, and how images are shown.
-        backbone: that sees them.
-        pooling: how tokens become a row of features.
 
     Raises:
         ValueError, LookupError: if the data do not fit together; the message names the key to set.
@@ -274,14 +270,43 @@ def _online(
         choose = features.x, task.targets(source, features)
         unreadable[held_out] = 1
         unreadable[held_out[readable_images(source, features)]] = 0
-    crop = RandomResizedCrop(cfg.size or task.backbone.input.size, cfg.seed)
-    precision = DTYPES[pick_precision(cfg.precision, device_of(task.backbone))]
-    batches = online_batches(
-        task.backbone, task.train, fit, crop, task.pooling, task.target_function(task.train),
-        ImageOrder(len(fit), cfg.step_batch, cfg.seed), start, cfg.steps, cfg.batch, cfg.workers, precision,
-        unreadable,
-    )  # fmt: skip
-    return batches, choose
+    return _online_batches(cfg, task, fit, start, unreadable), choose
+
+
+def _online_batches(cfg: Config, task: Task, fit: Tensor, start: int, unreadable: Tensor) -> Batches:
+    """Features of new random crops, and targets, of the steps from `start` on.
+
+    Raises:
+        ValueError: if no image of a step can be read, or features are not finite.
+    """
+    backbone, device = task.backbone, device_of(task.backbone)
+    precision = DTYPES[pick_precision(cfg.precision, device)]
+    target = task.target_function(task.train)
+    crop = RandomResizedCrop(cfg.size or backbone.input.size, cfg.seed)
+    order = ImageOrder(len(fit), cfg.step_batch, cfg.seed)
+    requests = (
+        [(image, epoch) for epoch, rows in order(step) for image in fit[rows].tolist()]
+        for step in range(start, cfg.steps)
+    )
+    for loaded in image_loader(task.train, crop, requests, cfg.workers):
+        valid = loaded.valid
+        unreadable[loaded.indices[~valid]] = 1
+        if len(valid) and not valid.any():
+            raise ValueError(
+                f"None of the {len(valid)} images of a step can be read, such as {loaded.unreadable[0]}."
+            )
+        features = [torch.empty(0, task.pooling.width(backbone), device=device)]
+        with frozen(backbone), torch.inference_mode():
+            for crops in (crops for images, _ in loaded.groups for crops in images.split(cfg.batch)):
+                pixels = normalised(backbone, crops.to(device))
+                with torch.autocast(device.type, precision, enabled=precision is not None):
+                    features.append(task.pooling(backbone, pixels))
+            x = torch.cat(features)
+        if not x.isfinite().all():
+            raise ValueError(
+                "Features are not finite: the weights are broken, or the precision is too narrow."
+            )
+        yield x, target(loaded.labels[valid], loaded.indices[valid]).to(device)
 
 
 def _quality(grid: LinearGrid, x: Tensor, y: Tensor) -> Quality:

@@ -8,7 +8,7 @@ seconds to minutes; `majority` gives every pixel the most frequent class of the 
     b  images of a step     C  classes     D  width     H, W  of an image     h, w  patches down and across
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,26 +19,16 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import IGNORE, DenseSource
-from dinokit.data.dense_transforms import (
-    SegmentationTransform,
-    resize_image,
-    resize_map,
-    shorter_side_to,
-)
-from dinokit.data.loader import dense_loader
-from dinokit.data.transforms import to_uint8
+from dinokit.data.dense_transforms import SegmentationTransform, resize_image, shorter_side_to
 from dinokit.eval._config import DenseConfig, refuse_overlap
 from dinokit.eval._dense import (
-    Batch,
     DenseBackbone,
-    HeadTraining,
-    dense_backbone,
-    online_batches,
     open_dense,
     poly,
+    read_pairs,
     slide,
     train_head,
-    window_features,
+    training_batches,
 )
 from dinokit.eval._images import partial_result
 from dinokit.eval._metrics import Confusion
@@ -49,12 +39,11 @@ from dinokit.eval._patch_bank import (
     patch_rows,
     regression_classifier,
 )
-from dinokit.features import Map, device_of, frozen, last_blocks, patch_width
+from dinokit.features import Map, device_of, frozen, last_blocks
 from dinokit.heads.linear import LinearSegmenter, to_size
 from dinokit.heads.released import load_segmenter, save_head
 from dinokit.models import Backbone
-from dinokit.runtime.distributed import rank, world_size
-from dinokit.runtime.log import watch
+from dinokit.runtime.distributed import rank
 from dinokit.runtime.partial import PartialResult
 
 Predict = Callable[[Tensor], Tensor]  # an image (C, H, W) -> logits or shares of each pixel (classes, H, W)
@@ -144,7 +133,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
 
 
 def _dense_backbone(cfg: Config, backbone: Backbone) -> DenseBackbone:
-    return dense_backbone(backbone, last_blocks(backbone, 4 if cfg.method == "ms" else 1), cfg.precision)
+    return DenseBackbone(backbone, last_blocks(backbone, 4 if cfg.method == "ms" else 1), cfg.precision)
 
 
 def _with_head(cfg: Config, backbone: Backbone, train: DenseSource, partial: PartialResult) -> Predict:
@@ -157,7 +146,7 @@ def _with_head(cfg: Config, backbone: Backbone, train: DenseSource, partial: Par
                 f"head={cfg.head} has {head.conv_seg.out_channels} classes; the data have "
                 f"{len(train.classes)}."
             )
-        dense = DenseBackbone(backbone, blocks, True, dense.precision)
+        dense = DenseBackbone(backbone, blocks, cfg.precision)
         head = head.to(dense.device)
     else:
         head = _train_head(cfg, dense, train, partial)
@@ -173,7 +162,7 @@ def _train_head(
 ) -> LinearSegmenter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        head = LinearSegmenter(patch_width(dense.backbone) * len(dense.blocks), len(train.classes))
+        head = LinearSegmenter(dense.width * len(dense.blocks), len(train.classes))
     head = head.to(dense.device)
 
     def loss(maps: list[Map], truth: Tensor, step: int) -> Tensor:
@@ -181,32 +170,15 @@ def _train_head(
         count = (truth != IGNORE).sum().clamp_min(1)
         return F.cross_entropy(logits, truth.long(), ignore_index=IGNORE, reduction="sum") / count
 
-    schedule = poly(cfg.steps, round(cfg.warmup * cfg.steps))
-    training = HeadTraining(cfg.steps, cfg.lr, cfg.weight_decay, schedule, 0.0, partial, cfg.save_every)
-    train_head(head, _batches(cfg, dense, train), loss, training)
-    if cfg.out and rank() == 0:
-        save_head(Path(cfg.out) / f"segmentation_{cfg.method}_head.pth", head)
-    return head
-
-
-def _batches(cfg: Config, dense: DenseBackbone, train: DenseSource) -> Callable[[int], Iterator[Batch]]:
-    """From the number of a step to the training batches from there on."""
-    if not cfg.augment:
-        crop, stride = (cfg.crop, cfg.crop), (cfg.stride, cfg.stride)
-        features = window_features(
-            dense, train, lambda image, ids: _resized(image, ids, cfg.resize), crop, stride, IGNORE,
-            cfg.cache_gib, cfg.workers,
-        )  # fmt: skip
-        return lambda start: features.batches(cfg.seed, cfg.batch, start, cfg.steps)
     transform = SegmentationTransform(
         cfg.resize, (cfg.ratio[0], cfg.ratio[1]), cfg.crop, tuple(dense.backbone.input.mean), cfg.cap
     )
-    return lambda start: online_batches(cfg, dense, train, transform, cfg.batch, start, cfg.steps)
-
-
-def _resized(image: Tensor, ids: Tensor, resize: int) -> tuple[Tensor, Tensor]:
-    size = shorter_side_to(image, resize)
-    return to_uint8(resize_image(image.float() / 255, *size)), resize_map(ids, *size)
+    crop, stride = (cfg.crop, cfg.crop), (cfg.stride, cfg.stride)
+    batches = training_batches(cfg, dense, train, transform, "none", crop, stride, IGNORE)
+    train_head(cfg, head, batches, loss, poly, partial)
+    if cfg.out and rank() == 0:
+        save_head(Path(cfg.out) / f"segmentation_{cfg.method}_head.pth", head)
+    return head
 
 
 def _concatenated(maps: list[Map]) -> Tensor:
@@ -232,7 +204,7 @@ def _with_patch_bank(cfg: Config, backbone: Backbone, train: DenseSource) -> tup
 
 def _majority(train: DenseSource, workers: int, device: torch.device) -> Predict:
     counts = torch.zeros(len(train.classes), dtype=torch.int64)
-    for pair in watch(dense_loader(train, range(len(train)), workers), len(train), "training masks"):
+    for pair in read_pairs(train, workers, "training masks"):
         counts += pair.target[pair.target != IGNORE].long().bincount(minlength=len(counts))
     one_hot = F.one_hot(counts.argmax(), len(counts)).float().to(device)[:, None, None]
     return lambda image: one_hot.expand(-1, *image.shape[1:])
@@ -243,8 +215,8 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
     """Scores over all test images; predictions at all scales, plain and mirrored, are averaged."""
     confusion = Confusion(len(test.classes), device)
     flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
-    share = range(rank(), len(test), world_size())
-    for pair in watch(dense_loader(test, share, cfg.workers), len(share), "test images"):
+    several = len(cfg.scales) * len(flips) > 1
+    for pair in read_pairs(test, cfg.workers, "test images", share=True):
         image = pair.image.float() / 255
         total = torch.zeros((), device=device)
         for scale in cfg.scales:
@@ -252,7 +224,6 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
             for flip in flips:
                 logits = predict(resized.flip(-1) if flip else resized)
                 logits = to_size((logits.flip(-1) if flip else logits)[None], *pair.target.shape)[0]
-                several = len(cfg.scales) * len(flips) > 1
                 total = total + (logits.softmax(dim=0) if several else logits)
         confusion.add(total.argmax(dim=0), pair.target.to(device))
     return confusion.scores(test.classes)

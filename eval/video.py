@@ -20,7 +20,7 @@ from dinokit.config import registry
 from dinokit.config.registry import check_at_least, source_field
 from dinokit.data.dense_transforms import to_tensors
 from dinokit.data.videos import Video
-from dinokit.eval._dense import DenseBackbone, dense_backbone
+from dinokit.eval._dense import DenseBackbone
 from dinokit.eval._metrics import contour, region
 from dinokit.features import device_of, fingerprint, frozen, last_blocks
 from dinokit.models import Backbone
@@ -61,7 +61,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     """
     if not cfg.test:
         raise ValueError(f"test.name must be given; there is: {', '.join(registry.names('data.videos'))}.")
-    dense = dense_backbone(backbone, last_blocks(backbone, 1), cfg.precision)
+    dense = DenseBackbone(backbone, last_blocks(backbone, 1), cfg.precision)
     videos: list[Video] = registry.build("data.videos", cfg.test)
     partial = _finished_videos(cfg, backbone)
     finished = {name: scores for piece in partial.load_pieces() for name, scores in piece.items()}

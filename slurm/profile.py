@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.config.load import read_mapping, section_values
-from dinokit.config.registry import find_yaml
+from dinokit.config.registry import check_at_least, find_yaml
 
 YEAR = 8766.0  # hours
 
@@ -34,24 +34,11 @@ class Config:
     venv: str = ""  # folder of the Python environment in the job; empty: the one of this process
     container: str = ""  # an image to run in, by apptainer
     setup: list[str] = field(default_factory=list)  # shell lines before the command
-    sbatch: dict[str, Any] = field(
-        default_factory=dict
-    )  # other options of sbatch: {mail-type: END, exclusive: true}
+    # other options of sbatch: {mail-type: END, exclusive: true}
+    sbatch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = {
-            "nodes": 1,
-            "gpus": 0,
-            "tasks": 0,
-            "cpus": 1,
-            "memory": 0,
-            "notice": 10,
-            "restarts": 0,
-            "at_once": 0,
-        }
-        for key, low in least.items():
-            if getattr(self, key) < low:
-                raise ValueError(f"{key}={getattr(self, key)}: it must be {low} or more.")
+        check_at_least(self, nodes=1, gpus=0, tasks=0, cpus=1, memory=0, notice=10, restarts=0, at_once=0)
         if not 0 < self.hours <= YEAR:
             raise ValueError(
                 f"hours={self.hours:g}: a number of hours, such as 24 or 0.5. In YAML, "

@@ -156,7 +156,7 @@ def test_help_is_given_at_once(words, answer):
         (["submit", "profile=gpu", "--", "train", "scenes_cpu", "optim.lrr=1"], "Did you mean 'lr"),
         (
             ["submit", "profile=gpu", "nodes=3", "tasks=1", "--", "train", "scenes_cpu"],
-            "nodes=3 and 1 process a node: optim.batch=32 images cannot be shared out evenly over 3",
+            "nodes=3 and 1 process a node: optim.batch=32 images cannot be divided evenly over 3",
         ),
         (
             ["submit", "profile=gpu", "nodes=3", "tasks=1", "--", "train", "scenes_cpu"],

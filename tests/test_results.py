@@ -18,9 +18,9 @@ def line(weights="runs/a", name="knn", settings=None, digest="aa", path="photos"
 
 
 def test_a_line_says_what_was_found_and_how():
-    done = json.loads(json.dumps(line(top1=0.5)))
-    assert (done["eval"], done["weights"], done["top1"]) == ("knn", "runs/a", 0.5)
-    about = done["about"]
+    result = json.loads(json.dumps(line(top1=0.5)))
+    assert (result["eval"], result["weights"], result["top1"]) == ("knn", "runs/a", 0.5)
+    about = result["about"]
     assert about["data"] == {"test": {"name": "folder", "path": "photos"}}
     assert about["settings"] == {"k": [20]}  # how many workers there were decides nothing
     assert {"python", "torch", "dinokit"} <= set(about["software"])
@@ -37,8 +37,8 @@ def test_old_lines_call_the_fingerprint_weights_hash():
 
 def test_keys_of_a_source_that_the_evaluator_sets_are_not_settings():
     source = {"name": "parquet", "path": "a.parquet", "target": "mask", "channels": 3}
-    done = results.record("depth", "w", {"rmse": 1.0}, {"test": source, "layers": 1}, {})
-    assert done["about"]["data"] == {"test": {"name": "parquet", "path": "a.parquet"}}
+    result = results.record("depth", "w", {"rmse": 1.0}, {"test": source, "layers": 1}, {})
+    assert result["about"]["data"] == {"test": {"name": "parquet", "path": "a.parquet"}}
 
 
 def test_lines_are_added_and_one_that_was_cut_short_costs_only_itself(tmp_path):

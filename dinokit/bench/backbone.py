@@ -8,7 +8,7 @@ import torch
 from dinokit.bench.machine import matmul_rates, measured_on, seconds, settled
 from dinokit.config.load import Recipe
 from dinokit.features.tokens import frozen, normalised
-from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, why_not
+from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, unavailable_reason
 from dinokit.models.fused import attend
 from dinokit.runtime.device import DTYPES
 from dinokit.train.plan import tokens_per_crop
@@ -40,7 +40,7 @@ def bench_attention(recipe: Recipe, rounds: int) -> dict[str, Any]:
     qkv = torch.randn(rows, 3 * backbone.width, device=device).to(dtype).requires_grad_()
     times: dict[str, Any] = {}
     for kernel in KERNELS:
-        reason = why_not(kernel, device, dtype)
+        reason = unavailable_reason(kernel, device, dtype)
         work = partial(_run, qkv, layers[0].heads, segments, kernel)
         times[kernel] = reason or 1000 * seconds(work, device, rounds)
     return {

@@ -148,13 +148,8 @@ def evaluate_job(
 ) -> dict[str, Any]:
     """Run one evaluation. Returns its line, which process 0 also adds to the results in `folder`.
 
-    Args:
-        job: its cache and output folder are filled in.
-        backbone: to evaluate.
-        name: of the backbone in the line; of weights, their path.
-        about: what else the line records.
-        folder: for results, heads and states of unfinished work; None saves nothing.
-        cache: whether features are cached where the settings do not say.
+    The job's cache, if it is to be used, and output folder are filled in. `name` is that of the backbone in
+    the line, the path of weights; `folder` gets results, heads and unfinished work, None saves nothing.
     """
     from dinokit.features import device_of
     from dinokit.runtime.device import pick_precision

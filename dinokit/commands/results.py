@@ -18,9 +18,7 @@ from dinokit.commands import Command
 if TYPE_CHECKING:
     from rich.console import Console
 
-LEAST = (
-    16  # characters of a line for names of weights and for settings, however many scores stand beside them
-)
+LEAST = 16  # characters of a line for names of weights, and for settings, beside many scores
 
 FLAGS = {"--json": "print each table as a JSON object on a line of its own"}
 

@@ -21,16 +21,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dinokit.commands import Command, parse
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, parse_overrides
-
-if TYPE_CHECKING:
-    from dinokit.slurm.profile import Config
+from dinokit.slurm import record
+from dinokit.slurm.profile import Config, load_profile, profile_names
+from dinokit.slurm.record import dotted_names, is_dotted
 
 FLAGS = {"--dry-run": "print the batch script, and submit nothing"}
+PROFILE_KEYS = [item.name for item in fields(Config)]
 OWN_KEYS = ("profile", "array", "after")  # before --, besides the keys of a profile
 PLACEHOLDERS = ("{}", "{name}", "{number}")
 
@@ -51,19 +51,14 @@ def run(command: Command) -> None:
 
 
 def describe(words: Sequence[str]) -> str:
-    from dinokit.slurm.profile import profile_names
-
     lines = [f"profiles: {', '.join(profile_names())}; or the path of a YAML file", "keys of a profile:"]
-    for item in fields(registry.read_config("slurm", "profile")):
+    for item in fields(Config):
         default = item.default_factory() if callable(item.default_factory) else item.default
         lines.append(f"    {item.name} = {default!r}")
     return "\n".join(lines)
 
 
 def _submit(command: Command) -> None:
-    from dinokit.slurm import record
-    from dinokit.slurm.profile import load_profile, profile_names
-
     pairs = [(text, *text.split("=", 1)) for text in command.settings]
     own = {key: value for _, key, value in pairs if key in OWN_KEYS}
     settings = [text for text, key, _ in pairs if key not in OWN_KEYS]
@@ -77,7 +72,7 @@ def _submit(command: Command) -> None:
             f"profile must be given. Profiles are: {', '.join(profile_names())}; or give a file's path.{hint}"
         )
     if hint:
-        raise ValueError(f"The keys of a profile are: {', '.join(_profile_keys())}.{hint}")
+        raise ValueError(f"The keys of a profile are: {', '.join(PROFILE_KEYS)}.{hint}")
     profile = load_profile(own["profile"], parse_overrides(settings))
     commands = _array(own.get("array"), command.rest)
     tasks, resumes = _tasks(name, profile)
@@ -120,7 +115,7 @@ def _dependencies(after: str) -> str:
 
 def _check_dependencies(after: str) -> None:
     """Refuse to wait for a job that failed, or that SLURM does not know and would treat as completed."""
-    from dinokit.slurm import record, submit
+    from dinokit.slurm import submit
 
     jobs_of = {each.number: each.jobs for each in record.read_records()}
     jobs = [job for number in filter(None, after.split(":")) for job in jobs_of.get(number, [number])]
@@ -139,7 +134,7 @@ def _check_dependencies(after: str) -> None:
 
 def _refuse_queued(commands: list[list[str]]) -> None:
     """Refuse commands that are already in the queue: two such jobs would write to the same files."""
-    from dinokit.slurm import record, submit
+    from dinokit.slurm import submit
 
     old = {j: w for each in record.read_records() for j, w in zip(each.jobs, each.commands, strict=True)}
     for job, state in submit.job_states([j for j, words in old.items() if words in commands]).items():
@@ -151,7 +146,6 @@ def _refuse_queued(commands: list[list[str]]) -> None:
 
 
 def _status(words: list[str]) -> None:
-    from dinokit.slurm import record
     from dinokit.slurm.submit import job_states
 
     selected = record.find_jobs(words) if words else [(each, each.jobs) for each in record.read_records()]
@@ -166,7 +160,6 @@ def _status(words: list[str]) -> None:
 
 
 def _logs(words: list[str]) -> None:
-    from dinokit.slurm import record
     from dinokit.slurm.submit import job_states, log_files
 
     records = record.read_records()
@@ -188,7 +181,6 @@ def _logs(words: list[str]) -> None:
 
 
 def _cancel(words: list[str]) -> None:
-    from dinokit.slurm import record
     from dinokit.slurm.submit import cancel_job
 
     if not words:
@@ -204,10 +196,12 @@ def _hint_after(settings: list[str], name: str) -> str:
 
     Such a key is not a profile's, and not similar to one, as node=2 is, unless a recipe has exactly this key.
     """
-    recipe, keys = {item.name for item in fields(Recipe)}, _profile_keys()
+    recipe = {item.name for item in fields(Recipe)}
     for text in settings:
         key = _key(text)
-        if key in recipe or (key not in keys and not get_close_matches(key, keys, n=1, cutoff=0.65)):
+        if key in recipe or (
+            key not in PROFILE_KEYS and not get_close_matches(key, PROFILE_KEYS, n=1, cutoff=0.65)
+        ):
             return f" Give settings of dinokit {name} after --: -- {name} ... {text}"
     return ""
 
@@ -231,11 +225,11 @@ def _array(array: str | None, words: list[str]) -> list[list[str]]:
 
 
 def _fill(word: str, value: str, number: int) -> str:
-    values = dict(zip(PLACEHOLDERS, (value, Path(value).stem, str(number)), strict=True))
-    return re.sub(r"{(name|number)?}", lambda match: values[match[0]], word)
+    texts = dict(zip(PLACEHOLDERS, (value, Path(value).stem, str(number)), strict=True))
+    return re.sub(r"{(name|number)?}", lambda match: texts[match[0]], word)
 
 
-def _tasks(name: str, profile: "Config") -> tuple[int, bool]:
+def _tasks(name: str, profile: Config) -> tuple[int, bool]:
     """Processes a node for a command, and whether the command resumes."""
     names = [each for each in registry.names("commands") if each != "submit"]
     if name not in names:
@@ -252,14 +246,12 @@ def _tasks(name: str, profile: "Config") -> tuple[int, bool]:
     return tasks, getattr(module, "RESUMES", False)
 
 
-def _check(words: Sequence[str], profile: "Config", tasks: int) -> set[str]:
+def _check(words: Sequence[str], profile: Config, tasks: int) -> set[str]:
     """Raise the errors now that the job would raise when it starts.
 
     Returns:
         The dotted names of modules in the command.
     """
-    from dinokit.slurm.record import dotted_names, is_dotted
-
     name, rest = words[0], words[1:]
     module = registry.find("commands", name)
     try:
@@ -291,13 +283,9 @@ def _check_batch(recipe: Recipe, nodes: int, tasks: int) -> None:
 
 def _hint_before(words: Sequence[str]) -> str:
     """A sentence if one of the words after -- belongs to the job: where to put it."""
-    own = [text for text in words if _key(text) in (*_profile_keys(), *OWN_KEYS, *FLAGS)]
+    own = [text for text in words if _key(text) in (*PROFILE_KEYS, *OWN_KEYS, *FLAGS)]
     return f" Give settings of the job before --: {own[0]} -- ..." if own else ""
 
 
 def _key(text: str) -> str:
     return re.split(r"[.=]", text)[0]
-
-
-def _profile_keys() -> list[str]:
-    return [item.name for item in fields(registry.read_config("slurm", "profile"))]

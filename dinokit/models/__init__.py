@@ -88,6 +88,16 @@ class Backbone(nn.Module):
         raise ValueError(f"{name} gives its last block only, after the final norm: it defines no layers().")
 
 
+def check_blocks(blocks: Sequence[int], depth: int) -> None:
+    """Refuse numbers of blocks that a backbone of this depth does not have.
+
+    Raises:
+        ValueError: naming those that it has.
+    """
+    if not set(blocks) <= set(range(depth)):
+        raise ValueError(f"Blocks {sorted(set(blocks))} do not all exist: they are 0 to {depth - 1}.")
+
+
 def build(section: Mapping[str, Any]) -> Backbone:
     """The backbone that a recipe's section describes: `name` is its file, the rest is that file's Config.
 

@@ -1,4 +1,4 @@
-"""Attention over crops of different sizes in one pass; the only file that knows an attention kernel.
+"""Attention over crops of different sizes in one pass, by one of several kernels.
 
 The tokens of all images of a step are the rows of one tensor, and a PackedBatch says which rows are one
 image. Norms, MLPs and residuals work on each row alone; only attention needs to know the images.
@@ -9,8 +9,8 @@ image. Norms, MLPs and residuals work on each row alone; only attention needs to
 All kernels give the same numbers (tests/models/test_attention.py):
 
     auto      sdpa; in training on a CPU, two plain products where images are short (models/fused.py)
-    sdpa      torch's scaled_dot_product_attention, one call a group: five to ten times faster on a CPU than
-              nested tensors or a block-diagonal mask
+    sdpa      torch's scaled_dot_product_attention, one call for each group: five to ten times faster on a
+              CPU than nested tensors or a block-diagonal mask
     xformers  memory_efficient_attention over all rows with a block-diagonal mask; CUDA
     varlen    torch's varlen_attn over all rows; CUDA, bf16 or fp16
 """
@@ -70,8 +70,8 @@ def attend(qkv: Tensor, heads: int, batch: PackedBatch, kernel: Kernel = "auto")
     return torch.cat([attend(x.flatten(0, 1), heads, PackedBatch((group,)), kernel) for x, group in each])
 
 
-def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a kernel cannot compute here, found out by trying; empty if it can."""
+def unavailable_reason(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel cannot be used on this device, found out by trying; empty if it can."""
     if kernel in ("auto", "sdpa"):
         return ""
     if device.type != "cuda":
@@ -85,17 +85,17 @@ def why_not(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def use_kernel(network: nn.Module, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> None:
-    """Let every attention of a network be computed by a kernel.
+    """Set the kernel of every attention layer of a network.
 
     Raises:
-        ValueError: if it cannot be, here or in this network.
+        ValueError: if it cannot be used on this device or in this network.
     """
     layers = [module for module in network.modules() if isinstance(module, Attention)]
     if kernel != "auto" and not layers:
         raise ValueError(
             f"run.attention={kernel}: this backbone has its own attention. Take run.attention=auto."
         )
-    reason = why_not(kernel, device, dtype)
+    reason = unavailable_reason(kernel, device, dtype)
     if reason:
         raise ValueError(
             f"run.attention={kernel} cannot be used here: {reason}. run.attention=auto always can."

@@ -1,4 +1,4 @@
-"""The image itself, made small: what features must beat. It has nothing to train."""
+"""The image itself, averaged to a few pixels: a baseline for class features. It has no parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dinokit.models import Backbone, Input, Tokens
 @dataclass
 class Config:
     channels: int = 3
-    size: int = 64  # pixels: the side of the images it is shown
+    size: int = 64  # pixels: the side of its input images
     grid: int = 16  # pixels: the side to which an image is averaged
 
 
@@ -30,12 +30,12 @@ class Pixels(Backbone):
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
         """As Backbone; a mask has no effect."""
-        done = []
+        tokens = []
         for x in crops:
             cls = F.adaptive_avg_pool2d(x, self.grid).flatten(1)
             none = cls.new_zeros(len(cls), 0, self.width)
-            done.append(Tokens(cls=cls, registers=none, patches=none))
-        return done
+            tokens.append(Tokens(cls=cls, registers=none, patches=none))
+        return tokens
 
 
 build = Pixels

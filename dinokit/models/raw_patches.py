@@ -1,4 +1,4 @@
-"""The pixels of each patch, made small: what dense features must beat. It has nothing to train."""
+"""The pixels of each patch, averaged to a few: a baseline for dense features. It has no parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dinokit.models import Backbone, Input, Tokens
 @dataclass
 class Config:
     channels: int = 3
-    size: int = 224  # pixels: the side of the images it is shown
+    size: int = 224  # pixels: the side of its input images
     patch: int = 16  # pixels
     cell: int = 4  # pixels: the side to which a patch is averaged
 
@@ -36,12 +36,12 @@ class RawPatches(Backbone):
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
         """As Backbone; a mask has no effect."""
-        done = []
+        tokens = []
         for x in crops:
             small = F.avg_pool2d(x, self.patch // self.cell)
             patches = F.unfold(small, self.cell, stride=self.cell).transpose(1, 2)  # (b, N, D)
-            done.append(Tokens(patches.mean(dim=1), patches[:, :0], patches))
-        return done
+            tokens.append(Tokens(patches.mean(dim=1), patches[:, :0], patches))
+        return tokens
 
 
 build = RawPatches

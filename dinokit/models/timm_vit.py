@@ -1,7 +1,4 @@
-"""Any Vision Transformer of timm with a class token, behind the contract of a backbone.
-
-The only file that knows timm's models.
-"""
+"""Any Vision Transformer of timm with a class token, as a backbone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dinokit.config.registry import suggest
-from dinokit.models import Backbone, Input, Tokens
+from dinokit.models import Backbone, Input, Tokens, check_blocks
 
 
 @dataclass
@@ -47,20 +44,18 @@ class TimmViT(Backbone):
         return nn.ModuleList(self.net.blocks)
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
-        """As Backbone: one pass a group."""
+        """As Backbone: one pass for each group."""
         return [self._forward_group(x, mask) for x, mask in zip(crops, masks, strict=True)]
 
     def layers(self, crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
         """As Backbone."""
-        depth, wanted = len(self.net.blocks), set(blocks)
-        if not wanted <= set(range(depth)):
-            raise ValueError(f"Blocks {sorted(set(blocks))} do not all exist: they are 0 to {depth - 1}.")
-        rows, done = self._embed(crops, None), []
-        for i, block in enumerate(self.net.blocks[: max(wanted, default=-1) + 1]):
+        check_blocks(blocks, len(self.net.blocks))
+        rows, tokens = self._embed(crops, None), []
+        for i, block in enumerate(self.net.blocks[: max(blocks, default=-1) + 1]):
             rows = block(rows)
-            if i in wanted:
-                done.append(self._tokens(self.net.norm(rows) if norm else rows))
-        return done
+            if i in blocks:
+                tokens.append(self._tokens(self.net.norm(rows) if norm else rows))
+        return tokens
 
     def _forward_group(self, x: Tensor, mask: Tensor | None) -> Tokens:
         rows = self._embed(x, mask)

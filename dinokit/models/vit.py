@@ -5,7 +5,7 @@ Parameter names are those of the released files, so these load with strict=True.
     b  images of a group    N  patches an image    R  registers    D  width    M  side of the stored grid
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.models import Backbone, Input, Tokens
+from dinokit.models import Backbone, Input, Tokens, check_blocks
 from dinokit.models.attention import PackedBatch
 from dinokit.models.block import NORM_EPS, Block
 
@@ -47,8 +47,8 @@ class Config:
 def interpolate_grid(grid: Tensor, height: int, width: int, offset: float, antialias: bool) -> Tensor:
     """A positional grid (1, M, M, D) for another patch grid, (1, height, width, D), bicubic in float32.
 
-    An offset makes the sampling scale (side + offset) / M, not side / M: DINO's guard against a rounding
-    error, which the released weights without registers were trained with, so their features need it.
+    An offset makes the sampling scale (side + offset) / M instead of side / M. DINO used it against a
+    rounding error. The released weights without registers were trained with it, so they need it.
     """
     side = grid.shape[1]
     if offset:
@@ -62,7 +62,7 @@ def interpolate_grid(grid: Tensor, height: int, width: int, offset: float, antia
 
 
 class PatchEmbed(nn.Module):
-    """An image cut in squares, each mapped linearly; (b, C, h, w) -> (b, N, D), row by row."""
+    """Cuts an image into square patches and maps each linearly, row by row."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -81,9 +81,7 @@ class VisionTransformer(Backbone):
         if cfg.size % cfg.patch:
             raise ValueError(f"backbone.size={cfg.size} is no multiple of backbone.patch={cfg.patch}.")
         if cfg.width % cfg.heads:
-            raise ValueError(
-                f"backbone.width={cfg.width} cannot be shared by backbone.heads={cfg.heads} heads."
-            )
+            raise ValueError(f"backbone.width={cfg.width} is no multiple of backbone.heads={cfg.heads}.")
         self.width, self.patch, self.channels, self.heads = cfg.width, cfg.patch, cfg.channels, cfg.heads
         self.offset, self.antialias = cfg.pos_offset, cfg.pos_antialias
         self.side = cfg.size // cfg.patch  # M
@@ -104,7 +102,7 @@ class VisionTransformer(Backbone):
         self._init_weights(v2=cfg.mask_token)
 
     def _init_weights(self, v2: bool) -> None:
-        # DINO starts the class token like the positions; DINOv2 starts it, and the registers, near zero.
+        # DINO initialises the class token like the positions; DINOv2 sets it, and the registers, near zero.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6 if v2 else 0.02)
         if self.registers:
@@ -118,11 +116,11 @@ class VisionTransformer(Backbone):
         """Features of groups of crops of different sizes, in one pass without padding.
 
         Args:
-            crops: one (b, C, h, w) a group, normalised; h and w multiples of the patch.
+            crops: (b, C, h, w) for each group, normalised; h and w multiples of the patch.
             masks: for each group (b, N) bool, True where the mask token replaces the patch, or None.
 
         Returns:
-            One Tokens a group.
+            Tokens for each group.
 
         Raises:
             ValueError: if a side is no multiple of the patch, or a mask is given and there is no mask token.
@@ -133,7 +131,7 @@ class VisionTransformer(Backbone):
         return [self._tokens(x) for x in batch.split(self.norm(rows))]
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
-        """What the official DINOv2 backbones return for x (b, C, h, w) and masks (b, N) bool or None."""
+        """The output of the official DINOv2 backbones for x (b, C, h, w) and masks (b, N) bool or None."""
         rows, batch = self.embed([x], [masks])
         for block in self.blocks:
             rows = block(rows, batch)
@@ -154,21 +152,21 @@ class VisionTransformer(Backbone):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """Outputs of some blocks, in the order of the blocks, whatever the order asked; the official API.
+        """Outputs of some blocks, in the order of depth, as the official models return them.
 
         Args:
             x: (b, C, h, w).
             n: the last n blocks, or the numbers of the blocks, from 0.
             reshape: patches as (b, D, h / patch, w / patch), else (b, N, D).
-            return_class_token: give (patches, class token (b, D)) a block.
+            return_class_token: return (patches, class token (b, D)) for each block.
             norm: apply the final norm to each.
 
         Raises:
             ValueError: if there is no such block.
         """
         depth = len(self.blocks)
-        wanted = range(depth - n, depth) if isinstance(n, int) else n
-        outs = [self._tokens(self.norm(rows) if norm else rows) for rows in self._after(x, wanted)]
+        blocks = range(depth - n, depth) if isinstance(n, int) else n
+        outs = self.layers(x, blocks, norm)
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         patches = [
             o.patches.transpose(1, 2).unflatten(2, grid).contiguous() if reshape else o.patches for o in outs
@@ -179,22 +177,14 @@ class VisionTransformer(Backbone):
 
     def layers(self, crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
         """As Backbone."""
-        return [self._tokens(self.norm(rows) if norm else rows) for rows in self._after(crops, blocks)]
-
-    def _after(self, x: Tensor, blocks: Sequence[int]) -> Iterator[Tensor]:
-        """Rows (b, 1 + R + N, D) after each of `blocks`, in the order of depth, before the final norm.
-
-        Raises:
-            ValueError: if there is no such block.
-        """
-        depth, wanted = len(self.blocks), set(blocks)
-        if not wanted <= set(range(depth)):
-            raise ValueError(f"Blocks {sorted(set(blocks))} do not all exist: they are 0 to {depth - 1}.")
-        rows, batch = self.embed([x], [None])
-        for i, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
+        check_blocks(blocks, len(self.blocks))
+        rows, batch = self.embed([crops], [None])
+        tokens = []
+        for i, block in enumerate(self.blocks[: max(blocks, default=-1) + 1]):
             rows = block(rows, batch)
-            if i in wanted:
-                yield batch.split(rows)[0]
+            if i in blocks:
+                tokens.append(self._tokens(batch.split(self.norm(rows) if norm else rows)[0]))
+        return tokens
 
     def embed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, PackedBatch]:
         """The input of the first block: the rows (T, D) of all crops, with positions."""

@@ -1,4 +1,4 @@
-"""Evaluations that receive a stop signal report it, exit with the status of a requeue, and resume."""
+"""Evaluations that get a stop signal: they log it, end with the status that requeues a job, and resume."""
 
 import json
 import os
@@ -171,24 +171,24 @@ def started(words, ranks=1):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     many = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    done = []
+    processes = []
     for rank in range(ranks):
         env = {**os.environ, **({"RANK": str(rank), "LOCAL_RANK": str(rank), **many} if ranks > 1 else {})}
         command = [sys.executable, "-W", "ignore", "-m", "dinokit", *words]
-        done.append(
+        processes.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         )
-    return done
+    return processes
 
 
 def ended(processes):
     """Status, standard output and standard error of each."""
     try:
-        said = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
 @pytest.mark.slow

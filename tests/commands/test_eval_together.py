@@ -1,4 +1,4 @@
-"""Evaluators that were started by torchrun: the same scores as alone, said once."""
+"""Evaluators that were started by torchrun: the same scores as alone, printed once."""
 
 import json
 import subprocess
@@ -25,8 +25,8 @@ MACHINE = "about", "weights"
 
 
 def output(start, *words):
-    done = subprocess.run([*start, *words], capture_output=True, text=True, timeout=300, check=False)
-    return done.returncode, done.stdout, done.stderr
+    process = subprocess.run([*start, *words], capture_output=True, text=True, timeout=300, check=False)
+    return process.returncode, process.stdout, process.stderr
 
 
 @pytest.mark.slow
@@ -39,8 +39,8 @@ def test_two_processes_find_what_one_finds_and_the_first_says_it(tmp_path):
         status, out, err = output(start, "eval", "all", f"recipe={tmp_path / 'mine.yaml'}", *words)
         assert status == 0, err
         found.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
-        kept = (tmp_path / name / "results.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in kept] == found[-1]
+        lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == found[-1]
     assert [each["eval"] for each in found[1]] == ["knn", "logreg", "retrieval", "segmentation"]
     for one, two in zip(*found, strict=True):
         alone, both = ({k: v for k, v in each.items() if k not in MACHINE} for each in (one, two))

@@ -13,8 +13,8 @@ from dinokit.weights import load_backbone
 
 def typed(capsys, line: str) -> tuple[int, str, str]:
     status = main(line.split())
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    output = capsys.readouterr()
+    return status, output.out, output.err
 
 
 def test_the_list_is_filtered_by_a_pattern(capsys, tmp_path, monkeypatch):

@@ -71,4 +71,4 @@ def test_speeds_of_runs_side_by_side_are_summed_after_the_warm_up(tmp_path):
 
 def test_a_batch_that_cannot_be_divided_is_refused_before_training(capsys):
     assert main(["scaling", "scenes_cpu", "optim.batch=31", "--processes", "2"]) == 2
-    assert "optim.batch=31 images cannot be shared out evenly over 2 processes" in capsys.readouterr().err
+    assert "optim.batch=31 images cannot be divided evenly over 2 processes" in capsys.readouterr().err

@@ -29,12 +29,12 @@ class Colours(Backbone):
         self.gain = nn.Parameter(torch.ones(()))
 
     def forward(self, crops, masks):
-        done = []
+        result = []
         for x in crops:
             mean = torch.nn.functional.avg_pool2d(x, 4).flatten(2).transpose(1, 2)
             patches = torch.cat([mean, mean.square()], -1) * self.gain
-            done.append(Tokens(patches.mean(1), patches[:, :0], patches))
-        return done
+            result.append(Tokens(patches.mean(1), patches[:, :0], patches))
+        return result
 
 
 SPLITS = ("train", "test")
@@ -69,10 +69,10 @@ def sections(root, **more):
 
 def config(module, name, usual, **values):
     """Of these settings, and those of the usual ones that are read with them."""
-    done = {"workers": 0, **usual, **values}
-    left_out = keys_without_effect(module.Config, done, name).keys() - values.keys()
+    settings = {"workers": 0, **usual, **values}
+    left_out = keys_without_effect(module.Config, settings, name).keys() - values.keys()
     return module.Config(
-        **section_values("eval", name, {k: done[k] for k in done if k not in left_out}, name)
+        **section_values("eval", name, {k: settings[k] for k in settings if k not in left_out}, name)
     )
 
 

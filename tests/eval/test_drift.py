@@ -43,13 +43,13 @@ def test_a_length_is_no_drift(generator):
 
 @pytest.fixture
 def backbones(tmp_path):
-    done = []
+    backbones = []
     for seed, width in ((0, 24), (1, 24), (2, 12)):
         torch.manual_seed(seed)
         values = {"size": 32, "width": width, "depth": 1, "heads": 2, "patch": 8, "layer_scale": 1.0}
-        done.append(build(ViT(**values)).eval())
-        save_backbone(tmp_path / f"{seed}.safetensors", done[-1], {"name": "vit", **values})
-    return done
+        backbones.append(build(ViT(**values)).eval())
+        save_backbone(tmp_path / f"{seed}.safetensors", backbones[-1], {"name": "vit", **values})
+    return backbones
 
 
 def test_the_same_weights_have_not_moved_and_others_have(backbones, tmp_path):

@@ -102,9 +102,9 @@ def test_the_search_holds_one_block_of_cosines_at_a_time():
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            done = func(*args, **(kwargs or {}))
-            sizes.extend(leaf.numel() for leaf in tree_leaves(done) if torch.is_tensor(leaf))
-            return done
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(leaf.numel() for leaf in tree_leaves(result) if torch.is_tensor(leaf))
+            return result
 
     with Watch():
         nearest(query, bank, 5, rows=100, columns=100)

@@ -230,7 +230,7 @@ def test_a_killed_evaluation_resumes_and_ends_as_an_uninterrupted_one(colours, t
     assert list((tmp_path / "broken").glob(".linear_*.pt"))
     again, whole = go("broken", stop=0), go("whole", stop=0)
     assert again.returncode == whole.returncode == 0, again.stderr + whole.stderr
-    assert int(whole.stdout.split()[-1]) - int(again.stdout.split()[-1]) == 20  # steps not done again
+    assert int(whole.stdout.split()[-1]) - int(again.stdout.split()[-1]) == 20  # steps not repeated
     for name in ("linear_head.pth", "linear4_head.pth"):
         a, b = (torch.load(tmp_path / out / name, weights_only=True) for out in ("broken", "whole"))
         assert torch.equal(a["weight"], b["weight"])
@@ -247,12 +247,12 @@ from dinokit.eval import linear, logreg, retrieval
 values, rank = json.loads(sys.argv[2]), int(sys.argv[4])
 if rank >= 0:
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
-done = {}
+scores = {}
 for name, own in values:
     module = sys.modules[f"dinokit.eval.{name}"]
     cfg = module.Config(**section_values("eval", name, own, ""))
-    done[f"{name} {own.get('mode', '')}"] = module.evaluate(cfg, Mean())
-print(json.dumps(done))
+    scores[f"{name} {own.get('mode', '')}"] = module.evaluate(cfg, Mean())
+print(json.dumps(scores))
 if rank >= 0:
     dist.destroy_process_group()
 """

@@ -79,14 +79,14 @@ def test_whitened_features_vary_alike_along_every_axis():
 def test_average_precision_of_the_revisited_kind_by_hand():
     # Ranked: hard, junk, easy, nothing, easy. Without hard and junk, easy ones stand at places 1 and 3.
     truth = {"easy": [2, 4], "hard": [0], "junk": [1]}
-    done = revisited_scores(torch.tensor([[0, 1, 2, 3, 4]]), [truth], [1, 2])
-    assert done["mAP easy"] == pytest.approx(((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
-    assert done["mAP hard"] == 1.0
-    assert done["mAP medium"] == pytest.approx((1 + 1 + (2 / 3 + 3 / 4) / 2) / 3)
-    assert done["mP@1 easy"] == 1.0
-    assert done["mP@2 easy"] == 0.5
+    scores = revisited_scores(torch.tensor([[0, 1, 2, 3, 4]]), [truth], [1, 2])
+    assert scores["mAP easy"] == pytest.approx(((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
+    assert scores["mAP hard"] == 1.0
+    assert scores["mAP medium"] == pytest.approx((1 + 1 + (2 / 3 + 3 / 4) / 2) / 3)
+    assert scores["mP@1 easy"] == 1.0
+    assert scores["mP@2 easy"] == 0.5
     assert (
-        done["mP@2 hard"] == 1.0
+        scores["mP@2 hard"] == 1.0
     )  # nothing is left to find behind the first, so only one place is asked for
 
 

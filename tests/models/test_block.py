@@ -22,9 +22,9 @@ def test_dropped_branches_leave_the_mean_as_it_was(rate):
 
 def test_every_image_is_dropped_at_some_time():
     batch, drop_path = PackedBatch(((8, 1),)), DropPath(0.5)
-    kept = sum((drop_path(torch.ones(8, 1), batch) != 0).float() for _ in range(400))
-    assert kept.min() > 120
-    assert kept.max() < 280
+    counts = sum((drop_path(torch.ones(8, 1), batch) != 0).float() for _ in range(400))
+    assert counts.min() > 120
+    assert counts.max() < 280
 
 
 def test_evaluation_drops_nothing():

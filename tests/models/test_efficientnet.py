@@ -1,4 +1,4 @@
-"""The CNN that measures evaluators, against the net itself: what it shows is what the net's stages say.
+"""The CNN that measures evaluators: its features are the outputs of the net's stages.
 
 Its two packages are not in the environment; the head of efficientnet.py says how to get them.
 """
@@ -38,18 +38,18 @@ def images() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def said(cnn: Backbone, images: Tensor) -> dict[int, Tensor]:
-    """What each of the stages says by the net's own way through, without ours."""
-    done: dict[int, Tensor] = {}
+def stage_outputs(cnn: Backbone, images: Tensor) -> dict[int, Tensor]:
+    """The output of each stage in the net's own forward pass."""
+    outputs: dict[int, Tensor] = {}
     hooks = [
-        cnn.net._blocks[block].register_forward_hook(lambda _, __, y, block=block: done.update({block: y}))
+        cnn.net._blocks[block].register_forward_hook(lambda _, __, y, block=block: outputs.update({block: y}))
         for block in STAGES
     ]
     with torch.no_grad():
         cnn.net.extract_features(images)
     for hook in hooks:
         hook.remove()
-    return done
+    return outputs
 
 
 def shown(cnn: Backbone, images: Tensor, block: int = 3) -> Tensor:
@@ -60,23 +60,23 @@ def shown(cnn: Backbone, images: Tensor, block: int = 3) -> Tensor:
 
 
 def test_the_stages_have_the_strides_and_channels_that_are_counted_on(
-    cnn: Backbone, said: dict[int, Tensor]
+    cnn: Backbone, stage_outputs: dict[int, Tensor]
 ) -> None:
-    sizes = {block: tuple(y.shape[1:]) for block, y in said.items()}
+    sizes = {block: tuple(y.shape[1:]) for block, y in stage_outputs.items()}
     assert sizes == {block: (width, 64 // step, 96 // step) for block, (step, width) in STAGES.items()}
     assert (cnn.width, cnn.patch, cnn.channels, len(cnn.blocks)) == (368, 16, 3, 4)
 
 
-def test_a_place_shows_what_the_net_says_there(
-    cnn: Backbone, images: Tensor, said: dict[int, Tensor]
+def test_a_patch_is_the_net_s_output_there(
+    cnn: Backbone, images: Tensor, stage_outputs: dict[int, Tensor]
 ) -> None:
     maps = shown(cnn, images)
     for block, start, factor in ((2, 0, 4), (4, 24, 2)):  # finer: the mean of the places inside
-        y = said[block].unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).mean(dim=(3, 5))
+        y = stage_outputs[block].unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).mean(dim=(3, 5))
         torch.testing.assert_close(maps[:, start : start + y.shape[1]], y)
-    torch.testing.assert_close(maps[:, 64:176], said[10])
+    torch.testing.assert_close(maps[:, 64:176], stage_outputs[10])
     # Coarser: between the middles of four places, a quarter of the way from the nearest, down and across.
-    corner = said[14][:, :, :2, :2]
+    corner = stage_outputs[14][:, :, :2, :2]
     weights = torch.tensor([[9.0, 3.0], [3.0, 1.0]]) / 16
     torch.testing.assert_close(maps[:, 176:, 1, 1], (corner * weights).sum(dim=(2, 3)))
 
@@ -106,6 +106,6 @@ def test_the_same_image_gives_the_same_and_its_neighbours_in_the_batch_nothing(
     torch.testing.assert_close(shown(cnn, images)[1:], shown(cnn, images[1:]), rtol=1e-3, atol=1e-3)
 
 
-def test_a_block_that_is_not_there_is_refused(cnn: Backbone, images: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"Blocks \[2, 4\] are not all there: they are 0 to 3"):
+def test_a_missing_block_is_refused(cnn: Backbone, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Blocks \[2, 4\] do not all exist: they are 0 to 3"):
         cnn.layers(images, [2, 4])

@@ -193,7 +193,7 @@ def test_replaced_layers_are_called(where, generator):
     torch.testing.assert_close(results(installed(block), x, BATCH), results(block, x, BATCH))
 
 
-def kept(run):
+def count_saved(run):
     """How many tensors as large as the hidden rows the backward pass keeps, and the result."""
     found = {}
 
@@ -225,8 +225,8 @@ def test_scaled_linear_is_its_operations_one_by_one(gelu, with_gain):
 
 def test_the_result_of_the_gelu_is_not_kept():
     linear, x = nn.Linear(12, 5), torch.randn(40, 12, requires_grad=True)
-    assert kept(lambda: scaled_linear(x, linear, nn.Identity(), gelu=True))[0] == 1
-    assert kept(lambda: linear(F.gelu(x)))[0] == 2
+    assert count_saved(lambda: scaled_linear(x, linear, nn.Identity(), gelu=True))[0] == 1
+    assert count_saved(lambda: linear(F.gelu(x)))[0] == 2
 
 
 def test_a_tiny_gain_survives_fp16():

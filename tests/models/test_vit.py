@@ -1,4 +1,4 @@
-"""What the ViT promises beside its recorded features."""
+"""Properties of the ViT beside its recorded features."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_groups_in_one_pass_are_groups_one_by_one(generator):
 
 
 @torch.no_grad()
-def test_what_is_under_a_mask_is_not_seen(generator):
+def test_masked_patches_have_no_effect(generator):
     vit = small()
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[0, 5] = True  # row 1, column 1 of the 4 x 4 grid
@@ -103,7 +103,7 @@ def test_the_stored_size_uses_the_stored_positions():
     assert not torch.equal(vit._positions(2, 8), vit.pos_embed)
 
 
-def test_layers_come_in_their_own_order_and_unknown_ones_are_named(generator):
+def test_layers_come_in_the_order_of_depth_and_missing_ones_are_refused(generator):
     vit = small(depth=3)
     x = torch.randn(2, 3, 32, 16, generator=generator)
     a, b = vit.get_intermediate_layers(x, [2, 0], reshape=True)
@@ -117,7 +117,7 @@ def test_layers_come_in_their_own_order_and_unknown_ones_are_named(generator):
     ("values", "message"),
     [
         ({"size": 33}, "size=33 is no multiple of backbone.patch=8"),
-        ({"heads": 5}, "cannot be shared by backbone.heads=5"),
+        ({"heads": 5}, "no multiple of backbone.heads=5"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(values, message):
@@ -125,7 +125,7 @@ def test_sizes_that_do_not_fit_are_refused(values, message):
         small(**values)
 
 
-def test_an_image_that_cannot_be_cut_names_a_size_that_can():
+def test_an_image_size_that_does_not_fit_names_one_that_does():
     with pytest.raises(ValueError, match=r"35 x 32 pixels .* such as 32 x 32"):
         small()([torch.zeros(1, 3, 35, 32)], [None])
 

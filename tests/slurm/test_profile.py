@@ -41,7 +41,7 @@ def test_a_time_limit_is_rounded_up_to_minutes(hours, minutes):
         ("hours: 1-12", "hours=1-12: a number of hours, such as 24 or 0.5. SLURM's 1-12:30:00 is hours=36.5"),
         ("hours: 4:00:00", "write 4"),
         ("hours: 0", "hours=0: a number of hours"),
-        ("nodes: 0", "nodes=0: it must be 1 or more"),
+        ("nodes: 0", "nodes=0, but it must be 1 or more"),
         ("{hours: 0.02, notice: 120}", "notice=120 seconds are all of hours=0.02"),
         ("{venv: a, container: b}", "venv and container are given"),
         ("- a list", "ours.yaml is not a profile: it should hold keys such as partition"),

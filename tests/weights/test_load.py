@@ -214,7 +214,7 @@ def test_an_unknown_number_of_heads_must_be_given(drawn, tmp_path):
     with pytest.raises(ValueError, match=r"its width, 48, is no multiple of 64: give heads=N"):
         load_backbone(tmp_path / "x.pth")
     assert load_backbone(tmp_path / "x.pth", heads=3).blocks[0].attn.heads == 3
-    with pytest.raises(ValueError, match=r"backbone.width=48 cannot be shared by backbone.heads=5"):
+    with pytest.raises(ValueError, match=r"backbone.width=48 is no multiple of backbone.heads=5"):
         load_backbone(tmp_path / "x.pth", heads=5)
 
 
