@@ -182,7 +182,7 @@ def assert_resumes(here, name):
     assert here.state("unbroken") == ["COMPLETED"]
     assert here.state(name) == ["COMPLETED"], here.log(name)
     stopped = re.findall(r"stopped after step (\d+)", here.log(name))
-    begun = re.findall(r"goes on after step (\d+)", here.log(name))
+    begun = re.findall(r"resumes after step (\d+)", here.log(name))
     assert begun
     if name != "requeued":  # there SLURM gives KillWait to save, here five seconds: on a busy machine too few
         assert stopped == begun
@@ -201,7 +201,7 @@ def test_a_killed_process_fails_the_job_and_the_same_command_resumes_the_run(her
     assert "task 1: Killed" in here.dinokit("submit", "logs", here.jobs["killed"])
     here.train("killed")
     here.wait("killed", lambda: here.over("killed"))
-    assert "goes on after step 7" in here.log("killed")
+    assert "resumes after step 7" in here.log("killed")
     assert_same_weights(here, "killed")
 
 
@@ -215,7 +215,7 @@ def test_a_run_of_two_nodes_resumes_on_one_and_ends_like_a_run_of_one(here):
     train(whole, scenes.build(scenes.Config(size=32, count=200, split="train")))
     here.wait("moved", lambda: here.over("moved"))
     assert here.state("moved") == ["COMPLETED"], here.log("moved")
-    assert re.search(r"2 processes.*stopped after step (\d+).*goes on after step \1", here.log("moved"), re.S)
+    assert re.search(r"2 processes.*stopped after step (\d+).*resumes after step \1", here.log("moved"), re.S)
     one, two = (load_file(here.folder / "runs" / n / "teacher.safetensors") for n in ("whole", "moved"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=3e-5)
