@@ -12,6 +12,7 @@ from dinokit.config.load import Recipe
 from dinokit.runtime.device import pick_device, pick_precision
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is timed
+SLOW = 5.0  # seconds: a product that would take longer is not timed
 RATES = {"matmul_fp32": torch.float32, "matmul_bf16": torch.bfloat16}
 
 
@@ -66,7 +67,14 @@ def matmul_rates(device: torch.device) -> dict[str, float]:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a square matrix product: the best of three, as the rest is lost to other programs."""
-    side = SIDE.get(device.type, 2048)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return float(2 * side**3 / min(once(lambda: a @ b, device) for _ in range(3)))
+    """FLOP/s of a square matrix product: the best of three, as the rest is lost to other programs.
+
+    Only a small product is timed where the large one would take minutes: bf16 on a CPU without it.
+    """
+    large = SIDE.get(device.type, 2048)
+    for side in (256, large):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = min(once(lambda: a @ b, device) for _ in range(3))  # noqa: B023
+        if seconds * (large / side) ** 3 > SLOW:
+            break
+    return float(2 * side**3 / seconds)

@@ -238,7 +238,9 @@ def test_status_logs_and_cancel(here):
     here.dinokit("submit", "cancel", here.jobs["cancelled"])
     assert "CANCELLED" in here.dinokit("submit", "status", here.jobs["cancelled"])
     assert "has written no log yet" in here.dinokit("submit", "logs", here.jobs["cancelled"])
-    assert "done: runs/unbroken/teacher.safetensors" in here.dinokit("submit", "logs", here.jobs["unbroken"])
+    assert "finished: runs/unbroken/teacher.safetensors" in here.dinokit(
+        "submit", "logs", here.jobs["unbroken"]
+    )
 
 
 def test_an_array_evaluates_every_saved_teacher(here):
