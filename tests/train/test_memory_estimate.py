@@ -55,7 +55,7 @@ def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, ch
     # The prototypes themselves are counted elsewhere: 32 numbers each, at most four times at a time.
     own = 8192 * 32 * 4 * 4
     grown = lived[1] - lived[0]
-    assert grown - own <= counted[1] - counted[0] <= grown
+    assert grown - own <= counted[1] - counted[0] <= 1.01 * grown
 
 
 @pytest.mark.parametrize(
