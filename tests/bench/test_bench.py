@@ -16,6 +16,7 @@ from dinokit.bench.step import Form, bench_steps, model_flops, plain
 from dinokit.config.load import load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
+from dinokit.models import fused
 from dinokit.train.student_teacher import StudentTeacher, block_masks
 
 SMALL = [
@@ -156,6 +157,7 @@ def test_a_frozen_teacher_that_a_recipe_wants_is_asked_for(capsys):
 def test_flops_counted_without_data_are_those_of_a_real_step():
     recipe = load_recipe("small_photos", [*SMALL, "data={name: scenes}", "optim.batch=2", "run.logits=whole"])
     model = StudentTeacher(recipe).train()
+    fused.install(model)  # as the trainer does
     masks = block_masks(recipe, model.student.backbone)
     batches = training_loader(
         build(Config(size=48)), recipe.crops, masks, seed=0, start_step=0, steps=1, batch=2, workers=0
