@@ -99,5 +99,5 @@ def test_on_a_full_disk_the_error_says_what_may_be_done_and_the_old_state_stays(
 
 def test_a_folder_that_cannot_be_made_is_an_error_with_advice(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="could not be saved .* Ask for another"):
+    with pytest.raises(OSError, match=r"could not be saved .* Ask for another"):
         PartialResult(tmp_path / "file", "work", "a", advice="Ask for another.").save({"x": 1})
