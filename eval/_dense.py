@@ -4,12 +4,10 @@ b  images of a step     C  channels     D  width     H, W  of an image     h, w 
 """
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +23,8 @@ from dinokit.data.dense_transforms import (
 )
 from dinokit.data.loader import DenseSample, DenseTransform, dense_loader, dense_training_loader
 from dinokit.data.sampler import image_at
-from dinokit.data.sources import ImageLike
 from dinokit.data.transforms import to_uint8
-from dinokit.features import Map, dense, device_of, patch_width
+from dinokit.features import Map, dense, device_of, patch_width, spread
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, Precision, pick_precision
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
@@ -101,25 +98,7 @@ def open_dense(
         raise ValueError(f"{split}.name={section['name']} gives maps of {have}; this evaluates {needed}.")
     if not len(source):
         raise ValueError(f"{split}.name={section['name']} has no image.")
-    return _DenseSubset(source, limit) if 0 < limit < len(source) else source
-
-
-class _DenseSubset:
-    """Some pairs of a source: one drawn from each of `count` equal ranges, the same every time."""
-
-    def __init__(self, source: DenseSource, count: int) -> None:
-        n, draw = len(source), random.Random(0)
-        self.source, self.classes = source, source.classes
-        self.indices = [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
-        return self.source[self.indices[index]]
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.indices[index])
+    return cast(DenseSource, spread(cast(Any, source), limit))  # a Subset gives what its source gives
 
 
 def read_pairs(source: DenseSource, workers: int, text: str, share: bool = False) -> Iterator[DenseSample]:

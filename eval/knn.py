@@ -27,7 +27,7 @@ ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 32 MiB, and about four time
 @dataclass
 class Config(ClassificationConfig):
     k: tuple[int, ...] = (10, 20, 100, 200)  # neighbours; more than there are images means all of them
-    temp: float = 0.07  # T
+    temp: float = 0.07  # a vote weighs softmax(cosine / temp)
     few_shot: tuple[int, ...] = ()  # training images a class, for further scores
     tries: int = only_if(1, few_shot=True)  # draws of these images, averaged
 

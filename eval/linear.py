@@ -211,14 +211,14 @@ def _train(
     unreadable = torch.zeros(len(task.train), dtype=torch.uint8)  # 1 for an image that cannot be read
     if state is not None:
         grid.load_state_dict(state)
-        unreadable.copy_(state["lost"])
+        unreadable.copy_(state["unreadable"])
     start = step = 0 if state is None else int(state["step"])
     prepare = _cached if cfg.mode == "cached" else _online
     batches, choose = prepare(cfg, task, fit, held_out, start, unreadable)
 
     def training_state() -> dict[str, Any]:
-        lost = all_reduce_max(unreadable.to(device)).cpu()  # of all processes: the first one saves
-        return {"step": step, "lost": lost, **grid.state_dict()}
+        of_all = all_reduce_max(unreadable.to(device)).cpu()  # the first process saves
+        return {"step": step, "unreadable": of_all, **grid.state_dict()}
 
     with partial.saved_on_exit(training_state):
         heads = len(list(grid.classifiers()))

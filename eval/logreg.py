@@ -113,8 +113,8 @@ def _accuracy_by_c(
     accuracy = choose.x.new_zeros(len(grid))
     last = fit.x.new_zeros(world, classes, fit.x.shape[1] + 1)  # each process's weight and bias
     if (state := partial.load()) is not None:
-        finished = int(state["done"])
-        accuracy.copy_(state["worth"])
+        finished = int(state["finished"])
+        accuracy.copy_(state["accuracy"])
         last.copy_(state["last"] if len(state["last"]) == world else state["last"][-1])
     rounds = math.ceil(len(grid) / world)
     for first in watch(range(finished, len(grid), world), rounds, "C", finished // world, together=True):
@@ -125,7 +125,7 @@ def _accuracy_by_c(
             new_accuracy[i] = class_scores(choose.x @ weight.T + bias, choose.y)["top1"]
             new_last[rank()] = torch.cat([weight, bias[:, None]], dim=1)
         accuracy, last = accuracy + all_reduce_sum(new_accuracy), all_reduce_sum(new_last)
-        partial.save({"done": first + world, "worth": accuracy, "last": last})
+        partial.save({"finished": first + world, "accuracy": accuracy, "last": last})
     return accuracy.tolist()
 
 

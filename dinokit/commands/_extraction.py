@@ -67,7 +67,7 @@ def end(config: "Config") -> dict[str, Any]:
         store = open_store(out)
         names = [name for name, good in zip(store.iter_names(), store.valid, strict=True) if not good]
     write_text(out / "unreadable.txt", "".join(f"{name}\n" for name in names))
-    shapes = {token: said["shape"] for token, said in about["tokens"].items()}
+    shapes = {token: entry["shape"] for token, entry in about["tokens"].items()}
     return {"images": about["images"], "unreadable": len(names), **shapes}
 
 

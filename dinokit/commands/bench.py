@@ -8,7 +8,7 @@ recipe; with input=synthetic (default) they need none.
 dinokit bench step heads.cls.prototypes=65536 batch=8 --against plain
 dinokit bench data
 dinokit bench data input=data data.path=PHOTOS
-dinokit.bench.backbone dinov2_vitl16_short batch=2
+dinokit bench attention dinov2_vitl16_short batch=2
 """
 
 import json

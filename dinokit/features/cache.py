@@ -28,6 +28,7 @@ from dinokit.runtime.partial import PartialResult
 
 LAYOUT = 1  # of an entry; increase it whenever the meaning of features changes
 LIMIT = 20 * 2**30  # bytes of all entries
+ADVICE = "Free some space, set cache=ANOTHER_FOLDER, or cache nothing with cache=null."
 
 
 def cached(
@@ -52,7 +53,7 @@ def cached(
     features = load_cached(folder, depends_on, device)
     if features is None:
         path = _path(folder, depends_on)
-        partial = PartialResult(folder, "features", (LAYOUT, depends_on))
+        partial = PartialResult(folder, "features", (LAYOUT, depends_on), advice=ADVICE)
         features = compute(partial)
         if rank() == 0:
             _write(path, features, depends_on)
@@ -90,10 +91,7 @@ def _write(path: Path, features: Features, depends_on: object) -> None:
         with atomic(path) as temporary:
             save_file(tensors, temporary, metadata)
     except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"Features could not be saved in {path.parent}: {error}. Free some space, set "
-            f"cache=ANOTHER_FOLDER, or cache nothing with cache=null."
-        ) from None
+        raise OSError(f"Features could not be saved in {path.parent}: {error}. {ADVICE}") from None
 
 
 def _read(path: Path) -> Features | None:

@@ -145,11 +145,13 @@ class _Rows:
     def __init__(self, count: int, width: int, device: torch.device, partial: PartialResult | None) -> None:
         self.x = torch.zeros(count, width, device=device)
         self.y, self.valid = torch.zeros(2, count, dtype=torch.int64, device=device)
-        self.processed = 0
+        self.processed = self._saved = 0
         self._partial = partial or PartialResult(None, "features", None)
         for piece in self._partial.load_pieces():
+            if piece.get("start") != self.processed:
+                break  # another command did the same work: rows in between would be missing
             self._set(piece["indices"].to(device), piece["x"], piece["y"])
-            self.processed = piece["processed"]
+            self.processed = self._saved = piece["processed"]
         self._unsaved: list[Tensor] = []
         self._saved_at = time.monotonic()
 
@@ -167,8 +169,8 @@ class _Rows:
         if self._unsaved:
             at = torch.cat(self._unsaved)
             rows = {"indices": at.cpu(), "x": self.x[at].cpu(), "y": self.y[at].cpu()}
-            self._partial.append({**rows, "processed": self.processed})
-        self._unsaved, self._saved_at = [], time.monotonic()
+            self._partial.append({**rows, "start": self._saved, "processed": self.processed})
+        self._unsaved, self._saved, self._saved_at = [], self.processed, time.monotonic()
 
     def gather(self, source: ImageSource, precision: torch.dtype | None) -> Features:
         """The rows of all processes, without those of unreadable images."""

@@ -86,9 +86,7 @@ Append = Callable[[dict[str, np.ndarray], np.ndarray, list[str]], None]
 
 
 @contextmanager
-def growing_array(
-    path: Path, row: tuple[int, ...], dtype: np.dtype
-) -> Iterator[Callable[[np.ndarray], None]]:
+def growing_array(path: Path, row: tuple[int, ...], dtype: np.dtype) -> Iterator[AppendRows]:
     """A `.npy` file of rows of one shape, which is complete when the block ends; yields append(rows).
 
     Rows are written, not memory-mapped: on a full disk a write raises OSError, but a map kills the process.

@@ -140,10 +140,8 @@ def depther(
     loaded = load_depther(path, backbone, weights, hub_range_bug)
     is_dpt = isinstance(loaded.head, DPT)
     if is_dpt != (kind == "dd") or (not is_dpt and len(loaded.blocks) != layers):
-        asked, found = (
-            _entry_name(model, kind == "dd", layers),
-            _entry_name(model, is_dpt, len(loaded.blocks)),
-        )
+        asked = _entry_name(model, kind == "dd", layers)
+        found = _entry_name(model, is_dpt, len(loaded.blocks))
         raise ValueError(
             f"{path} is not the head of {asked}, but of {found}. Call that, or give another file."
         )

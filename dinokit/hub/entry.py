@@ -5,7 +5,7 @@ modules: the names in its state_dict are the official ones, without a prefix, an
 one does the same to the other. Only torch is needed, until a safetensors file is read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,13 @@ OFFICIAL = {
     "interpolate_offset": "pos_offset",
     "interpolate_antialias": "pos_antialias",
 }
+# Ends of the docstrings of entry points.
+BACKBONE_FILES = """\
+    pretrained=True downloads the released file once; pretrained=False initialises weights at random.
+    weights=PATH reads a local file of any format that dinokit reads."""
+HEAD_FILES = """\
+    backbone_weights=PATH and head_weights=PATH read local files; other files are downloaded once, or
+    with pretrained=False initialised at random."""
 TRAINED_ON = ("LVD142M", "IMAGENET1K", "NONE")  # values of `weights` in official code, besides a path
 
 
@@ -99,16 +106,11 @@ def depth_entry(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module
 
     which = "linear depth head, on layers=1 or 4 blocks" if kind == "ld" else "DPT depth head"
     text = f"{name} and its {which}: images in [0, 1] (b, 3, h, w) -> metres (b, 1, h, w)."
-    entry.__name__ = entry.__qualname__ = f"{name}_{kind}"
-    entry.__doc__ = f"""{text}
+    text += """
 
     weights="NYU" (to 10 m) or "KITTI" (to 80 m) selects the head.
-    hub_range_bug=True gives a linear NYU head the range to 80 m, as a version of the official code did.
-    backbone_weights=PATH and head_weights=PATH read local files; other files are downloaded once, or
-    with pretrained=False initialised at random.
-    More arguments: {", ".join(OFFICIAL)}.
-    """
-    return entry
+    hub_range_bug=True gives a linear NYU head the range to 80 m, as a version of the official code did."""
+    return _named(entry, f"{name}_{kind}", text, HEAD_FILES)
 
 
 def segmentation_entry(name: str) -> Callable[..., nn.Module]:
@@ -130,15 +132,10 @@ def segmentation_entry(name: str) -> Callable[..., nn.Module]:
         return released.segmenter(vit, name, _find_head(pretrained, head_weights), layers, weights)
 
     text = f"{name} and its segmentation head: images in [0, 1] (b, 3, h, w) -> logits (b, classes, h, w)."
-    entry.__name__ = entry.__qualname__ = f"{name}_seg"
-    entry.__doc__ = f"""{text}
+    text += """
 
-    weights="ADE20K" (150 classes) or "VOC2012" (21) and layers=1 ("linear") or 4 ("ms") select the head.
-    backbone_weights=PATH and head_weights=PATH read local files; other files are downloaded once, or
-    with pretrained=False initialised at random.
-    More arguments: {", ".join(OFFICIAL)}.
-    """
-    return entry
+    weights="ADE20K" (150 classes) or "VOC2012" (21) and layers=1 ("linear") or 4 ("ms") select the head."""
+    return _named(entry, f"{name}_seg", text, HEAD_FILES)
 
 
 def _find_head(pretrained: bool, head_weights: str | Path | None) -> Callable[[str], str | Path] | None:
@@ -215,12 +212,13 @@ def _vit(
     return vit
 
 
-def _named(entry: Callable[..., nn.Module], name: str, text: str) -> Callable[..., nn.Module]:
+def _named(
+    entry: Callable[..., nn.Module], name: str, text: str, files: str = BACKBONE_FILES
+) -> Callable[..., nn.Module]:
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"""{text}
 
-    pretrained=True downloads the released file once; pretrained=False initialises weights at random.
-    weights=PATH reads a local file of any format that dinokit reads.
+{files}
     More arguments: {", ".join(OFFICIAL)}.
     """
     return entry
@@ -263,16 +261,9 @@ class DINOv2(nn.Module):
             ]
         return self._vit.forward_features(x, masks)
 
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        norm: bool = True,
-    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+    def get_intermediate_layers(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """As VisionTransformer.get_intermediate_layers."""
-        return self._vit.get_intermediate_layers(x, n, reshape, return_class_token, norm)
+        return self._vit.get_intermediate_layers(x, *args, **options)
 
 
 class DINO(nn.Module):

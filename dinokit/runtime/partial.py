@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 
@@ -29,14 +30,20 @@ class PartialResult:
         depends_on: everything that decides the result; its repr() is hashed into the file's name, so that
             other settings, weights or images never resume from this state.
         device: where loaded tensors go.
+        advice: what the user can do if the folder cannot be written.
     """
 
     def __init__(
-        self, folder: str | Path | None, name: str, depends_on: object, device: torch.device | None = None
+        self,
+        folder: str | Path | None,
+        name: str,
+        depends_on: object,
+        device: torch.device | None = None,
+        advice: str = "Free some space, or set out=ANOTHER_FOLDER.",
     ) -> None:
         tag = blake2b(repr(depends_on).encode(), digest_size=8).hexdigest()
         self.path = Path(folder).expanduser() / f".{name}_{tag}.pt" if folder is not None else None
-        self.device = device or torch.device("cpu")
+        self.device, self.advice = device or torch.device("cpu"), advice
         self._pieces = 0
 
     def load(self) -> dict[str, Any] | None:
@@ -98,18 +105,21 @@ class PartialResult:
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:
+            with ZipFile(path) as file:
+                if file.testzip() is not None:  # torch.load checks no checksum
+                    return None
             state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         except Exception:  # a missing or damaged file fails in many ways; each means to compute it again
             return None
         return state
 
     def _write(self, path: Path, state: Mapping[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with atomic(path) as temporary:
-                torch.save(dict(state), temporary)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+            with atomic(path) as temporary, temporary.open("wb") as file:
+                torch.save(dict(state), file)
+        except (OSError, RuntimeError) as error:
+            # On a full disk torch raises a RuntimeError of its own while it handles the system's error.
+            why = error.__context__ if isinstance(error.__context__, OSError) else error
             raise OSError(
-                f"Unfinished work could not be saved in {path.parent}: {error}. Free some space, or choose "
-                f"another folder."
+                f"Unfinished work could not be saved in {path.parent}: {why}. {self.advice}"
             ) from None

@@ -15,6 +15,7 @@ from torch import nn
 
 from dinokit.features import extract, frozen, spread
 from dinokit.models import Backbone, Input, Tokens
+from dinokit.runtime.partial import PartialResult
 
 
 class Squares:
@@ -135,6 +136,19 @@ def test_extraction_uses_no_random_numbers_of_training(backbone):
     before = torch.get_rng_state()
     extract(backbone.train(), Squares(), 8, 8)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_pieces_of_two_commands_in_one_folder_leave_no_image_out(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["dinokit.features.extract"], "SAVE_SECONDS", 0.0)
+    source = Squares(n=9)
+    for name, batch in (("two", 2), ("four", 4)):
+        extract(backbone, source, 8, 8, batch, partial=PartialResult(tmp_path / name, "features", "same"))
+    (four,) = (tmp_path / "four").glob("*.1.pt")  # images 4 to 7; piece 0 of the other command ends with 1
+    four.replace(tmp_path / "two" / four.name)
+    partial = PartialResult(tmp_path / "two", "features", "same")
+    features = extract(backbone, source, 8, 8, batch=2, partial=partial)
+    assert features.unreadable == []
+    torch.testing.assert_close(features.x, extract(backbone, source, 8, 8).x)
 
 
 def test_something_can_be_trained_on_the_features(backbone):

@@ -1,5 +1,8 @@
 """State of unfinished work: saved, read back, never taken from other settings or from a damaged file."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -60,3 +63,41 @@ def test_pieces_belong_to_a_process_and_are_removed_for_all(tmp_path, monkeypatc
     assert list(alone.load_pieces()) == []
     alone.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_number_is_noticed_and_the_work_done_again(tmp_path):
+    work = PartialResult(tmp_path, "work", "a")
+    work.save({"x": torch.arange(10_000)})
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert work.load() is None
+
+
+FULL_DISK = """
+import resource, signal, sys
+import torch
+from dinokit.runtime.partial import PartialResult
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond it fails as on a full disk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    PartialResult(sys.argv[1], "work", "a").save({"x": torch.zeros(10**6)})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_on_a_full_disk_the_error_says_what_may_be_done_and_the_old_state_stays(tmp_path):
+    PartialResult(tmp_path, "work", "a").save({"step": 2})
+    result = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
+    assert "File too large. Free some space, or set out=ANOTHER_FOLDER." in result.stdout, result.stderr
+    assert PartialResult(tmp_path, "work", "a").load() == {"step": 2}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_advice(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"could not be saved .* Ask for another"):
+        PartialResult(tmp_path / "file", "work", "a", advice="Ask for another.").save({"x": 1})
