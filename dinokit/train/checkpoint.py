@@ -216,7 +216,7 @@ def named_tensors(model: nn.Module, trained: nn.Module, optimizer: Optimizer) ->
 
 
 def read_targets(
-    stored: Mapping[str, tuple[int, ...]], model: nn.Module, trained: nn.Module, optimizer: Optimizer
+    stored: Mapping[str, tuple[int, ...]], model: nn.Module, trained: nn.Module
 ) -> dict[str, Tensor]:
     """Tensors to read a checkpoint with these names and shapes into; then give them to restore().
 

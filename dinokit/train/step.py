@@ -65,7 +65,8 @@ class Step:
         self.scaler.update()
         # Also after an overflow, when the student did not move: to ask for that would wait for the device.
         self.model.update_teacher(schedules.momentum(step))
-        end_of_step(self.model)  # statistics of the losses, such as centres
+        end_of_step(self.model.losses)  # statistics, such as centres
+        end_of_step(self.model.guide_losses)
         return {**losses, **{f"grad_{name}": norm for name, norm in norms.items()}}
 
     def backward(self, batch: Batch) -> dict[str, Tensor]:
@@ -101,7 +102,7 @@ class Step:
 
     def read_targets(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Tensors to read a checkpoint with these names and shapes into; then give them to load()."""
-        return read_targets(shapes, self.model, self.model.student, self.optimizer)
+        return read_targets(shapes, self.model, self.model.student)
 
     def load(self, tensors: Mapping[str, Tensor], scaler: Mapping[str, object]) -> None:
         """Restore what state() returned."""

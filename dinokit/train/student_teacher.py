@@ -98,6 +98,7 @@ class StudentTeacher(nn.Module):
         self.whole_logits = recipe.run.logits == "whole"
         self.loss_names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = build_losses(recipe.losses, prototypes_of(recipe))
+        self.guide_losses = nn.ModuleList()
         if self.learns_teacher_heads:
             self.student.guide = TeacherHeads(self.teacher.backbone.width, recipe)
             self.guide_losses = build_losses(recipe.losses, prototypes_of(recipe))

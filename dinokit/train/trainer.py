@@ -89,6 +89,7 @@ class Trainer:
 
             recipe = init_weights(recipe, model, resumes=saved is not None)
         self.recipe, self.out, self.source = recipe, out, source
+        self.images = image_facts(source)
         self.evaluators, self.watchdog = evaluators, watchdog
         self.step = Step(recipe, device, micro_batches, model)
         self.start = saved.step if saved else 0
@@ -133,12 +134,15 @@ class Trainer:
                     self.log_losses(losses, step)
                 if save:
                     self.save_checkpoint(step)
+                if due and not stopping:
+                    self.evaluate(step, due)
+                    stopping = stop.on_any_process() and not last
+                    if stopping and not save:
+                        self.save_checkpoint(step)
                 if stopping:
                     self.checkpoints.finish()
                     self.log.info(f"stopped after step {step}; the same command resumes from here")
                     raise Stopped
-                if due:
-                    self.evaluate(step, due)
             self.checkpoints.finish()
             for line in first_and_last_scores(self.out):
                 self.log.info(line)
@@ -263,7 +267,7 @@ class Trainer:
         values = {
             "scaler": scaler,
             "unreadable": list(self.unreadable.reasons),
-            "images": image_facts(self.source),
+            "images": self.images,
             "images_at_once": self.step.images_at_once,
             "memory_share": memory_share(self.step.device),
         }
@@ -275,13 +279,12 @@ class Trainer:
         Raises:
             ValueError: if the images are others, or the checkpoint is damaged or of another model.
         """
-        images = image_facts(self.source)
-        for name, value in saved.values.get("images", images).items():
-            if value != images[name]:
+        for name, value in saved.values.get("images", self.images).items():
+            if value != self.images[name]:
                 teacher = saved.path.parents[1] / "teacher.safetensors"
                 raise ValueError(
-                    f"The {name} was {value} at {saved.path}, and now is {images[name]}: a run resumes with "
-                    f"the images that it began with. Bring them back, or begin a new run with "
+                    f"The {name} was {value} at {saved.path}, and now is {self.images[name]}: a run resumes "
+                    f"with the images that it began with. Bring them back, or begin a new run with "
                     f"run.out=ANOTHER backbone.weights={teacher}."
                 )
         checkpoint.verify(saved)

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dinokit.config import registry
-from dinokit.runtime.signals import STOP_SIGNALS
+from dinokit.runtime.signals import STOP_SIGNALS, Stopped
 from dinokit.train import trainer
 from dinokit.train.checkpoint import latest
 from dinokit.train.step import Step
@@ -140,6 +140,25 @@ def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, 
     assert len(calls) == 2
     assert "stopped" not in (signalled / "run.log").read_text()
     same_run(whole, signalled)
+
+
+@pytest.mark.usefixtures("signals_given_back")
+def test_a_signal_during_an_evaluation_stops_the_run_before_the_next_step(tiny, same_run):
+    whole = train(tiny("whole"), [Evaluator("probe", 3, lambda _: {"x": 0.0})])
+    calls = []
+
+    def evaluate(_):
+        calls.append(1)
+        if len(calls) == 2:  # after step 3, which has no checkpoint of its own
+            signal.raise_signal(signal.SIGTERM)
+        return {"x": 0.0}
+
+    stopped = tiny("stopped")
+    with pytest.raises(Stopped):
+        train(stopped, [Evaluator("probe", 3, evaluate)])
+    assert latest(Path(stopped.run.out) / "checkpoints").step == 3
+    same_run(whole, train(stopped, [Evaluator("probe", 3, evaluate)]))
+    assert len(calls) == 3  # that of step 3 was complete
 
 
 def test_the_teachers_to_keep_stay_beside_the_last_one(tiny, weights):
