@@ -174,12 +174,10 @@ def unsharded_backbone(recipe: Recipe, backbone: Backbone) -> Backbone:
 
     An evaluator may call the result more often in one process than in another; FSDP would wait for ever.
     """
-    assert isinstance(backbone, nn.Module)
     if not any(hasattr(x, "full_tensor") for x in backbone.parameters()):
         return backbone
     with torch.device("meta"):
         copy = build_backbone(recipe)
-    assert isinstance(copy, nn.Module)
     state = {name: full(x).detach() for name, x in backbone.state_dict().items()}
     copy.load_state_dict(state, strict=True, assign=True)
     copy.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinokit.config.load import Recipe
 from dinokit.data.augment import Photometric
@@ -201,7 +201,7 @@ def bytes_sent(
     return inside * weights, across * c.gpus * weights  # nodes of one GPU each: all is sent between nodes
 
 
-def cluster_estimate(recipe: Recipe, student: nn.Module, c: Cluster, activations: float) -> dict[str, str]:
+def cluster_estimate(recipe: Recipe, student: Network, c: Cluster, activations: float) -> dict[str, str]:
     """Lines for people, by name.
 
     Args:
@@ -213,7 +213,6 @@ def cluster_estimate(recipe: Recipe, student: nn.Module, c: Cluster, activations
     Raises:
         ValueError: if the recipe cannot run so.
     """
-    assert isinstance(student, Network)
     total = sum(p.numel() for p in student.parameters())
     mode, s = parallel_mode(recipe, total, activations, c)
     micro_batches = accumulation(recipe, c.world)
