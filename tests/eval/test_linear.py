@@ -202,10 +202,10 @@ values, stop = json.loads(sys.argv[2]), int(sys.argv[3])
 net = Mean()
 if stop:
     whole = net.layers
-    def until(crops, blocks):
+    def until(*args):
         if net.calls == stop:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(crops, blocks)
+        return whole(*args)
     net.layers = until
 cfg = linear.Config(**section_values("eval", "linear", values, ""))
 print(json.dumps(linear.evaluate(cfg, net)), net.calls)
