@@ -234,7 +234,7 @@ def model_flops(recipe: Recipe, batch: Batch) -> float:
     """
     form = plain(recipe)
     needed = replace(form, run=replace(form.run, tokens="read"))
-    # Here, because an idle process would count the 0.07 GiB of modules that they bring; a step brings them too.
+    # Here, because their modules, 0.07 GiB that a step brings too, would count as those of an idle process.
     fakes, counters = map(import_module, ("torch._subclasses.fake_tensor", "torch.utils.flop_counter"))
     with torch.device("meta"):
         model = StudentTeacher(needed).train()
