@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.data.loader import image_loader
-from dinokit.data.sources import ImageSource
+from dinokit.data.sources import ImageSource, images_stamp
 from dinokit.data.transforms import RandomResizedCrop, Transform
 from dinokit.eval._config import ClassificationConfig, refuse_overlap
 from dinokit.eval._images import (
@@ -40,7 +40,7 @@ from dinokit.eval._images import (
 )
 from dinokit.eval._linear_grid import Head, ImageOrder, LinearGrid, cached_batches
 from dinokit.eval._metrics import accepted_share, class_scores, mean_average_precision
-from dinokit.features import Features, Pooling, Subset, device_of, frozen, images_stamp, normalised
+from dinokit.features import Features, Pooling, Subset, device_of, frozen, normalised
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import all_reduce_max, rank

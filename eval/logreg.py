@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if, source_field
+from dinokit.data.sources import images_stamp
 from dinokit.eval._config import ClassificationConfig, refuse_overlap
 from dinokit.eval._images import (
     image_features,
@@ -29,7 +30,7 @@ from dinokit.eval._images import (
     split_images,
 )
 from dinokit.eval._metrics import class_scores
-from dinokit.features import Features, images_stamp
+from dinokit.features import Features
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 from dinokit.runtime.log import watch

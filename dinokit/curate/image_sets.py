@@ -15,16 +15,8 @@ from dinokit.config import registry
 from dinokit.curate.index import Searcher, Vectors, save
 from dinokit.curate.settings import Embed, Index, Share
 from dinokit.data.files import ImageFiles, Names
-from dinokit.data.sources import ImageLike, ImageSource
-from dinokit.features import (
-    Extraction,
-    ExtractSpec,
-    Subset,
-    extract_to,
-    fingerprint,
-    images_stamp,
-    open_store,
-)
+from dinokit.data.sources import ImageLike, ImageSource, images_stamp
+from dinokit.features import Extraction, ExtractSpec, Subset, extract_to, fingerprint, open_store
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
 from dinokit.weights import load_backbone

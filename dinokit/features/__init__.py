@@ -1,16 +1,17 @@
 """Features of a frozen backbone: vectors, feature maps, attention, and stores of them on disk."""
 
-from dinokit.features.attention import attention
+from dinokit.data.sources import images_stamp
 from dinokit.features.cache import cached, load_cached
 from dinokit.features.extract import Features, Subset, extract, spread
 from dinokit.features.extract_store import Extraction, ExtractSpec, extract_to
-from dinokit.features.fingerprint import fingerprint, images_stamp
 from dinokit.features.store import Store, open_store
 from dinokit.features.tokens import (
     Map,
     Pooling,
+    attention,
     dense,
     device_of,
+    fingerprint,
     frozen,
     last_blocks,
     last_layers,
@@ -22,6 +23,6 @@ from dinokit.features.tokens import (
 __all__ = [
     "ExtractSpec", "Extraction", "Features", "Map", "Pooling", "Store", "Subset",
     "attention", "cached", "dense", "device_of", "extract", "extract_to", "fingerprint", "frozen",
-    "images_stamp", "last_blocks", "last_layers", "load_cached", "normalised", "open_store", "patch_width",
+    "last_blocks", "last_layers", "load_cached", "normalised", "open_store", "patch_width",
     "spread", "spread_blocks",
 ]  # fmt: skip

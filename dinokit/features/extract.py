@@ -15,9 +15,8 @@ from torch import Tensor
 
 from dinokit.data.loader import image_loader
 from dinokit.data.sampler import RangeSampler
-from dinokit.data.sources import ImageLike, ImageSource
+from dinokit.data.sources import ImageLike, ImageSource, images_stamp
 from dinokit.data.transforms import CenterCrop, Transform
-from dinokit.features.fingerprint import images_stamp
 from dinokit.features.tokens import Pooling, device_of, frozen, normalised
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size

@@ -22,7 +22,6 @@ from dinokit.data.loader import ImageBatch, image_loader
 from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import FitTransform
-from dinokit.features.fingerprint import fingerprint
 from dinokit.features.store import (
     FORMAT,
     RECORD,
@@ -35,7 +34,7 @@ from dinokit.features.store import (
     shard_size,
 )
 from dinokit.features.store_writers import Append, npy_shard, parquet_shard, prepare_folder, write_error
-from dinokit.features.tokens import block_tokens, device_of, frozen, normalised
+from dinokit.features.tokens import block_tokens, device_of, fingerprint, frozen, normalised
 from dinokit.models import Backbone, Tokens
 
 OnProgress = Callable[[int, Sequence[str]], None]  # number of new images, and what is wrong with some of them

@@ -1,22 +1,25 @@
-"""Runs a frozen backbone on images, and turns its tokens into one vector per image or into feature maps.
+"""Runs a frozen backbone on images: one vector per image, feature maps, attention; and its fingerprint.
 
 b  images     C  channels     D  width of the backbone     N  patches     h, w  patches down and across
+H  heads of attention     T  tokens: class, registers, patches     d  D / H
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinokit.models import Backbone, Tokens
+from dinokit.models import Backbone, Input, Tokens
 
 GEM_POWER, GEM_MIN = 4.0, 1e-6  # of DINO's copy detection
 # Blocks that DINOv2's depth heads use, by the depth of the backbone.
 SPREAD = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
+PLAIN = bool, int, float, str, tuple, Input, torch.dtype, type(None)
 
 
 @contextmanager
@@ -228,3 +231,85 @@ def _map(tokens: Tokens, grid: tuple[int, int]) -> Map:
         patches.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
         tokens.cls.to(torch.float32, copy=True),
     )
+
+
+@torch.inference_mode()
+def attention(backbone: Backbone, crops: Tensor, block: int = -1) -> Tensor:
+    """Softmax attention of the class token over all tokens, in one block.
+
+    Attention kernels do not return their weights. So a hook records the queries and keys of one block during
+    a normal forward pass, and only the row of the class token is computed from them: O(T * D).
+    The last N of T are the patches, row by row: attention(...)[..., -N:].unflatten(2, (h, w)) are H maps.
+    DINO uses the last block (arXiv 2104.14294, figure 1).
+
+    Args:
+        backbone: a ViT of ours or of timm, on the device of the crops; it does not change.
+        crops: (b, C, h, w), normalised.
+        block: its index, from 0; negative ones count from the end.
+
+    Returns:
+        (b, H, T) float32; rows sum to 1.
+
+    Raises:
+        ValueError: if there is no such block, or it has another kind of attention.
+    """
+    depth = len(backbone.blocks)
+    if not -depth <= block < depth:
+        raise ValueError(f"block={block}: the backbone has {depth} blocks, numbered from 0.")
+    layer = getattr(backbone.blocks[block], "attn", None)
+    heads = getattr(layer, "heads", None) or getattr(layer, "num_heads", None)
+    qkv = getattr(layer, "qkv", None)
+    if not isinstance(layer, nn.Module) or not isinstance(qkv, nn.Linear) or not heads:
+        raise ValueError(
+            f"Block {block} of {type(backbone).__name__} has no attention with one linear layer "
+            f"`attn.qkv`, so its weights cannot be computed."
+        )
+    recorded: list[Tensor] = []
+    handle = qkv.register_forward_hook(lambda _, __, out: recorded.append(out))
+    try:
+        with frozen(backbone):
+            backbone([crops], [None])
+    finally:
+        handle.remove()
+    return _weights(layer, recorded[0].reshape(len(crops), -1, qkv.out_features), int(heads))
+
+
+def _weights(layer: nn.Module, qkv: Tensor, heads: int) -> Tensor:
+    """(b, T, 3 * D) -> (b, H, T)."""
+    q, k, _ = qkv.float().unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (b, H, T, d)
+    q = getattr(layer, "q_norm", nn.Identity())(q[:, :, :1])
+    k = getattr(layer, "k_norm", nn.Identity())(k)
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(dim=-1)[:, :, 0]
+
+
+def fingerprint(module: nn.Module, *, settings: bool = False) -> str:
+    """SHA-256 of a module's tensors, as 64 hexadecimal digits.
+
+    By default it covers what a file of weights contains: name, type, shape and values of every tensor in
+    state_dict(). It does not depend on the file format. Recipes, feature stores and checkpoints contain it.
+
+    With `settings` it also covers what no file contains: buffers that are not saved, and the modules' plain
+    attributes (number of heads, patch size ...). Backbones with the same value compute the same features.
+    Use it for caches and results; it may change with the version of dinokit.
+
+    It copies every tensor to the CPU, one at a time: about one second for each gigabyte.
+    """
+    state = module.state_dict()
+    if not settings:
+        return _digest(state)
+    unsaved = {name: value for name, value in module.named_buffers() if name not in state}
+    attributes = "".join(f"{name} {_attributes(child)}\n" for name, child in module.named_modules())
+    return sha256((attributes + _digest({**state, **unsaved})).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _attributes(module: nn.Module) -> str:
+    plain = sorted((key, value) for key, value in vars(module).items() if isinstance(value, PLAIN))
+    return f"{type(module).__qualname__} {[(key, value) for key, value in plain if key != 'training']}"

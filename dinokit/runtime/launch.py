@@ -1,11 +1,17 @@
 """Start, compare, stop and fail together: the processes of one command, with torch.distributed.
 
 A process that fails writes so into the store that all share. The others see it within a second and exit
-without a message, so what is printed first is the cause, and not another process's lost connection.
+without a message, so what is printed first is the cause, and not another process's lost connection. A
+Watchdog ends a process that hangs. run_lock() refuses a second run in the same folder: it is a kernel lock on
+run.out/.lock, released when the process that has it ends, also between nodes on a shared file system.
 """
 
+import errno
+import faulthandler
+import fcntl
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -16,15 +22,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from dinokit.runtime.distributed import Launch, broadcast, gather_objects, launch, rank, world_size
+from dinokit.runtime.distributed import (
+    Launch,
+    broadcast,
+    gather_objects,
+    launch,
+    rank,
+    slurm_job_id,
+    world_size,
+)
 from dinokit.runtime.signals import Stopped
-from dinokit.runtime.watchdog import Watchdog
 
 FAILED = "failed"  # key in the store: the rank of the process that failed first
 LATER = 60.0  # seconds by which the wait for others outlasts the watchdog, which shows where one hangs
@@ -32,10 +45,15 @@ GRACE = 5.0  # seconds that a process has to exit by itself after another one fa
 PATIENCE = 2.0  # seconds to wait for the cause of a lost connection
 LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of errors that follow from another process's exit
 SELF_EXPLAINING = ValueError, LookupError, OSError, KeyboardInterrupt  # errors that need no traceback
+BEFORE = 0.5  # seconds before the exit at which the reason is printed
+LOCK = ".lock"  # in the run's folder during the run
+LEASE = 120.0  # seconds; a file server releases the locks of a lost machine after about 90 (NFS 4)
+LOCKED = errno.EACCES, errno.EAGAIN  # errors of a lock that another process has
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # errors of a file system that has none
 
 
 @contextmanager
-def process_group(device: torch.device, minutes: float) -> Iterator[Watchdog]:
+def process_group(device: torch.device, minutes: float) -> "Iterator[Watchdog]":
     """Connect the processes that were started together, for the length of the block; gives a watchdog.
 
     Args:
@@ -197,3 +215,121 @@ def _appears(path: Path) -> bool:
             return True
         time.sleep(0.25)
     return False
+
+
+class Watchdog:
+    """For the length of a block, a process must call reset() often enough, or it exits.
+
+    The stack traces are printed without Python's lock, which a process may hold while it hangs; the sentence
+    in front of them needs the lock, and is missing then.
+
+    Args:
+        minutes: that a process may make no progress: `run.timeout_minutes`.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.deadline = minutes, math.inf
+        self.closed = threading.Event()
+        self.reporter = threading.Thread(target=self._report, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.reporter.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pause()
+        self.closed.set()
+        self.reporter.join()
+
+    def reset(self) -> None:
+        """There was progress: from now on the process has `minutes` again."""
+        self.deadline = time.monotonic() + self._patience
+        faulthandler.dump_traceback_later(self.minutes * 60, exit=True, file=_stderr())
+
+    def pause(self) -> None:
+        """Wait for no progress until the next reset()."""
+        self.deadline = math.inf
+        faulthandler.cancel_dump_traceback_later()
+
+    @property
+    def _patience(self) -> float:
+        return self.minutes * 60 - BEFORE
+
+    def _report(self) -> None:
+        # Never wait longer than the patience: reset() may set a deadline while this thread sleeps.
+        while not self.closed.wait(min(self._patience, max(self.deadline - time.monotonic(), 0.01))):
+            if time.monotonic() >= self.deadline:
+                _stderr().write(
+                    f"process {rank()} made no step for run.timeout_minutes={self.minutes:g}, and exits. If "
+                    f"it is only slow, give it more minutes. It is here, thread by thread:\n"
+                )
+                _stderr().flush()
+                return
+
+
+def _stderr() -> IO[str]:
+    return sys.__stderr__ or sys.stderr
+
+
+@contextmanager
+def run_lock(out: Path) -> Iterator[None]:
+    """Lock a run's folder during the block. All processes enter it; process 0 has the lock.
+
+    A requeued job may find its own lock, left by a node that died: it waits LEASE seconds for its release.
+
+    Raises:
+        ValueError: in all processes, if another run uses the folder.
+    """
+    is_new = not out.exists()
+    file, who = _take_lock(out / LOCK) if rank() == 0 else (None, "")
+    try:
+        if who := broadcast(who):
+            raise ValueError(
+                f"run.out={out} is in use by {who}. Two runs would spoil each other's files: wait for that "
+                f"one, or end it and give the same command again, or choose another run.out."
+            )
+        yield
+    finally:
+        if file is not None:
+            (out / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # a refused run leaves no folder; others have files in it
+                if is_new:
+                    out.rmdir()
+            file.close()
+
+
+def _take_lock(path: Path) -> tuple[IO[str] | None, str]:
+    """The locked file, or who has the lock; neither on a file system without locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    job = f", job {slurm_job_id()}" if slurm_job_id() else ""
+    deadline = time.monotonic() + LEASE
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            who = file.read() or "another process"
+            file.close()
+            if error.errno in NO_LOCKS:
+                sys.stderr.write(f"{path.parent}: no file locks here, a second run would not be noticed\n")
+                path.unlink(missing_ok=True)
+                return None, ""
+            if error.errno not in LOCKED:
+                raise
+            if not (job and who.endswith(job)) or time.monotonic() > deadline:
+                return None, who
+            time.sleep(1.0)
+            continue
+        if _is_at(file, path):
+            with suppress(OSError):  # on a full disk the lock works without a name in it
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}{job}")
+                file.flush()
+            return file, ""
+        file.close()  # it was removed before we locked it
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    # Not by opening the path again: closing any file of a path releases the process's lock on it.
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.config.load import Recipe, load_recipe, to_yaml
-from dinokit.features.fingerprint import fingerprint
+from dinokit.features.tokens import fingerprint
 from dinokit.models import Backbone, TokenReads
 from dinokit.models.head import LazyLogits, PrototypeHead
 from dinokit.runtime.distributed import rank

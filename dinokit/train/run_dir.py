@@ -23,8 +23,7 @@ from dinokit.models import Backbone
 from dinokit.runtime.device import pick_device, pick_precision
 from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
 from dinokit.runtime.files import TEMPORARY, atomic, remove, write_text
-from dinokit.runtime.launch import digest
-from dinokit.runtime.run_lock import LOCK
+from dinokit.runtime.launch import LOCK, digest
 
 # Settings that may change when a run resumes, because they do not change what it learns.
 FREE = (

@@ -15,11 +15,9 @@ from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
 from dinokit.runtime.device import keep_freed_memory, memory_share, peak_memory, pick_device
 from dinokit.runtime.distributed import all_reduce_sum, broadcast, gather_objects, rank, world_size
-from dinokit.runtime.launch import check_consistency, process_group
+from dinokit.runtime.launch import Watchdog, check_consistency, process_group, run_lock
 from dinokit.runtime.log import RunLog, first_and_last_scores
-from dinokit.runtime.run_lock import run_lock
 from dinokit.runtime.signals import Stopped, stop_signals
-from dinokit.runtime.watchdog import Watchdog
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, SavedCheckpoint
 from dinokit.train.parallel import eager, unsharded_backbone

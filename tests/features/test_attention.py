@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinokit.config import registry
-from dinokit.features.attention import attention
+from dinokit.features.tokens import attention
 from dinokit.models import timm_vit
 
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from dinokit.config import registry
+from dinokit.data.sources import images_stamp
 from dinokit.eval._images import image_features
 from dinokit.eval.knn import Config
-from dinokit.features import Features, Pooling, cached, fingerprint, images_stamp, load_cached, spread
+from dinokit.features import Features, Pooling, cached, fingerprint, load_cached, spread
 from dinokit.features import cache as cache_module
 from dinokit.models import Backbone
 

@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import sys, time
-from dinokit.runtime.watchdog import Watchdog
+from dinokit.runtime.launch import Watchdog
 
 def sleep_for_ever():
     time.sleep(60)

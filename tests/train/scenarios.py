@@ -17,9 +17,8 @@ import torch
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.runtime.distributed import gather_objects, rank, world_size
-from dinokit.runtime.launch import process_group
+from dinokit.runtime.launch import Watchdog, process_group
 from dinokit.runtime.signals import Stopped
-from dinokit.runtime.watchdog import Watchdog
 from dinokit.train import trainer
 from dinokit.train.checkpoint import Checkpoints
 from dinokit.train.step import Step

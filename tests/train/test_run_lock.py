@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from dinokit.runtime import run_lock as lock_module
-from dinokit.runtime.run_lock import LOCK, run_lock
+from dinokit.runtime import launch as lock_module
+from dinokit.runtime.launch import LOCK, run_lock
 
 
 def stay(out, job, with_child, ready):

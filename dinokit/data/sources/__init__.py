@@ -41,3 +41,10 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """What a person would look for on disk, for messages."""
         ...
+
+
+def images_stamp(source: ImageSource) -> str | None:
+    """A text that changes whenever an image of the source may have changed; None if the source has none."""
+    stamp = getattr(source, "stamp", None)
+    text = stamp() if stamp is not None else None
+    return None if text is None else str(text)
