@@ -1,6 +1,5 @@
 """Features of a frozen backbone: vectors, feature maps, attention, and stores of them on disk."""
 
-from dinokit.data.sources import images_stamp
 from dinokit.features.cache import cached, load_cached
 from dinokit.features.extract import Features, Subset, extract, spread
 from dinokit.features.extract_store import Extraction, ExtractSpec, extract_to

@@ -9,6 +9,7 @@ import torch
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.data.batch import Batch
+from dinokit.features import fingerprint
 from dinokit.losses import Views
 from dinokit.losses.chunked import sinkhorn_knopp
 from dinokit.models.head import LazyLogits

@@ -10,6 +10,7 @@ from PIL import Image
 from dinokit.__main__ import main
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
+from dinokit.features import fingerprint
 from dinokit.train import trainer
 from dinokit.train.pretrained import init_weights
 from dinokit.train.student_teacher import StudentTeacher, build_backbone
