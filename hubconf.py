@@ -4,10 +4,8 @@ The names and the API of the models are those of facebookresearch/dino and faceb
 """
 
 from dinokit.hub.entry import backbone_entry as _backbone
-from dinokit.hub.entry import classifier_entry as _classifier
-from dinokit.hub.entry import depth_entry as _depther
 from dinokit.hub.entry import dinokit_backbone
-from dinokit.hub.entry import segmentation_entry as _segmenter
+from dinokit.hub.entry import head_entry as _head
 
 __all__ = ["dinokit_backbone"]
 dependencies = ["torch"]
@@ -27,27 +25,27 @@ dinov2_vitb14_reg = _backbone("dinov2_vitb14_reg")
 dinov2_vitl14_reg = _backbone("dinov2_vitl14_reg")
 dinov2_vitg14_reg = _backbone("dinov2_vitg14_reg")
 
-dinov2_vits14_lc = _classifier("dinov2_vits14")
-dinov2_vitb14_lc = _classifier("dinov2_vitb14")
-dinov2_vitl14_lc = _classifier("dinov2_vitl14")
-dinov2_vitg14_lc = _classifier("dinov2_vitg14")
+dinov2_vits14_lc = _head("dinov2_vits14", "lc")
+dinov2_vitb14_lc = _head("dinov2_vitb14", "lc")
+dinov2_vitl14_lc = _head("dinov2_vitl14", "lc")
+dinov2_vitg14_lc = _head("dinov2_vitg14", "lc")
 
-dinov2_vits14_reg_lc = _classifier("dinov2_vits14_reg")
-dinov2_vitb14_reg_lc = _classifier("dinov2_vitb14_reg")
-dinov2_vitl14_reg_lc = _classifier("dinov2_vitl14_reg")
-dinov2_vitg14_reg_lc = _classifier("dinov2_vitg14_reg")
+dinov2_vits14_reg_lc = _head("dinov2_vits14_reg", "lc")
+dinov2_vitb14_reg_lc = _head("dinov2_vitb14_reg", "lc")
+dinov2_vitl14_reg_lc = _head("dinov2_vitl14_reg", "lc")
+dinov2_vitg14_reg_lc = _head("dinov2_vitg14_reg", "lc")
 
-dinov2_vits14_ld = _depther("dinov2_vits14", "ld")
-dinov2_vitb14_ld = _depther("dinov2_vitb14", "ld")
-dinov2_vitl14_ld = _depther("dinov2_vitl14", "ld")
-dinov2_vitg14_ld = _depther("dinov2_vitg14", "ld")
+dinov2_vits14_ld = _head("dinov2_vits14", "ld")
+dinov2_vitb14_ld = _head("dinov2_vitb14", "ld")
+dinov2_vitl14_ld = _head("dinov2_vitl14", "ld")
+dinov2_vitg14_ld = _head("dinov2_vitg14", "ld")
 
-dinov2_vits14_dd = _depther("dinov2_vits14", "dd")
-dinov2_vitb14_dd = _depther("dinov2_vitb14", "dd")
-dinov2_vitl14_dd = _depther("dinov2_vitl14", "dd")
-dinov2_vitg14_dd = _depther("dinov2_vitg14", "dd")
+dinov2_vits14_dd = _head("dinov2_vits14", "dd")
+dinov2_vitb14_dd = _head("dinov2_vitb14", "dd")
+dinov2_vitl14_dd = _head("dinov2_vitl14", "dd")
+dinov2_vitg14_dd = _head("dinov2_vitg14", "dd")
 
-dinov2_vits14_seg = _segmenter("dinov2_vits14")
-dinov2_vitb14_seg = _segmenter("dinov2_vitb14")
-dinov2_vitl14_seg = _segmenter("dinov2_vitl14")
-dinov2_vitg14_seg = _segmenter("dinov2_vitg14")
+dinov2_vits14_seg = _head("dinov2_vits14", "seg")
+dinov2_vitb14_seg = _head("dinov2_vitb14", "seg")
+dinov2_vitl14_seg = _head("dinov2_vitl14", "seg")
+dinov2_vitg14_seg = _head("dinov2_vitg14", "seg")

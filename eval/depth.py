@@ -32,8 +32,8 @@ from dinokit.eval._dense import (
 from dinokit.eval._images import partial_result
 from dinokit.eval._metrics import depth_errors
 from dinokit.features import Map, device_of, frozen, last_blocks, spread_blocks
+from dinokit.heads import LinearDepth, to_size
 from dinokit.heads.dpt import DPT
-from dinokit.heads.linear import LinearDepth, to_size
 from dinokit.heads.released import load_depther, save_head
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank

@@ -40,7 +40,7 @@ from dinokit.eval._patch_bank import (
     regression_classifier,
 )
 from dinokit.features import Map, device_of, frozen, last_blocks
-from dinokit.heads.linear import LinearSegmenter, to_size
+from dinokit.heads import LinearSegmenter, to_size
 from dinokit.heads.released import load_segmenter, save_head
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import rank

@@ -15,7 +15,7 @@ from typing import Any
 from dinokit.commands import Command
 from dinokit.config.load import parse_overrides
 from dinokit.config.registry import suggest
-from dinokit.hub.released import RELEASED
+from dinokit.hub import RELEASED
 
 
 def run(command: Command) -> None:

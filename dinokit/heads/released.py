@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.features import last_blocks, spread_blocks
+from dinokit.heads import Depther, LinearDepth, LinearSegmenter, Segmenter
 from dinokit.heads.dpt import DPT
-from dinokit.heads.linear import LinearDepth, LinearSegmenter
-from dinokit.heads.models import Depther, Segmenter
 from dinokit.models import Backbone
 from dinokit.runtime.files import atomic
 
@@ -30,19 +29,6 @@ def save_head(path: Path, head: nn.Module) -> None:
     with atomic(path) as temporary:
         tensors = {PREFIX + key: value.detach().cpu() for key, value in head.state_dict().items()}
         torch.save({"state_dict": tensors}, temporary)
-
-
-def load_classifier(path: str | Path, layers: Literal[1, 4], backbone: Backbone) -> nn.Linear:
-    """A linear classifier of [class tokens of the last `layers` blocks | mean patch of the last].
-
-    Raises:
-        ValueError, LookupError: as `load_segmenter`.
-    """
-    tensors = _read(path)
-    _need(path, tensors, ("weight", "bias"))
-    head = nn.Linear((layers + 1) * backbone.width, len(tensors["bias"]))
-    _load(head, tensors, path, f"a classifier on {layers} block(s) of a backbone {backbone.width} wide")
-    return head
 
 
 def load_segmenter(path: str | Path, backbone: Backbone) -> tuple[LinearSegmenter, list[int]]:
@@ -100,43 +86,46 @@ def load_depther(
     return _depther(backbone, head, count)
 
 
-def depther(
+def released_model(
     backbone: Backbone,
     model: str,
-    kind: Literal["ld", "dd"],
+    kind: Literal["ld", "dd", "seg"],
     fetch: Callable[[str], str | Path] | None,
     layers: int = 4,
     weights: str = "NYU",
     hub_range_bug: bool = False,
-) -> Depther:
-    """What torch.hub's entry points `dinov2_vitX14_ld` (linear) and `dinov2_vitX14_dd` (DPT) return.
+) -> Depther | Segmenter:
+    """A released backbone with its head, as torch.hub's entry points `dinov2_vitX14_KIND` return it.
 
     Args:
         backbone: the released one, without registers.
         model: its name, such as "dinov2_vits14".
-        kind: of the head.
+        kind: of the head: linear depth, DPT depth, or segmentation.
         fetch: from the path of a file below the URL of the released models to its local path; None
             initialises a head at random.
-        layers: 1 or 4, of a linear head.
-        weights: "NYU" or "KITTI".
+        layers: blocks that a linear head uses, 1 or 4.
+        weights: the head's training set: "NYU" or "KITTI", for segmentation "ADE20K" or "VOC2012".
         hub_range_bug: as `load_depther`.
 
     Raises:
         ValueError: if no such head was released, or the file contains another head.
     """
-    if layers not in (1, 4) or "_reg" in model:
+    trained_on: Mapping[str, float] = CLASSES if kind == "seg" else MAX_DEPTH
+    if layers not in (1, 4) or weights.upper() not in trained_on or "_reg" in model:
         raise ValueError(
-            f"No depth head was released for {model} with layers={layers}: linear heads use 1 or 4 "
-            f"blocks, and models with registers have none."
+            f"No {'segmentation' if kind == 'seg' else 'depth'} head was released for {model} with "
+            f"layers={layers} and weights='{weights}': they use 1 or 4 blocks, were trained on "
+            f"{' and '.join(trained_on)}, and models with registers have none."
         )
-    if fetch is None:
-        max_depth = _max_depth(weights)
+    names = {"ld": ("linear", "linear4"), "dd": ("dpt", "dpt"), "seg": ("linear", "ms")}[kind]
+    path = fetch and fetch(f"{model}/{model}_{weights.lower()}_{names[layers == 4]}_head.pth")
+    if kind == "seg":
+        return _segmenter(backbone, path, layers, weights.upper())
+    if path is None:
+        max_depth = _max_depth("KITTI" if hub_range_bug and kind == "ld" else weights)
         if kind == "dd":
             return _depther(backbone, DPT(backbone.width, MIN_DEPTH, max_depth), 4)
-        max_depth = MAX_DEPTH["KITTI"] if hub_range_bug else max_depth
         return _depther(backbone, LinearDepth(backbone.width, layers, MIN_DEPTH, max_depth), layers)
-    name = "dpt" if kind == "dd" else "linear4" if layers == 4 else "linear"
-    path = fetch(f"{model}/{model}_{weights.lower()}_{name}_head.pth")
     loaded = load_depther(path, backbone, weights, hub_range_bug)
     is_dpt = isinstance(loaded.head, DPT)
     if is_dpt != (kind == "dd") or (not is_dpt and len(loaded.blocks) != layers):
@@ -148,43 +137,18 @@ def depther(
     return loaded
 
 
-def segmenter(
-    backbone: Backbone,
-    model: str,
-    fetch: Callable[[str], str | Path] | None,
-    layers: int = 4,
-    weights: str = "ADE20K",
-) -> Segmenter:
-    """What torch.hub's entry points `dinov2_vitX14_seg` return.
-
-    Args:
-        backbone: the released one, without registers.
-        model: its name, such as "dinov2_vits14".
-        fetch: as `depther`.
-        layers: 1 ("linear") or 4 ("ms").
-        weights: "ADE20K" or "VOC2012".
-
-    Raises:
-        ValueError: if no such head was released, or the file contains another head.
-    """
-    if layers not in (1, 4) or weights.upper() not in CLASSES:
-        raise ValueError(
-            f"No segmentation head was released for {model} with layers={layers} and weights='{weights}': "
-            f"they use 1 or 4 blocks, and were trained on {' and '.join(CLASSES)}."
-        )
-    classes = CLASSES[weights.upper()]
-    if fetch is None:
+def _segmenter(backbone: Backbone, path: str | Path | None, layers: int, trained_on: str) -> Segmenter:
+    classes = CLASSES[trained_on]
+    if path is None:
         head, blocks = LinearSegmenter(layers * backbone.width, classes), last_blocks(backbone, layers)
         return Segmenter(backbone, head, blocks)
-    path = fetch(f"{model}/{model}_{weights.lower()}_{'ms' if layers == 4 else 'linear'}_head.pth")
     head, blocks = load_segmenter(path, backbone)
     if len(blocks) != layers:
         raise ValueError(f"{path} is a head with layers={len(blocks)}: give that, or another file.")
     if head.conv_seg.out_channels != classes:
         raise ValueError(
-            f"{path} has {head.conv_seg.out_channels} classes, and {weights} has {classes}. "
-            f"For heads of other data: "
-            f"dinokit.heads.models.Segmenter(backbone, *load_segmenter(path, backbone))."
+            f"{path} has {head.conv_seg.out_channels} classes, and {trained_on} has {classes}. For heads of "
+            f"other data: dinokit.heads.Segmenter(backbone, *load_segmenter(path, backbone))."
         )
     return Segmenter(backbone, head, blocks)
 

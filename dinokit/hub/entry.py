@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dinokit.hub.released import DINOV2, RELEASED, Released
+from dinokit.hub import DINOV2, RELEASED, Released
 from dinokit.models.vit import SIZES, Config, VisionTransformer
 from dinokit.weights import fill, load_backbone
 from dinokit.weights.architecture import MEAN, STD
@@ -36,6 +36,25 @@ BACKBONE_FILES = """\
 HEAD_FILES = """\
     backbone_weights=PATH and head_weights=PATH read local files; other files are downloaded once, or
     with pretrained=False initialised at random."""
+_DEPTH = """: images in [0, 1] (b, 3, h, w) -> metres (b, 1, h, w).
+
+    weights="NYU" (to 10 m) or "KITTI" (to 80 m) selects the head.
+    hub_range_bug=True gives a linear NYU head the range to 80 m, as a version of the official code did."""
+# By kind of head: its training set, and the end of the docstring's first part.
+HEADS = {
+    "lc": (
+        "IMAGENET1K",
+        "linear classifier of ImageNet-1k on the last layers=1 or 4 blocks: images -> 1000 logits.",
+    ),
+    "ld": ("NYU", f"linear depth head, on layers=1 or 4 blocks{_DEPTH}"),
+    "dd": ("NYU", f"DPT depth head{_DEPTH}"),
+    "seg": (
+        "ADE20K",
+        """segmentation head: images in [0, 1] (b, 3, h, w) -> logits (b, classes, h, w).
+
+    weights="ADE20K" (150 classes) or "VOC2012" (21) and layers=1 ("linear") or 4 ("ms") select the head.""",
+    ),
+}
 TRAINED_ON = ("LVD142M", "IMAGENET1K", "NONE")  # values of `weights` in official code, besides a path
 
 
@@ -51,100 +70,51 @@ def backbone_entry(name: str) -> Callable[..., nn.Module]:
     )
 
 
-def classifier_entry(name: str) -> Callable[..., nn.Module]:
-    """The entry point of a released backbone with its linear classifier."""
-    model = RELEASED[name]
+def head_entry(name: str, kind: Literal["lc", "ld", "dd", "seg"]) -> Callable[..., nn.Module]:
+    """The entry point of a released backbone with a released head, one of HEADS.
 
-    def entry(
-        *,
-        layers: int = 4,
-        pretrained: bool = True,
-        weights: str | Path | None = None,
-        head_weights: str | Path | None = None,
-        **changes: Any,
-    ) -> nn.Module:
-        if layers not in (1, 4):
-            raise ValueError(f"layers={layers}: there are linear classifiers for 1 block and for 4.")
-        model_with_head = LinearClassifier(_backbone(model, pretrained, weights, changes), layers)
-        file = head_weights or (fetch(model.linear_url(layers), "head_weights") if pretrained else None)
-        if file is not None:
-            try:
-                model_with_head.linear_head.load_state_dict(open_checkpoint(file).tensors, strict=True)
-            except RuntimeError as error:
-                why = " ".join(line.strip() for line in str(error).splitlines()[1:4])
-                raise ValueError(
-                    f"{file} is not the classifier of {name} with layers={layers}: {why}"
-                ) from None
-        return model_with_head
-
-    text = f"{name} and its linear classifier of ImageNet-1k on the last layers=1 or 4 blocks: 1000 logits."
-    return _named(entry, f"{name}_lc", f"{text}\n\n    head_weights=PATH: a local file of the classifier.")
-
-
-def depth_entry(name: str, kind: Literal["ld", "dd"]) -> Callable[..., nn.Module]:
-    """The entry point of a released backbone with its depth head, linear ("ld") or DPT ("dd").
-
-    It needs numpy; the entry points of backbones do not.
+    Heads for depth and segmentation need numpy; classifiers and backbones need torch only.
     """
-    model = RELEASED[name]
+    model, (trained_on, text) = RELEASED[name], HEADS[kind]
 
     def entry(
         *,
         layers: int = 4,
         pretrained: bool = True,
-        weights: str = "NYU",
-        hub_range_bug: bool = False,
+        weights: str | Path = trained_on,
         backbone_weights: str | Path | None = None,
         head_weights: str | Path | None = None,
         **changes: Any,
     ) -> nn.Module:
-        from dinokit.heads import released  # noqa: PLC0415 - needs numpy
+        if kind == "lc":  # there, as in the official code, `weights` is the file of the backbone
+            backbone = _backbone(model, pretrained, backbone_weights or weights, changes)
+            file = head_weights or (fetch(model.linear_url(layers), "head_weights") if pretrained else None)
+            return _classifier(backbone, layers, file, name)
+        from dinokit.heads.released import released_model  # noqa: PLC0415 - needs numpy
 
+        options = {"hub_range_bug": changes.pop("hub_range_bug", False)} if kind != "seg" else {}
         vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
-        find_file = _find_head(pretrained, head_weights)
-        return released.depther(vit, name, kind, find_file, layers, weights, hub_range_bug)
 
-    which = "linear depth head, on layers=1 or 4 blocks" if kind == "ld" else "DPT depth head"
-    text = f"{name} and its {which}: images in [0, 1] (b, 3, h, w) -> metres (b, 1, h, w)."
-    text += """
+        def file_of(path: str) -> str | Path:
+            return head_weights or fetch(f"{DINOV2}/{path}", "head_weights")
 
-    weights="NYU" (to 10 m) or "KITTI" (to 80 m) selects the head.
-    hub_range_bug=True gives a linear NYU head the range to 80 m, as a version of the official code did."""
-    return _named(entry, f"{name}_{kind}", text, HEAD_FILES)
+        find_file = file_of if pretrained or head_weights else None
+        return released_model(vit, name, kind, find_file, layers, str(weights), **options)
+
+    return _named(entry, f"{name}_{kind}", f"{name} and its {text}", HEAD_FILES)
 
 
-def segmentation_entry(name: str) -> Callable[..., nn.Module]:
-    """The entry point of a released backbone with its segmentation head. It needs numpy too."""
-    model = RELEASED[name]
-
-    def entry(
-        *,
-        layers: int = 4,
-        pretrained: bool = True,
-        weights: str = "ADE20K",
-        backbone_weights: str | Path | None = None,
-        head_weights: str | Path | None = None,
-        **changes: Any,
-    ) -> nn.Module:
-        from dinokit.heads import released  # noqa: PLC0415 - needs numpy
-
-        vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
-        return released.segmenter(vit, name, _find_head(pretrained, head_weights), layers, weights)
-
-    text = f"{name} and its segmentation head: images in [0, 1] (b, 3, h, w) -> logits (b, classes, h, w)."
-    text += """
-
-    weights="ADE20K" (150 classes) or "VOC2012" (21) and layers=1 ("linear") or 4 ("ms") select the head."""
-    return _named(entry, f"{name}_seg", text, HEAD_FILES)
-
-
-def _find_head(pretrained: bool, head_weights: str | Path | None) -> Callable[[str], str | Path] | None:
-    """A function from the path of a released head to its local file; None for a head at random."""
-
-    def file(path: str) -> str | Path:
-        return head_weights or fetch(f"{DINOV2}/{path}", "head_weights")
-
-    return file if pretrained or head_weights else None
+def _classifier(backbone: "DINOv2", layers: int, file: str | Path | None, name: str) -> nn.Module:
+    if layers not in (1, 4):
+        raise ValueError(f"layers={layers}: there are linear classifiers for 1 block and for 4.")
+    model = LinearClassifier(backbone, layers)
+    if file is not None:
+        try:
+            model.linear_head.load_state_dict(open_checkpoint(file).tensors, strict=True)
+        except RuntimeError as error:
+            why = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+            raise ValueError(f"{file} is not the classifier of {name} with layers={layers}: {why}") from None
+    return model
 
 
 def dinokit_backbone(weights: str | Path, heads: int | None = None) -> nn.Module:

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from dinokit.__main__ import main
-from dinokit.hub.released import RELEASED
+from dinokit.hub import RELEASED
 from dinokit.weights import load_backbone
 
 

@@ -7,13 +7,12 @@ from transformers import Dinov2Config, DPTConfig, DPTForDepthEstimation
 
 from dinokit.config import registry
 from dinokit.features import Map
+from dinokit.heads import LinearDepth, LinearSegmenter
 from dinokit.heads.dpt import DPT
-from dinokit.heads.linear import LinearDepth, LinearSegmenter
 from dinokit.heads.released import (
-    depther,
-    load_classifier,
     load_depther,
     load_segmenter,
+    released_model,
     save_head,
 )
 
@@ -158,16 +157,13 @@ def test_the_range_of_a_linear_head_is_that_of_its_training_set(tmp_path, vit):
     assert (wrong / right).median().item() == pytest.approx(8, rel=0.02)
 
 
-def test_segmenters_and_classifiers_are_read_from_the_released_layout(tmp_path, vit):
+def test_segmentation_heads_are_read_from_the_released_layout(tmp_path, vit):
     for count in (1, 4):
         head = LinearSegmenter(count * 48, 21)
         save_head(tmp_path / "s.pth", head)
         got, blocks = load_segmenter(tmp_path / "s.pth", vit)
         assert torch.equal(got.conv_seg.weight, head.conv_seg.weight)
         assert blocks == list(range(12 - count, 12))
-        linear = torch.nn.Linear((count + 1) * 48, 10)
-        torch.save(linear.state_dict(), tmp_path / "c.pth")
-        assert torch.equal(load_classifier(tmp_path / "c.pth", count, vit).weight, linear.weight)
 
 
 def test_files_that_do_not_fit_and_files_that_are_no_head_are_refused(tmp_path, vit):
@@ -203,13 +199,13 @@ def test_the_hubs_depth_models_come_from_the_released_files(tmp_path, vit, kind,
         save_head(tmp_path / "h.pth", head)
         return tmp_path / "h.pth"
 
-    model = depther(vit, "dinov2_vits14", kind, fetch, layers, "KITTI")
+    model = released_model(vit, "dinov2_vits14", kind, fetch, layers, "KITTI")
     assert asked == [file]
     assert model.head.max_depth == 80.0
     assert model(torch.rand(1, 3, 30, 30)).shape == (1, 1, 30, 30)
     with pytest.raises(ValueError, match="models with registers have none"):
-        depther(vit, "dinov2_vits14_reg", kind, fetch)
+        released_model(vit, "dinov2_vits14_reg", kind, fetch)
     for other, count in {("ld", 1), ("ld", 4), ("dd", 4)} - {(kind, layers)}:
         there = "dinov2_vits14_dd" if kind == "dd" else f"dinov2_vits14_ld with layers={layers}"
         with pytest.raises(ValueError, match=rf"is not the head of .*, but of {there}\. Call that"):
-            depther(vit, "dinov2_vits14", other, fetch, count)
+            released_model(vit, "dinov2_vits14", other, fetch, count)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from dinokit.features import dense
+from dinokit.heads import LinearDepth, to_size
 from dinokit.heads.dpt import DPT
-from dinokit.heads.linear import LinearDepth, to_size
 from dinokit.heads.released import save_head
+from dinokit.hub import RELEASED
 from dinokit.hub.entry import DINO, DINOv2, LinearClassifier, cached_path, fetch
-from dinokit.hub.released import RELEASED
 from dinokit.models import Input
 from dinokit.models.vit import Config, VisionTransformer
 from dinokit.weights import save_backbone
@@ -254,11 +254,15 @@ def test_a_depth_model_without_files_is_initialised_at_random(kind, layers):
 
 
 def test_a_depth_head_that_was_not_released_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"layers=2: linear heads use 1 or 4"):
+    with pytest.raises(ValueError, match=r"layers=2 and weights='NYU': they use 1 or 4"):
         hubconf.dinov2_vits14_ld(pretrained=False, layers=2)
-    with pytest.raises(ValueError, match=r"weights='SUN': depth heads were released for NYU and KITTI"):
+    with pytest.raises(
+        ValueError, match=r"weights='SUN': they use 1 or 4 blocks, were trained on NYU and K"
+    ):
         hubconf.dinov2_vits14_dd(pretrained=False, weights="SUN", head_weights=tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"weights='SUN': depth heads were released for NYU and KITTI"):
+    with pytest.raises(
+        ValueError, match=r"weights='SUN': they use 1 or 4 blocks, were trained on NYU and K"
+    ):
         hubconf.dinov2_vits14_ld(pretrained=False, weights="SUN")
 
 
@@ -317,7 +321,7 @@ def test_a_file_of_another_head_is_refused(tmp_path):
         hubconf.dinov2_vits14_ld(layers=1, **base)
     with pytest.raises(ValueError, match=r"x.pth is not the classifier of dinov2_vits14 with layers=4: Miss"):
         hubconf.dinov2_vits14_lc(**base)
-    with pytest.raises(ValueError, match=r"weights='COCO': they use 1 or 4 blocks, and were trained on"):
+    with pytest.raises(ValueError, match=r"weights='COCO': they use 1 or 4 blocks, were trained on ADE"):
         hubconf.dinov2_vits14_seg(pretrained=False, weights="COCO")
 
 
