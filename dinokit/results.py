@@ -23,7 +23,7 @@ from dinokit.config.load import read_mapping
 
 NAME, METRICS = "results.jsonl", "metrics.jsonl"
 PACKAGES = ("dinokit", "torch", "torchvision", "numpy", "pillow")
-MACHINE = ("batch", "cache", "out", "save_every", "workers")  # settings that do not change a score
+MACHINE = ("batch", "cache", "out", "overlap", "save_every", "workers")  # settings that do not change a score
 SET = ("channels", "target")  # keys of a source that the evaluator sets, whatever their value
 NOT_SCORES = "eval", "weights", "about", "file"  # keys of a line
 LOWER = ("abs_rel", "sq_rel", "rmse", "log10", "log_10", "silog")  # scores of which less is better
@@ -158,14 +158,15 @@ def _table(title: str, lines: Sequence[Mapping[str, Any]]) -> Table:
         )
         for line, row in zip(latest, settings, strict=True)
     ]
-    return _sorted_table(title, columns, rows, columns)
+    return _sorted_table(title, columns, rows)
 
 
 def _sorted_table(
-    title: str, columns: list[str], rows: list[tuple[str, str, dict[str, float]]], order_by: list[str]
+    title: str, columns: list[str], rows: list[tuple[str, str, dict[str, float]]], order_by: int | None = None
 ) -> Table:
-    """Rows of weights, settings and scores, sorted by the columns `order_by`, best first."""
-    rows = sorted(rows, key=lambda row: [sort_key(column, row[2].get(column)) for column in order_by])
+    """Rows of weights, settings and scores, best first by `order_by` columns; scores that flatter last."""
+    columns = sorted(columns, key=lambda column: column.endswith("_optimistic"))
+    rows = sorted(rows, key=lambda row: [sort_key(c, row[2].get(c)) for c in columns[:order_by]])
     highest = [best(column, [row[2][column] for row in rows if column in row[2]]) for column in columns]
     cells = [(weights, settings, [scores.get(c) for c in columns]) for weights, settings, scores in rows]
     return Table(title, columns, cells, highest)
@@ -185,7 +186,7 @@ def training_tables(folders: Iterable[str | Path]) -> list[Table]:
     tables = []
     for title, rows in sorted(groups.items()):
         columns = list(dict.fromkeys(score for _, _, scores in rows for score in scores))
-        tables.append(_sorted_table(title, columns, rows, columns[:1]))
+        tables.append(_sorted_table(title, columns, rows, 1))
     return tables
 
 

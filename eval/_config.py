@@ -6,7 +6,7 @@ from typing import Any, Literal
 from dinokit.config.registry import check_at_least, source_field
 
 # Settings that do not change what is trained, so a training that was stopped resumes under other values.
-NOT_TRAINED = ("cache", "out", "save_every", "workers", "test", "max_test", "max_unreadable")
+NOT_TRAINED = ("cache", "out", "save_every", "workers", "test", "max_test", "max_unreadable", "overlap")
 
 
 @dataclass
@@ -33,6 +33,7 @@ class ClassificationConfig(ImageConfig):
 
     train: dict[str, Any] | None = source_field("data.sources", "train")
     max_train: int = 0  # images, drawn evenly from the set; 0: all
+    overlap: Literal["refuse", "allow"] = "refuse"  # test images among those of train; allowed: _optimistic
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +48,7 @@ class DenseConfig:
     test: dict[str, Any] | None = source_field("data.dense", "test")
     max_train: int = 0  # images, drawn evenly from the set; 0: all
     max_test: int = 0  # images, drawn evenly from the set; 0: all
+    overlap: Literal["refuse", "allow"] = "refuse"  # test images among those of train; allowed: _optimistic
     resize: int = 0  # pixels of the shorter side, for training and test; 0: as stored
     out: str = ""  # folder for the trained head, and for an unfinished training, which resumes
     seed: int = 0
@@ -55,21 +57,6 @@ class DenseConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, max_train=0, max_test=0, resize=0, seed=0)
-
-
-def refuse_overlap(train: dict[str, Any] | None, test: dict[str, Any] | None) -> None:
-    """Refuse sections of one data set whose splits share images: a test image would find itself.
-
-    Raises:
-        ValueError: if they share images.
-    """
-    a, b = dict(train or {}), dict(test or {})
-    splits = a.pop("split", "all"), b.pop("split", "all")
-    if a and a == b and (splits[0] == splits[1] or "all" in splits):
-        raise ValueError(
-            f"`train` and `test` share images: they are the same data with train.split={splits[0]} and "
-            f"test.split={splits[1]}. Set train.split=train test.split=test, or give another test.path."
-        )
 
 
 def training_settings(cfg: Any) -> dict[str, Any]:

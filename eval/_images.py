@@ -17,15 +17,17 @@ from torch import Tensor
 
 from dinokit.config import registry
 from dinokit.config.registry import suggest
-from dinokit.data.sources import ImageSource, images_stamp
+from dinokit.data.sources import ImageSource, images_stamp, shared_images
 from dinokit.data.transforms import Transform
 from dinokit.eval._config import ImageConfig, training_settings
 from dinokit.features import Features, Pooling, cached, device_of, extract, fingerprint, load_cached, spread
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
+from dinokit.runtime.distributed import broadcast, rank
 from dinokit.runtime.log import info
 from dinokit.runtime.partial import PartialResult
 
+MARK = "_optimistic"  # ends the names of scores that flatter
 LINEAR_GRID = Pooling(4, "mean")  # features of the linear grid, which contain the class token alone
 
 
@@ -76,6 +78,37 @@ def shared_classes(train: ImageSource, test: ImageSource) -> list[str]:
         f"The classes of train ({len(a)}) and test ({len(b)}) are not the same: "
         f"{' and '.join(difference) or 'their order differs'}. Give both the same classes."
     )
+
+
+def count_shared(cfg: Any, train: Any, test: Any, key: str = "test", train_key: str = "train") -> int:
+    """How many images of `test` are images of `train` too, with overlap=allow; the two are sources.
+
+    Raises:
+        ValueError: with overlap=refuse, if there is one.
+    """
+    shared = broadcast(shared_images(train, test) if rank() == 0 else None)
+    if shared and cfg.overlap == "refuse":
+        raise ValueError(
+            f"At least {len(shared)} of {len(test)} {key} images are {train_key} images too, such as "
+            f"{test.name(shared[0])}: these would be found again, not recognised. Take them out, give other "
+            f"images (of one data set {train_key}.split=train {key}.split=test), or set overlap=allow: "
+            f"scores then are called optimistic."
+        )
+    if shared:
+        info(f"{len(shared)} of {len(test)} {key} images are {train_key} images too: scores are optimistic")
+    return len(shared)
+
+
+def named_optimistic(
+    scores: Mapping[str, float], shared: int, chosen_on_test: bool = False
+) -> dict[str, float]:
+    """The scores, marked by their names if test images were trained on, or settings were chosen on them."""
+    plain = not (shared or chosen_on_test)
+    marked = {
+        key if plain or key.startswith(("images_", "queries")) or key.endswith(MARK) else key + MARK: value
+        for key, value in scores.items()
+    }
+    return {**marked, **({"images_shared": shared} if shared else {})}
 
 
 def first_five(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import DepthTransform, resize_image, shorter_side_to
-from dinokit.eval._config import DenseConfig, refuse_overlap
+from dinokit.eval._config import DenseConfig
 from dinokit.eval._dense import (
     DenseBackbone,
     cosine,
@@ -29,7 +29,7 @@ from dinokit.eval._dense import (
     train_head,
     training_batches,
 )
-from dinokit.eval._images import partial_result
+from dinokit.eval._images import count_shared, named_optimistic, partial_result
 from dinokit.eval._metrics import depth_errors
 from dinokit.features import Map, device_of, frozen, last_blocks, spread_blocks
 from dinokit.heads import LinearDepth, to_size
@@ -122,16 +122,17 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
-    refuse_overlap(cfg.train, cfg.test)
     cfg.max_depth = cfg.max_depth or PROTOCOLS[cfg.protocol].max_depth
     test = open_dense(cfg.test, "test", "depth", backbone, cfg.max_test)
     more: dict[str, float] = {}
+    shared = 0
     partial = partial_result(cfg, "depth", backbone)
     with frozen(backbone):
         if cfg.head:
             predict = _load_head(cfg, backbone)
         else:
             train = open_dense(cfg.train, "train", "depth", backbone, cfg.max_train)
+            shared = count_shared(cfg, train, test)
             more["images_train"] = len(train)
             if cfg.method == "mean":
                 predict = _mean_depth(cfg, train, device_of(backbone))
@@ -139,7 +140,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
                 predict = _train_head(cfg, backbone, train, partial)
         scores = _scores(cfg, predict, test, device_of(backbone))
     partial.remove()
-    return {**scores, **more}
+    return {**named_optimistic(scores, shared), **more}
 
 
 def _mean_depth(cfg: Config, train: DenseSource, device: torch.device) -> Predict:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.sources import ImageSource
-from dinokit.eval._config import ClassificationConfig, refuse_overlap
-from dinokit.eval._images import image_features, open_source, shared_classes
+from dinokit.eval._config import ClassificationConfig
+from dinokit.eval._images import count_shared, image_features, named_optimistic, open_source, shared_classes
 from dinokit.features import Features
 from dinokit.models import Backbone
 
@@ -85,12 +85,12 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
-    refuse_overlap(cfg.train, cfg.test)
     sources = {
         "train": open_source(cfg.train, "train", backbone, cfg.max_train),
         "test": open_source(cfg.test, "test", backbone, cfg.max_test),
     }
     classes = shared_classes(sources["train"], sources["test"])
+    shared = count_shared(cfg, sources["train"], sources["test"])
     train, test = (_unit_features(cfg, split, backbone, source) for split, source in sources.items())
     scores = accuracies(train, test, sorted(set(cfg.k)), cfg.temp, len(classes))
     for shots in cfg.few_shot:
@@ -98,6 +98,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         banks = [draw_shots(train, shots, seed, classes) for seed in range(cfg.tries)]
         tries = [accuracies(bank, test, ks, cfg.temp, len(classes)) for bank in banks]
         scores |= {f"{key} {shots}-shot": sum(t[key] for t in tries) / cfg.tries for key in tries[0]}
+    scores = named_optimistic(scores, shared)
     scores |= {"images_train": len(train.y), "images_test": len(test.y)}
     unreadable = len(train.unreadable) + len(test.unreadable)
     return scores | ({"images_unreadable": unreadable} if unreadable else {})

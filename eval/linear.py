@@ -24,12 +24,14 @@ from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.data.loader import image_loader
 from dinokit.data.sources import ImageSource, images_stamp
 from dinokit.data.transforms import RandomResizedCrop, Transform
-from dinokit.eval._config import ClassificationConfig, refuse_overlap
+from dinokit.eval._config import ClassificationConfig
 from dinokit.eval._images import (
     class_map,
     classes_in,
+    count_shared,
     image_features,
     multi_hot,
+    named_optimistic,
     open_source,
     partial_result,
     read_json,
@@ -122,9 +124,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     if cfg.out and rank() == 0:
         _save_heads(Path(cfg.out).expanduser(), grid, quality)
     scores = task.scores(lambda x: grid.logits_of(best, x), test, y)
-    if cfg.select == "test":
-        scores = {f"{key}_optimistic": value for key, value in scores.items()}
-    else:
+    scores = named_optimistic(scores, task.shared, cfg.select == "test")
+    if cfg.select == "train":
         scores["held_out"] = quality[best][0]
     scores |= {"blocks": best.blocks, "pool": int(best.pool), "lr": best.lr}
     scores |= {"images_train": images, "images_test": len(test.x)}
@@ -142,7 +143,6 @@ class Task:
 
     def __init__(self, cfg: Config, backbone: Backbone, pooling: Pooling) -> None:
         self.cfg, self.backbone, self.pooling = cfg, backbone, pooling
-        refuse_overlap(cfg.train, cfg.test)
         self.multi_label = bool(cfg.labels)
         self.train = open_source(cfg.train, "train", backbone, cfg.max_train, not self.multi_label)
         self.test = open_source(cfg.test, "test", backbone, cfg.max_test, not self.multi_label)
@@ -150,6 +150,7 @@ class Task:
         self.classes = (
             classes_in(self.table, cfg.labels) if self.multi_label else shared_classes(self.train, self.test)
         )
+        self.shared = count_shared(cfg, self.train, self.test)
 
     def features(
         self, key: str, source: ImageSource, transform: Transform | None = None, draw: int = 0
@@ -192,8 +193,10 @@ class Task:
         """Scores on a further set, with the logits of its classes only."""
         source = open_source(section, f"also.{name}", self.backbone)
         classes = class_map(source, name, self.cfg.maps.get(name, ""), self.classes)
+        shared = count_shared(self.cfg, self.train, source, f"also.{name}")
         features = self.features(f"also.{name}", source)
-        return class_scores(classify(features.x)[:, classes], features.y)
+        scores = named_optimistic(class_scores(classify(features.x)[:, classes], features.y), shared)
+        return {key: value for key, value in scores.items() if key != "images_shared"}
 
     def _multi_hot(self, table: Any, source: ImageSource, path: str, features: Features) -> Tensor:
         images = readable_images(source, features)

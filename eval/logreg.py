@@ -21,9 +21,11 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.data.sources import images_stamp
-from dinokit.eval._config import ClassificationConfig, refuse_overlap
+from dinokit.eval._config import ClassificationConfig
 from dinokit.eval._images import (
+    count_shared,
     image_features,
+    named_optimistic,
     open_source,
     partial_result,
     shared_classes,
@@ -71,11 +73,10 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
-    refuse_overlap(cfg.train, cfg.test)
-    refuse_overlap(cfg.select_on, cfg.test)
     train_source = open_source(cfg.train, "train", backbone, cfg.max_train)
     test_source = open_source(cfg.test, "test", backbone, cfg.max_test)
     classes = len(shared_classes(train_source, test_source))
+    shared = count_shared(cfg, train_source, test_source)
     cfg = replace(cfg, resize=cfg.resize or cfg.size or backbone.input.size)
     train = _to_float64(image_features(cfg, "train", backbone, train_source))
     test = _to_float64(image_features(cfg, "test", backbone, test_source))
@@ -84,6 +85,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     if cfg.select_on:
         other = open_source(cfg.select_on, "select_on", backbone)
         shared_classes(train_source, other)
+        shared += count_shared(cfg, other, test_source, train_key="select_on")
         choose = _to_float64(image_features(cfg, "select_on", backbone, other))
         sources.append(other)
         train = Features(torch.cat([train.x, choose.x]), torch.cat([train.y, choose.y]), train.unreadable)
@@ -98,8 +100,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     weight, bias = solve(train.x, train.y, classes, grid[best], cfg.iterations, cfg.tolerance)
     partial.remove()
     scores = class_scores(test.x @ weight.T + bias, test.y)
-    if cfg.select == "test":
-        scores = {f"{key}_optimistic": value for key, value in scores.items()}
+    scores = named_optimistic(scores, shared, cfg.select == "test")
     scores |= {"held_out": accuracy[best]} if cfg.select == "train" else {}
     scores |= {"C": grid[best], "images_train": len(train.y), "images_test": len(test.y)}
     unreadable = len(train.unreadable) + len(test.unreadable)

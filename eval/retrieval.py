@@ -27,9 +27,11 @@ from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import Boxes, ResizeLongerSide
 from dinokit.eval._config import ImageConfig
 from dinokit.eval._images import (
+    count_shared,
     image_features,
     image_sizes,
     images_by_name,
+    named_optimistic,
     one_class,
     open_source,
     shared_classes,
@@ -56,6 +58,9 @@ class Config(ImageConfig):
     # Images to learn the whitening of features from; none: no whitening.
     whiten: dict[str, Any] | None = source_field("data.sources", "train", optional=True)
     truth: str = ""  # of Revisited Oxford or Paris; test.path then is the folder of its images
+    overlap: Literal["refuse", "allow"] = (
+        "refuse"  # test images among `query`, `whiten`; allowed: _optimistic
+    )
     k: tuple[int, ...] = (1, 5, 10)  # recall@k, or mP@k of a truth file
     features: Literal["cls", "copy"] = "cls"  # copy: class token and the generalised mean of the patches
     scales: tuple[float, ...] = (1.0,)  # of `size`: features are averaged over them; [1, 0.7071, 0.5] in DINO
@@ -82,10 +87,15 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
+    test = open_source(cfg.test, "test", backbone, cfg.max_test, labelled=not cfg.truth)
+    learnt_from = [(key, getattr(cfg, key)) for key in ("query", "whiten") if getattr(cfg, key)]
+    shared = sum(
+        count_shared(cfg, open_source(section, key, backbone, labelled=False), test, train_key=key)
+        for key, section in learnt_from
+    )
     white = _fit_whitening(cfg, backbone)
     if cfg.truth:
-        return _evaluate_revisited(cfg, backbone, white)
-    test = open_source(cfg.test, "test", backbone, cfg.max_test)
+        return named_optimistic(_evaluate_revisited(cfg, backbone, white, test), shared)
     if len(test.classes) < 2 and not cfg.distractors:
         raise one_class(test.classes[0])  # any ranking would be right
     gallery, queries = _features(cfg, backbone, "test", test), None
@@ -104,7 +114,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         scores = labelled_scores(x[: len(gallery.y)], gallery.y, x, y, cfg.k, exclude_self=True)
     else:
         scores = labelled_scores(white(queries.x), queries.y, x, y, cfg.k, exclude_self=False)
-    scores["images_test"] = len(gallery.y)
+    scores = named_optimistic({**scores, "images_test": len(gallery.y)}, shared)
     return scores | ({"images_unreadable": unreadable} if unreadable else {})
 
 
@@ -195,10 +205,9 @@ def _fit_whitening(cfg: Config, backbone: Backbone) -> Callable[[Tensor], Tensor
 
 
 def _evaluate_revisited(
-    cfg: Config, backbone: Backbone, white: Callable[[Tensor], Tensor]
+    cfg: Config, backbone: Backbone, white: Callable[[Tensor], Tensor], source: ImageSource
 ) -> dict[str, float]:
     images, queries = read_truth(cfg.truth)
-    source = open_source(cfg.test, "test", backbone, labelled=False)
     gallery = Subset(source, images_by_name(source, images, cfg.truth))
     cropped = Subset(source, images_by_name(source, [query.name for query in queries], cfg.truth))
     boxes = {i: query.box for i, query in enumerate(queries) if query.box}

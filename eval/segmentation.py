@@ -20,7 +20,7 @@ from torch import Tensor
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import SegmentationTransform, resize_image, shorter_side_to
-from dinokit.eval._config import DenseConfig, refuse_overlap
+from dinokit.eval._config import DenseConfig
 from dinokit.eval._dense import (
     DenseBackbone,
     open_dense,
@@ -30,7 +30,7 @@ from dinokit.eval._dense import (
     train_head,
     training_batches,
 )
-from dinokit.eval._images import partial_result
+from dinokit.eval._images import count_shared, named_optimistic, partial_result
 from dinokit.eval._metrics import Confusion
 from dinokit.eval._patch_bank import (
     fill_bank,
@@ -109,7 +109,6 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
-    refuse_overlap(cfg.train, cfg.test)
     train = open_dense(cfg.train, "train", "mask", backbone, cfg.max_train)
     test = open_dense(cfg.test, "test", "mask", backbone, cfg.max_test)
     if list(train.classes) != list(test.classes):
@@ -117,6 +116,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
             f"The classes of train ({', '.join(train.classes[:5])} ...) and test "
             f"({', '.join(test.classes[:5])} ...) are not the same, or not in the same order."
         )
+    shared = count_shared(cfg, train, test)
     more: dict[str, float] = {}
     partial = partial_result(cfg, "segmentation", backbone)
     predict: Predict
@@ -129,7 +129,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
             predict, more = _with_patch_bank(cfg, backbone, train)
         scores = _scores(cfg, predict, test, device_of(backbone))
     partial.remove()
-    return {**scores, **more, "images_train": len(train), "images_test": len(test)}
+    return {**named_optimistic(scores, shared), **more, "images_train": len(train), "images_test": len(test)}
 
 
 def _dense_backbone(cfg: Config, backbone: Backbone) -> DenseBackbone:

@@ -70,6 +70,13 @@ def test_the_best_row_comes_first_and_the_last_result_counts():
     assert table.best == [0.7]
 
 
+def test_a_score_that_flatters_is_never_above_an_honest_one():
+    lines = [line("runs/leaked", top1_optimistic=0.93, settings={"train": {"name": "x"}}), line(top1=0.47)]
+    (table,) = results.tables(lines)
+    assert table.columns == ["top1", "top1_optimistic"]
+    assert [weights for weights, *_ in table.rows] == ["runs/a", "runs/leaked"]
+
+
 def test_of_an_error_the_least_is_the_best():
     (table,) = results.tables([line("a", rmse=0.9, delta1=0.8), line("b", rmse=0.7, delta1=0.9)])
     assert table.best == [0.7, 0.9]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,12 @@ class Subset:
     def name(self, index: int) -> str:
         """The name of the image in the source."""
         return self.source.name(self.indices[index])
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("file", "stored", "stored_size"):  # the optional methods, if the source has them
+            raise AttributeError(name)
+        method = getattr(self.source, name)
+        return lambda index: method(self.indices[index])
 
     def stamp(self) -> str | None:
         """The stamp of the source with a hash of the indices; None if the source has no stamp."""

@@ -34,7 +34,7 @@ class Mean(Backbone):
 
 def paint(root, counts, noise=60):
     """Folders root/NAME with images in the colour of their name, every image moved by up to `noise`."""
-    rng = np.random.default_rng(len(str(root)))
+    rng = np.random.default_rng(list(root.name.encode()))
     for name, count in counts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):

@@ -1,6 +1,10 @@
 """Whole k-NN evaluations, from images to scores, on truths that are made here."""
 
 import json
+import shutil
+import tarfile
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from torch import nn
 
 from dinokit.config import registry
 from dinokit.config.load import section_values
+from dinokit.data.sources import shared_images
 from dinokit.data.transforms import center_crop
 from dinokit.eval.knn import Config, evaluate
 from dinokit.models import Backbone, Input, Tokens
@@ -36,7 +41,7 @@ HUES = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 
 def paint(root, counts, noise=0):
     """Folders root/NAME with images in the colour of their name, every pixel moved by up to `noise`."""
-    rng = np.random.default_rng(len(str(root)))
+    rng = np.random.default_rng(list(root.name.encode()))
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -157,10 +162,54 @@ def test_different_classes_are_named(colours, tmp_path):
 @pytest.mark.parametrize("splits", [("all", "all"), ("test", "test"), ("all", "test"), ("train", "all")])
 def test_a_test_image_may_not_be_a_training_image(colours, splits):
     train, test = ({**colours["train"], "split": split} for split in splits)
-    with pytest.raises(
-        ValueError, match=rf"share images: .* train.split={splits[0]} and test.split={splits[1]}"
-    ):
+    with pytest.raises(ValueError, match=r"test images are train images too, such as .*train\.split=train"):
         evaluate(config(train=train, test=test), Corner())
+
+
+@pytest.mark.parametrize("evaluator", ["knn", "linear", "logreg"])
+@pytest.mark.parametrize("way", ["whole/test", "./whole", "whole/train/../test", "link/test", "copy", "tar"])
+def test_a_training_image_under_another_path_is_found_in_the_test_set(tmp_path, monkeypatch, evaluator, way):
+    monkeypatch.chdir(tmp_path)
+    for split in SPLITS:
+        paint(tmp_path / "whole" / split, {"red": 4, "green": 4, "blue": 4}, noise=60)
+    (tmp_path / "link").symlink_to("whole")
+    path = {"copy": "copy", "tar": "copy.tar"}.get(way, way)
+    shutil.copytree("whole/test", "copy")
+    with tarfile.open("copy.tar", "w") as tar:
+        for file in sorted(Path("copy").rglob("*.png")):
+            tar.add(file)
+            label = tarfile.TarInfo(str(file.with_suffix(".cls")))
+            label.size = len(file.parent.name)
+            tar.addfile(label, BytesIO(file.parent.name.encode()))
+    folders = {"name": "folder", "labels": "folders"}
+    data = {"train": {**folders, "path": "whole"}, "test": {**folders, "path": path}}
+    if way == "tar":
+        data["test"] = {"name": "tar", "path": path}
+    module, tiny = registry.find("eval", evaluator), {"linear": {"steps": 2, "blocks": [1], "pool": [False]}}
+    tiny["logreg"] = {"count": 2, "iterations": 3}
+    values = section_values("eval", evaluator, {**data, **tiny.get(evaluator, {})}, "")
+    with pytest.raises(ValueError, match=r"test images are train images too, such as .*overlap=allow"):
+        module.evaluate(module.Config(**values), Corner())
+    scores = module.evaluate(module.Config(**{**values, "overlap": "allow"}), Corner())
+    assert "top1_optimistic" in scores or "top1@10_optimistic" in scores
+    assert "top1" not in scores
+    assert scores["images_shared"] == (24 if way == "./whole" else 12)
+
+
+def test_a_copy_of_one_image_among_thousands_of_one_size_is_found_in_a_sample(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3000), ("test", 2500)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            (tmp_path / split / f"{i}.png").write_bytes(rng.bytes(16))
+    for i in range(0, 2500, 5):
+        shutil.copy(tmp_path / "train" / f"{i}.png", tmp_path / "test" / f"{i}.png")
+    train, test = (
+        registry.build("data.sources", {"name": "folder", "path": str(tmp_path / s)}) for s in SPLITS
+    )
+    shared = shared_images(train, test)
+    assert {int(Path(test.name(i)).stem) % 5 for i in shared} == {0}
+    assert 300 < len(shared) <= 500
 
 
 def test_a_missing_source_is_named():

@@ -76,7 +76,7 @@ def test_images_to_choose_on_are_trained_on_in_the_end(colours, mean):
         config(train=colours["train"], test=colours["test"], select_on={**colours["train"]}), mean
     )
     assert scores["images_train"] == 60
-    with pytest.raises(ValueError, match="share images"):
+    with pytest.raises(ValueError, match="12 of 12 test images are select_on images too"):
         evaluate(config(train=colours["train"], test=colours["test"], select_on=colours["test"]), mean)
 
 

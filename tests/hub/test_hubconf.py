@@ -256,13 +256,9 @@ def test_a_depth_model_without_files_is_initialised_at_random(kind, layers):
 def test_a_depth_head_that_was_not_released_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"layers=2 and weights='NYU': they use 1 or 4"):
         hubconf.dinov2_vits14_ld(pretrained=False, layers=2)
-    with pytest.raises(
-        ValueError, match=r"weights='SUN': they use 1 or 4 blocks, were trained on NYU and K"
-    ):
+    with pytest.raises(ValueError, match=r"weights='SUN': they use 1 or 4 blocks, were trained on NYU and K"):
         hubconf.dinov2_vits14_dd(pretrained=False, weights="SUN", head_weights=tmp_path / "x.pth")
-    with pytest.raises(
-        ValueError, match=r"weights='SUN': they use 1 or 4 blocks, were trained on NYU and K"
-    ):
+    with pytest.raises(ValueError, match=r"weights='SUN': they use 1 or 4 blocks, were trained on NYU and K"):
         hubconf.dinov2_vits14_ld(pretrained=False, weights="SUN")
 
 

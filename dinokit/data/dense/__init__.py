@@ -179,7 +179,15 @@ class DenseFiles:
 
     def name(self, index: int) -> str:
         """The path of the image."""
-        return str(self.images / self.image_names[self.rows[index]])
+        return str(self.file(index))
+
+    def file(self, index: int) -> Path:
+        """The path of the image."""
+        return self.images / self.image_names[self.rows[index]]
+
+    def stored(self, index: int) -> bytes:
+        """The content of the image file."""
+        return self.file(index).read_bytes()
 
 
 def match_files(

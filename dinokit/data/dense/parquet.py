@@ -83,6 +83,10 @@ class ParquetDense:
         check_size(image, target, name)
         return image, target
 
+    def stored(self, index: int) -> bytes:
+        """The content of the image file in the image column."""
+        return self._images.stored(index)
+
     def name(self, index: int) -> str:
         """The file and the row in it, counted from 0."""
         return self._images.name(index)

@@ -8,10 +8,17 @@ Opening a source must be cheap, and it must pickle (loader processes receive a c
 a field `split` in its Config, one of "all", "train", "test".
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 
 from dinokit.data.decode import ImageLike as ImageLike
+
+READ, AMONG, DRAWN = 2_000, 20_000, 200  # images whose content is compared, with how many, if no file has it
+_shared: dict[tuple[str, str], list[int]] = {}  # by two stamps: an evaluation repeats while a run trains
 
 
 class ImageSource(Protocol):
@@ -24,6 +31,7 @@ class ImageSource(Protocol):
         file(index) -> Path       the file of an image, if each image is a file of its own
         stored(index) -> bytes    the content of the image file, alone or inside another file; needed for
                                   crops.decode=reduced
+        stored_size(index) -> int its bytes, if that is known without reading them
     """
 
     classes: Sequence[str]  # names by label; empty if the source has no labels
@@ -48,3 +56,86 @@ def images_stamp(source: ImageSource) -> str | None:
     stamp = getattr(source, "stamp", None)
     text = stamp() if stamp is not None else None
     return None if text is None else str(text)
+
+
+def shared_images(train: Any, test: Any) -> list[int]:
+    """The numbers of those images of `test` that are images of `train` too, in ascending order.
+
+    Both are sources of images, dense ones too. One file under two paths (links, `a/../b`) is found always.
+    Equal contents are found among READ images of `test`, drawn evenly where there are more, and those of
+    `train` with the same number of bytes, at most AMONG. Images without files are compared by their names,
+    and the pixels of DRAWN of both.
+    """
+    key = str(images_stamp(train)), str(images_stamp(test))
+    if key not in _shared or "None" in key:
+        same_place = _by_place(train, test)
+        _shared[key] = sorted({*same_place, *_by_content(train, test)})
+    return _shared[key]
+
+
+def _by_place(train: Any, test: Any) -> set[int]:
+    places = {_place(train, i) for i in range(len(train))} - {None}
+    return {i for i in range(len(test)) if _place(test, i) in places}
+
+
+def _place(source: Any, index: int) -> tuple[int, int] | str | None:
+    """The file system's number of an image's file; without a file the name, None for a missing file."""
+    if not hasattr(source, "file"):
+        return str(source.name(index))
+    try:
+        status = Path(source.file(index)).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _by_content(train: Any, test: Any) -> set[int]:
+    if not (hasattr(train, "stored") and hasattr(test, "stored")):
+        digests = {_digest_of(train, i, _pixels) for i in _evenly(range(len(train)), DRAWN)} - {""}
+        return {i for i in _evenly(range(len(test)), DRAWN) if _digest_of(test, i, _pixels) in digests}
+    sizes, of_train = _sizes(test), _sizes(train)
+    tried = _evenly(np.flatnonzero(np.isin(sizes, of_train) & (sizes > 0)), READ)
+    among = _evenly(np.flatnonzero(np.isin(of_train, sizes[tried])), AMONG)
+    digests = {_digest_of(train, i, _content) for i in among} - {""}
+    return {i for i in tried if _digest_of(test, i, _content) in digests}
+
+
+def _evenly(numbers: Sequence[int] | np.ndarray, most: int) -> list[int]:
+    n = len(numbers)
+    return [int(numbers[i * n // min(n, most)]) for i in range(min(n, most))]
+
+
+def _sizes(source: Any) -> np.ndarray:
+    """The bytes of each image (n,); 0 for one that cannot be read."""
+
+    def size(index: int) -> int:
+        if hasattr(source, "stored_size"):
+            return int(source.stored_size(index))
+        return (
+            Path(source.file(index)).stat().st_size if hasattr(source, "file") else len(source.stored(index))
+        )
+
+    sizes = np.zeros(len(source), np.int64)
+    for i in range(len(source)):
+        try:
+            sizes[i] = size(i)
+        except (OSError, ValueError):
+            continue
+    return sizes
+
+
+def _content(source: Any, index: int) -> bytes:
+    return bytes(source.stored(index))
+
+
+def _pixels(source: Any, index: int) -> bytes:
+    array = np.asarray(source[index][0])
+    return repr(array.shape).encode() + array.tobytes()
+
+
+def _digest_of(source: Any, index: int, read: Callable[[Any, int], bytes]) -> str:
+    """A hash of an image; "" if it cannot be read, which is reported elsewhere."""
+    try:
+        return blake2b(read(source, index), digest_size=16).hexdigest()
+    except (OSError, ValueError):
+        return ""

@@ -81,6 +81,10 @@ class Tar:
             )
         return data
 
+    def stored_size(self, index: int) -> int:
+        """The bytes of the member."""
+        return int(self._sizes[self._rows[index]])
+
     def name(self, index: int) -> str:
         """The file and the member."""
         row = self._rows[index]
