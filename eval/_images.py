@@ -19,7 +19,7 @@ from dinokit.config import registry
 from dinokit.config.registry import suggest
 from dinokit.data.sources import ImageSource, images_stamp, shared_images
 from dinokit.data.transforms import Transform
-from dinokit.eval._config import ImageConfig, training_settings
+from dinokit.eval import ImageConfig, training_settings
 from dinokit.features import Features, Pooling, cached, device_of, extract, fingerprint, load_cached, spread
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision

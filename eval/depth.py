@@ -19,7 +19,7 @@ from torch import Tensor
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import DepthTransform, resize_image, shorter_side_to
-from dinokit.eval._config import DenseConfig
+from dinokit.eval import DenseConfig
 from dinokit.eval._dense import (
     DenseBackbone,
     cosine,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config.registry import source_field
-from dinokit.eval._config import ImageConfig
+from dinokit.eval import ImageConfig
 from dinokit.eval._images import image_features, open_source
 from dinokit.features import device_of
 from dinokit.models import Backbone

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.sources import ImageSource
-from dinokit.eval._config import ClassificationConfig
+from dinokit.eval import ClassificationConfig
 from dinokit.eval._images import count_shared, image_features, named_optimistic, open_source, shared_classes
 from dinokit.features import Features
 from dinokit.models import Backbone

@@ -24,7 +24,7 @@ from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.data.loader import image_loader
 from dinokit.data.sources import ImageSource, images_stamp
 from dinokit.data.transforms import RandomResizedCrop, Transform
-from dinokit.eval._config import ClassificationConfig
+from dinokit.eval import ClassificationConfig
 from dinokit.eval._images import (
     class_map,
     classes_in,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.data.sources import images_stamp
-from dinokit.eval._config import ClassificationConfig
+from dinokit.eval import ClassificationConfig
 from dinokit.eval._images import (
     count_shared,
     image_features,

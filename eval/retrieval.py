@@ -25,7 +25,7 @@ from torch import Tensor
 from dinokit.config.registry import check_at_least, only_if, source_field
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import Boxes, ResizeLongerSide
-from dinokit.eval._config import ImageConfig
+from dinokit.eval import ImageConfig
 from dinokit.eval._images import (
     count_shared,
     image_features,

@@ -143,9 +143,9 @@ def read_config(kind: str, name: str) -> type[Any]:
     """The Config of a file, made without running the file.
 
     A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the
-    file's imports of the standard library, of this module and of modules called `_config` (base classes of
-    settings, which import nothing heavy), its plain constants, Config and the enums and dataclasses that
-    Config names are executed here.
+    file's imports of the standard library, of this module, of dinokit.eval and of modules called `_config`
+    (base classes of settings, which import nothing heavy), its plain constants, Config and the enums and
+    dataclasses that Config names are executed here.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config.
@@ -184,7 +184,8 @@ def _is_plain(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
         light = {*sys.stdlib_module_names, "omegaconf"}
         module = (node.module or "").split(".")
-        return node.module == "dinokit.config.registry" or module[-1] == "_config" or module[0] in light
+        ours = ("dinokit.config.registry", "dinokit.eval")
+        return node.module in ours or module[-1] == "_config" or module[0] in light
     if isinstance(node, ast.Import):
         return all(alias.name.split(".")[0] in sys.stdlib_module_names for alias in node.names)
     if isinstance(node, ast.ClassDef):

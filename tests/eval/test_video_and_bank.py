@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dinokit.config import registry
 from dinokit.eval._metrics import contour, dilated, outline, region
-from dinokit.eval._patch_bank import (
+from dinokit.eval.segmentation import (
     PatchBank,
     grid_to_image,
     knn_classifier,

@@ -15,9 +15,8 @@ from dinokit.models.block import NORM_EPS
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import write_text
 from dinokit.weights.architecture import StoredBackbone, count_groups, stored_vit
-from dinokit.weights.checkpoint import Checkpoint
+from dinokit.weights.checkpoint import Checkpoint, write_tensors
 from dinokit.weights.formats import Exported, metadata_of
-from dinokit.weights.tensor_files import write_tensors
 
 PREFIX = re.compile(r"^(?:dinov2|dinov2_with_registers|vit)\.")
 TOP = {

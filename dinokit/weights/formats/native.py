@@ -13,8 +13,7 @@ from typing import Any
 import dinokit
 from dinokit.models import Backbone, Input
 from dinokit.weights.architecture import StoredBackbone
-from dinokit.weights.checkpoint import Checkpoint
-from dinokit.weights.tensor_files import write_tensors
+from dinokit.weights.checkpoint import Checkpoint, write_tensors
 
 
 def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:

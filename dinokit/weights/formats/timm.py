@@ -11,9 +11,8 @@ from torch import Tensor
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import write_text
 from dinokit.weights.architecture import StoredBackbone, backbone_tensors, is_vit, stored_vit
-from dinokit.weights.checkpoint import Checkpoint
+from dinokit.weights.checkpoint import Checkpoint, read_safetensors, write_tensors
 from dinokit.weights.formats import Exported, metadata_of
-from dinokit.weights.tensor_files import read_safetensors, write_tensors
 
 NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # the largest width of each name
 PACKED = re.compile(r"^(blocks\.\d+\.mlp)\.fc([12])\.")
