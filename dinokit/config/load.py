@@ -198,6 +198,9 @@ def to_yaml(recipe: Recipe, template: bool = False) -> str:
     A template has no name, and no run.out if that follows from the name, so that a copy gets its own.
     """
     values = asdict(recipe)
+    values["run"]["resume"] = (
+        "auto"  # a choice of one command: from a file, `never` would begin anew every time
+    )
     if template and values["run"]["out"] == f"runs/{values.pop('name')}":
         del values["run"]["out"]
     return OmegaConf.to_yaml(OmegaConf.create(values))

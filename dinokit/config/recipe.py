@@ -121,6 +121,9 @@ class Run:
     """Where and how to run; only `seed`, `precision` and `accumulate` change what is learnt."""
 
     out: str = ""  # the run's folder; empty: runs/NAME-OF-THE-RECIPE
+    resume: Literal["auto", "must", "never"] = (
+        "auto"  # must: with a checkpoint; never: anew, over old records
+    )
     seed: int = 0
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it is faster

@@ -3,11 +3,32 @@
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 TEMPORARY = ".*.part"  # names of unfinished files
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file to read. A FIFO or a device, which may block or never end, is refused, also behind a link.
+
+    Raises:
+        OSError: if it is none, or cannot be opened; the message names it.
+    """
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise OSError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file.")
+    return Path(path).open("rb")
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The content of a file. Raises as open_regular()."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 @contextmanager

@@ -47,9 +47,14 @@ class RunLog:
         self.steps, self.begun, self.start = steps, time.monotonic(), start
         if self.main:
             self.metrics_path = out / "metrics.jsonl"
+            overwrites = not start and self.metrics_path.exists() and self.metrics_path.stat().st_size
             records = _drop_later_records(self.metrics_path, start)
             self.evaluated = {key.split("/")[0] for record in records for key in record if "/" in key}
             self.text = (out / "run.log").open("a", encoding="utf-8")
+            if overwrites:
+                self.info(
+                    f"begins at step 0: the records of a run without a checkpoint in {out} are overwritten"
+                )
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

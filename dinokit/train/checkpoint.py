@@ -1,8 +1,9 @@
 """Save and resume a run: checkpoints/step_NNNNNNN/, complete or absent, for any number of processes.
 
 Each process writes its shard with torch.distributed.checkpoint, as safetensors, while training continues.
-Then complete.json lists every file with its length and checksum, and a rename from a hidden name makes the
-folder a checkpoint. Nothing in it is code.
+Then complete.json lists every file with its length and checksum, and has one of its own, and a rename from
+a hidden name makes the folder a checkpoint. So a visible folder without a readable complete.json is damaged,
+and is named, never passed over. Nothing in a checkpoint is code.
 
 A tensor is called model.NAME if it is a parameter or buffer, and optimizer.KEY.NAME if it is AdamW's KEY
 (exp_avg, exp_avg_sq, step) of the parameter NAME. A parameter that was not stepped yet, such as a frozen
@@ -13,7 +14,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from dinokit.runtime.distributed import broadcast, gather_objects, local, rank, world_size
-from dinokit.runtime.files import atomic, remove, sync_folder
+from dinokit.runtime.files import atomic, read_regular, remove, sync_folder
 
 MARK = "complete.json"
 PATTERN = "step_*"
+ONCE = ".checkpointed"  # in the run's folder, once it has had a checkpoint
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
@@ -96,10 +98,10 @@ class Checkpoints:
 
     def failure(self, step: int, error: BaseException) -> str:
         """The message if a file of a checkpoint cannot be written."""
-        last = newest(self.folder)
+        last = last_good(self.folder)
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}. "
-            f"{f'The last good one is {last.path}.' if last else 'There is none yet.'} Make room (or copy "
+            f"{f'The last good one is {last}.' if last else 'There is none yet.'} Make room (or copy "
             f"the folder to another disk and set run.out to it), then give the same command again."
         )
 
@@ -138,9 +140,11 @@ class Checkpoints:
 
     def _complete(self, temporary: Path, path: Path, content: dict[str, Any]) -> None:
         with atomic(temporary / MARK) as mark:
-            mark.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            text = json.dumps({"sha256": _sha256_of(content), **content}, indent=1)
+            mark.write_text(text, encoding="utf-8")
         remove(path)  # the same step again, after the run resumed from an older checkpoint
         temporary.rename(path)
+        (self.folder.parent / ONCE).touch()
         sync_folder(self.folder)
         complete = sorted((p for p in self.folder.glob(PATTERN) if (p / MARK).exists()), key=_step)
         for old in complete[: -self.keep]:
@@ -156,20 +160,68 @@ class Checkpoints:
 
 
 def newest(folder: Path) -> SavedCheckpoint | None:
-    """The newest complete checkpoint of a run, or None."""
-    for path in sorted(folder.glob(PATTERN), key=_step, reverse=True):
-        try:
-            content = json.loads((path / MARK).read_text(encoding="utf-8"))
-            step, values, files = int(content["step"]), dict(content["values"]), dict(content["files"])
-            return SavedCheckpoint(path, step, values, files)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+    """The newest checkpoint of a run, or None if it has none.
+
+    Raises:
+        ValueError: if it is damaged so that complete.json cannot be read; the message says how to go on.
+    """
+    return next(_found(folder), None)
 
 
 def latest(folder: Path) -> SavedCheckpoint | None:
     """newest() as process 0 sees it, in every process."""
     return broadcast(newest(folder) if rank() == 0 else None)
+
+
+def last_good(folder: Path) -> Path | None:
+    """The newest checkpoint, for a message; a damaged one is none."""
+    try:
+        found = newest(folder)
+    except ValueError:
+        return None
+    return found.path if found else None
+
+
+def to_resume(out: Path, resume: str) -> SavedCheckpoint | None:
+    """The checkpoint that the run in folder `out` resumes from, in every process; None to begin at step 0.
+
+    Raises:
+        ValueError: if there is none with resume=must; or with resume=auto, where there was one.
+    """
+    saved = None if resume == "never" else latest(out / "checkpoints")
+    lost = saved is None and resume == "auto" and (out / ONCE).exists()
+    if lost or (saved is None and resume == "must"):
+        why = "The run had one: copy it back. " if lost else ""
+        raise ValueError(
+            f"{out / 'checkpoints'} has no checkpoint to resume from. {why}To begin at step 0 and overwrite "
+            f"the records in {out}, set run.resume=never; to keep them, choose another run.out."
+        )
+    return saved
+
+
+def _found(folder: Path) -> Iterator[SavedCheckpoint]:
+    """The checkpoints of a run, the newest first. Raises as newest()."""
+    for path in sorted(folder.glob(PATTERN), key=_step, reverse=True):
+        try:
+            yield _read_mark(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if not path.exists():
+                continue  # it was old, and was removed meanwhile
+            reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
+            raise ValueError(
+                f"{path} is damaged: {MARK} in it cannot be read: {reason}. Copy it back, or move the folder "
+                f"away, and the run resumes from the checkpoint before it."
+            ) from None
+
+
+def _read_mark(path: Path) -> SavedCheckpoint:
+    content = json.loads(read_regular(path / MARK))
+    written = content.pop("sha256", None)
+    step, values, files = int(content["step"]), dict(content["values"]), dict(content["files"])
+    old = written is None and content.keys() == {"step", "values", "files"}  # of an earlier version
+    if step != _step(path) or not (old or written == _sha256_of(content)):
+        raise ValueError("it does not match its checksum and its folder's name")
+    return SavedCheckpoint(path, step, values, files)
 
 
 def verify(saved: SavedCheckpoint) -> None:
@@ -178,7 +230,8 @@ def verify(saved: SavedCheckpoint) -> None:
     Raises:
         ValueError: if one is damaged; the message says how to resume without it.
     """
-    mine = sorted(saved.files)[rank() :: world_size()]
+    present = {path.name for path in saved.path.iterdir()} - {MARK}  # others would be read with them
+    mine = sorted(present | set(saved.files))[rank() :: world_size()]
     wrong = [text for texts in gather_objects([_damage(saved, n) for n in mine]) for text in texts if text]
     if wrong:
         raise ValueError(
@@ -264,6 +317,8 @@ def _no_warning_of_one_process() -> None:
 
 
 def _damage(saved: SavedCheckpoint, name: str) -> str:
+    if name not in saved.files:
+        return f"{name} does not belong to it"
     path, entry = saved.path / name, saved.files[name]
     if not path.is_file():
         return f"{name} is missing"
@@ -275,6 +330,10 @@ def _damage(saved: SavedCheckpoint, name: str) -> str:
 
 def _entry(path: Path) -> tuple[str, dict[str, Any]]:
     return path.name, {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -24,13 +24,14 @@ from dinokit.runtime.device import pick_device, pick_precision
 from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
 from dinokit.runtime.files import TEMPORARY, atomic, remove, write_text
 from dinokit.runtime.launch import LOCK, digest
+from dinokit.train.checkpoint import ONCE
 
 # Settings that may change when a run resumes, because they do not change what it learns.
 FREE = (
     "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
     "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.parallel",
     "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits", "run.tokens",
-    "run.keep_memory", "data.memory_gib",
+    "run.keep_memory", "run.resume", "data.memory_gib",
 )  # fmt: skip
 NAMES = 64  # images whose names are compared between processes
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
@@ -58,6 +59,9 @@ def open_run(recipe: Recipe) -> Path:
     gather_objects(None)  # all processes have checked before anything is written
     if rank() == 0:
         write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
+        if recipe.run.resume == "never":
+            remove(out / "checkpoints")
+            remove(out / ONCE)
         (out / "checkpoints").mkdir(exist_ok=True)
         for folder in (out, out / "checkpoints", out / "teachers"):
             for temporary in folder.glob(TEMPORARY):

@@ -78,7 +78,7 @@ class Trainer:
     ) -> None:
         out = Path(recipe.run.out)
         recipe = with_precision(recipe, device)
-        saved = checkpoint.latest(out / "checkpoints")
+        saved = checkpoint.to_resume(out, recipe.run.resume)
         micro_batches = accumulation(recipe, world_size(), saved.values if saved else None)
         torch.manual_seed(recipe.run.seed)
         model = StudentTeacher(recipe)
@@ -184,8 +184,8 @@ class Trainer:
             if scaler.is_enabled() and names[column].startswith("grad_"):
                 continue  # an overflow, which the scaler handles
             self.checkpoints.finish()
-            last = checkpoint.newest(self.checkpoints.folder)
-            good = f"The last good checkpoint is {last.path}." if last else "No checkpoint was written yet."
+            last = checkpoint.last_good(self.checkpoints.folder)
+            good = f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
             raise TrainingError(
                 f"'{names[column]}' became {losses[row, column].item()} in step "
                 f"{step - len(losses) + row + 1}. {good} To try, one at a time, in a new run.out: a lower "

@@ -73,13 +73,63 @@ def test_a_damaged_file_is_told_and_never_loaded(tmp_path, harm):
 
 def test_a_folder_that_was_not_written_to_its_end_is_no_checkpoint(tmp_path):
     write(tmp_path, 1)
-    half = tmp_path / "step_0000009"
+    half = tmp_path / ".step_0000009.part"
     half.mkdir()
     save_file({"x": torch.zeros(3)}, half / "shard-00001-model-00001-of-00001.safetensors")
     assert newest(tmp_path).step == 1
-    (half / checkpoint.MARK).write_text('{"step": 9, "val')
-    assert newest(tmp_path).step == 1
     assert newest(tmp_path / "nothing") is None
+
+
+def damage(mark, way):
+    text = mark.read_text()
+    mark.unlink()
+    if way == "a folder":
+        mark.mkdir()
+    elif way == "a FIFO":
+        os.mkfifo(mark)
+    elif way == "a bit of any":
+        place = random.Random(text).randrange(len(text))
+        mark.write_text(text[:place] + chr(ord(text[place]) ^ 4) + text[place + 1 :])
+    elif way != "missing":
+        ways = {"cut": text[: len(text) // 2], "empty": "", "binary": "\udcff\0", "deep": "[" * 200_000}
+        ways["no checksum"] = text.replace('"sha256": "', '"sha251": "', 1)
+        ways["another"] = text.replace('"a"', '"b"')
+        mark.write_text(ways[way], errors="surrogateescape")
+
+
+WAYS = [
+    "a folder",
+    "a FIFO",
+    "a bit of any",
+    "missing",
+    "cut",
+    "empty",
+    "binary",
+    "deep",
+    "no checksum",
+    "another",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_whose_mark_cannot_be_read_is_an_error_that_names_it(tmp_path, way):
+    write(tmp_path, 1, 9)
+    damage(tmp_path / "step_0000009" / checkpoint.MARK, way)
+    with pytest.raises(ValueError, match=r"step_0000009 is damaged: complete.json .*move the folder away"):
+        newest(tmp_path)
+    (tmp_path / "step_0000009").rename(tmp_path / "away")
+    assert newest(tmp_path).step == 1
+
+
+def test_a_shard_that_was_put_beside_the_others_is_not_read(tmp_path):
+    write(tmp_path, 1)
+    save_file(
+        {"x": torch.ones(3)}, tmp_path / "step_0000001" / "shard-00002-model-00001-of-00001.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=r"shard-00002-model-00001-of-00001\.safetensors does not belong to it"
+    ):
+        read(newest(tmp_path))
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):

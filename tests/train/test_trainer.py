@@ -36,6 +36,7 @@ def test_a_run_leaves_what_it_promises(tiny, records):
         "metrics.jsonl",
         "run.log",
         "checkpoints",
+        ".checkpointed",
         "teacher.safetensors",
     }
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_0000004", "step_0000006"]

@@ -1,5 +1,7 @@
 """Runs that break at awkward moments, and recipes that leave things out."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -56,6 +58,36 @@ def test_a_run_killed_before_its_first_checkpoint_is_logged_once(tiny, records):
         train(tiny("a"), [Evaluator("e", 1, evaluate)])
     out = train(tiny("a"), [Evaluator("e", 3, evaluate)])
     assert [r["step"] for r in records(out) if "e/x" in r] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("lost", ["the marks", "the checkpoints", "their folder"])
+def test_a_run_whose_checkpoints_are_lost_does_not_begin_again_unless_asked(tiny, records, lost):
+    out = train(tiny("a", "run.checkpoint_every=6"))
+    kept = (out / "metrics.jsonl").read_bytes()
+    for path in list((out / "checkpoints").iterdir()):
+        (path / "complete.json").unlink()
+        if lost != "the marks":
+            shutil.rmtree(path)
+    if lost == "their folder":
+        (out / "checkpoints").rmdir()
+    named = (
+        "step_0000006 is damaged" if lost == "the marks" else "no checkpoint to resume from.*run.resume=never"
+    )
+    for choice in ("auto", "must"):
+        with pytest.raises(ValueError, match=named):
+            train(tiny("a", f"run.resume={choice}"))
+    assert (out / "metrics.jsonl").read_bytes() == kept
+    train(tiny("a", "run.resume=never"))
+    assert [record["step"] for record in records(out)] == [1, 2, 3, 4, 5, 6]
+    assert "begins at step 0" in (out / "run.log").read_text()
+    assert load_recipe(out / "recipe.yaml").run.resume == "auto"
+    train(tiny("a", "run.resume=must"))
+
+
+def test_a_new_run_may_not_be_one_that_must_resume(tiny, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        train(tiny("a", "run.resume=must"))
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_a_killed_write_left_is_cleared_away(tiny):
