@@ -14,6 +14,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "heads.*.hidden": (1, inf),
     "heads.*.bottleneck": (1, inf),
     "heads.*.layers": (1, inf),
+    "heads.*.output": (1, inf),
     "teacher.momentum": (0, 1),
     "teacher.temp": (1e-3, inf),
     "teacher.temp_warmup": (0, inf),
@@ -26,6 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "crops.ratio": (0.01, inf),
     "crops.flip": (0, 1),
     "crops.vertical_flip": (0, 1),
+    "crops.transpose": (0, 1),
     "crops.jitter": (0, 1),
     "crops.brightness": (0, inf),
     "crops.contrast": (0, inf),
@@ -163,6 +165,18 @@ def _check_losses(recipe: Recipe) -> None:
     configs = {name: registry.read_config("losses", name) for name in recipe.losses}
     masked = [name for name, cls in configs.items() if "masks" in getattr(cls, "uses", ())]
     _check_masks(recipe, masked)
+    _check_phases(recipe)
+    projected = [name for name, cls in configs.items() if "projection" in getattr(cls, "uses", ())]
+    if projected and recipe.heads.projector is None:
+        raise ValueError(
+            f"losses.{projected[0]} compares projections, but there is no section `heads.projector`: add it, "
+            f"such as heads.projector.output=128."
+        )
+    if recipe.heads.projector is not None and not projected:
+        raise ValueError(
+            "`heads.projector` is given, but no loss of this recipe uses it; remove it with "
+            "heads.projector=null."
+        )
     micro_batch = recipe.optim.batch // recipe.run.accumulate
     for name, cls in configs.items():
         least = getattr(cls, "least_images", 1)
@@ -171,6 +185,24 @@ def _check_losses(recipe: Recipe) -> None:
                 f"losses.{name} needs {least} images at a time, but optim.batch={recipe.optim.batch} in "
                 f"run.accumulate={recipe.run.accumulate} micro-batches gives {micro_batch}. Raise "
                 f"optim.batch, or remove the loss with losses.{name}=null."
+            )
+
+
+def _check_phases(recipe: Recipe) -> None:
+    """Check that phases are shares of the run, and that at every step some loss counts."""
+    phases = {name: tuple(values.get("phase", (0.0, 1.0))) for name, values in recipe.losses.items()}
+    for name, (start, end) in phases.items():
+        if not 0 <= start < end <= 1:
+            raise ValueError(
+                f"losses.{name}.phase=[{start:g}, {end:g}]: give two shares of the run, the smaller first, "
+                f"such as [0, 0.6] for the first 60 % of the steps."
+            )
+    ends = sorted({0.0, *(share for phase in phases.values() for share in phase)} - {1.0})
+    for share in ends:
+        if not any(start <= share < end for start, end in phases.values()):
+            raise ValueError(
+                f"At {share:.0%} of the run no loss counts: the phases are "
+                f"{', '.join(f'losses.{name}.phase=[{a:g}, {b:g}]' for name, (a, b) in phases.items())}."
             )
 
 

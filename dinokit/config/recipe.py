@@ -26,9 +26,19 @@ class Head:
 
 
 @dataclass
+class Projector:
+    """An MLP with batch norm, for losses that compare images with each other (arXiv 2002.05709)."""
+
+    hidden: int = 512
+    output: int = 128
+    layers: int = 3  # linear layers
+
+
+@dataclass
 class Heads:
     cls: Head = field(default_factory=Head)
     patch: Head | None = None  # none: masked patches use the head of the class token
+    projector: Projector | None = None  # for losses.contrastive
 
 
 @dataclass
@@ -64,6 +74,7 @@ class Crops:
     decode: Literal["whole", "reduced"] = "whole"
     flip: float = 0.5  # probability
     vertical_flip: float = 0.0  # probability
+    transpose: float = 0.0  # probability; with both flips all eight symmetries of a square
     jitter: float = 0.8  # probability of the next four; each of them is a strength, 0 is off
     brightness: float = 0.4
     contrast: float = 0.4

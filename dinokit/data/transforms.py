@@ -41,6 +41,7 @@ class Box(NamedTuple):
     width: int
     height: int
     flips: tuple[int, ...]  # axes of (C, S, S)
+    transpose: bool = False  # rows become columns, after the flips
 
 
 class CropBoxes(NamedTuple):
@@ -67,7 +68,10 @@ class MultiCrop:
         for _ in range(group.count):
             mirror, vertical, *draws = rng.random(2 + 2 * ATTEMPTS + 2).tolist()
             flips = (2,) * (mirror < self.cfg.flip) + (1,) * (vertical < self.cfg.vertical_flip)
-            boxes.append(Box(*random_box(width, height, group.scale, self.cfg.ratio, draws), flips))
+            # A draw more only where it is used: other recipes keep their random numbers.
+            transpose = bool(self.cfg.transpose) and rng.random() < self.cfg.transpose
+            box = random_box(width, height, group.scale, self.cfg.ratio, draws)
+            boxes.append(Box(*box, flips, transpose))
         return boxes
 
     def __call__(self, image: ImageLike, boxes: CropBoxes) -> tuple[Tensor, Tensor]:
@@ -89,9 +93,10 @@ class MultiCrop:
 
 def _cut(pixels: Tensor, size: int, boxes: list[Box]) -> Tensor:
     crops = torch.empty(len(boxes), pixels.shape[1], size, size, dtype=pixels.dtype)
-    for crop, (left, top, width, height, flips) in zip(crops, boxes, strict=True):
+    for crop, (left, top, width, height, flips, transpose) in zip(crops, boxes, strict=True):
         resized = resize(pixels[:, :, top : top + height, left : left + width], size, size)[0]
-        crop.copy_(resized.flip(flips) if flips else resized)
+        resized = resized.flip(flips) if flips else resized
+        crop.copy_(resized.mT if transpose else resized)
     return crops
 
 
@@ -141,7 +146,7 @@ def _reduce_box(box: Box, reduction: int) -> Box:
     left, top = round(box.left / reduction), round(box.top / reduction)
     right = round((box.left + box.width) / reduction)
     bottom = round((box.top + box.height) / reduction)
-    return Box(left, top, right - left, bottom - top, box.flips)
+    return box._replace(left=left, top=top, width=right - left, height=bottom - top)
 
 
 def random_box(

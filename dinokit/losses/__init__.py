@@ -9,19 +9,27 @@ The module has `weight: float` and `forward(views: Views) -> Tensor` of shape ()
 `end_of_step()`, which the trainer calls in every process after each optimiser step: there it updates its
 statistics.
 
-`Config.uses = frozenset({"masks"})` (a ClassVar) declares that the loss reads the masked patches;
-`Config.least_images` (a ClassVar) is the smallest number of images that it can compare.
+`Config` may have three more:
+
+    phase: tuple[float, float]  the part of the run in which the loss counts, as shares of its steps;
+                                without it, the whole run
+    uses: ClassVar[frozenset]   what the loss reads besides class features: "heads" (logits of student and
+                                teacher), "masks" (the logits of masked patches), "projection" (of
+                                `heads.projector`); without it, {"heads"}. What no loss of a step reads is
+                                not computed.
+    least_images: ClassVar[int] the smallest number of images that the loss can compare
 
 Letters: B images in this forward pass on this process, G global crops, L local crops, D width, K prototypes,
-M masked patches.
+M masked patches, P width of the projection.
 """
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from dinokit.config import registry
@@ -47,6 +55,8 @@ class Views:
     mask_weight: Tensor  # (M,) one over the number of masked patches in the same crop
     teacher_temp: float
     whole_logits: bool = False  # compute losses from all logits at once, as the papers write them
+    # (G+L, B, P) of the class token by `heads.projector`, global crops first; empty if no loss reads it
+    student_projection: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def teacher(self, head: HeadName) -> LazyLogits:
         """The teacher's logits of a head."""
@@ -83,6 +93,11 @@ def _build(name: str, values: Mapping[str, Any], prototypes: Mapping[HeadName, i
     takes_prototypes = len(inspect.signature(module.build).parameters) > 1
     loss: nn.Module = module.build(cfg, prototypes) if takes_prototypes else module.build(cfg)
     return loss
+
+
+def uses(name: str) -> frozenset[str]:
+    """What a loss reads besides class features, as its Config says."""
+    return getattr(registry.read_config("losses", name), "uses", frozenset({"heads"}))
 
 
 def end_of_step(losses: nn.Module) -> None:

@@ -21,6 +21,7 @@ from dinokit.losses.sinkhorn import Sinkhorn
 @dataclass
 class Config:
     weight: float = 1.0
+    phase: tuple[float, float] = (0.0, 1.0)  # of the run
     targets: Literal["sinkhorn", "centering"] = "sinkhorn"
     student_temp: float = 0.1
     center_momentum: float = 0.9  # of the centre, with targets=centering

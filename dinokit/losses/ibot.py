@@ -18,8 +18,9 @@ from dinokit.models.head import LazyLogits
 
 @dataclass
 class Config:
-    uses: ClassVar[frozenset[str]] = frozenset({"masks"})
+    uses: ClassVar[frozenset[str]] = frozenset({"heads", "masks"})
     weight: float = 1.0
+    phase: tuple[float, float] = (0.0, 1.0)  # of the run
     targets: Literal["sinkhorn", "centering"] = "sinkhorn"
     student_temp: float = 0.1
     center_momentum: float = 0.9  # of the centre, with targets=centering

@@ -16,8 +16,10 @@ from dinokit.runtime.distributed import all_gather_rows, rank
 
 @dataclass
 class Config:
+    uses: ClassVar[frozenset[str]] = frozenset()
     least_images: ClassVar[int] = 2
     weight: float = 0.1
+    phase: tuple[float, float] = (0.0, 1.0)  # of the run
     distributed: bool = False  # search the images of all processes; else, as in DINOv2, of this one
     eps: float = 1e-8  # added to a distance in [0, 2]: a duplicate costs -log(eps) = 18.4, not infinity
 

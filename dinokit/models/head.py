@@ -1,7 +1,4 @@
-"""The projection head: an MLP, a normalisation to unit length, and K prototypes.
-
-DINO (arXiv 2104.14294), appendix C.
-"""
+"""Heads: the projection head with prototypes of DINO (arXiv 2104.14294, appendix C), and a projector."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -77,3 +74,25 @@ class PrototypeHead(nn.Module):
         x = self.mlp(x)
         unit = F.normalize(x.float(), dim=-1)  # in half precision the smallest length would be 0
         return LazyLogits(unit.to(x.dtype), self.last_layer(x.dtype))
+
+
+class Projector(nn.Sequential):
+    """Features (R, D) to projections (R, P): linear layers with batch norm and GELU between them.
+
+    Batch norm uses the rows of one forward pass in one process, in training as in evaluation: a projector
+    exists in training alone.
+
+    Args:
+        width: D.
+        hidden: width between the layers.
+        output: P.
+        layers: linear layers.
+    """
+
+    def __init__(self, width: int, hidden: int, output: int, layers: int) -> None:
+        widths = [width, *[hidden] * (layers - 1), output]
+        modules: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            norm = nn.BatchNorm1d(after, track_running_stats=False)
+            modules += [nn.Linear(before, after), norm, nn.GELU()]
+        super().__init__(*modules[:-2])

@@ -204,4 +204,5 @@ def _all_used(student: Network, recipe: Recipe) -> bool:
     """Whether every parameter is known to be used by some loss."""
     token = recipe.masks is not None or not hasattr(student.backbone, "mask_token")
     heads = "dino" in recipe.losses and ("ibot" in recipe.losses or student.shared)
-    return token and heads
+    always = all(tuple(values.get("phase", (0, 1))) == (0, 1) for values in recipe.losses.values())
+    return token and heads and always

@@ -26,7 +26,7 @@ class Schedules:
     """The values at a step (from 0), as DINO and DINOv2 compute them (arXiv 2304.07193, table 16)."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.optim, self.teacher = recipe.optim, recipe.teacher
+        self.optim, self.teacher, self.losses = recipe.optim, recipe.teacher, recipe.losses
 
     def rates(self, step: int) -> dict[str, float]:
         """The learning rate of backbone, heads and prototypes."""
@@ -56,6 +56,12 @@ class Schedules:
         """The heads', and 0 while the prototypes are frozen by their learning rate."""
         frozen = self.optim.head_freeze == "lr" and step < self.optim.head_frozen
         return 0.0 if frozen else self.head_lr(step)
+
+    def active_losses(self, step: int) -> list[str]:
+        """The losses that count at a step: from the first to the second share of the run in their `phase`."""
+        phases = {name: values.get("phase", (0.0, 1.0)) for name, values in self.losses.items()}
+        at = step / self.optim.steps
+        return [name for name, (start, end) in phases.items() if start <= at < end]
 
     def weight_decay(self, step: int) -> float:
         """A cosine over the whole run."""

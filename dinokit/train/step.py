@@ -72,7 +72,7 @@ class Step:
     def backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the weighted sum of the losses, micro-batch by micro-batch. Returns the losses."""
         n = self.accumulation
-        temp = self.schedules.teacher_temp(batch.step)
+        temp, active = self.schedules.teacher_temp(batch.step), self.schedules.active_losses(batch.step)
         means: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(batch.split(n)):
             if n > 1 and self.device.type == "cuda":
@@ -80,7 +80,7 @@ class Step:
             inputs = self.augment(micro_batch)
             with gradient_sync(self.replica, last=i == n - 1):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    losses = self.replica(inputs, temp)
+                    losses = self.replica(inputs, temp, active)
                 del inputs  # the backward pass reads copies in half precision
                 total = sum(self._weight(name) * value for name, value in losses.items())
                 self.scaler.scale(total / n).backward()

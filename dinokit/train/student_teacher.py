@@ -21,15 +21,17 @@ from dinokit import models
 from dinokit.config.load import Head, Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.masks import BlockMasks
-from dinokit.losses import HeadName, Views, build_losses
+from dinokit.losses import HeadName, Views, build_losses, uses
 from dinokit.models import Backbone, Input, TokenReads
-from dinokit.models.head import LazyLogits, PrototypeHead
+from dinokit.models.head import LazyLogits, Projector, PrototypeHead
 from dinokit.runtime.distributed import local
 
 if TYPE_CHECKING:
     from dinokit.train.pretrained import FrozenTeacher
 
 GUIDE = "guide_"  # before the names of the losses that fresh heads of a frozen teacher learn by
+NO_LOGITS = LazyLogits(torch.empty(0, 1), torch.empty(0, 1))  # where no loss reads any
+NOT_AVERAGED = ("guide.", "projector.")  # children of the student that its moving average lacks
 
 
 class TeacherHeads(nn.Module):
@@ -72,6 +74,8 @@ class Network(nn.Module):
 class StudentTeacher(nn.Module):
     """A student, its moving average, a teacher, and the losses between student and teacher.
 
+    A loss counts in its `phase` of the run; what no loss of a step reads is not computed in that step.
+
     A frozen teacher without heads gets fresh ones, which are a child `guide` of the student, so they are
     optimised, clipped and saved like its own heads. They learn by the same losses with the teacher as its own
     student: a global crop must predict the prototypes of the other one, and a patch its own (clustering
@@ -98,7 +102,12 @@ class StudentTeacher(nn.Module):
         self.whole_logits = recipe.run.logits == "whole"
         self.loss_names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = build_losses(recipe.losses, prototypes_of(recipe))
+        self.uses = {name: uses(name) for name in recipe.losses}
         self.guide_losses = nn.ModuleList()
+        projector = recipe.heads.projector
+        if projector is not None:
+            width = self.student.backbone.width
+            self.student.projector = Projector(width, projector.hidden, projector.output, projector.layers)
         if self.learns_teacher_heads:
             self.student.guide = TeacherHeads(self.teacher.backbone.width, recipe)
             self.guide_losses = build_losses(recipe.losses, prototypes_of(recipe))
@@ -116,46 +125,61 @@ class StudentTeacher(nn.Module):
         self.ema.eval()
         return self
 
-    def forward(self, batch: Batch, teacher_temp: float) -> dict[str, Tensor]:
-        """Every loss (), before its weight; those of fresh teacher heads are named 'guide_...'.
+    def forward(
+        self, batch: Batch, teacher_temp: float, active: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Every active loss (), before its weight; those of fresh teacher heads are named 'guide_...'.
 
         Args:
             batch: crops are normalised floats, on the device of the parameters.
             teacher_temp: softmax temperature of the teacher's targets.
+            active: names of the losses to compute; None: all.
         """
-        crops, masks = [batch.global_crops], [batch.masks]
+        active = self.loss_names if active is None else active
+        read = frozenset().union(*(self.uses[name] for name in active))
+        crops, masks = [batch.global_crops], [batch.masks if "masks" in read else None]
         if len(batch.local_crops):
             crops, masks = [*crops, batch.local_crops], [*masks, None]
         places, weight = self._compared_patches(batch)
+        teacher_cls = teacher_patch = student_cls = student_patch = NO_LOGITS
 
-        with torch.no_grad():
-            teacher = self.teacher.read([batch.global_crops], [None], places)
-        with torch.set_grad_enabled(self.learns_teacher_heads and torch.is_grad_enabled()):
-            heads: Any = self.student.get_submodule("guide") if self.learns_teacher_heads else self.teacher
-            teacher_cls, teacher_patch = heads.logits(teacher.cls[0], teacher.patches)
+        if "heads" in read:
+            with torch.no_grad():
+                teacher = self.teacher.read([batch.global_crops], [None], places)
+            with torch.set_grad_enabled(self.learns_teacher_heads and torch.is_grad_enabled()):
+                heads: Any = (
+                    self.student.get_submodule("guide") if self.learns_teacher_heads else self.teacher
+                )
+                teacher_cls, teacher_patch = heads.logits(teacher.cls[0], teacher.patches)
         student = self.student.read(crops, masks, places)
-        student_cls, student_patch = self.student.logits(torch.cat(student.cls), student.patches)
+        cls = torch.cat(student.cls)
+        if "heads" in read:
+            student_cls, student_patch = self.student.logits(cls, student.patches)
 
-        views = Views(
-            student_cls=student_cls.by_crop(batch.images),
-            teacher_cls=teacher_cls.detach().by_crop(batch.images),
-            student_feature=student.cls[0].unflatten(0, (-1, batch.images)),
-            student_patch=student_patch,
-            teacher_patch=teacher_patch.detach(),
-            mask_weight=weight,
-            teacher_temp=teacher_temp,
-            whole_logits=self.whole_logits,
-        )
         with torch.autocast(batch.global_crops.device.type, enabled=False):
-            losses = {name: loss(views) for name, loss in zip(self.loss_names, self.losses, strict=True)}
-            if self.learns_teacher_heads:
-                losses |= self._teacher_head_losses(views, teacher, teacher_cls, teacher_patch)
+            views = Views(
+                student_cls=student_cls.by_crop(batch.images),
+                teacher_cls=teacher_cls.detach().by_crop(batch.images),
+                student_feature=student.cls[0].unflatten(0, (-1, batch.images)),
+                student_patch=student_patch,
+                teacher_patch=teacher_patch.detach(),
+                mask_weight=weight,
+                teacher_temp=teacher_temp,
+                whole_logits=self.whole_logits,
+            )
+            if "projection" in read:
+                projection = self.student.get_submodule("projector")(cls.float())
+                views.student_projection = projection.unflatten(0, (-1, batch.images))
+            chosen = dict(zip(self.loss_names, self.losses, strict=True))
+            losses = {name: chosen[name](views) for name in active}
+            if self.learns_teacher_heads and "heads" in read:
+                losses |= self._teacher_head_losses(views, active, teacher, teacher_cls, teacher_patch)
         return losses
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """EMA <- momentum * EMA + (1 - momentum) * student, for every parameter."""
-        student = [p for name, p in self.student.named_parameters() if not name.startswith("guide.")]
+        student = [p for name, p in self.student.named_parameters() if not name.startswith(NOT_AVERAGED)]
         ema = [local(p) for p in self.ema.parameters()]
         torch._foreach_lerp_(ema, [local(p) for p in student], 1 - momentum)  # sharded alike, if at all
 
@@ -169,7 +193,7 @@ class StudentTeacher(nn.Module):
         return torch.arange(crops * grid, device=device), torch.full((crops * grid,), 1 / grid, device=device)
 
     def _teacher_head_losses(
-        self, views: Views, teacher: TokenReads, cls: LazyLogits, patch: LazyLogits
+        self, views: Views, active: Sequence[str], teacher: TokenReads, cls: LazyLogits, patch: LazyLogits
     ) -> dict[str, Tensor]:
         """The losses with the teacher as its own student; those that do not depend on heads are left out."""
         images = views.teacher_cls.rows.shape[1]
@@ -181,9 +205,8 @@ class StudentTeacher(nn.Module):
         )
         if "balanced_targets" in vars(views):  # the same teacher: its targets are not computed twice
             vars(own)["balanced_targets"] = views.balanced_targets
-        losses = {
-            GUIDE + name: loss(own) for name, loss in zip(self.loss_names, self.guide_losses, strict=True)
-        }
+        guides = dict(zip(self.loss_names, self.guide_losses, strict=True))
+        losses = {GUIDE + name: guides[name](own) for name in active if "projection" not in self.uses[name]}
         return {name: value for name, value in losses.items() if value.requires_grad}
 
 

@@ -125,7 +125,7 @@ class Trainer:
                 save = step % run.checkpoint_every == 0 or last or stopping
                 due = [e for e in self.evaluators if step % e.every == 0 or last]
 
-                if step % run.log_every == 0 or save or due:
+                if step % run.log_every == 0 or save or due or self.losses_change_at(step):
                     losses = self.fetch_losses(step)  # one wait for the device
                     if not losses.isfinite().all():
                         self.handle_not_finite(losses, step)
@@ -145,6 +145,11 @@ class Trainer:
             for line in first_and_last_scores(self.out):
                 self.log.info(line)
             self.log.info(f"finished: {self.out / 'teacher.safetensors'}")
+
+    def losses_change_at(self, step: int) -> bool:
+        """Whether other losses count from this step on: rows of `pending` have the same names."""
+        schedules = self.step.schedules
+        return schedules.active_losses(step - 1) != schedules.active_losses(step)
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the loader; counts the time spent waiting for them."""

@@ -42,7 +42,7 @@ def test_a_recipe_is_completed_by_the_defaults_of_every_section(base):
     assert recipe.run.out == "runs/mine"
     assert recipe.backbone["ffn"] == "mlp"
     assert recipe.losses["ibot"] == {
-        "weight": 1.0, "targets": "centering", "student_temp": 0.1, "center_momentum": 0.9
+        "weight": 1.0, "phase": (0.0, 1.0), "targets": "centering", "student_temp": 0.1, "center_momentum": 0.9
     }  # fmt: skip
     assert recipe.data["test_count"] == 2_000
     assert recipe.evals["knn"]["every"] == 100
@@ -100,6 +100,7 @@ def test_a_loss_can_be_added_on_the_command_line(base):
     assert "koleo" not in load_recipe(base).losses
     assert load_recipe(base, ["losses.koleo={}"]).losses["koleo"] == {
         "weight": 0.1,
+        "phase": (0.0, 1.0),
         "eps": 1e-8,
         "distributed": False,
     }
@@ -204,6 +205,9 @@ MISTAKES = {
     "crops.mean=0.5": "crops.mean: it is a list and needs brackets: crops.mean=[...].",
     "crops.blur_kernel=4": "crops.blur_kernel=4 must be odd.",
     "losses=null": "losses is empty, so there is nothing to learn from. There is: ",
+    "losses.contrastive={}": "losses.contrastive compares projections, but there is no section",
+    "heads.projector={}": "`heads.projector` is given, but no loss of this recipe uses it",
+    "losses.dino.phase=[0.5,0.2]": "losses.dino.phase=[0.5, 0.2]: give two shares of the run",
     "masks=null": "losses.ibot learns from masked patches, but there is no section `masks`.",
     "losses.ibot=null": "`masks` is given, but no loss of this recipe uses it; remove it with masks=null.",
     "run.accumulate=64": "losses.koleo needs 2 images at a time, but optim.batch=64 in",
@@ -217,7 +221,7 @@ def test_a_value_that_cannot_be_is_named_with_its_full_key(base, override):
 
 
 def test_every_number_of_a_recipe_has_a_range():
-    recipe = load_recipe("dinov2_vitg14", ["data.path=x"])
+    recipe = load_recipe("satellite64", ["data.path=x"])
     numbers = {
         key
         for key, value in settings_of(recipe)
