@@ -42,7 +42,8 @@ def test_a_recipe_is_completed_by_the_defaults_of_every_section(base):
     assert recipe.run.out == "runs/mine"
     assert recipe.backbone["ffn"] == "mlp"
     assert recipe.losses["ibot"] == {
-        "weight": 1.0, "phase": (0.0, 1.0), "targets": "centering", "student_temp": 0.1, "center_momentum": 0.9
+        "weight": 1.0, "phase": (0.0, 1.0),
+        "targets": "centering", "student_temp": 0.1, "center_momentum": 0.9,
     }  # fmt: skip
     assert recipe.data["test_count"] == 2_000
     assert recipe.evals["knn"]["every"] == 100

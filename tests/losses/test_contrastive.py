@@ -1,11 +1,10 @@
-"""losses/contrastive.py against a loop over Python floats, and its phase and projector in a training step."""
+"""losses/contrastive.py against a loop over Python floats, and at its two ends."""
 
 import math
 
 import pytest
 import torch
 
-from dinokit.config.load import load_recipe
 from dinokit.losses.contrastive import info_nce
 
 

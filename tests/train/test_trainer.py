@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dinokit.config import registry
+from dinokit.data.loader import training_loader
 from dinokit.runtime.signals import STOP_SIGNALS, Stopped
 from dinokit.train import trainer
 from dinokit.train.checkpoint import latest
@@ -99,6 +101,48 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, s
     assert not (broken / "checkpoints" / "step_0000030").exists()  # it was killed on the way
     train(tiny("broken", *LONG, "run.workers=2"))
     same_run(whole, broken)
+
+
+OPENING = (
+    "losses.contrastive.phase=[0,0.5]", "losses.dino.phase=[0.5,1]", "losses.ibot.phase=[0.5,1]",
+    "losses.koleo.phase=[0.5,1]", "heads.projector.hidden=16",
+)  # fmt: skip
+
+
+def test_a_run_that_begins_with_a_contrast_logs_the_losses_of_each_phase_and_resumes_across_it(
+    tiny, records, same_run
+):
+    whole = train(tiny("whole", *OPENING, "run.keep=3", "run.log_every=4"))
+    names = [{"contrastive", "dino", "ibot", "koleo"} & record.keys() for record in records(whole)]
+    assert [r["step"] for r in records(whole)] == [2, 3, 4, 6]  # 3: where other losses begin
+    assert names == [{"contrastive"}] * 2 + [{"dino", "ibot", "koleo"}] * 2
+    broken = Path(shutil.copytree(whole, whole.with_name("broken")))
+    for step in (4, 6):
+        shutil.rmtree(broken / "checkpoints" / f"step_{step:07d}")
+    train(tiny("broken", *OPENING, "run.keep=3", "run.log_every=4"))
+    same_run(whole, broken)
+
+
+def test_in_the_opening_neither_teacher_nor_heads_are_computed(tiny):
+    recipe = tiny("a", *OPENING)
+    step = Step(recipe, torch.device("cpu"))
+    heads = [p.clone() for p in step.model.student.dino_head.parameters()]
+    projector = [p.clone() for p in step.model.student.projector.parameters()]
+    step.model.teacher.read = lambda *_: pytest.fail("the teacher was computed")
+    source = registry.build("data.sources", recipe.data)
+    masks = block_masks(recipe, step.model.student.backbone)
+    loader = training_loader(
+        source, recipe.crops, masks, seed=0, start_step=0, steps=2, batch=4, rank=0, world=1,
+        accumulation=1, workers=0, pin=False,
+    )  # fmt: skip
+    for batch in loader:
+        losses = step(batch)
+    assert {name for name in losses if not name.startswith("grad_")} == {"contrastive"}
+    assert all(
+        torch.equal(a, b) for a, b in zip(heads, step.model.student.dino_head.parameters(), strict=True)
+    )
+    moved = zip(projector, step.model.student.projector.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in moved)
 
 
 LATER = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR2)]
