@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinokit.bench.machine import matmul_rates, measured_on, medians
+from dinokit.bench import matmul_rates, measured_on, medians
 from dinokit.config import registry
 from dinokit.config.load import Recipe
 from dinokit.data.augment import Photometric

@@ -47,11 +47,11 @@ def run(command: Command) -> None:
 
         results = bench_data(recipe, rounds, real)
     elif kind == "attention":
-        from dinokit.bench.backbone import bench_attention
+        from dinokit.bench.step import bench_attention
 
         results = bench_attention(recipe, rounds)
     else:
-        from dinokit.bench.backbone import bench_eval
+        from dinokit.bench.step import bench_eval
 
         results = bench_eval(recipe, rounds)
     if "--json" in command.flags:
@@ -127,7 +127,7 @@ def _reads(kind: str, asked: str, settings: Sequence[str]) -> bool:
 
 
 def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool, as_json: bool) -> None:
-    from dinokit.bench.machine import measured_on, settled
+    from dinokit.bench import measured_on, settled
     from dinokit.bench.step import bench_steps, plain
 
     recipe = settled(recipe)  # here, for both forms: each process might find another precision the faster one

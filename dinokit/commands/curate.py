@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dinokit.commands import Command, parse_part
+from dinokit.commands import Command, config_lines, parse_part
 from dinokit.config import registry
 from dinokit.config.load import merge_settings, parse_overrides, read_mapping, section_values
 from dinokit.config.values import validated
@@ -50,15 +50,10 @@ def check(command: Command) -> tuple[tuple[Config, Any, dict[str, Seeds]], str, 
 
 
 def describe(words: list[str]) -> str:
-    lines = [
-        f"recipes: {', '.join(registry.recipe_names('curate'))}",
-        f"stages: {', '.join(STAGES)}",
-        "keys:",
-    ]
-    lines += [f"    {f.name}" for f in fields(Config)]
-    keys = ", ".join(f.name for f in fields(Seeds))
-    lines.append(f"keys of seeds.NAME: {keys}, embeddings, and those of a source")
-    return "\n".join(lines)
+    recipes = f"recipes: {', '.join(registry.recipe_names('curate'))}"
+    seeds = "keys of seeds.NAME, besides embeddings and those of a source:"
+    lines = [recipes, f"stages: {', '.join(STAGES)}", "keys:", *config_lines(Config), seeds]
+    return "\n".join([*lines, *config_lines(Seeds)])
 
 
 def read_settings(values: dict[str, Any]) -> tuple[Config, Any, dict[str, Seeds]]:

@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit import evaluation, results
-from dinokit.commands import Command
+from dinokit.commands import Command, key_line, key_lines
 from dinokit.config import registry
-from dinokit.config.help import key_line, key_lines
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.evaluation import EvalJob
 

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dinokit.commands import Command, parse_part
-from dinokit.config.help import key_lines
+from dinokit.commands import Command, key_lines, parse_part
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import suggest
 

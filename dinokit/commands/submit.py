@@ -22,12 +22,12 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 
-from dinokit.commands import Command, parse
+from dinokit import slurm
+from dinokit.commands import Command, config_lines, parse
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, parse_overrides
-from dinokit.slurm import record
+from dinokit.slurm import dotted_names, is_dotted
 from dinokit.slurm.profile import Config, load_profile, profile_names
-from dinokit.slurm.record import dotted_names, is_dotted
 
 FLAGS = {"--dry-run": "print the batch script, and submit nothing"}
 PROFILE_KEYS = [item.name for item in fields(Config)]
@@ -51,11 +51,8 @@ def run(command: Command) -> None:
 
 
 def describe(words: Sequence[str]) -> str:
-    lines = [f"profiles: {', '.join(profile_names())}; or the path of a YAML file", "keys of a profile:"]
-    for item in fields(Config):
-        default = item.default_factory() if callable(item.default_factory) else item.default
-        lines.append(f"    {item.name} = {default!r}")
-    return "\n".join(lines)
+    profiles = f"profiles: {', '.join(profile_names())}; or the path of a YAML file"
+    return "\n".join([profiles, "keys of a profile:", *config_lines(Config)])
 
 
 def _submit(command: Command) -> None:
@@ -82,21 +79,21 @@ def _submit(command: Command) -> None:
 
     request = submit.JobRequest(title, commands, tasks, _dependencies(own.get("after", "")), resumes)
     if "--dry-run" in command.flags:
-        print(submit.batch_script(request, profile, (record.JOBS / f"DATE-{title}").absolute()))
+        print(submit.batch_script(request, profile, (slurm.JOBS / f"DATE-{title}").absolute()))
         return
     submit.check_cluster(profile)
     _check_dependencies(request.after)
     if resumes and not request.after:
         _refuse_queued(commands)
-    folder = record.new_folder(title)
+    folder = slurm.new_folder(title)
     try:
-        record.copy_code(folder / "code", modules)
-        request.commands = record.copy_recipes(folder / "recipes", commands)
+        slurm.copy_code(folder / "code", modules)
+        request.commands = slurm.copy_recipes(folder / "recipes", commands)
         jobs = submit.submit_jobs(request, profile, folder)
     except BaseException:
         shutil.rmtree(folder)
         raise
-    number = record.write_record(folder, jobs, commands, [f"profile={own['profile']}", *settings]).number
+    number = slurm.write_record(folder, jobs, commands, [f"profile={own['profile']}", *settings]).number
     array = f" ({jobs[0]} to {jobs[-1]})" if len(jobs) > 1 else ""
     print(f"job {number}{array}: nodes={profile.nodes}, processes a node: {tasks}, in {folder}")
     print(f"state: dinokit submit status {number}; log: dinokit submit logs {number}")
@@ -117,7 +114,7 @@ def _check_dependencies(after: str) -> None:
     """Refuse to wait for a job that failed, or that SLURM does not know and would treat as completed."""
     from dinokit.slurm import submit
 
-    jobs_of = {each.number: each.jobs for each in record.read_records()}
+    jobs_of = {each.number: each.jobs for each in slurm.read_records()}
     jobs = [job for number in filter(None, after.split(":")) for job in jobs_of.get(number, [number])]
     for job, state in submit.job_states(jobs).items():
         if state == "UNKNOWN" and not submit.job_exists(job):
@@ -136,7 +133,7 @@ def _refuse_queued(commands: list[list[str]]) -> None:
     """Refuse commands that are already in the queue: two such jobs would write to the same files."""
     from dinokit.slurm import submit
 
-    old = {j: w for each in record.read_records() for j, w in zip(each.jobs, each.commands, strict=True)}
+    old = {j: w for each in slurm.read_records() for j, w in zip(each.jobs, each.commands, strict=True)}
     for job, state in submit.job_states([j for j, words in old.items() if words in commands]).items():
         if state.split()[0] in submit.ACTIVE:
             raise ValueError(
@@ -148,9 +145,9 @@ def _refuse_queued(commands: list[list[str]]) -> None:
 def _status(words: list[str]) -> None:
     from dinokit.slurm.submit import job_states
 
-    selected = record.find_jobs(words) if words else [(each, each.jobs) for each in record.read_records()]
+    selected = slurm.find_jobs(words) if words else [(each, each.jobs) for each in slurm.read_records()]
     if not selected:
-        print(f"Nothing was submitted from here (there is no {record.JOBS}).")
+        print(f"Nothing was submitted from here (there is no {slurm.JOBS}).")
         return
     states = job_states([job for _, jobs in selected for job in jobs])
     for each, jobs in selected:
@@ -162,10 +159,10 @@ def _status(words: list[str]) -> None:
 def _logs(words: list[str]) -> None:
     from dinokit.slurm.submit import job_states, log_files
 
-    records = record.read_records()
+    records = slurm.read_records()
     if not words and not records:
-        raise LookupError(f"Nothing was submitted from here (there is no {record.JOBS}).")
-    for each, jobs in record.find_jobs(words or [records[-1].number]):
+        raise LookupError(f"Nothing was submitted from here (there is no {slurm.JOBS}).")
+    for each, jobs in slurm.find_jobs(words or [records[-1].number]):
         for job in jobs:
             paths = log_files(job, Path(each.folder))
             if not paths:
@@ -185,7 +182,7 @@ def _cancel(words: list[str]) -> None:
 
     if not words:
         raise ValueError("Which job? dinokit submit status lists them.")
-    record.find_jobs(words)
+    slurm.find_jobs(words)
     for word in words:
         cancel_job(word)
         print(f"job {word} is cancelled. A run saves first; dinokit submit with the same command resumes it.")

@@ -45,10 +45,10 @@ class Embed:
 
     token: Literal["cls", "mean"] = "cls"
     size: int = 0  # pixels of the crop; 0: as the backbone was trained
-    batch: int = 64  # images
+    batch: int = 64  # images at a time
     workers: int = -1  # processes that load images; -1: one less than there are cores
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    device: str = "auto"
+    device: str = "auto"  # cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Seeds:
 class Config:
     """A whole curation."""
 
-    out: str = "???"
+    out: str = "???"  # the folder of the curation
     weights: str = ""  # whatever load_backbone() reads; not needed if all embeddings are given
     pool: dict[str, Any] = field(default_factory=dict)  # a source, or `embeddings`, or both
     seeds: dict[str, Any] = field(default_factory=dict)  # by name: likewise, and the keys of Seeds

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from dinokit.bench.machine import matmul_rate, medians, seconds, settled, wait
+from dinokit.bench import matmul_rate, medians, seconds, settled, wait
 from dinokit.bench.step import Clock
 from dinokit.config.load import load_recipe
 from dinokit.runtime.device import pick_device, pick_precision

@@ -1,6 +1,6 @@
 import pytest
 
-from dinokit.config.help import comments, key_lines
+from dinokit.commands import comments, key_lines
 from dinokit.config.registry import names, read_config
 
 FILE = """
@@ -40,7 +40,7 @@ def test_a_comment_belongs_to_the_field_that_it_stands_beside_or_above(monkeypat
     (tmp_path / "spoken" / "__init__.py").touch()
     (tmp_path / "spoken" / "keys.py").write_text(FILE)
     monkeypatch.syspath_prepend(tmp_path)
-    assert comments("eval", "spoken.keys") == {
+    assert comments(read_config("eval", "spoken.keys")) == {
         "plain": "images",
         "above": "Two lines of their own, above it.",
         "long": "after the bracket",
@@ -61,7 +61,7 @@ def test_a_comment_belongs_to_the_field_that_it_stands_beside_or_above(monkeypat
 
 @pytest.mark.parametrize("name", names("eval"))
 def test_every_key_of_an_evaluator_is_explained_but_for_the_plainest(name):
-    said = comments("eval", name)
-    assert list(said) == list(read_config("eval", name).__dataclass_fields__)
-    bare = {key for key, text in said.items() if not text}
+    texts = comments(read_config("eval", name))
+    assert list(texts) == list(read_config("eval", name).__dataclass_fields__)
+    bare = {key for key, text in texts.items() if not text}
     assert bare <= {"train", "test", "max_test", "seed", "steps", "batch", "lr", "weight_decay"}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from dinokit.config.load import load_recipe
 from dinokit.data.sources import scenes
 from dinokit.features import ExtractSpec, extract_to, open_store
-from dinokit.slurm.record import copy_code
+from dinokit.slurm import copy_code
 from dinokit.train.trainer import train
 from dinokit.weights import load_backbone
 

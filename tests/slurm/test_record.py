@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dinokit.slurm import record
-from dinokit.slurm.record import TOP_LEVEL, copy_code, copy_recipes, dotted_names
+from dinokit import slurm
+from dinokit.slurm import TOP_LEVEL, copy_code, copy_recipes, dotted_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,15 +26,15 @@ assert "knn" in names("eval") and "scenes_cpu" in recipe_names()
 @pytest.fixture
 def two(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one, many = record.new_folder("train-a"), record.new_folder("train-a")  # within the same second
-    record.write_record(one, ["7"], [["train", "a"]], ["profile=cpu"])
-    record.write_record(many, ["9_0", "9_1"], [["eval", "x"], ["eval", "y"]], ["profile=cpu"])
-    record.new_folder("refused")  # a folder without a record is no submission
+    one, many = slurm.new_folder("train-a"), slurm.new_folder("train-a")  # within the same second
+    slurm.write_record(one, ["7"], [["train", "a"]], ["profile=cpu"])
+    slurm.write_record(many, ["9_0", "9_1"], [["eval", "x"], ["eval", "y"]], ["profile=cpu"])
+    slurm.new_folder("refused")  # a folder without a record is no submission
     return one, many
 
 
 def test_a_record_is_read_back_as_it_was_written(two):
-    one, many = record.read_records()
+    one, many = slurm.read_records()
     assert (one.number, one.commands, one.settings) == ("7", [["train", "a"]], ["profile=cpu"])
     assert (many.number, many.jobs) == ("9", ["9_0", "9_1"])
     assert [each.folder.endswith(path.name) for each, path in zip((one, many), two, strict=True)] == [
@@ -45,13 +45,13 @@ def test_a_record_is_read_back_as_it_was_written(two):
 
 @pytest.mark.parametrize(("word", "jobs"), [("7", ["7"]), ("9", ["9_0", "9_1"]), ("9_1", ["9_1"])])
 def test_a_number_finds_its_jobs(two, word, jobs):
-    [(_, found)] = record.find_jobs([word])
+    [(_, found)] = slurm.find_jobs([word])
     assert found == jobs
 
 
 def test_an_unknown_number_is_an_error_that_lists_the_known_ones(two):
     with pytest.raises(LookupError, match=r"No job 8 was submitted from here \(/.*\). Known jobs: 7, 9."):
-        record.find_jobs(["7", "8"])
+        slurm.find_jobs(["7", "8"])
 
 
 @pytest.fixture
