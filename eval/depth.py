@@ -32,8 +32,7 @@ from dinokit.eval._dense import (
 from dinokit.eval._images import count_shared, named_optimistic, partial_result
 from dinokit.eval._metrics import depth_errors
 from dinokit.features import Map, device_of, frozen, last_blocks, spread_blocks
-from dinokit.heads import LinearDepth, to_size
-from dinokit.heads.dpt import DPT
+from dinokit.heads import DPT, LinearDepth, to_size
 from dinokit.heads.released import load_depther, save_head
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank

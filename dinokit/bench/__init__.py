@@ -1,4 +1,4 @@
-"""Measures steps, the data path, attention and evaluation, beside the machine's own rate of matrix products."""
+"""Measures steps, the data path, attention and evaluation, beside the machine's rate of matrix products."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -44,7 +44,7 @@ def run(command: Command) -> None:
         raise ValueError(f"out={out} is a {have}, but to={to} writes a {new}: give another out.")
     heads = _whole("heads", values.get("heads"))
     from dinokit.weights import load_backbone
-    from dinokit.weights.export import export
+    from dinokit.weights.formats import export
 
     for line in export(load_backbone(str(values["weights"]), heads=heads), to, out, size):
         print(line)

@@ -6,6 +6,7 @@ a run that was killed, or that is shared by several processes, writes the same b
 g  images of one shape     L  blocks     D  width     C  channels
 """
 
+import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -26,14 +27,17 @@ from dinokit.features.store import (
     FORMAT,
     RECORD,
     TOKENS,
+    Append,
     Store,
     missing_shards,
+    npy_shard,
     open_store,
+    parquet_shard,
+    prepare_folder,
     shard_count,
     shard_range,
     shard_size,
 )
-from dinokit.features.store_writers import Append, npy_shard, parquet_shard, prepare_folder, write_error
 from dinokit.features.tokens import block_tokens, device_of, fingerprint, frozen, normalised
 from dinokit.models import Backbone, Tokens
 
@@ -161,7 +165,7 @@ class Extraction:
                 except OSError as error:
                     shards = shard_count(self.about)
                     complete = shards - len(missing_shards(self.out, self.about))
-                    raise write_error(error, self.out, complete, shards) from None
+                    raise _write_error(error, self.out, complete, shards) from None
 
     def _compute(
         self, images: ImageBatch, device: torch.device, precision: torch.dtype | None
@@ -336,6 +340,16 @@ def _check_finite(array: np.ndarray, token: str) -> None:
     if not np.isfinite(array).all():
         hint = "; or float16 is too narrow: dtype=float32" if array.dtype == np.float16 else ""
         raise ValueError(f"Features ({token}) are not finite: the weights are broken{hint}.")
+
+
+def _write_error(error: OSError, out: Path, complete: int, shards: int) -> OSError:
+    """An error of writing, with what is saved and how to continue."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    why = "the disk is full" if full else str(error)
+    return OSError(
+        f"A shard of features could not be written to {out}: {why}. {complete} of {shards} shards are "
+        f"complete and stay. {'Free some space' if full else 'Correct that'}; the same command then resumes."
+    )
 
 
 def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.features import last_blocks, spread_blocks
-from dinokit.heads import Depther, LinearDepth, LinearSegmenter, Segmenter
-from dinokit.heads.dpt import DPT
+from dinokit.heads import DPT, Depther, LinearDepth, LinearSegmenter, Segmenter
 from dinokit.models import Backbone
 from dinokit.runtime.files import atomic
 

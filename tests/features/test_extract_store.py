@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinokit.__main__ import main
-from dinokit.features.store_writers import prepare_folder
+from dinokit.features.store import prepare_folder
 
 # A shell's background jobs are born ignoring Ctrl-C.
 COMMAND = """

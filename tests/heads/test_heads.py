@@ -7,8 +7,7 @@ from transformers import Dinov2Config, DPTConfig, DPTForDepthEstimation
 
 from dinokit.config import registry
 from dinokit.features import Map
-from dinokit.heads import LinearDepth, LinearSegmenter
-from dinokit.heads.dpt import DPT
+from dinokit.heads import DPT, LinearDepth, LinearSegmenter
 from dinokit.heads.released import (
     load_depther,
     load_segmenter,

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dinokit.features import dense
-from dinokit.heads import LinearDepth, to_size
-from dinokit.heads.dpt import DPT
+from dinokit.heads import DPT, LinearDepth, to_size
 from dinokit.heads.released import save_head
 from dinokit.hub import RELEASED
 from dinokit.hub.entry import DINO, DINOv2, LinearClassifier, cached_path, fetch

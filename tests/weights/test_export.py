@@ -17,7 +17,7 @@ from dinokit.models.pixels import Config as PixelsConfig
 from dinokit.models.pixels import Pixels
 from dinokit.models.vit import interpolate_grid
 from dinokit.weights import load_backbone
-from dinokit.weights.export import export
+from dinokit.weights.formats import export
 from dinokit.weights.formats.onnx import Positions
 
 transformers.utils.logging.set_verbosity_error()

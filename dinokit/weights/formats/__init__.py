@@ -1,4 +1,4 @@
-"""Formats of weights, one file each: those of other projects and our own.
+"""Formats of weights, one file each: those of other projects and our own. export() writes one and compares it.
 
 A format that can be read defines
 
@@ -17,13 +17,21 @@ not installed.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from dinokit.models import Backbone
 from dinokit.models.vit import VisionTransformer
+from dinokit.runtime.files import aside, remove
 from dinokit.weights.architecture import infer_config
+
+FILES = {"timm": "timm", "hf": "huggingface", "dinov2": "dinov2", "onnx": "onnx"}  # by the word for people
+TOLERANCE = 1e-4  # of a difference, relative to the largest value: another order of float32 sums
 
 
 @dataclass
@@ -47,3 +55,70 @@ def section_of(vit: VisionTransformer) -> dict[str, object]:
 def metadata_of(vit: VisionTransformer) -> dict[str, str]:
     """Metadata for values that other formats have no place for; load_backbone reads it."""
     return {"dinokit_backbone": json.dumps(section_of(vit)), "dinokit_input": json.dumps(asdict(vit.input))}
+
+
+def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None) -> Iterator[str]:
+    """Write a backbone; yields sentences about the files and the difference of the features.
+
+    An existing `out` is replaced after the new one was opened and compared, and stays if anything fails.
+
+    Args:
+        backbone: a vit, in eval mode.
+        to: timm, hf, dinov2 or onnx.
+        out: a file to write; for hf, and for timm unless it ends in .safetensors, a folder.
+        size: pixels of the images that an ONNX graph takes; None: any multiple of the patch.
+
+    Raises:
+        ValueError: if the backbone is no vit, or the exported one gives other features; it is then in the
+            folder `out`.wrong.
+        RuntimeError: if a library is not installed; it says what to install.
+        OSError: if the files cannot be written.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        raise ValueError(f"Only a `vit` can be exported, and this backbone is a {type(backbone).__name__}.")
+    out = Path(out)
+    with aside(out) as folder:
+        write = import_module(f"dinokit.weights.formats.{FILES[to]}").write
+        exported: Exported = write(backbone, folder / out.resolve().name, size)
+        try:
+            comparisons = list(_compare(backbone, exported, [size] if size else _two_sizes(backbone)))
+        except ValueError as error:
+            wrong = out.resolve().with_name(f"{out.resolve().name}.wrong")
+            remove(wrong)
+            folder.rename(wrong)
+            raise ValueError(f"{error} It lies in {wrong}; {out} was not changed.") from None
+    yield f"Written: {out}"
+    yield from comparisons
+    yield from exported.notes
+    yield f"Open it with: {exported.command.replace('PATH', str(out))}"
+
+
+def _compare(vit: VisionTransformer, exported: Exported, sizes: list[int]) -> Iterator[str]:
+    for size in sizes:
+        gap, largest = _difference(vit, exported, size)
+        text = f"Largest difference at {size} x {size} pixels: {gap:.1e} (values up to {largest:.2g})."
+        if gap <= TOLERANCE * max(largest, 1.0):
+            yield text
+        elif size == sizes[0] or exported.every_size:
+            raise ValueError(f"The exported backbone does not give the features of the backbone. {text}")
+        else:
+            yield f"{text} There the positional embedding is resampled, by another rule than the vit's."
+
+
+def _two_sizes(vit: VisionTransformer) -> list[int]:
+    """Pixels: the size of the stored grid, where positions are not resampled, and another."""
+    stored = vit.side * vit.patch
+    shown = vit.input.size if vit.input.size % vit.patch == 0 else stored
+    return [stored, shown if shown != stored else vit.patch * max(round(0.7 * vit.side), 1)]
+
+
+def _difference(vit: VisionTransformer, other: Exported, size: int) -> tuple[float, float]:
+    """The largest difference of class tokens and patches, and the largest value, on two random images."""
+    images = torch.randn(2, vit.channels, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tokens = vit([images], [None])[0]
+        pairs = list(zip((tokens.cls, tokens.patches), other.forward(images), strict=True))
+    return (
+        max(float((a - b.reshape(a.shape)).abs().max()) for a, b in pairs),
+        max(float(a.abs().max()) for a, _ in pairs),
+    )
