@@ -1,4 +1,4 @@
-"""Formats of weights, one file each: those of other projects and our own. export() writes one and compares it.
+"""Formats of weights, one file each: those of other projects and ours. export() writes one and compares it.
 
 A format that can be read defines
 
