@@ -42,6 +42,7 @@ MAY_IMPORT = {
 CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
     "faiss": "dinokit/curate/index.py",
+    "jinja2": "dinokit/*report*",
     "omegaconf": "dinokit/config/*.py",
     "onnxruntime": "dinokit/weights/formats/onnx.py",
     "onnxscript": "dinokit/weights/formats/onnx.py",

@@ -1,14 +1,15 @@
-"""Estimates a curation's time, memory and disk from the number of images.
+"""Estimate the time, memory and disk of a curation from the number of images: the table in docs/curation.md.
 
-    dinokit.curate.cost.estimate(Workload(1_000_000_000), measured_machine("small")) -> {stage: Cost}
+    python docs/curation_cost.py IMAGES [CURATION [MACHINES]]
 
-Disk and memory follow from the formats. Time follows from the operations and from the rates of a machine,
-which a curation of some thousand images measures. tests/curate/test_cost.py compares disk and memory with
-real runs.
+Disk and memory follow from the formats. Time follows from the operations and from the rates of a machine.
+CURATION is the folder of a curation of some thousand images, which measures the images a second; MACHINES is
+the number of such machines. tests/curate/test_cost.py compares disk and memory with real runs.
 """
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,3 +158,14 @@ def _clusters(work: Workload, left: int, on: Machine) -> Cost:
     visits = points * cfg.kmeans.iterations + work.images
     seconds = _exact(visits, k, work.width, on) + visits * work.width / on.summed
     return Cost(seconds, 2 * k * work.width * 12 + 3 * CHUNK * work.width * 4, 8 * work.images)
+
+
+if __name__ == "__main__":
+    images, *measured = sys.argv[1:]
+    on = measured_machine(measured[0], *map(int, measured[1:])) if measured else None
+    costs = estimate(Workload(int(float(images))), on)
+    for name, cost in {**costs, "total": total(costs)}.items():
+        print(
+            f"{name:<12}{cost.seconds / 3600:14,.2f} h{cost.memory / 2**30:10,.1f} GiB in memory"
+            f"{cost.disk / 2**30:10,.1f} GiB on disk"
+        )
