@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from dinokit.data.decode import ImageLike
-from dinokit.data.scenes.shapes import NAMES
+from dinokit.data.scenes import NAMES
 from dinokit.data.sources import scenes
 
 
@@ -22,7 +22,7 @@ class Config:
 
 
 class SceneMaps:
-    """Class 0 is the ground, class i + 1 objects of silhouette i."""
+    """Class 0 is the ground, floor and wall; class i + 1 has the objects of kind i."""
 
     def __init__(self, cfg: Config) -> None:
         """Set up the renderer.

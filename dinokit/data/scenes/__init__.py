@@ -1,275 +1,305 @@
-"""Renders one built-in scene: a tilted ground with clutter, and some objects of one silhouette before it.
+"""Renders the built-in scenes: objects of ten kinds that stand on a floor before a wall.
 
-Letters: n objects or surfaces, S side of the image in pixels. The image spans [-1, 1] in both directions; x
-points right, y down. A distance is in metres from the camera.
+A kind is a material (stripes, cells, speckle, ...) on an outline. Colours, polarity, position, distance,
+pose, light, floor, wall and clutter have the same distributions for all kinds, and the hues of an image go
+round the colour circle: neither pixels nor mean colours tell the kind, but every crop that contains part of
+an object shows its material.
+
+Letters: n objects, S side of the image in pixels. The image spans [-1, 1] in both directions; x points right,
+y down. All lengths are in this unit, so another size shows the same scene. Distances are in metres.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.data.scenes.shapes import outline
+from dinokit.data.scenes.materials import KINDS, PERIODS, TILE, material_pictures
+from dinokit.data.scenes.materials import NAMES as NAMES
 
 Floats = NDArray[np.float32]
-Reals = NDArray[np.float64]  # (n,): one number per object
+Labels = NDArray[np.uint8]
 
-OBJECTS = (12, 16)  # fewest, most
-GROUNDS = 3  # textures on the ground of one image
-CLUTTER = 6  # spots and streaks on the ground of one image
-NEAR, FAR = 2.4, 4.4  # metres: where objects stand; the ground begins at 6
-HAZE = 0.5  # grey that far things fade to: the same in all images, so that it does not identify an image
-
-# Rows: plain, stripes, checks, dots, marble, speckle. Columns: the weight of one wave, of two crossed waves
-# multiplied and added, of coarse noise and of fine noise.
-_KINDS = (
-    (0.00, 0.00, 0.00, 0.20, 0.10),
-    (1.00, 0.00, 0.00, 0.10, 0.10),
-    (0.00, 1.50, 0.00, 0.10, 0.10),
-    (0.00, 0.00, 0.90, 0.00, 0.10),
-    (0.15, 0.00, 0.00, 0.80, 0.20),
-    (0.00, 0.00, 0.00, 0.20, 0.80),
-)
+OBJECTS = (3, 5)  # fewest, most in an image
+CLIP_OBJECTS = 4
+NEAR, FAR = 1.7, 4.2  # metres: where objects stand
+WALL = 8.0  # metres
+CAMERA = 2.9  # a point of the floor at y is CAMERA / (y - horizon) metres away
+HAZE = 18.0  # metres in which two thirds of a colour fade
+PEBBLES = 5  # stones and sticks in an image
+_STREAMS = ("train", "test", "clip train", "clip test")  # separate random numbers, so no scene is in two
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image with the class and the depth of each pixel."""
+    """An image and what is known about each of its pixels."""
 
-    image: NDArray[np.uint8]  # (S, S, 3)
-    mask: NDArray[np.uint8]  # (S, S): 1 + label on an object, 0 elsewhere
+    image: Labels  # (S, S, 3)
+    label: int  # the kind of its objects; of the nearest one in a clip
+    mask: Labels  # (S, S): 1 + kind on an object, 0 elsewhere
+    instances: Labels  # (S, S): 1 on the nearest object, 2 on the next, ...; 0 elsewhere
     depth: Floats  # (S, S): metres
-    label: int
+
+
+@dataclass
+class Object:
+    """One object, as numbers."""
+
+    kind: int
+    distance: float  # metres
+    x: float
+    radius: float  # mean radius in the image at a distance of 1 m
+    angle: float  # radians
+    squash: float  # height over width
+    waves: tuple[tuple[float, float], ...]  # amplitude and phase of slow waves along the outline
+    pitch: float  # length of a period of the material over the radius
+    turn: float  # radians, of the material on the object
+    shift: tuple[float, float]  # of the material, in pixels of its picture
+    paint: Floats  # (2, 3): its two colours
+    speed: tuple[float, float, float]  # change of x, distance and angle over a clip
 
 
 @dataclass(frozen=True)
-class Objects:
-    """The objects of a scene, farthest first."""
+class Canvas:
+    """A scene while it is drawn."""
 
-    distance: Floats  # (n,): metres
-    u: Floats  # (n, S, S): coordinates on the object, in which all silhouettes have one area
-    v: Floats
-    cover: Floats  # (n, S, S): share of the pixel inside the silhouette
-    inside: Floats  # (n, S, S): 0 at the outline, 1 well inside
+    image: Floats  # (3, S, S)
+    mask: Labels  # these as in Scene
+    instances: Labels
+    depth: Floats
 
 
-class Renderer:
-    """Renders scenes of one size."""
+@dataclass(frozen=True)
+class View:
+    """What the objects of one image share."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        axis = (2 * (np.arange(size, dtype=np.float32) + 0.5) / size - 1).astype(np.float32)
-        self.x, self.y = (np.ascontiguousarray(a) for a in np.meshgrid(axis, axis))  # (S, S) each
-        self.broad, self.coarse, self.fine = (Noise(size, cells) for cells in (4, 9, 24))
+    horizon: float  # y
+    light: tuple[float, float]  # direction
+    haze: float  # grey that distant colours fade to
+    time: float  # 0 at the start of a clip, 1 at its end
 
-    def render(self, rng: np.random.Generator, label: int, time: float = 0.0) -> Scene:
-        """The scene drawn from `rng`, with silhouette `label` (an index of shapes.NAMES).
 
-        At `time` 1 each object has moved by up to 1 in both directions.
+class World:
+    """Renders scenes and clips of one size, seed and split; each is a function of (seed, split, index)."""
+
+    def __init__(self, size: int = 64, seed: int = 0, split: str = "train") -> None:
+        self.size, self.seed, self.split = size, seed, split
+        self.materials = material_pictures()
+        axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
+        self.x, self.y = axis[None, :], axis[:, None]
+        self.broad, self.coarse, self.fine = (_bumps(size, cells) for cells in (4, 9, 24))
+
+    def scene(self, index: int) -> Scene:
+        """Scene `index`; the kind of its objects is `index` modulo their number."""
+        rng = self._rng(self.split, index)
+        label = index % len(KINDS)
+        objects = _place_objects(rng, [label] * int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)))
+        return self._render(rng, objects, label)
+
+    def clip(self, index: int, frames: int) -> list[Scene]:
+        """Clip `index`: objects of different kinds in the same two colours move under a light that flickers.
+
+        An object keeps its number in `instances` from frame to frame.
         """
-        ground_depth = self._ground_depth(rng)
-        objects = self._place_objects(rng, label, time)
-        n = len(objects.distance)
-        surface = patterns(
-            rng,
-            [*[1.5 * self.x] * GROUNDS, *objects.u],
-            [*[1.5 * self.y] * GROUNDS, *objects.v],
-            self.coarse(rng, GROUNDS + n),
-            self.fine(rng, GROUNDS + n),
+        stream = "clip " + self.split
+        strength, *tint = (self._rng(stream, index).spawn(1)[0].standard_normal((4, frames))).tolist()
+        scenes = []
+        for k in range(frames):
+            rng = self._rng(stream, index)  # the same numbers for each frame
+            objects = _place_objects(rng, rng.permutation(len(KINDS))[:CLIP_OBJECTS].tolist())
+            for thing in objects:
+                thing.paint = objects[-1].paint
+            lamp = [0.35 * strength[k] + 0.15 * channel[k] for channel in tint]
+            scenes.append(self._render(rng, objects, objects[-1].kind, k / max(frames - 1, 1), lamp))
+        return scenes
+
+    def _rng(self, stream: str, index: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.seed, _STREAMS.index(stream), index]))
+
+    def _render(
+        self,
+        rng: np.random.Generator,
+        objects: list[Object],
+        label: int,
+        time: float = 0.0,
+        lamp: list[float] | None = None,
+    ) -> Scene:
+        """Draw objects, farthest first. `lamp` is the logarithm of the light's colour."""
+        size = self.size
+        view = View(
+            rng.uniform(-0.8, -0.3), tuple(rng.uniform(-1, 1, 2).tolist()), rng.uniform(0.35, 0.65), time
         )
-        light = rng.uniform(-1, 1, 2).astype(np.float32)
-        image = self._ground(rng, surface[:GROUNDS])
-        self._clutter(rng, image)
-        image *= 1 - 0.5 * self._shadow(objects, light)
-        image += _fog(ground_depth) * (HAZE - image)
-        self._paint(rng, image, objects, surface[GROUNDS:], light)
-        image *= np.exp(0.12 * self.broad(rng, 1)[0] - 0.02)
-        image = soften(image, rng.uniform(0.06, 0.14))
-        image += rng.uniform(0.015, 0.025) * rng.standard_normal(image.shape, dtype=np.float32)
-        mask, depth = _mask_and_depth(objects, ground_depth, label)
+        floor = CAMERA / np.maximum(self.y - view.horizon, 0.01)
+        depth = np.broadcast_to(np.minimum(floor, WALL), (size, size)).astype(np.float32)
+        image = self._ground(rng, depth)
+        image += _fog(depth) * (view.haze - image)
+        canvas = Canvas(image, np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8), depth)
+        for thing in sorted(objects, key=lambda thing: -_moved(thing, time)[1]):
+            self._paint(canvas, thing, len(objects) - objects.index(thing), view)
+        light = 0.13 * _noise(rng, self.broad, 1) + rng.uniform(-0.12, 0.12, (3, 1, 1))
+        if lamp:
+            light += np.array(lamp)[:, None, None]
+        image *= np.exp(light)
+        grain = np.random.Generator(np.random.PCG64([int(rng.integers(2**31)), round(1e6 * time)]))
+        image += 0.02 * grain.standard_normal(image.shape, np.float32)
         pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
-        return Scene(np.ascontiguousarray(pixels.transpose(1, 2, 0)), mask, depth, label)
+        return Scene(
+            np.ascontiguousarray(pixels.transpose(1, 2, 0)), label, canvas.mask, canvas.instances, depth
+        )
 
-    def _ground_depth(self, rng: np.random.Generator) -> Floats:
-        # A plane has an inverse depth that is linear in the image. The slopes add up to 0.5 at most, so it
-        # lies between 9 / 1.5 = 6 and 12 / 0.5 = 24 metres.
-        down, across = rng.uniform(0.15, 0.4), rng.uniform(-0.1, 0.1)
-        return (rng.uniform(9, 12) / (1 + down * self.y + across * self.x)).astype(np.float32)
-
-    def _place_objects(self, rng: np.random.Generator, label: int, time: float) -> Objects:
-        n = int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
-        # One object per depth stratum, with gaps: there is a step in depth wherever one object hides another.
-        strata = (np.arange(n)[::-1] + rng.uniform(0.15, 0.85, n)) / n
-        distance = NEAR * (FAR / NEAR) ** strata
-        radius = (
-            rng.uniform(0.5, 0.65, n) / distance
-        )  # objects have similar sizes, so distant ones look small
-        x, y = _spread_out(rng, radius, lower=0.15 * (1 - 2 * strata))
-        if time:  # with separate random numbers, so that everything else is as at time 0
-            x, y = np.stack([x, y]) + time * rng.spawn(1)[0].uniform(-1, 1, (2, n))
-        angle = rng.uniform(-0.3, 0.3, n)
-        mirror = rng.choice([-1.0, 1.0], n)
-        stretch = np.exp(rng.uniform(-0.1, 0.1, n))
-        cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
-        turn = np.array([[mirror * stretch * cos, mirror * stretch * sin], [-sin / stretch, cos / stretch]])
-        a, b, c, d = turn.astype(np.float32).reshape(4, n, 1, 1)
-        dx, dy = self.x - _column(x), self.y - _column(y)
-        u, v = a * dx + b * dy, c * dx + d * dy
-        edge = outline(label, u, v)
-        cover = np.clip(0.5 - edge * _column(radius * self.size / 2), 0, 1)
-        return Objects(distance.astype(np.float32), u, v, cover, np.clip(edge * -5, 0, 1))
-
-    def _ground(self, rng: np.random.Generator, surface: Floats) -> Floats:
-        # Faint patterns in patches, and all hues: a conspicuous ground would identify the image, and two
-        # crops would be matched by it instead of by the silhouette. Dark, because outlines of one polarity
-        # are learnt in minutes.
-        image = 0.36 + 0.055 * self.coarse(rng, 3)
-        image += 0.035 * self.fine(rng, 1)
-        share = self.coarse(rng, GROUNDS)
-        best = share.max(axis=0)
-        for k in range(GROUNDS):
-            image += (share[k] == best) * (0.12 * surface[k] - np.float32(0.06))
+    def _ground(self, rng: np.random.Generator, depth: Floats) -> Floats:
+        """Floor and wall (3, S, S), in blotches of several colours: none of them identifies the image."""
+        coarse, fine = _noise(rng, self.coarse, 4), _noise(rng, self.fine, 1)[0]
+        paint = _colours(rng, rng.uniform(0, 1, 5), (0.0, 0.35), (0.35, 0.65))[:, :, None, None]
+        wall = depth >= WALL
+        share = np.clip(0.5 + np.where(wall, coarse[0], coarse[1]), 0, 1)
+        image = np.where(
+            wall, paint[0] + share * (paint[2] - paint[0]), paint[1] + share * (paint[3] - paint[1])
+        )
+        image += np.clip(1.5 * coarse[2] - 1, 0, 1) * (paint[4] - image)
+        image *= 1 + 0.1 * fine + 0.1 * coarse[3]
+        self._pebbles(rng, image)
         return image
 
-    def _clutter(self, rng: np.random.Generator, image: Floats) -> None:
-        # Ragged spots and long streaks, partly transparent: outlines that belong to no class.
-        x, y = rng.uniform(-1, 1, (2, CLUTTER))
-        angle = rng.uniform(0, math.pi, CLUTTER)
-        long = np.exp(rng.uniform(math.log(0.15), math.log(1.2), CLUTTER))
-        wide = np.maximum(0.04, 0.04 / long)
-        turn = np.array(
-            [np.cos(angle) / long, np.sin(angle) / long, -np.sin(angle) / wide, np.cos(angle) / wide]
+    def _pebbles(self, rng: np.random.Generator, image: Floats) -> None:
+        x, y = rng.uniform(-1, 1, (2, PEBBLES)).tolist()
+        angle, opacity = rng.uniform(0, math.pi, PEBBLES).tolist(), rng.uniform(0.3, 0.8, PEBBLES).tolist()
+        long, wide = (
+            np.exp(rng.uniform(-1.9, -0.6, PEBBLES)).tolist(),
+            rng.uniform(0.04, 0.12, PEBBLES).tolist(),
         )
-        opacity = rng.uniform(0.25, 0.6, CLUTTER)
-        paint = colours(rng, spread_hues(rng, CLUTTER), (0.1, 0.6), (0.2, 0.7))[:, :, None, None]
-        ragged = 0.8 * self.coarse(rng, CLUTTER) - 1
-        for k, (a, b, c, d) in enumerate(turn.T.tolist()):
-            dx, dy = self.x - float(x[k]), self.y - float(y[k])
-            edge = ragged[k] + (a * dx + b * dy) ** 2 + (c * dx + d * dy) ** 2
-            image += np.clip(0.5 - 2.5 * edge, 0, 1) * float(opacity[k]) * (paint[k] - image)
+        paint = _colours(rng, rng.uniform(0, 1, PEBBLES), (0.1, 0.7), (0.2, 1.0))[:, :, None, None]
+        for k in range(PEBBLES):
+            dx, dy = self.x - x[k], self.y - y[k]
+            cos, sin = math.cos(angle[k]), math.sin(angle[k])
+            edge = ((cos * dx + sin * dy) / long[k]) ** 2 + ((cos * dy - sin * dx) / wide[k]) ** 2
+            image += np.clip(2 - 2 * edge, 0, 1) * opacity[k] * (paint[k] - image)
 
-    def _shadow(self, objects: Objects, light: Floats) -> Floats:
-        # The area of the objects, shifted away from the light by up to a twentieth of the image.
-        cover = objects.cover.max(axis=0)
-        reach = self.size // 20 + 1
-        row, column = (reach + np.rint(light[::-1] * reach)).astype(int)
-        wide = np.pad(cover, reach)
-        return wide[row : row + self.size, column : column + self.size]
+    def _paint(self, canvas: Canvas, thing: Object, number: int, view: View) -> None:
+        """Draw an object and its shadow on the floor, in the box of pixels that contains them."""
+        x, distance, angle = _moved(thing, view.time)
+        radius = thing.radius / distance
+        y = view.horizon + CAMERA / distance - 0.95 * radius * thing.squash  # its foot is on the floor
+        reach = 1.45 * radius * max(1.0, thing.squash)
+        columns, rows = (self._pixels(middle - reach, middle + reach) for middle in (x, y))
+        dx, dy = (self.x[:, columns] - x) / radius, (self.y[rows] - y) / radius / thing.squash
+        if not dx.size or not dy.size:
+            return
+        image = canvas.image[:, rows, columns]
+        image *= 1 - 0.45 * np.exp(-2.5 * ((dx - 0.25 * view.light[0]) ** 2 + ((dy - 0.9) / 0.28) ** 2))
+        cos, sin = math.cos(angle), math.sin(angle)
+        u, v = cos * dx + sin * dy, cos * dy - sin * dx
+        r = np.hypot(u, v)
+        inside = _outline(thing, np.arctan2(v, u)) - r
+        cover = np.clip(0.5 + inside * radius * self.size / 2, 0, 1)
+        shade = 1.05 - 0.35 * np.minimum(r, 1.2) ** 2 + 0.15 * (view.light[0] * dx + view.light[1] * dy)
+        shade = np.where(inside < 0.1, 0.75 * shade, shade)  # a dark rim
+        paint = thing.paint[:, :, None, None]
+        lit = (paint[0] + self._material(thing, u, v, r, radius) * (paint[1] - paint[0])) * shade
+        lit += _fog(distance) * (view.haze - lit)
+        image += cover * (lit - image)
+        visible = cover >= 0.5
+        canvas.mask[rows, columns][visible] = 1 + thing.kind
+        canvas.instances[rows, columns][visible] = number
+        canvas.depth[rows, columns][visible] = distance
 
-    def _paint(
-        self, rng: np.random.Generator, image: Floats, objects: Objects, surface: Floats, light: Floats
-    ) -> None:
-        n = len(surface)
-        paint = colours(rng, spread_hues(rng, 2 * n), (0.35, 0.75), (0.7, 1.0)).reshape(2, n, 3, 1, 1)
-        contrast = rng.uniform(0.2, 0.6, n).tolist()
-        rim = np.float32(0.4)  # darker near the outline, as on anything that is not flat
-        shade = (1 - rim + rim * objects.inside) * (1 + 0.12 * (light[0] * objects.u + light[1] * objects.v))
-        fog = _fog(objects.distance)
-        for k in range(n):
-            lit = (paint[0, k] + surface[k] * contrast[k] * (paint[1, k] - paint[0, k])) * shade[k]
-            lit += fog[k] * (HAZE - lit)
-            image += objects.cover[k] * (lit - image)
+    def _pixels(self, low: float, high: float) -> slice:
+        low, high = ((side + 1) / 2 * self.size for side in (low, high))
+        return slice(max(0, math.floor(low)), max(0, math.ceil(high)))
 
-
-def _spread_out(rng: np.random.Generator, radius: Reals, lower: Reals) -> tuple[Reals, Reals]:
-    # Each object takes the candidate position where nearer objects hide it least; near objects choose first.
-    n = len(radius)
-    reach = 1 - 0.75 * radius
-    positions = rng.uniform(-1, 1, (2, n, 8)) * reach[:, None]  # (2, n, candidates)
-    positions[1] += lower[:, None]
-    chosen = np.empty((2, n))
-    chosen[:, -1] = positions[:, -1, 0]
-    for k in range(n - 2, -1, -1):
-        gap = np.hypot(*(positions[:, k, :, None] - chosen[:, None, k + 1 :])) / (radius[k] + radius[k + 1 :])
-        chosen[:, k] = positions[:, k, gap.min(axis=1).argmax()]
-    return chosen[0], chosen[1]
-
-
-def _fog(distance: Floats) -> Floats:
-    return 1 - np.exp(-distance / 40)
-
-
-def _mask_and_depth(objects: Objects, ground_depth: Floats, label: int) -> tuple[NDArray[np.uint8], Floats]:
-    depth = ground_depth
-    for distance, cover in zip(objects.distance, objects.cover, strict=True):
-        depth = np.where(cover >= 0.5, distance, depth)
-    mask = np.where(depth < ground_depth, np.uint8(label + 1), np.uint8(0))
-    return mask, depth
+    def _material(self, thing: Object, u: Floats, v: Floats, r: Floats, radius: float) -> Floats:
+        """The share of the second colour, with the material bent a little as around a ball."""
+        zoom = TILE / PERIODS / thing.pitch  # pixels of the picture over the radius
+        blur = int(np.searchsorted([6, 11], zoom * 2 / self.size / radius))  # by its pixels per image pixel
+        cos, sin = zoom * math.cos(thing.turn), zoom * math.sin(thing.turn)
+        bulge = 1 + 0.12 * r * r
+        row = ((sin * u + cos * v) * bulge + thing.shift[0]).astype(np.int32) % TILE
+        column = ((cos * u - sin * v) * bulge + thing.shift[1]).astype(np.int32) % TILE
+        return self.materials[thing.kind, blur][row, column]
 
 
-def _column(values: Reals) -> Floats:
-    return values.astype(np.float32)[:, None, None]
+def _place_objects(rng: np.random.Generator, kinds: list[int]) -> list[Object]:
+    """Objects of these kinds, farthest first; each stands where those before it hide it least."""
+    n = len(kinds)
+    strata = (np.arange(n)[::-1] + rng.uniform(0.1, 0.9, n)) / n
+    distances = (NEAR * (FAR / NEAR) ** strata).tolist()
+    objects: list[Object] = []
+    for kind, distance, paint in zip(kinds, distances, _paints(rng, n), strict=True):
+        places = rng.uniform(-0.8, 0.8, 6).tolist()
+        gaps = [min([abs(x - other.x) for other in objects[-3:]], default=1.0) for x in places]
+        speed = rng.uniform(-1, 1, 3) * (0.35, 0.35, 0.8)
+        objects.append(
+            Object(
+                kind=kind,
+                distance=distance,
+                x=places[int(np.argmax(gaps))],
+                radius=rng.uniform(0.95, 1.2),
+                angle=rng.uniform(-0.3, 0.3),
+                squash=math.exp(rng.uniform(-0.15, 0.15)),
+                waves=tuple((rng.uniform(0, 0.07), rng.uniform(0, 2 * math.pi)) for _ in range(2)),
+                pitch=KINDS[kind].pitch * rng.uniform(0.85, 1.15) * math.sqrt(distance / 2.8),
+                turn=rng.uniform(-0.4, 0.4),
+                shift=(rng.uniform(0, TILE), rng.uniform(0, TILE)),
+                paint=paint,
+                speed=tuple(speed.tolist()),
+            )
+        )
+    return objects
 
 
-class Noise:
-    """Smooth noise of unit variance: a few random values on a coarse grid, interpolated by Gaussian bumps."""
-
-    def __init__(self, size: int, cells: int) -> None:
-        position = (np.arange(size) + 0.5) / size * (cells - 1)
-        bumps = np.exp(-0.5 * ((position[:, None] - np.arange(cells)) / 0.55) ** 2)
-        # Rows of unit length make the variance one everywhere, also between grid points.
-        self.spread = (bumps / np.linalg.norm(bumps, axis=1, keepdims=True)).astype(np.float32)  # (S, cells)
-
-    def __call__(self, rng: np.random.Generator, n: int) -> Floats:
-        """`n` fields (n, S, S)."""
-        cells = self.spread.shape[1]
-        grid = rng.standard_normal((n, cells, cells), dtype=np.float32)
-        return self.spread @ grid @ self.spread.T
+def _moved(thing: Object, time: float) -> tuple[float, float, float]:
+    """Its x, distance and angle at a time of a clip."""
+    x, distance, angle = (time * change for change in thing.speed)
+    return thing.x + x, thing.distance + distance, thing.angle + angle
 
 
-def colours(
-    rng: np.random.Generator, hues: Floats, saturation: tuple[float, float], value: tuple[float, float]
+def _outline(thing: Object, angle: Floats) -> Floats:
+    """The distance of the outline from the middle in units of the radius, in the directions `angle`."""
+    lobes = KINDS[thing.kind].lobes
+    edge = 1 + (0.22 * np.cos(lobes * angle) if lobes else np.zeros_like(angle))
+    for k, (amplitude, phase) in enumerate(thing.waves, start=2):
+        edge += amplitude * np.cos(k * angle + phase)
+    return edge
+
+
+def _fog(distance: Floats | float) -> Floats:
+    return (1 - np.exp(-np.asarray(distance, np.float32) / HAZE)).astype(np.float32)
+
+
+def _bumps(size: int, cells: int) -> Floats:
+    """(S, cells): spreads the values of a coarse grid over the pixels by Gaussian bumps."""
+    place = (np.arange(size) + 0.5) / size * (cells - 1)
+    bumps = np.exp(-0.5 * ((place[:, None] - np.arange(cells)) / 0.55) ** 2)
+    # Rows of unit length make the variance of the noise one everywhere, also between grid points.
+    return (bumps / np.linalg.norm(bumps, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _noise(rng: np.random.Generator, bumps: Floats, n: int) -> Floats:
+    """Smooth noise (n, S, S) of unit variance."""
+    cells = bumps.shape[1]
+    return bumps @ rng.standard_normal((n, cells, cells), dtype=np.float32) @ bumps.T
+
+
+def _colours(
+    rng: np.random.Generator,
+    hues: NDArray[np.float64],
+    saturation: tuple[float, float],
+    value: tuple[float, float],
 ) -> Floats:
-    """Random RGB colours (n, 3) in [0, 1]: hues (n,) in turns, saturation and value from the ranges given."""
+    """RGB colours (n, 3) in [0, 1] of hues (n,) in turns, with saturation and value from these ranges."""
     n = len(hues)
-    s = rng.uniform(*saturation, n).astype(np.float32)[:, None]
-    bright = rng.uniform(*value, n).astype(np.float32)[:, None]
-    wheel = np.array([5, 3, 1], dtype=np.float32)  # positions of red, green and blue, in sixths of a turn
-    k = (wheel + 6 * hues[:, None]) % 6
-    return bright - bright * s * np.clip(np.minimum(k, 4 - k), 0, 1)
+    s, v = rng.uniform(*saturation, (n, 1)), rng.uniform(*value, (n, 1))
+    k = (np.array([5, 3, 1]) + 6 * hues[:, None]) % 6
+    return (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
 
 
-def spread_hues(rng: np.random.Generator, n: int) -> Floats:
-    """`n` hues (n,) in turns, evenly around the wheel and in random order: every image has all of them."""
-    return ((rng.permutation(n) + rng.uniform(0, 0.5, n)) / n).astype(np.float32)
-
-
-def patterns(
-    rng: np.random.Generator, u: Sequence[Floats], v: Sequence[Floats], coarse: Floats, fine: Floats
-) -> Floats:
-    """Where each surface has its second colour, in [0, 1]; its first is where this is 0. Returns (n, S, S).
-
-    u, v are n coordinates (S, S) on the surfaces; coarse, fine are noise (n, S, S).
-    """
-    n = len(u)
-    # The kinds take turns, so that the mix is about the same in all images.
-    kind = (rng.permutation(n) + rng.integers(len(_KINDS))) % len(_KINDS)
-    angle = rng.uniform(0, math.pi, n)
-    pitch = np.exp(rng.uniform(math.log(5.0), math.log(14.0), n))  # radians a unit of u
-    cos, sin = (pitch * np.cos(angle)).tolist(), (pitch * np.sin(angle)).tolist()
-    phase = rng.uniform(0, 2 * math.pi, (n, 2)).tolist()
-    bend = rng.uniform(0.0, 0.9, n).tolist()
-    gain = rng.uniform(0.5, 2.5, n).tolist()
-    heights = np.empty_like(coarse)
-    for k in range(n):  # one surface at a time fits into the processor's cache: twice as fast as all together
-        wave, crossed, dots, rough, grain = _KINDS[kind[k]]
-        height = rough * coarse[k] + grain * fine[k]
-        if wave or crossed or dots:
-            warp = bend[k] * coarse[k]
-            one = np.sin(cos[k] * u[k] + sin[k] * v[k] + warp + phase[k][0])
-            two = np.sin(cos[k] * v[k] - sin[k] * u[k] + warp + phase[k][1])
-            height += wave * one + crossed * one * two + dots * (one + two - 0.4)
-        height *= gain[k]
-        height += 0.5
-        np.clip(height, 0, 1, out=heights[k])
-    return heights
-
-
-def soften(image: Floats, weight: float) -> Floats:
-    """Blur (3, S, S) along both sides by the taps (weight, 1 - 2 * weight, weight); borders repeat."""
-    taps = (weight, 1 - 2 * weight, weight)
-    wide = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    rows = taps[0] * wide[:, :-2] + taps[1] * wide[:, 1:-1] + taps[2] * wide[:, 2:]
-    return taps[0] * rows[:, :, :-2] + taps[1] * rows[:, :, 1:-1] + taps[2] * rows[:, :, 2:]
+def _paints(rng: np.random.Generator, n: int) -> Floats:
+    """Pairs of colours (n, 2, 3), a light and a dark one in random order; hues go round the colour circle."""
+    hues = ((rng.permutation(2 * n) + rng.uniform(0, 1, 2 * n)) / (2 * n)).reshape(2, n)
+    light, dark = (
+        _colours(rng, hues[0], (0.1, 0.6), (0.75, 1.0)),
+        _colours(rng, hues[1], (0.1, 0.7), (0.1, 0.4)),
+    )
+    first = rng.random((n, 1)) < 0.5
+    return np.stack([np.where(first, light, dark), np.where(first, dark, light)], axis=1).astype(np.float32)

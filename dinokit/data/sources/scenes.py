@@ -1,23 +1,26 @@
 """Built-in rendered images with known labels, so that a first run needs no data set and no download.
 
-A scene shows twelve to sixteen objects of one silhouette, the class, on a cluttered ground. Colour, texture,
-size, pose, position and ground have the same distributions for all classes, and vary within an image about as
-much as between images: only the silhouette is common to two crops of an image. Class and depth of every pixel
-are known, so segmentation and depth can be evaluated as well.
+A scene shows objects of one kind, the class, on a floor before a wall: see dinokit.data.scenes. Its class
+cannot be read from pixels or colours, but two crops of an image share it. Class, object and depth of every
+pixel are known, so segmentation and depth can be evaluated as well.
 
 Scene i is a function of (seed, split, i) alone. Between two machines a pixel may differ by one grey level,
 where their sines or matrix products round differently.
 """
 
+import mmap
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.data.files import stamp_of
-from dinokit.data.scenes import Renderer, Scene
-from dinokit.data.scenes.shapes import NAMES
+from dinokit.data.scenes import NAMES, Scene, World
+
+STORE_BYTES = 2**29  # of address space for one size, seed and split; pages that nothing wrote take no memory
 
 
 @dataclass
@@ -30,10 +33,13 @@ class Config:
 
 
 class Scenes:
-    """The scenes of one split. Labels cycle through the classes, so all classes are equally frequent."""
+    """The scenes of one split. Labels cycle through the classes, so all classes are equally frequent.
+
+    An image is rendered on its first access and then kept in memory, for all sources and loader processes.
+    """
 
     def __init__(self, cfg: Config) -> None:
-        """Set up the renderer.
+        """Set up the memory, which loader processes that are forked later share.
 
         Raises:
             ValueError: if a number is too small, or there is no such split.
@@ -41,7 +47,8 @@ class Scenes:
         _check(cfg)
         self.cfg = cfg
         self.classes = NAMES
-        self._renderer = Renderer(cfg.size)
+        for split in ("train", "test") if cfg.split == "all" else (cfg.split,):
+            _store(cfg.size, cfg.seed, split)
 
     def __len__(self) -> int:
         cfg = self.cfg
@@ -53,18 +60,18 @@ class Scenes:
         Raises:
             IndexError: if there is no such scene.
         """
-        scene = self.scene(index)
-        return Image.fromarray(scene.image), scene.label
+        split, number = self._locate(index)
+        image = _store(self.cfg.size, self.cfg.seed, split).image(number)
+        return Image.fromarray(image), number % len(NAMES)
 
     def scene(self, index: int) -> Scene:
-        """The image together with the class and the depth of each pixel.
+        """The image together with the class, the object and the depth of each pixel.
 
         Raises:
             IndexError: if there is no such scene.
         """
         split, number = self._locate(index)
-        bits = np.random.PCG64([self.cfg.seed, ("train", "test").index(split), number])
-        return self._renderer.render(np.random.Generator(bits), number % len(NAMES))
+        return _store(self.cfg.size, self.cfg.seed, split).world.scene(number)
 
     def name(self, index: int) -> str:
         """As in 'scenes train 17'."""
@@ -85,10 +92,39 @@ class Scenes:
         return ("train", index) if index < self.cfg.count else ("test", index - self.cfg.count)
 
 
+class _Store:
+    """The first images of a world, in memory that forked processes share.
+
+    Two processes may render the same image at the same time; both write the same bytes.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        shape = (world.size, world.size, 3)
+        count = STORE_BYTES // (world.size**2 * 3 + 1)
+        memory = np.frombuffer(mmap.mmap(-1, STORE_BYTES), np.uint8)
+        self._rendered = memory[:count]  # 0 or 1
+        self._images = memory[count : count + count * world.size**2 * 3].reshape(count, *shape)
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """(S, S, 3); a copy, as the memory is shared."""
+        if index >= len(self._images):
+            return self.world.scene(index).image
+        if not self._rendered[index]:
+            self._images[index] = self.world.scene(index).image
+            self._rendered[index] = 1
+        return self._images[index].copy()
+
+
+@lru_cache(maxsize=8)
+def _store(size: int, seed: int, split: str) -> _Store:
+    return _Store(World(size, seed, split))
+
+
 def _check(cfg: Config) -> None:
     for key, least in {"size": 32, "count": 1, "test_count": 1, "seed": 0}.items():
         if getattr(cfg, key) < least:
-            why = ": smaller silhouettes cannot be distinguished" if key == "size" else ""
+            why = ": the materials of smaller objects cannot be distinguished" if key == "size" else ""
             raise ValueError(f"scenes: {key}={getattr(cfg, key)}, but it must be {least} or more{why}.")
     if cfg.split not in ("all", "train", "test"):
         raise ValueError(f"scenes: there is no split '{cfg.split}'; there is: all, train, test.")

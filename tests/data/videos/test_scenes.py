@@ -27,22 +27,39 @@ def test_a_video_is_the_same_every_time_and_another_one_is_another():
     assert [video.name for video in videos()] == ["test0", "test1", "test2"]
 
 
-def test_objects_move_a_little_from_frame_to_frame_and_keep_their_colour():
+def test_objects_move_a_little_from_frame_to_frame():
+    moved = []
     for video in videos():
-        first = video.mask(0)
+        first, last = video.mask(0), video.mask(len(video) - 1)
         assert sorted(np.unique(first)) == [0, 1, 2, 3]
         for number in (1, 2, 3):
-            middles, colours = [], []
+            middles = []
             for index in range(len(video)):
                 mask = video.mask(index) == number
                 if mask.sum() < 20:  # hidden behind a nearer one, or gone
                     break
                 middles.append(np.argwhere(mask).mean(axis=0))
-                colours.append(pixels(video, index)[mask].mean(axis=0))
             steps = np.linalg.norm(np.diff(middles, axis=0), axis=1)
-            assert (steps < 0.5 * 64 * 2**0.5 / 4 + 8).all()  # an hidden edge moves the middle as well
-            assert np.abs(np.diff(colours, axis=0)).max(initial=0) < 40
-        assert (first != video.mask(len(video) - 1)).mean() > 0.02
+            assert (steps < 12).all()  # pixels; an edge that is hidden moves the middle as well
+            moved.append(steps.sum())
+        assert (first != last).mean() > 0.02
+    assert np.median(moved) > 3
+
+
+def test_the_light_changes_and_the_objects_share_their_colours():
+    changes, differences = [], []
+    for video in videos(videos=8):
+        means = [pixels(video, index).mean(axis=(0, 1)) for index in range(len(video))]
+        changes.append(np.abs(np.diff(means, axis=0)).mean())
+        mask, image = video.mask(0), pixels(video, 0)
+        colours = [image[mask == number].mean(axis=0) for number in np.unique(mask[mask > 0])]
+        differences.append(np.std(colours, axis=0).mean())
+    assert np.mean(changes) > np.mean(differences)
+
+
+def test_at_most_four_objects_are_tracked():
+    assert videos(objects=1)[0].mask(0).max() == 1
+    assert videos(objects=9)[0].mask(0).max() <= 4
 
 
 def test_a_video_of_two_frames_is_refused():
