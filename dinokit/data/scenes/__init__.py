@@ -257,7 +257,9 @@ def _moved(thing: Object, time: float) -> tuple[float, float, float]:
 def _outline(thing: Object, angle: Floats) -> Floats:
     """The distance of the outline from the middle in units of the radius, in the directions `angle`."""
     lobes = KINDS[thing.kind].lobes
-    edge = 1 + (0.22 * np.cos(lobes * angle) if lobes else np.zeros_like(angle))
+    edge = np.ones_like(angle)
+    if lobes:
+        edge += 0.22 * np.cos(lobes * angle)
     for k, (amplitude, phase) in enumerate(thing.waves, start=2):
         edge += amplitude * np.cos(k * angle + phase)
     return edge
@@ -278,7 +280,8 @@ def _bumps(size: int, cells: int) -> Floats:
 def _noise(rng: np.random.Generator, bumps: Floats, n: int) -> Floats:
     """Smooth noise (n, S, S) of unit variance."""
     cells = bumps.shape[1]
-    return bumps @ rng.standard_normal((n, cells, cells), dtype=np.float32) @ bumps.T
+    values: Floats = rng.standard_normal((n, cells, cells), dtype=np.float32)
+    return np.asarray(bumps @ values @ bumps.T, np.float32)
 
 
 def _colours(
