@@ -1,6 +1,7 @@
-"""dinokit show RECIPE [key=value ...]: print a complete recipe, with model size, memory and learning rate.
+"""dinokit show [RECIPE] [key=value ...]: print a complete recipe, with model size, memory and learning rate.
 
-Nothing is trained. Every default is filled in, and the output is a recipe itself.
+Nothing is trained. Every default is filled in, and the output is a recipe itself. Without RECIPE, one is
+chosen for the images in data.path and this machine, as `dinokit train` does.
 
 nodes=N gpus=N (GPUs of a node) estimates the run on a cluster: memory of a GPU, bytes sent in a step, and,
 with images_per_second=N as measured on one GPU, the expected speed. It assumes gpu_gib=80 (memory of a GPU),
@@ -11,12 +12,13 @@ dinokit show dinov2_vitg14 data.path=LIST nodes=12 gpus=8 images_per_second=35
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from dinokit import evaluation
 from dinokit.commands import Command
+from dinokit.commands.train import recipe_of
 from dinokit.config import registry
-from dinokit.config.load import load_recipe, to_yaml
+from dinokit.config.load import to_yaml
 
 CLUSTER = {"nodes": int, "gpus": int, "images_per_second": float, "gpu_gib": float, "gpu_gbyte": float,
            "node_gbit": float}  # fmt: skip
@@ -25,7 +27,7 @@ CLUSTER = {"nodes": int, "gpus": int, "images_per_second": float, "gpu_gib": flo
 def run(command: Command) -> None:
     given = [text for text in command.settings if text.partition("=")[0] in CLUSTER]
     rest = [text for text in command.settings if text not in given]
-    recipe = load_recipe(command.one_word("recipe", registry.recipe_names()), rest, evaluation.architecture)
+    recipe = recipe_of(replace(command, settings=rest))
     cluster = dict(_number(text) for text in given)
     from dinokit.train.plan import Cluster, plan
 

@@ -1,13 +1,17 @@
-"""dinokit train RECIPE [key=value ...]: train a backbone, or resume the run in run.out.
+"""dinokit train [RECIPE] [key=value ...]: train a backbone, or resume the run in run.out.
 
-RECIPE is a name in configs/ or the path of a YAML file. The same command resumes an interrupted run.
+RECIPE is a name in configs/ or the path of a YAML file. Without one, recipe, crops, colours, batch and number
+of steps are chosen for the images in data.path and for this machine, in as many minutes as `minutes=` says
+(60 on a CPU, 120 on a GPU); each choice is printed with its reason, and what you give stays. The same command
+resumes an interrupted run.
 
-dinokit train scenes_cpu data.name=folder data.path=PHOTOS
+dinokit train data.path=PHOTOS minutes=60
 dinokit train small_photos data.path=PHOTOS run.out=runs/photos
 """
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinokit import evaluation
@@ -23,9 +27,53 @@ MULTI_PROCESS = RESUMES = True
 
 
 def run(command: Command) -> None:
-    word = command.one_word("recipe", registry.recipe_names())
-    recipe = load_recipe(word, command.settings, evaluation.architecture)
-    pretrain(recipe)
+    pretrain(recipe_of(command))
+
+
+def recipe_of(command: Command) -> Recipe:
+    """The recipe that a command line names, with its settings; without a name one is chosen and printed.
+
+    Raises:
+        ValueError, LookupError: as load_recipe(), or if neither a recipe nor data.path is given.
+    """
+    settings = [text for text in command.settings if not text.startswith("minutes=")]
+    minutes = [text for text in command.settings if text not in settings]
+    given = dict(text.partition("=")[::2] for text in settings)
+    if command.words or "data.path" not in given:
+        if minutes and command.words:
+            raise ValueError(
+                f"{minutes[0]} is for a run without a recipe; {command.words[0]} has optim.steps. "
+                f"Leave one of the two out."
+            )
+        word = command.one_word("recipe, or data.path=FOLDER to have one chosen", registry.recipe_names())
+        return load_recipe(word, settings, evaluation.architecture)
+    out = given.get("run.out") or f"runs/{Path(given['data.path']).resolve().stem}"
+    if (Path(out) / "recipe.yaml").is_file():  # a run that was begun: its choices are made
+        return load_recipe(Path(out) / "recipe.yaml", settings, evaluation.architecture)
+    return _chosen(settings, given, out, minutes[0].partition("=")[2] if minutes else "0")
+
+
+def _chosen(settings: list[str], given: dict[str, str], out: str, minutes: str) -> Recipe:
+    """The recipe that dinokit.train.choose finds for the images and this machine."""
+    from dinokit.runtime.distributed import launch
+    from dinokit.train import choose
+
+    if launch().world > 1:
+        raise ValueError(
+            f"A recipe is chosen by one process, and {launch().world} were started. Write it to a file "
+            f"first: dinokit show data.path={given['data.path']} > mine.yaml; then train mine.yaml."
+        )
+    try:
+        most = float(minutes)
+    except ValueError:
+        raise ValueError(f"minutes={minutes}: it is a number, such as minutes=60.") from None
+    data = {key.removeprefix("data."): value for key, value in given.items() if key.startswith("data.")}
+    choice, source = choose.choose(data, given.get("run.device", "auto"))
+    choice.set("run.out", out, "by the name of the images")
+    choose.with_steps(choice, source, settings, most)
+    for line in choice.lines(given):
+        print(line, file=sys.stderr)
+    return load_recipe(choice.recipe, [*choice.settings(), *settings], evaluation.architecture)
 
 
 def describe(words: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "crops.contrast": (0, inf),
     "crops.saturation": (0, inf),
     "crops.hue": (0, 0.5),
+    "crops.tint": (0, 1),
     "crops.gray": (0, 1),
     "crops.blur_sigma": (0.01, inf),
     "crops.blur_kernel": (1, inf),

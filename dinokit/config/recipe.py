@@ -80,6 +80,7 @@ class Crops:
     contrast: float = 0.4
     saturation: float = 0.2  # needs RGB
     hue: float = 0.1  # needs RGB
+    tint: float = 0.0  # strength of a colour cast: a factor for each channel, always; needs RGB
     gray: float = 0.2  # probability; needs RGB
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     blur_kernel: int = 9  # pixels, odd

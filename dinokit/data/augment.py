@@ -26,7 +26,8 @@ from dinokit.config.load import CropGroup, Crops
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # factor, factor, factor, fraction of the colour circle
 ORDER = 4  # four columns: which of the above is applied first, ..., last; NONE for none
 GRAY, SIGMA, SOLARIZE = 8, 9, 10  # 0 or 1; pixels, 0 for no blur; 0 or 1
-COLUMNS = 11
+TINT = 11  # three columns: a factor for red, green and blue
+COLUMNS = 14
 NONE = -1
 ORDERS = tuple(permutations(range(4)))
 TILE = 2**18  # numbers processed at a time on a CPU: 1 MB and its temporaries fit into a core's cache
@@ -35,11 +36,11 @@ TILE = 2**18  # numbers processed at a time on a CPU: 1 MB and its temporaries f
 def draw(cfg: Crops, group: CropGroup, crop: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """The parameters of crop number `crop` of `group`: (COLUMNS,).
 
-    The number of random draws does not depend on the settings, so changing one probability does not change
-    the other draws.
+    The number of random draws does not depend on the settings, except that a tint takes three more. So
+    changing one probability does not change the other draws.
     """
     u = rng.random(11).tolist()
-    row = [1.0, 1.0, 1.0, 0.0, NONE, NONE, NONE, NONE, 0.0, 0.0, 0.0]
+    row = [1.0, 1.0, 1.0, 0.0, NONE, NONE, NONE, NONE, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
     if u[0] < cfg.jitter:
         strengths = cfg.brightness, cfg.contrast, cfg.saturation
         for column, strength in enumerate(strengths):
@@ -53,6 +54,8 @@ def draw(cfg: Crops, group: CropGroup, crop: int, rng: np.random.Generator) -> N
         low, high = cfg.blur_sigma
         row[SIGMA] = low + (high - low) * u[8]
     row[SOLARIZE] = float(u[9] < _of_crop(group.solarize, crop))
+    if cfg.tint:
+        row[TINT:] = (1 + cfg.tint * (2 * rng.random(3) - 1)).tolist()
     return np.array(row, dtype=np.float32)
 
 
@@ -68,12 +71,12 @@ class Photometric:
         compiled: whether to compile, once per shape (tens of seconds, at the first batch).
 
     Raises:
-        ValueError: if hue, saturation or gray are set and the images are not RGB, or if half of the blur
-            kernel is not smaller than a crop, because blur mirrors a crop that far at its edges.
+        ValueError: if hue, saturation, gray or tint are set and the images are not RGB, or if half of the
+            blur kernel is not smaller than a crop, because blur mirrors a crop that far at its edges.
     """
 
     def __init__(self, cfg: Crops, compiled: bool = False) -> None:
-        wrong = [key for key in ("hue", "saturation", "gray") if getattr(cfg, key) > 0]
+        wrong = [key for key in ("hue", "saturation", "gray", "tint") if getattr(cfg, key) > 0]
         if len(cfg.mean) != 3 and wrong:
             raise ValueError(
                 f"crops.mean has {len(cfg.mean)} channels, but {', '.join(f'crops.{key}' for key in wrong)} "
@@ -147,6 +150,9 @@ class Photometric:
         for turn in range(len(possible)):
             for column in possible:
                 yield jitter[column], params[:, ORDER + turn] == column, params[:, column]
+        for channel in range(3 if cfg.tint > 0 else 0):
+            factor = params[:, TINT + channel]
+            yield partial(adjust_channel, channel=channel), factor != 1, factor
         groups = cfg.globals, cfg.locals
         if cfg.gray > 0:
             yield grayscale, params[:, GRAY] > 0, params[:, GRAY]
@@ -215,6 +221,10 @@ def adjust_contrast(x: Tensor, factor: Tensor) -> None:
 def adjust_saturation(x: Tensor, factor: Tensor) -> None:
     grey = _luma(x)
     x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 1)
+
+
+def adjust_channel(x: Tensor, factor: Tensor, channel: int) -> None:
+    x[:, channel : channel + 1].mul_(factor).clamp_(0, 1)
 
 
 def grayscale(x: Tensor, _: Tensor) -> None:

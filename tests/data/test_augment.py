@@ -265,3 +265,15 @@ def test_changing_one_probability_leaves_the_other_draws_alone() -> None:
         drawn(Crops(gray=0.0, jitter=0.0), CropGroup(), count=50),
     )
     np.testing.assert_array_equal(some[:, ph.SIGMA], none[:, ph.SIGMA])
+
+
+def test_a_tint_multiplies_each_channel_by_a_factor_of_its_own() -> None:
+    factors = drawn(Crops(tint=0.3), CropGroup())[:, ph.TINT :]
+    assert (factors.min(), factors.max()) == (pytest.approx(0.7, abs=0.01), pytest.approx(1.3, abs=0.01))
+    assert abs(np.corrcoef(factors.T)[0, 1]) < 0.1  # each channel alone
+    cfg = Crops(jitter=0.0, gray=0.0, tint=0.3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    cfg.globals.blur = (0.0,)
+    params, crops = params_of(cfg, 6), torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = (crops * params[:, ph.TINT :, None, None]).clamp(0, 1)
+    torch.testing.assert_close(ph.Photometric(cfg)(crops, params), expected)
+    torch.testing.assert_close(ph.Photometric(cfg)._apply_everywhere(crops, params), expected)

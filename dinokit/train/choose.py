@@ -1,0 +1,233 @@
+"""Chooses a recipe and its settings for images and a machine: `dinokit train data.path=PHOTOS`.
+
+The choices are overrides of a recipe in configs/, each with a reason for people. What the user gives comes
+after them and so wins.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinokit.config import registry
+from dinokit.config.load import Recipe, load_recipe
+from dinokit.data.loader import training_loader
+from dinokit.data.sources import ImageSource
+from dinokit.data.transforms import size_of, to_tensor
+from dinokit.runtime.device import pick_device
+from dinokit.train.run_dir import with_precision
+from dinokit.train.step import Step
+from dinokit.train.student_teacher import block_masks
+
+LOOKED_AT = 200  # images whose size and colours are read
+MINUTES = {"cpu": 60.0, "cuda": 120.0}  # of a run, if the user does not say
+WARM_STEPS, TIMED_STEPS = 2, 4  # of the measurement: the first steps allocate memory
+EVALUATIONS = 5  # in a run
+AVERAGED = 0.02  # of a run that the teacher averages over: one that averages over more lags behind
+GREY = 0.02  # mean difference of channels, in [0, 1], below which images count as grey
+LEAST_STEPS = 50
+TRAINING_SHARE = 0.9  # of the minutes; the rest is for evaluations and the end of the run
+
+
+@dataclass
+class Choice:
+    """A recipe, overrides with the reason for each, and facts about the images."""
+
+    recipe: str
+    overrides: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    facts: list[str] = field(default_factory=list)
+
+    def set(self, key: str, value: object, reason: str) -> None:
+        """Add an override."""
+        self.overrides[key], self.reasons[key] = _as_yaml(value), reason
+
+    def settings(self) -> list[str]:
+        """key=value, for load_recipe()."""
+        return [f"{key}={value}" for key, value in self.overrides.items()]
+
+    def lines(self, given: Mapping[str, str]) -> list[str]:
+        """For people: facts, the recipe, and each choice that the user did not make."""
+        chosen = [
+            f"  {key}={value}  ({self.reasons[key]})"
+            for key, value in self.overrides.items()
+            if key not in given
+        ]
+        return [*self.facts, f"recipe {self.recipe}, with:", *chosen]
+
+
+def choose(data: Mapping[str, Any], device: str) -> tuple[Choice, ImageSource]:
+    """Look at the images and the device, and choose everything but the number of steps.
+
+    Args:
+        data: the section `data` as given; without `name` the kind follows from the path.
+        device: `run.device`.
+
+    Raises:
+        ValueError: if there are too few images, or none can be read.
+    """
+    section = {"name": kind_of(str(data.get("path", ""))), **data}
+    source: ImageSource = registry.build("data.sources", section)
+    kind = pick_device(device).type
+    choice = Choice("laptop" if kind == "cpu" else "small_photos")
+    choice.set("data.name", section["name"], "by the path")
+    sizes, mean, std, grey = look_at(source)
+    side = int(np.median(sizes))
+    choice.facts.append(
+        f"{len(source):,} images, shorter side {int(min(sizes))} to {int(max(sizes))} pixels, {kind} with "
+        f"{os.cpu_count()} cores"
+    )
+    _choose_size(choice, side, kind)
+    _choose_batch(choice, len(source))
+    choice.set("crops.mean", [round(float(x), 3) for x in mean], "of these images")
+    choice.set("crops.std", [round(float(x), 3) for x in std], "of these images")
+    if grey:
+        for key in ("saturation", "hue", "gray"):
+            choice.set(f"crops.{key}", 0.0, "the images have no colour")
+    return choice, source
+
+
+def kind_of(path: str) -> str:
+    """The source that reads a path: by its suffix, else a folder."""
+    kinds = {".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest", ".tsv": "manifest"}
+    return kinds.get(Path(path).suffix.lower(), "folder")
+
+
+def look_at(source: ImageSource) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Shorter sides (n,) in pixels; mean and deviation (C,) of the pixels in [0, 1]; whether all are grey.
+
+    Raises:
+        ValueError: if no image of a sample can be read.
+    """
+    sides, means, squares, differences = [], [], [], []
+    for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int).tolist():
+        try:
+            image = source[index][0]
+        except (OSError, ValueError):
+            continue  # the run counts and names unreadable images
+        pixels = to_tensor(image)[0]
+        pixels = pixels[:, :: max(pixels.shape[1] // 64, 1), :: max(pixels.shape[2] // 64, 1)]
+        values = pixels.float() / (255 if pixels.dtype == torch.uint8 else 1)
+        sides.append(min(size_of(image)))
+        means.append(values.mean((1, 2)))
+        squares.append(values.square().mean((1, 2)))
+        differences.append(float((values - values.mean(0)).abs().mean()))
+    if not sides:
+        raise ValueError(f"None of {min(len(source), LOOKED_AT)} images of a sample can be read.")
+    mean = torch.stack(means).mean(0)
+    deviation = (torch.stack(squares).mean(0) - mean.square()).clamp_min(1e-4).sqrt()
+    return torch.tensor(sides), mean, deviation, max(differences) < GREY
+
+
+def measure(recipe: Recipe, source: ImageSource) -> float:
+    """Mean seconds of a training step with this recipe here, loading included. Nothing is written."""
+    device = pick_device(recipe.run.device)
+    recipe = with_precision(recipe, device)
+    random_state = torch.random.get_rng_state()
+    step = Step(recipe, device)
+    phases = (values.get("phase", (0.0, 1.0)) for values in recipe.losses.values())
+    shares = sorted({0.0, 1.0, *(share for phase in phases for share in phase)})
+    seconds = 0.0
+    for start, end in pairwise(shares):  # other losses count in each of them
+        seconds += (end - start) * _time_steps(step, source, int(start * recipe.optim.steps + 0.5))
+    torch.random.set_rng_state(random_state)
+    return seconds
+
+
+def _time_steps(step: Step, source: ImageSource, start: int) -> float:
+    """Seconds of a step, from a few steps that begin at `start`."""
+    recipe, total = step.recipe, WARM_STEPS + TIMED_STEPS
+    loader = training_loader(
+        source, recipe.crops, block_masks(recipe, step.model.student.backbone), seed=recipe.run.seed,
+        start_step=start, steps=start + total, batch=recipe.optim.batch, rank=0, world=1,
+        accumulation=recipe.run.accumulate, workers=recipe.run.workers, pin=step.device.type == "cuda",
+    )  # fmt: skip
+    begin = 0.0
+    for number, batch in enumerate(loader):
+        if number == WARM_STEPS:
+            begin = _now(step.device)
+        step(batch)
+    return (_now(step.device) - begin) / TIMED_STEPS
+
+
+def with_steps(choice: Choice, source: ImageSource, given: list[str], minutes: float = 0.0) -> None:
+    """Choose the number of steps, and what depends on it, from the speed measured here."""
+    # The warm-up follows from the steps below; until then it must not be longer than the run.
+    recipe = load_recipe(choice.recipe, [*choice.settings(), "optim.warmup=0", *given])
+    device = pick_device(recipe.run.device)
+    if any(text.startswith("optim.steps=") for text in given):
+        steps, reason = recipe.optim.steps, "given"
+    else:
+        minutes = minutes or MINUTES["cpu" if device.type == "cpu" else "cuda"]
+        seconds = measure(recipe, source)
+        steps = max(round(TRAINING_SHARE * 60 * minutes / seconds), LEAST_STEPS)
+        epochs = steps * recipe.optim.batch / len(source)
+        reason = f"{minutes:g} minutes at {seconds:.2f} s a step; each image {epochs:.0f} times"
+        choice.set("optim.steps", steps, reason)
+    choice.set("optim.warmup", min(max(steps // 20, 1), 200), "a twentieth of the steps, at most 200")
+    momentum = round(1 - 1 / max(AVERAGED * steps, 2), 4)
+    choice.set(
+        "teacher.momentum", [momentum, momentum], f"the teacher averages over {AVERAGED:.0%} of the run"
+    )
+    every = max(steps // EVALUATIONS, 1)
+    if "knn" in recipe.evals:
+        choice.set("evals.knn.every", every, f"{EVALUATIONS} times in the run, if there are labels")
+    choice.set("run.checkpoint_every", max(min(500, every), 1), "so that a stopped run loses little")
+    if choice.recipe == "small_photos":
+        choice.set("teacher.temp_warmup", steps // 7, "as in the recipe, a seventh of the steps")
+        choice.set("optim.head_frozen", steps // 100, "as in the recipe, a hundredth of the steps")
+
+
+def _choose_size(choice: Choice, side: int, kind: str) -> None:
+    """Crop sizes and patch for images of a median shorter side."""
+    if side <= 48:
+        size, patch, why = 32, 4, f"the images have {side} pixels"
+    elif kind == "cpu" or side <= 96:
+        size, patch, why = (
+            64,
+            8,
+            "few tokens, for a CPU" if kind == "cpu" else f"the images have {side} pixels",
+        )
+    elif side <= 192:
+        size, patch, why = 128, 16, f"the images have {side} pixels"
+    else:
+        return  # the recipe's 224 pixels
+    choice.set("backbone.size", size, why)
+    choice.set("backbone.patch", patch, f"{(size // patch) ** 2} patches a large crop")
+    choice.set("crops.globals.size", size, "as backbone.size")
+    choice.set("crops.locals.size", size // 2, "half of it")
+    choice.set("evals.knn.resize", size, "as the crops")
+    if size <= 64:
+        for group in ("globals", "locals"):
+            choice.set(f"crops.{group}.blur", [0.0], f"nothing to blur at {size} pixels")
+
+
+def _choose_batch(choice: Choice, images: int) -> None:
+    """A batch that the images fill."""
+    batch = load_recipe(choice.recipe, ["data.path=."]).optim.batch
+    if images < 16:
+        raise ValueError(
+            f"There are {images} images: a network learns from hundreds at least, better thousands. Give "
+            f"data.path a folder with more, or take a released backbone (dinokit models list)."
+        )
+    while batch > images // 4 and batch > 8:
+        batch //= 2
+    if batch != load_recipe(choice.recipe, ["data.path=."]).optim.batch:
+        choice.set("optim.batch", batch, f"a quarter of {images} images at most")
+
+
+def _as_yaml(value: object) -> str:
+    return str(value).replace(" ", "")
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
