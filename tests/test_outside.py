@@ -141,7 +141,7 @@ def guest(tmp_path, monkeypatch) -> Path:
         del sys.modules[name]
 
 
-def test_four_files_from_outside_train_are_saved_and_judged(guest, capsys):
+def test_four_files_from_outside_train_are_saved_and_evaluated(guest, capsys):
     out = guest / "run"
     assert main(["train", str(guest / "recipe.yaml"), f"run.out={out}", "--traceback"]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

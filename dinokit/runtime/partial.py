@@ -25,7 +25,7 @@ class PartialResult:
     again each time, append() adds pieces, and each process reads back its own.
 
     Args:
-        folder: where the file is kept; None keeps nothing.
+        folder: of the file; None: nothing is saved.
         name: of the work, for people who look into the folder.
         depends_on: everything that decides the result; its repr() is hashed into the file's name, so that
             other settings, weights or images never resume from this state.

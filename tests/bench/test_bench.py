@@ -75,7 +75,7 @@ def test_a_frozen_teacher_is_refused_before_anything_starts():
     assert multiprocessing.active_children() == []
 
 
-def test_whatever_goes_wrong_in_the_process_is_told():
+def test_any_error_in_the_process_is_raised_in_the_parent():
     recipe = load_recipe("small_photos", [*SMALL, "data={name: scenes}", "run.device=cpu"])
     broken = replace(recipe, run=replace(recipe.run, seed=None))
     with pytest.raises(TypeError, match="NoneType"):

@@ -270,7 +270,7 @@ def test_a_name_that_no_file_has_is_answered_with_what_there_is(base, override):
         load_recipe(base, [override])
 
 
-def test_the_nearest_name_is_suggested_and_the_way_to_add_one_is_told(base):
+def test_the_error_suggests_the_nearest_name_and_how_to_add_one(base):
     expected = r"which has: .*\bscenes\b.*\. Did you mean 'folder'\? To add it, write fodler.py there"
     with pytest.raises(LookupError, match=expected):
         load_recipe(base, ["data.name=fodler"])

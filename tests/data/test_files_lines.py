@@ -38,7 +38,7 @@ def test_bytes_that_are_no_text_stay_what_they_are(tmp_path):
     assert Lines.of(path)[0].encode("utf-8", "surrogateescape") == b"\xff\xfe.jpg"
 
 
-def test_lines_are_kept_in_the_places_of_every_64th(tmp_path):
+def test_only_the_position_of_every_64th_line_is_stored(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("".join(f"folder/{i}.jpg\n" for i in range(100_000)))
     found = Lines.of(path)

@@ -219,7 +219,7 @@ def test_a_file_that_is_cut_short_is_named(size: int) -> None:
         read(saved(noise(403, 301))[:size], SMALL, 0)
 
 
-def test_the_size_of_what_is_no_jpeg_is_not_told() -> None:
+def test_no_size_is_read_from_a_file_that_is_no_jpeg() -> None:
     assert jpeg_size(saved(smooth(30, 20))) == (30, 20)
     assert jpeg_size(saved(smooth(30, 20), "PNG")) is None
     assert jpeg_size(b"nothing") is None

@@ -223,7 +223,7 @@ def test_scaled_linear_is_its_operations_one_by_one(gelu, with_gain):
     torch.testing.assert_close(*grads)
 
 
-def test_the_result_of_the_gelu_is_not_kept():
+def test_the_result_of_the_gelu_is_not_saved_for_backward():
     linear, x = nn.Linear(12, 5), torch.randn(40, 12, requires_grad=True)
     assert count_saved(lambda: scaled_linear(x, linear, nn.Identity(), gelu=True))[0] == 1
     assert count_saved(lambda: linear(F.gelu(x)))[0] == 2

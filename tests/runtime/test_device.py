@@ -80,7 +80,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
     reason="needs glibc",
 )
-def test_freed_memory_is_kept_for_the_next_tensor_of_that_size():
+def test_freed_memory_is_reused_for_the_next_tensor_of_that_size():
     """A block that went back to the kernel costs page faults when it comes again."""
     command = [sys.executable, "-c", FAULTS]
     kept, returned = (

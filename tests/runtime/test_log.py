@@ -45,7 +45,7 @@ def fail_after_a_line(folder):
         raise RuntimeError
 
 
-def test_the_log_is_kept_when_the_run_fails(tmp_path):
+def test_the_log_remains_when_the_run_fails(tmp_path):
     with pytest.raises(RuntimeError):
         fail_after_a_line(tmp_path)
     assert "before" in (tmp_path / "run.log").read_text()

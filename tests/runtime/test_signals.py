@@ -55,7 +55,7 @@ def test_a_block_within_another_begins_with_what_that_one_heard():
                 signal.raise_signal(signal.SIGINT)
 
 
-def test_a_block_around_one_that_was_told_nothing_hears_again():
+def test_an_outer_block_receives_signals_after_an_inner_one_without_signals():
     with stop_signals(between_items=True):
         with stop_signals():
             pass
@@ -80,7 +80,7 @@ def test_a_scheduler_that_repeats_itself_changes_nothing_when_the_block_is_left(
     assert signal.getsignal(signal.SIGINT) == ctrl_c
 
 
-def test_a_block_that_was_told_nothing_leaves_all_as_it_was():
+def test_a_block_without_signals_restores_the_handlers():
     before = [signal.getsignal(each) for each in (signal.SIGINT, *STOP_SIGNALS)]
     with stop_signals():
         pass

@@ -57,7 +57,7 @@ def test_what_is_changed_after_the_call_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["a bit", "cut", "gone"])
-def test_a_damaged_file_is_told_and_never_loaded(tmp_path, harm):
+def test_a_damaged_file_is_reported_and_never_loaded(tmp_path, harm):
     write(tmp_path, 5, x=torch.ones(1000))
     (file,) = (tmp_path / "step_0000005").glob("*.safetensors")
     whole = bytearray(file.read_bytes())

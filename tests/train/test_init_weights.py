@@ -106,7 +106,9 @@ def test_without_a_name_the_architecture_is_the_files(recipe_file, photos, old, 
     assert (section["width"], section["depth"], section["size"], section["drop_path"]) == (24, 2, 32, 0.1)
 
 
-def test_the_end_of_a_run_shows_what_was_kept(recipe_file, photos, old, tmp_path, capsys):
+def test_the_end_of_a_run_shows_scores_and_drift_at_first_and_at_last(
+    recipe_file, photos, old, tmp_path, capsys
+):
     for i, path in enumerate(sorted(photos.iterdir())):
         (photos / f"class{i % 2}").mkdir(exist_ok=True)
         path.rename(photos / f"class{i % 2}" / path.name)

@@ -41,21 +41,23 @@ def most_bytes(recipe, counting):
     return living.most
 
 
-@pytest.mark.parametrize("patch", ["null", "{prototypes: 4096, hidden: 32, bottleneck: 32}"])
+@pytest.mark.parametrize("two_heads", [False, True])
 @pytest.mark.parametrize(("logits", "chunk"), [("whole", 2**26), ("chunks", 2**26), ("chunks", 2**14)])
-def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, chunk, patch):
-    """By what 1,024 more prototypes cost: all else stays."""
+def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, chunk, two_heads):
+    """By what 1,024 more prototypes of each head cost: all else stays."""
     for place, name in ((chunked, "CPU_CHUNK"), (plan, "GPU_CHUNK")):
         monkeypatch.setattr(place, name, chunk)
     lived, counted = [], []
     for prototypes in (4096, 5120):
+        patch = f"{{prototypes: {prototypes}, hidden: 32, bottleneck: 32}}" if two_heads else "null"
         more = [f"heads.cls.prototypes={prototypes}", f"heads.patch={patch}", f"run.logits={logits}"]
         recipe = load_recipe("scenes_cpu", [*SMALL, *more])
         lived.append(most_bytes(recipe, living))
         counted.append(activation_memory(recipe, 8)[1] * 2**30)
-    # The prototypes themselves are counted elsewhere: 32 numbers each, at most four times at a time.
-    own = 1024 * 32 * 4 * 4
+    # The prototypes themselves are counted elsewhere: 32 numbers each, at most three times at a time.
+    own = (1 + two_heads) * 1024 * 32 * 4 * 3
     grown = lived[1] - lived[0]
+    assert grown > own  # else the lower bound below would say nothing
     assert grown - own <= counted[1] - counted[0] <= grown
 
 

@@ -100,7 +100,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(recipe_file, overrides, t
     assert newest(tmp_path / "out" / "checkpoints").step == 3
 
 
-def test_a_failure_is_told_once_by_the_one_that_failed_and_ends_all(recipe_file, overrides, together):
+def test_a_failure_is_reported_once_by_the_process_that_failed_and_ends_all(recipe_file, overrides, together):
     begun = time.monotonic()
     output = together(2, "fail_in_one", str(recipe_file), overrides, status=(1, 2))
     assert output.startswith("process 1 of 2")
@@ -148,7 +148,7 @@ def test_a_process_that_sees_other_images_is_named_at_once(
     assert not (tmp_path / "out" / "recipe.yaml").exists()
 
 
-def test_a_run_folder_that_is_not_shared_is_told_at_once(recipe_file, photos, together, tmp_path):
+def test_a_run_folder_that_is_not_shared_is_an_error_at_once(recipe_file, photos, together, tmp_path):
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
         out.mkdir()

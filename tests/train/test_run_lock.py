@@ -48,7 +48,7 @@ def other(tmp_path, together):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_second_run_is_refused_and_told_who_is_there(tmp_path, other):
+def test_a_second_run_is_refused_with_the_name_of_the_first(tmp_path, other):
     process, _ = other("77")
     with (
         pytest.raises(ValueError, match=rf"in use by process {process.pid} on \S+, job 77\. Two runs"),
@@ -123,7 +123,9 @@ def test_without_locks_a_run_works_and_says_so(tmp_path, monkeypatch, capsys):
     assert "no file locks here" in capsys.readouterr().err
 
 
-def test_all_processes_are_told_once_that_a_run_is_at_work(recipe_file, photos, together, other, tmp_path):
+def test_one_message_names_the_other_run_and_all_processes_end(
+    recipe_file, photos, together, other, tmp_path
+):
     process, _ = other()
     given = [f"data.path={photos}", f"run.out={tmp_path}"]
     output = together(2, "train", str(recipe_file), given, status=(1, 2))

@@ -169,7 +169,7 @@ def test_an_interrupted_run_saves_first_and_goes_on_bit_for_bit(
 
 @pytest.mark.usefixtures("signals_given_back")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_run_that_is_told_to_stop_after_its_last_step_just_ends(tiny, number, same_run):
+def test_a_run_with_a_stop_signal_after_its_last_step_just_ends(tiny, number, same_run):
     """What says it is the evaluator, which comes last of all that a step is followed by."""
     whole = train(tiny("whole"), [Evaluator("probe", 6, lambda _: {"x": 0.0})])
     calls = []
@@ -327,7 +327,7 @@ def test_evaluation_changes_nothing_of_the_run(tiny, weights):
     assert all(torch.equal(weights(quiet)[k], v) for k, v in weights(evaluated).items())
 
 
-def test_a_loss_that_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tiny):
+def test_a_loss_that_is_not_finite_is_named_and_the_last_good_checkpoint_stays(tiny):
     with pytest.raises(
         TrainingError,
         match=r"'(dino|ibot|koleo|grad_\w+)' became (nan|inf) in step [3-9].*step_0000002.*optim\.lr",

@@ -44,7 +44,7 @@ def test_all_is_as_python_reads_it(tmp_path, monkeypatch, rows, quoting, end, bl
     assert by_us(path) == by_python(path)
 
 
-def test_only_places_of_lines_are_kept_of_the_paths(tmp_path):
+def test_only_positions_of_lines_are_stored_for_the_paths(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("label,path\n" + "".join(f"{i % 7},folder/{i}.jpg\n" for i in range(100_000)))
     names, labels, splits = read_table(path)
