@@ -30,24 +30,9 @@ from dinokit.config.recipe import (
 from dinokit.config.values import first_line, join_key, key_list, keys_without_effect, validated
 
 __all__ = [
-    "CropGroup",
-    "Crops",
-    "Head",
-    "Heads",
-    "Masks",
-    "Optim",
-    "Recipe",
-    "Run",
-    "Teacher",
-    "keys_without_effect",
-    "load_recipe",
-    "merge_settings",
-    "parse_overrides",
-    "read_data_section",
-    "read_mapping",
-    "run_dir_of",
-    "section_values",
-    "to_yaml",
+    "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
+    "keys_without_effect", "load_recipe", "merge_settings", "parse_overrides", "read_data_section",
+    "read_mapping", "run_dir_of", "section_values", "to_yaml",
 ]  # fmt: skip
 DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
         "data.videos": {"name": "davis"}}  # fmt: skip

@@ -96,17 +96,7 @@ class Vectors:
 
     def chunk(self, start: int, size: int = CHUNK) -> np.ndarray:
         """(m, D) float32: the `size` rows from `start`, or as many as there are."""
-        stop = min(start + size, len(self))
-        if self.rows is not None:
-            return self.take(np.arange(start, stop))
-        result = np.empty((stop - start, self.width), np.float32)
-        begin = int(np.searchsorted(self._starts, start, side="right")) - 1
-        end = int(np.searchsorted(self._starts, stop, side="left"))
-        for number in range(begin, end):
-            first, last = int(self._starts[number]), int(self._starts[number + 1])
-            low, high = max(first, start), min(last, stop)
-            result[low - start : high - start] = _open(self.arrays[number])[low - first : high - first]
-        return self._normalised(result)
+        return self.take(np.arange(start, min(start + size, len(self))))
 
     def without_direction(self) -> np.ndarray:
         """(n,) bool: rows that are not finite, or zero."""

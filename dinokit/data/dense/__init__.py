@@ -12,7 +12,7 @@ class ids or metres, and files of images and maps.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -259,21 +259,10 @@ def split_names(split: str, train: str, test: str) -> list[str]:
     return names[split]
 
 
-class ListConfig(Protocol):
-    """The Config of a data set that comes with lists of images and depth maps."""
+def listed_depth(cfg: Any) -> DenseSource:
+    """The images and depth maps that lists name, by the Config of kitti, nyu or sunrgbd.
 
-    path: str  # folder of the data set, with the lists
-    images: str  # sub-folder that the paths of images are relative to
-    maps: str  # sub-folder that the paths of depth maps are relative to
-    train: str  # list; a line is IMAGE DEPTH, then anything
-    test: str
-    depth_scale: float  # stored units per metre
-    split: Literal["all", "train", "test"]
-    channels: int  # as backbone.channels
-
-
-def listed_depth(cfg: ListConfig) -> DenseSource:
-    """The images and depth maps that lists name; an image whose map is `None` is left out.
+    An image whose map is `None` is left out.
 
     Raises:
         ValueError: if a list is missing or names no image with a map, or the first files do not exist.
