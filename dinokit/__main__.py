@@ -15,6 +15,7 @@ OPTIONS = {
     "--help": "help for a command: usage, keys, examples",
     "--version": "the version of dinokit",
     "--traceback": "show the Python traceback of an error",
+    "--trust=": "packages, as a,b, whose modules a file of weights may name",
 }
 
 
@@ -65,6 +66,7 @@ def _run(argv: Sequence[str]) -> None:
     if command.flags.keys() & {"--help", "-h"}:
         print(_help(module, command.words))
         return
+    registry.trust(*filter(None, command.flags.get("--trust", "").split(",")))
     try:
         module.run(command)
     except KeyboardInterrupt:

@@ -84,7 +84,7 @@ def training_data(weights: str) -> dict[str, Any] | None:
     from dinokit.weights import describe
 
     recipe = describe(weights)["recipe"]
-    return read_data_section(recipe) if recipe else None
+    return read_data_section(recipe, weights) if recipe else None
 
 
 def architecture(weights: str) -> dict[str, Any]:
@@ -95,7 +95,9 @@ def architecture(weights: str) -> dict[str, Any]:
     """
     from dinokit.weights import describe
 
-    return dict(describe(weights)["backbone"])
+    section = dict(describe(weights)["backbone"])
+    registry.check_from_file(section, weights, "backbone.name")
+    return section
 
 
 def load_evaluated(weights: str | None, section: Mapping[str, Any] | None, device: str) -> "Backbone":

@@ -6,6 +6,7 @@ are checked against its Config. Nothing here imports torch, so errors appear at 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import Field, asdict, fields
 from pathlib import Path
@@ -38,13 +39,17 @@ DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data
         "data.videos": {"name": "davis"}}  # fmt: skip
 
 
+# Texts with ${...} by their place in a recipe and the value they gave: what is written keeps them unresolved.
+_unresolved: dict[tuple[tuple[object, ...], str], str] = {}
+
 # From weights (a file or run) to the section `backbone` of their model.
 ReadArchitecture = Callable[[str], Mapping[str, Any]]
 
 
 def load_recipe(
-    recipe: str | Path, overrides: Sequence[str] = (), read_architecture: ReadArchitecture | None = None
-) -> Recipe:
+    recipe: str | Path, overrides: Sequence[str] = (), read_architecture: ReadArchitecture | None = None,
+    of_run: bool = False,
+) -> Recipe:  # fmt: skip
     """Read a recipe and apply `key=value` overrides.
 
     An override that changes the `name` of a section starts that section from the defaults of the new entry;
@@ -55,6 +60,7 @@ def load_recipe(
             if that was moved.
         overrides: such as 'optim.lr=0.001'.
         read_architecture: completes a section `backbone` that has `weights` and no `name`.
+        of_run: it was found in the folder of a run: modules that only it names are not imported.
 
     Raises:
         ValueError, LookupError: for an unknown recipe, key or name, an invalid or missing value, or settings
@@ -62,6 +68,10 @@ def load_recipe(
     """
     path = registry.find_recipe(recipe)
     values = read_mapping(path)
+    if of_run:
+        keys = [{"name": key} for section in ("losses", "evals") for key in values.get(section) or {}]
+        named = [{"name": (values.get(key) or {}).get("name", "")} for key in ("backbone", "data")]
+        registry.check_from_file([*keys, *named], path, "them")
     values.setdefault("name", path.stem)
     run_dir, run = run_dir_of(path), values.get("run") or {}
     if run_dir is not None and "out" in run and Path(run["out"]).resolve() != run_dir.resolve():
@@ -75,15 +85,19 @@ def run_dir_of(path: Path) -> Path | None:
     return path.parent if path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir() else None
 
 
-def read_data_section(text: str) -> dict[str, Any]:
-    """The section `data` of a recipe written by to_yaml(); its other sections are not checked.
+def read_data_section(text: str, path: str | Path) -> dict[str, Any]:
+    """The section `data` of a recipe in the file of weights `path`; its other sections are not checked.
 
     Raises:
-        ValueError, LookupError: as load_recipe().
+        ValueError, LookupError: as load_recipe(); or for what registry.check_from_file() refuses.
     """
-    values = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(values, dict)
-    return _section("data.sources", values["data"], "data")
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.create(text))
+        data = dict(values["data"])
+    except Exception as error:  # as in parse_overrides
+        raise ValueError(f"{path} has a recipe that cannot be read: {first_line(error)}") from None
+    registry.check_from_file(data, path, "train.path and test.path")
+    return _section("data.sources", data, "data")
 
 
 def _complete(values: dict[str, Any], read_architecture: ReadArchitecture | None) -> Recipe:
@@ -110,7 +124,26 @@ def _complete(values: dict[str, Any], read_architecture: ReadArchitecture | None
             source["channels"] = recipe.backbone["channels"]
     recipe.run.out = recipe.run.out or f"runs/{recipe.name}"
     check(recipe)
+    _remember(values, asdict(recipe), ())
     return recipe
+
+
+def _remember(values: object, resolved: Any, place: tuple[object, ...]) -> None:
+    """Keep the texts with ${...} of a recipe, for to_yaml()."""
+    if isinstance(values, str) and "${" in values:
+        _unresolved[place, str(resolved)] = values
+    elif isinstance(values, Mapping | list):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            with suppress(KeyError, IndexError, TypeError):
+                _remember(value, resolved[key], (*place, key))
+
+
+def _unresolve(values: Any, place: tuple[object, ...] = ()) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _unresolve(value, (*place, key)) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_unresolve(value, (*place, i)) for i, value in enumerate(values)]
+    return _unresolved.get((place, str(values)), values)
 
 
 def section_values(
@@ -182,7 +215,7 @@ def to_yaml(recipe: Recipe, template: bool = False) -> str:
 
     A template has no name, and no run.out if that follows from the name, so that a copy gets its own.
     """
-    values = asdict(recipe)
+    values = _unresolve(asdict(recipe))
     values["run"]["resume"] = (
         "auto"  # a choice of one command: from a file, `never` would begin anew every time
     )

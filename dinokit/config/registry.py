@@ -9,7 +9,7 @@ other packages can add entries without registering them.
 import ast
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from difflib import get_close_matches
 from importlib import import_module
@@ -22,6 +22,7 @@ from typing import Any
 
 # What an entry of a registry defines at its top level; its helpers define none of these.
 ENTRY = re.compile(r"^(build = |def (build|evaluate|run)\()", re.MULTILINE)
+_trusted: set[str] = set()  # packages that a recipe or command of the user names, or that trust() does
 
 
 def suggest(name: str, available: list[str], cutoff: float = 0.5) -> str:
@@ -72,6 +73,47 @@ def condition_text(other: str, condition: bool | tuple[str, ...]) -> str:
     if isinstance(condition, bool):
         return f"{'with' if condition else 'without'} {other}"
     return f"with {' or '.join(f'{other}={value}' for value in condition)}"
+
+
+def trust(*packages: str) -> None:
+    """Allow files of weights and stores to name modules of these packages."""
+    _trusted.update(packages)
+
+
+def check_from_file(values: object, path: str | Path, what: str) -> None:
+    """Refuse settings out of a file that would import a module, which runs its code, or read the environment.
+
+    Args:
+        values: a section, or several; every `name` in it is checked.
+        path: of the file.
+        what: the user can give in its place, for the error.
+
+    Raises:
+        ValueError: for a dotted name, unless the user has named its package, and for ${...}.
+    """
+    for key, text in _texts(values):
+        package = text.partition(".")[0]
+        if key == "name" and "." in text and package not in _trusted:
+            raise ValueError(
+                f"{path} names the module '{text}', and importing it would run its code. If you trust "
+                f"{package}, give --trust={package}, or in Python dinokit.config.registry.trust('{package}')."
+            )
+        if "${" in text:
+            raise ValueError(
+                f"{path} has {key}={text}, which is not resolved out of a file: give {what} yourself."
+            )
+
+
+def _texts(values: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested settings, with the nearest key."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _texts(value, str(name))
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        for value in values:
+            yield from _texts(value, key)
+    elif isinstance(values, str):
+        yield key, values
 
 
 def names(kind: str) -> list[str]:
@@ -215,6 +257,7 @@ def locate(kind: str, name: str) -> Path:
         LookupError: if there is none; it lists the entries.
     """
     if "." in name:
+        trust(name.partition(".")[0])  # files were checked before
         try:
             spec = find_spec(name)
         except ModuleNotFoundError as error:

@@ -300,6 +300,8 @@ class ImageSearch:
 
     def picture(self, number: int) -> ImageLike | None:
         """An image that was found, or None if it can no longer be read."""
+        if self._source is None:
+            registry.check_from_file(self.store.about["data"], self.store.out, "another store")
         try:
             if self._source is None:
                 self._source = registry.build("data.sources", self.store.about["data"])

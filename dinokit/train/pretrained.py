@@ -89,7 +89,7 @@ def init_weights(recipe: Recipe, model: StudentTeacher, resumes: bool) -> Recipe
     """
     source = recipe.backbone["weights"]
     saved = Path(recipe.run.out) / "recipe.yaml"
-    recorded = str(load_recipe(saved).backbone.get("fingerprint", "")) if saved.exists() else ""
+    recorded = str(load_recipe(saved, of_run=True).backbone.get("fingerprint", "")) if saved.exists() else ""
     if resumes:
         return _with_fingerprint(recipe, recorded)
     student, ema = model.student.backbone, model.ema.backbone
@@ -125,7 +125,7 @@ def _cast_as_autocast(network: nn.Module, device: torch.device) -> None:
 
 
 def _read_network(run: Path, latest: checkpoint.SavedCheckpoint) -> Network:
-    network = Network(load_recipe(run / "recipe.yaml"))
+    network = Network(load_recipe(run / "recipe.yaml", of_run=True))
     checkpoint.verify(latest)
     names = checkpoint.shapes(latest)
     prefix = next(

@@ -48,7 +48,7 @@ def open_run(recipe: Recipe) -> Path:
     out = Path(recipe.run.out)
     saved = out / "recipe.yaml"
     if saved.exists():
-        changes = differences(load_recipe(saved), recipe)
+        changes = differences(load_recipe(saved, of_run=True), recipe)
         if changes:
             raise ValueError(
                 f"run.out={out} has a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
@@ -75,7 +75,7 @@ def with_precision(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with run.precision resolved: that of the run in the folder, or the best of process 0."""
     saved, name = Path(recipe.run.out) / "recipe.yaml", recipe.run.precision
     if name == "auto" and saved.exists():
-        name = load_recipe(saved).run.precision
+        name = load_recipe(saved, of_run=True).run.precision
     precision = broadcast(pick_precision(name, device))
     return replace(recipe, run=replace(recipe.run, precision=precision))
 

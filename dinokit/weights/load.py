@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dinokit
 from dinokit import models
+from dinokit.config import registry
 from dinokit.models import Backbone
 from dinokit.models.vit import Config, VisionTransformer, interpolate_grid
 from dinokit.weights.architecture import StoredBackbone, other_model
@@ -65,7 +66,9 @@ class Coverage:
         return problems + [f"{name}: asked for {a}, found {b}" for name, (a, b) in self.misshapen.items()]
 
 
-def load_backbone(source: str | Path, *, heads: int | None = None, partial: bool = False) -> Backbone:
+def load_backbone(
+    source: str | Path, *, heads: int | None = None, partial: bool = False, trust: Sequence[str] = ()
+) -> Backbone:
     """The frozen backbone in a file, or in a folder, on the CPU and in eval mode.
 
     A file of dinokit contains the recipe section of its backbone; one of DINO, DINOv2, timm or Hugging Face
@@ -75,11 +78,13 @@ def load_backbone(source: str | Path, *, heads: int | None = None, partial: bool
         source: a file, or a folder of a run, of Hugging Face or of timm.
         heads: the number of attention heads, for a file that does not contain it.
         partial: accept missing and additional tensors; missing ones are initialised at random.
+        trust: packages whose modules the file may name as its backbone; they are imported.
 
     Raises:
         LookupError: if there is no such file; it lists the weights that exist.
         ValueError: if the file has no readable format, is broken, or its tensors do not fit the backbone.
     """
+    registry.trust(*trust)
     file, stored = read(source, heads=heads)
     backbone = build(file.path, stored)
     fit = coverage(backbone, stored.tensors)
@@ -241,6 +246,7 @@ def build(path: Path, stored: StoredBackbone, meta: bool = True) -> Backbone:
     name = str(section.pop("name", ""))
     if not all(part.isidentifier() for part in name.split(".")):  # never the path of a file that would be run
         raise ValueError(f"The header of {path} names the backbone '{name}', which is no name of a backbone.")
+    registry.check_from_file(stored.section, path, "other weights")
     try:
         if name == "vit":  # values that will be replaced are not drawn: seconds for ViT-g
             with torch.device("meta" if meta else "cpu"):

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def test_a_saved_recipe_is_read_back_as_it_was(base, tmp_path):
     recipe = load_recipe(base, given)
     (tmp_path / "saved.yaml").write_text(to_yaml(recipe))
     assert load_recipe(tmp_path / "saved.yaml") == recipe
-    assert read_data_section(to_yaml(recipe)) == recipe.data
+    assert read_data_section(to_yaml(recipe), "w") == recipe.data
     assert recipe.name == "other"
 
 
@@ -154,7 +155,7 @@ ASKED = {  # what a shipped recipe leaves open beside its data
 def test_a_shipped_recipe_is_read_back_as_it_was(name):
     given = ["data.path=somewhere"] if "path: ???" in shipped(name) else []
     recipe = load_recipe(name, [*given, *ASKED.get(name, [])])
-    assert read_data_section(to_yaml(recipe)) == recipe.data
+    assert read_data_section(to_yaml(recipe), "w") == recipe.data
 
 
 def shipped(name: str) -> str:
@@ -351,3 +352,17 @@ def test_no_recipe_needs_torch_to_be_read():
 def test_a_number_out_of_range_is_refused_with_the_range(base, override, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(base, [override])
+
+
+def test_the_environment_in_a_recipe_is_used_and_written_unresolved(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cret")
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "{backbone: {name: vit}, losses: {dino: {}}, optim: {steps: 1, batch: 4, lr: 1e-3},"
+        " data: {name: parquet, path: '/${oc.env:SECRET}', classes: [a, '${oc.env:SECRET}']}}"
+    )
+    recipe = load_recipe(file, ["run.out=/out/${oc.env:SECRET}"])
+    recipe = replace(recipe, run=replace(recipe.run, precision="fp32"))
+    assert (recipe.run.out, recipe.data["path"]) == ("/out/s3cret", "/s3cret")
+    assert "s3cret" not in to_yaml(recipe)
+    assert to_yaml(recipe).count("${oc.env:SECRET}") == 3

@@ -2,12 +2,16 @@
 
 import json
 import stat
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dinokit import __version__
+from dinokit.__main__ import main
 from dinokit.config import registry
 from dinokit.models import Input
 from dinokit.weights import describe, load_backbone, save_backbone
@@ -118,6 +122,61 @@ def test_a_tuple_in_the_section_is_a_tuple_again(tmp_path, monkeypatch):
     section = {"name": "my_models.toy", "channels": 3, "grid": (2, 5)}
     save_backbone(tmp_path / "toy.safetensors", registry.build("models", section), section)
     assert load_backbone(tmp_path / "toy.safetensors").grid == (2, 5)
+
+
+@pytest.mark.parametrize("names", ["the backbone", "the data", "the environment"])
+@pytest.mark.parametrize("command", ["load", "eval", "train", "extract"])
+def test_a_file_of_weights_decides_neither_what_is_imported_nor_what_is_read(
+    tmp_path, vit, monkeypatch, capsys, names, command
+):
+    package = tmp_path / "evilpkg"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (package / "model.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SECRET", "s3cret")
+    data = {
+        "the data": "{name: evilpkg.model}",
+        "the environment": "{name: folder, path: '${oc.env:SECRET}'}",
+    }
+    section = {**VIT, "name": "evilpkg.model"} if names == "the backbone" else VIT
+    file = tmp_path / "w.safetensors"
+    save_backbone(file, vit, section, f"data: {data.get(names, '{name: folder, path: x}')}")
+    (tmp_path / "r.yaml").write_text(
+        f"{{backbone: {{weights: {file}}}, losses: {{dino: {{}}}}, data: {{name: folder, path: {tmp_path}}},"
+        f" optim: {{steps: 1, batch: 4, lr: 1e-3}}, run: {{out: {tmp_path / 'out'}}}}}"
+    )
+    with pytest.raises(ValueError, match="evilpkg") if names == "the backbone" else nullcontext():
+        load_backbone(file)
+    words = {
+        "eval": ["eval", "drift", f"weights={file}", "device=cpu"],
+        "train": ["train", str(tmp_path / "r.yaml")],
+        "extract": ["extract", f"weights={file}", f"data.path={tmp_path}", f"out={tmp_path / 'out'}"],
+    }
+    if command in words:
+        assert main(words[command]) == 2
+        told = capsys.readouterr().err
+        expected = "--trust=evilpkg" if names != "the environment" else "not resolved out of a file"
+        if names == "the backbone" or command == "eval":
+            assert expected in told, told
+        assert "s3cret" not in told
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_package_that_the_caller_trusts_is_imported(tmp_path, vit, monkeypatch):
+    (tmp_path / "goodpkg").mkdir()
+    (tmp_path / "goodpkg" / "__init__.py").touch()
+    (tmp_path / "goodpkg" / "toy.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    section = {"name": "goodpkg.toy", "channels": 3, "grid": [2, 5]}
+    code = (
+        "from dinokit.config import registry\nfrom dinokit.weights.formats.native import save_backbone\n"
+        f"section = {section}\nsave_backbone('toy.safetensors', registry.build('models', section), section)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+    with pytest.raises(ValueError, match="--trust=goodpkg"):
+        load_backbone(tmp_path / "toy.safetensors")
+    assert load_backbone(tmp_path / "toy.safetensors", trust=["goodpkg"]).grid == (2, 5)
 
 
 def test_saving_again_replaces_the_file_whole(vit, saved):
