@@ -63,8 +63,8 @@ def shared_images(train: Any, test: Any) -> list[int]:
 
     Both are sources of images, dense ones too. One file under two paths (links, `a/../b`) is found always.
     Equal contents are found among READ images of `test`, drawn evenly where there are more, and those of
-    `train` with the same number of bytes, at most AMONG. Images without files are compared by their names,
-    and the pixels of DRAWN of both.
+    `train` with the same number of bytes, at most AMONG. Of images without files, DRAWN of `test` compare
+    in pixels with those of `train` of the same names and DRAWN others.
     """
     key = str(images_stamp(train)), str(images_stamp(test))
     if key not in _shared or "None" in key:
@@ -78,21 +78,23 @@ def _by_place(train: Any, test: Any) -> set[int]:
     return {i for i in range(len(test)) if _place(test, i) in places}
 
 
-def _place(source: Any, index: int) -> tuple[int, int] | str | None:
-    """The file system's number of an image's file; without a file the name, None for a missing file."""
-    if not hasattr(source, "file"):
-        return str(source.name(index))
+def _place(source: Any, index: int) -> tuple[int, int] | None:
+    """The file system's number of an image's file; None if there is none."""
     try:
         status = Path(source.file(index)).stat()
-    except OSError:
+    except (AttributeError, OSError):
         return None
     return status.st_dev, status.st_ino
 
 
 def _by_content(train: Any, test: Any) -> set[int]:
     if not (hasattr(train, "stored") and hasattr(test, "stored")):
-        digests = {_digest_of(train, i, _pixels) for i in _evenly(range(len(train)), DRAWN)} - {""}
-        return {i for i in _evenly(range(len(test)), DRAWN) if _digest_of(test, i, _pixels) in digests}
+        drawn = _evenly(range(len(test)), DRAWN)
+        names = {str(test.name(i)) for i in drawn}
+        same = [i for i in range(len(train)) if str(train.name(i)) in names]
+        among = {*same[:DRAWN], *_evenly(range(len(train)), DRAWN)}
+        digests = {_digest_of(train, i, _pixels) for i in among} - {""}
+        return {i for i in drawn if _digest_of(test, i, _pixels) in digests}
     sizes, of_train = _sizes(test), _sizes(train)
     tried = _evenly(np.flatnonzero(np.isin(sizes, of_train) & (sizes > 0)), READ)
     among = _evenly(np.flatnonzero(np.isin(of_train, sizes[tried])), AMONG)

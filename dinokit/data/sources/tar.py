@@ -13,14 +13,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from dinokit.data.decode import SUFFIXES, ImageLike, decode, suffix
 from dinokit.data.files import Names, shards, stamp_of, wrong_kind
 from dinokit.data.sources._labels import Categorical, choose_split, class_ids, splits_of_files
+from dinokit.runtime.files import open_regular
 
+_LABEL = 1 << 20  # bytes that are read of a label file
+_BLOCK = 1 << 24  # bytes read at a time
 _OPEN = 128  # files that a process has open at the same time; systems allow about a thousand
 
 
@@ -126,7 +129,7 @@ class _Index:
         labels: dict[str, str] = {}  # by key
         names: list[str] = []
         try:
-            with tarfile.open(file, "r:") as tar:
+            with open_regular(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
                 for member in _members(tar):
                     kind = suffix(member.name)
                     if kind in SUFFIXES:
@@ -137,8 +140,8 @@ class _Index:
                     elif kind in (".cls", ".json"):
                         content = tar.extractfile(member)
                         assert content is not None, member.name
-                        labels[member.name[: -len(kind)]] = _label(content.read(), kind, member.name)
-        except (tarfile.TarError, ValueError) as error:
+                        labels[member.name[: -len(kind)]] = _label(content.read(_LABEL), kind, member.name)
+        except (tarfile.TarError, ValueError, RecursionError) as error:
             raise _tar_error(file, error) from error
         for name in names:
             folder, slash, base = name.rpartition("/")
@@ -157,10 +160,37 @@ class _Index:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     library: Any = tar
+    last = ""
     while (member := tar.next()) is not None:
         library.members = []  # else it would store an object for each
+        last = member.name
         if member.isreg() and not member.issparse() and not Path(member.name).name.startswith("."):
             yield member
+
+    _check_end(library.fileobj, library.offset, last)
+
+
+def _check_end(file: IO[bytes], end: int, last: str) -> None:
+    """Refuse anything but a short tail of zeros behind the last member: the library passes over the rest.
+
+    Raises:
+        ValueError: with the member before it.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(end)
+    zeros = end
+    while block := file.read(_BLOCK):
+        if block.strip(b"\0"):
+            zeros += len(block) - len(block.lstrip(b"\0"))
+            what = "it is damaged there" if zeros == end else "archives were joined, or it is damaged there"
+            raise ValueError(
+                f"behind its member {last} follow {size - end} bytes that are no members: {what}"
+            )
+        zeros += len(block)
+    # Archives are padded to a multiple of 10,240 bytes or a larger power of two, behind two blocks of 512.
+    if size == end or zeros - end >= max(10_240, size & -size) + 1024:
+        what = f"{size - end:,} bytes of zeros" if size > end else "no end mark"
+        raise ValueError(f"behind its member {last} follows {what}: later members are lost")
 
 
 def _label(content: bytes, kind: str, name: str) -> str:

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import subprocess
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -183,3 +185,34 @@ def test_what_holds_no_image_says_so(tmp_path: Path) -> None:
 def test_a_label_that_is_not_json_is_named(tmp_path: Path, paint: Paint) -> None:
     with pytest.raises(ValueError, match=r"x\.tar.*1\.json is not JSON"):
         opened(pack(tmp_path / "x.tar", {"1.png": paint(1), "1.json": b"{"}))
+
+
+def test_anything_behind_the_last_member_is_damage_that_names_shard_and_member(three: Path) -> None:
+    whole = (three / "shard-001.tar").read_bytes()
+    starts = [i for i in range(0, len(whole), 512) if whole[i + 257 : i + 262] == b"ustar"]
+    begin = starts[5]  # of a member; the one before it is 0005.png
+    flipped = bytearray(whole)
+    flipped[begin + 3] ^= 1
+    harms = {
+        "no members: it is damaged there": bytes(flipped),
+        "archives were joined": whole + whole,
+        "or it is damaged there": whole[:begin] + bytes(512) + whole[begin + 512 :],  # a hole
+        "bytes of zeros: later members are lost": whole[:begin] + bytes(len(whole) * 4 - begin),
+        "no end mark: later members are lost": whole[:begin],
+        "unexpected end of data": whole[: begin + 512],
+    }
+    for message, content in harms.items():
+        (three / "shard-001.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"shard-001\.tar is damaged or cut short: .*{message}") as told:
+            opened(three)
+        assert "unexpected" in message or re.search(r"behind its member 000\d\.", str(told.value))
+    (three / "shard-001.tar").write_bytes(whole + bytes(512))
+    assert len(opened(three)) == 12
+
+
+def test_archives_with_large_records_are_read(three: Path) -> None:
+    for shard in sorted(three.glob("*.tar")):
+        subprocess.run(["tar", "-xf", shard.name], cwd=three, check=True)
+    images = sorted(path.name for path in three.glob("*.png") if path.is_file())
+    subprocess.run(["tar", "-b", "2048", "-cf", "big.tar", *images], cwd=three, check=True)
+    assert len(opened(three / "big.tar")) == 12
