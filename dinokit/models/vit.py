@@ -17,6 +17,7 @@ from dinokit.models import Backbone, Input, Tokens, check_blocks
 from dinokit.models.attention import PackedBatch
 from dinokit.models.block import NORM_EPS, Block
 
+SINCOS_RMS = 0.5  # of positions that start as waves: that of patch embeddings at the start
 SIZES = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
@@ -40,6 +41,10 @@ class Config:
     drop_path_uniform: bool = True  # the same rate in every block; else a line from 0 to drop_path
     registers: int = 0  # extra tokens (Darcet et al., arXiv 2309.16588)
     mask_token: bool = True
+    # Weights at the start. reference: a deviation of 0.02, made for width 768; fan_in: 0.7 / sqrt(inputs)
+    # in the blocks, for any width.
+    init: Literal["reference", "fan_in"] = "reference"
+    positions: Literal["random", "sincos"] = "random"  # sincos: waves of rms 0.5, as strong as patches
     pos_offset: float = 0.1  # 0.1 as in the files without registers, 0 as in those with
     pos_antialias: bool = False  # False as in the files without registers, True as in those with
 
@@ -59,6 +64,21 @@ def interpolate_grid(grid: Tensor, height: int, width: int, offset: float, antia
     x = F.interpolate(x, size=size, scale_factor=scale, mode="bicubic", antialias=antialias)
     assert x.shape[-2:] == (height, width), f"{tuple(x.shape[-2:])} for {(height, width)}"
     return x.permute(0, 2, 3, 1)
+
+
+def sincos(side: int, width: int) -> Tensor:
+    """Waves of row and column at width / 4 frequencies (MoCo v3, arXiv 2104.02057): (side**2, width).
+
+    Raises:
+        ValueError: if width is no multiple of four.
+    """
+    if width % 4:
+        raise ValueError(f"backbone.positions=sincos needs a backbone.width that four divides, not {width}.")
+    frequency = 10_000 ** (-torch.arange(width // 4) / (width // 4))
+    place = torch.arange(side)[:, None] * frequency  # (side, width / 4)
+    rows, columns = place[:, None].expand(-1, side, -1), place[None].expand(side, -1, -1)
+    waves = [rows.sin(), rows.cos(), columns.sin(), columns.cos()]
+    return torch.cat(waves, dim=-1).flatten(0, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -99,18 +119,23 @@ class VisionTransformer(Backbone):
             Block(cfg.width, cfg.heads, cfg.ffn, cfg.layer_scale, cfg.drop_path * s) for s in share
         )
         self.norm = nn.LayerNorm(cfg.width, eps=NORM_EPS)
-        self._init_weights(v2=cfg.mask_token)
+        self._init_weights(cfg)
 
-    def _init_weights(self, v2: bool) -> None:
+    def _init_weights(self, cfg: Config) -> None:
         # DINO initialises the class token like the positions; DINOv2 sets it, and the registers, near zero.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6 if v2 else 0.02)
+        nn.init.normal_(self.cls_token, std=1e-6 if cfg.mask_token else 0.02)
         if self.registers:
             nn.init.normal_(self.register_tokens, std=1e-6)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                std = 0.02 if cfg.init == "reference" else 0.7 * module.in_features**-0.5
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
+        if cfg.positions == "sincos":
+            waves = sincos(self.side, cfg.width)
+            with torch.no_grad():
+                self.pos_embed[0, 1:] = SINCOS_RMS / waves.square().mean().sqrt() * waves
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
         """Features of groups of crops of different sizes, in one pass without padding.

@@ -133,3 +133,24 @@ def test_an_image_size_that_does_not_fit_names_one_that_does():
 def test_many_channels_are_seen(generator):
     vit = small(channels=5)
     assert vit([torch.randn(2, 5, 32, 32, generator=generator)], [None])[0].cls.shape == (2, 24)
+
+
+def test_positions_start_as_waves_of_row_and_column() -> None:
+    vit = small(width=16, heads=2, positions="sincos")
+    grid = vit.pos_embed[0, 1:].reshape(4, 4, 16).detach()
+    assert grid.square().mean().sqrt().item() == pytest.approx(0.5)
+    ratio = grid[2, 3] / torch.tensor(
+        [f(place / 10_000 ** (i / 4)) for place in (2, 3) for f in (math.sin, math.cos) for i in range(4)]
+    )
+    torch.testing.assert_close(ratio, ratio[:1].expand(16))  # one scale for all
+    with pytest.raises(ValueError, match="that four divides, not 6"):
+        small(width=6, positions="sincos")
+
+
+def test_weights_by_fan_in_keep_the_size_of_their_outputs_at_any_width() -> None:
+    torch.manual_seed(0)
+    for width in (32, 128):
+        vit = small(width=width, heads=2, init="fan_in")
+        for linear in (vit.blocks[0].attn.qkv, vit.blocks[0].mlp.fc2):
+            out = linear(torch.randn(500, linear.in_features))
+            assert out.std().item() == pytest.approx(0.7, rel=0.05)
