@@ -216,9 +216,7 @@ def to_yaml(recipe: Recipe, template: bool = False) -> str:
     A template has no name, and no run.out if that follows from the name, so that a copy gets its own.
     """
     values = _unresolve(asdict(recipe))
-    values["run"]["resume"] = (
-        "auto"  # a choice of one command: from a file, `never` would begin anew every time
-    )
+    values["run"] |= {"resume": "auto", "images": "same"}  # choices of one command, not of all that resume
     if template and values["run"]["out"] == f"runs/{values.pop('name')}":
         del values["run"]["out"]
     return OmegaConf.to_yaml(OmegaConf.create(values))

@@ -136,6 +136,7 @@ class Run:
     resume: Literal["auto", "must", "never"] = (
         "auto"  # must: with a checkpoint; never: anew, over old records
     )
+    images: Literal["same", "changed"] = "same"  # changed: resume once although the images are others
     seed: int = 0
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it is faster

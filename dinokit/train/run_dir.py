@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dinokit.config.load import Recipe, load_recipe, to_yaml
-from dinokit.data.sources import ImageSource
+from dinokit.data.sources import ImageSource, content_hash, image_states
 from dinokit.models import Backbone
 from dinokit.runtime.device import pick_device, pick_precision
 from dinokit.runtime.distributed import broadcast, gather_objects, rank, world_size
@@ -31,8 +31,10 @@ FREE = (
     "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
     "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.parallel",
     "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits", "run.tokens",
-    "run.keep_memory", "run.resume", "data.memory_gib",
+    "run.keep_memory", "run.resume", "run.images", "data.memory_gib",
 )  # fmt: skip
+STATED, CONTENTS = 100_000, 64  # images whose state, and whose content, a checkpoint records
+TIMES = "times of images"  # may change, as when images are copied, if sizes and contents do not
 NAMES = 64  # images whose names are compared between processes
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 
@@ -109,6 +111,23 @@ def image_facts(source: ImageSource) -> dict[str, Any]:
     return {
         "number of images": n,
         "order of images": f"{digest(names)} (the first is {names[0] if names else 'none'})",
+    }
+
+
+def image_fingerprint(source: ImageSource) -> dict[str, Any]:
+    """image_facts() with names, sizes and times of all images up to STATED, and the contents of a few.
+
+    Of more images an even sample counts. A source without files has names only.
+    """
+    n = len(source)
+    chosen = [i * n // min(n, STATED) for i in range(min(n, STATED))]
+    sizes, times = image_states(source, chosen)
+    contents = digest([content_hash(source, i) for i in chosen[:: max(1, len(chosen) // CONTENTS)]])
+    facts = {"names": digest([source.name(i) for i in chosen]), "sizes": digest(sizes), "contents": contents}
+    return {
+        **image_facts(source),
+        **{f"{key} of images": x for key, x in facts.items()},
+        TIMES: digest(times),
     }
 
 

@@ -21,7 +21,7 @@ from dinokit.runtime.signals import Stopped, stop_signals
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, SavedCheckpoint
 from dinokit.train.parallel import eager, unsharded_backbone
-from dinokit.train.run_dir import image_facts, open_run, run_facts, save_teacher, with_precision
+from dinokit.train.run_dir import TIMES, image_fingerprint, open_run, run_facts, save_teacher, with_precision
 from dinokit.train.schedule import accumulation
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher, block_masks
@@ -87,7 +87,8 @@ class Trainer:
 
             recipe = init_weights(recipe, model, resumes=saved is not None)
         self.recipe, self.out, self.source = recipe, out, source
-        self.images = image_facts(source)
+        self.images = broadcast(image_fingerprint(source) if rank() == 0 else None)
+        self.changed_images: list[str] = []  # facts about images that are others than at the checkpoint
         self.evaluators, self.watchdog = evaluators, watchdog
         self.step = Step(recipe, device, micro_batches, model)
         self.start = saved.step if saved else 0
@@ -233,6 +234,8 @@ class Trainer:
             )
         if self.start:
             self.log.info(f"resumes after step {self.start}")
+        if self.changed_images:
+            self.log.info(f"images changed since the checkpoint: {', '.join(self.changed_images)}")
 
     def due_at_start(self) -> list[Evaluator]:
         """At the start all evaluators; after a resumption those that were interrupted at this step."""
@@ -282,14 +285,17 @@ class Trainer:
         Raises:
             ValueError: if the images are others, or the checkpoint is damaged or of another model.
         """
-        for name, value in saved.values.get("images", self.images).items():
-            if value != self.images[name]:
-                teacher = saved.path.parents[1] / "teacher.safetensors"
-                raise ValueError(
-                    f"The {name} was {value} at {saved.path}, and now is {self.images[name]}: a run resumes "
-                    f"with the images that it began with. Bring them back, or begin a new run with "
-                    f"run.out=ANOTHER backbone.weights={teacher}."
-                )
+        was = saved.values.get("images", self.images)
+        changed = [name for name, value in was.items() if value != self.images[name]]
+        if set(changed) - {TIMES} and self.recipe.run.images == "same":
+            name = changed[0]
+            teacher = saved.path.parents[1] / "teacher.safetensors"
+            raise ValueError(
+                f"The {name} was {was[name]} at {saved.path}, and now is {self.images[name]}: a run resumes "
+                f"with the images that it began with. Bring them back, accept these with run.images=changed, "
+                f"or begin a new run with run.out=ANOTHER backbone.weights={teacher}."
+            )
+        self.changed_images = changed
         checkpoint.verify(saved)
         tensors = self.step.read_targets(checkpoint.shapes(saved))
         checkpoint.load(saved, tensors)

@@ -320,6 +320,26 @@ def test_a_run_does_not_go_on_with_other_images(tiny, photos, cut_short):
         train(tiny("a"))
 
 
+@pytest.mark.parametrize("way", ["replaced", "swapped", "copied"])
+def test_a_run_sees_that_images_changed_under_their_names(tiny, photos, cut_short, records, way):
+    cut_short(tiny("a"))
+    files = sorted(photos.iterdir())
+    contents = [file.read_bytes() for file in files]
+    if way == "replaced":
+        Image.new("RGB", (48, 48)).save(files[-1])
+    for file, content in zip(files, contents, strict=True) if way == "copied" else ():
+        file.write_bytes(content)  # only the times are new
+    if way == "swapped":
+        for file, content in zip(files, reversed(contents), strict=True):
+            file.write_bytes(content)
+    if way != "copied":
+        with pytest.raises(ValueError, match=r"(sizes|contents) of images was .*run\.images=changed"):
+            train(tiny("a"))
+    out = train(tiny("a", *(["run.images=changed"] if way != "copied" else [])))
+    assert "images changed since the checkpoint: " in (out / "run.log").read_text()
+    assert [record["step"] for record in records(out)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_evaluation_changes_nothing_of_the_run(tiny, weights):
     quiet = train(tiny("a"))
     torch_user = Evaluator("noisy", 1, lambda _: {"x": torch.rand(3).sum().item()})

@@ -9,6 +9,7 @@ a field `split` in its Config, one of "all", "train", "test".
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,22 +108,32 @@ def _evenly(numbers: Sequence[int] | np.ndarray, most: int) -> list[int]:
     return [int(numbers[i * n // min(n, most)]) for i in range(min(n, most))]
 
 
+def image_states(source: Any, images: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Bytes and modification times (ns) of the files of images; 0 for what is not known without reading."""
+    sizes, times = [0] * len(images), [0] * len(images)
+    for row, i in enumerate(images):
+        with suppress(OSError):
+            if hasattr(source, "file"):
+                status = Path(source.file(i)).stat()
+                sizes[row], times[row] = status.st_size, status.st_mtime_ns
+            elif hasattr(source, "stored_size"):
+                sizes[row] = source.stored_size(i)
+    return sizes, times
+
+
+def content_hash(source: Any, index: int) -> str:
+    """A hash of the stored content of an image; "" if it has none, or cannot be read."""
+    return _digest_of(source, index, _content)
+
+
 def _sizes(source: Any) -> np.ndarray:
     """The bytes of each image (n,); 0 for one that cannot be read."""
-
-    def size(index: int) -> int:
-        if hasattr(source, "stored_size"):
-            return int(source.stored_size(index))
-        return (
-            Path(source.file(index)).stat().st_size if hasattr(source, "file") else len(source.stored(index))
-        )
-
+    if hasattr(source, "file") or hasattr(source, "stored_size"):
+        return np.array(image_states(source, range(len(source)))[0], np.int64)
     sizes = np.zeros(len(source), np.int64)
     for i in range(len(source)):
-        try:
-            sizes[i] = size(i)
-        except (OSError, ValueError):
-            continue
+        with suppress(OSError, ValueError):
+            sizes[i] = len(source.stored(i))
     return sizes
 
 
@@ -139,5 +150,5 @@ def _digest_of(source: Any, index: int, read: Callable[[Any, int], bytes]) -> st
     """A hash of an image; "" if it cannot be read, which is reported elsewhere."""
     try:
         return blake2b(read(source, index), digest_size=16).hexdigest()
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return ""
