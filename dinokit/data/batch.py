@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from dinokit.config.load import CropGroup, Crops
 from dinokit.data import augment
-from dinokit.data.decode import UNREADABLE, ImageLike
+from dinokit.data.decode import MAX_PIXELS, UNREADABLE, ImageLike
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sampler import generator, hash_key, image_at, permute
 from dinokit.data.sources import ImageSource
@@ -199,7 +199,8 @@ class TrainDataset(Dataset[Sample]):
         """A decoded image, and the boxes of its crops."""
         if self.crops.decode == "reduced":
             source: Any = self.source
-            return decode_reduced(source.stored(index), source.name(index), self.multi_crop, rng)
+            limit = getattr(source, "max_pixels", MAX_PIXELS)
+            return decode_reduced(source.stored(index), source.name(index), self.multi_crop, rng, limit)
         image, _ = self.source[index]
         return image, self.multi_crop.draw(*size_of(image), rng)
 

@@ -4,6 +4,7 @@ Pillow reads everything but `.npy` arrays and those TIFF files that it would red
 which tifffile reads. torchvision.io is not used: its PNG reader crashes on a damaged file (0.29.1).
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ SUFFIXES = (
     ".ppm", ".npy",
 )  # fmt: skip
 
+MAX_PIXELS = 89_478_485  # of an image: where Pillow warns, a quarter of a GiB in RGB
+
+LIMIT = "max_pixels={}. Make it smaller, or raise the limit (data.max_pixels in a recipe)."
 _LUMA = np.array([19595, 38470, 7471], np.uint32)  # ITU-R 601, times 65536: the integers that Pillow uses
 _NPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -49,7 +53,9 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return image.size if isinstance(image, JpegImageFile) else None
 
 
-def decode(data: bytes, name: str, channels: int, reduction: int = 1) -> ImageLike:
+def decode(
+    data: bytes, name: str, channels: int, reduction: int = 1, max_pixels: int = MAX_PIXELS
+) -> ImageLike:
     """The image in `data`, with `channels` channels.
 
     With 3 channels it is RGB and with 1 it is grey, converted if necessary as Pillow's `convert` does: a
@@ -64,6 +70,7 @@ def decode(data: bytes, name: str, channels: int, reduction: int = 1) -> ImageLi
         channels: as `backbone.channels`.
         reduction: 2, 4 or 8 decodes a JPEG with its sides divided by that, rounded up: libjpeg omits the
             higher frequencies of each block of 8 x 8 pixels. Other formats are always decoded at full size.
+        max_pixels: a header with more is refused before its pixels are read.
 
     Returns:
         For 8 bits and 1 or 3 channels a loaded Pillow image in mode L or RGB; otherwise an array
@@ -71,14 +78,14 @@ def decode(data: bytes, name: str, channels: int, reduction: int = 1) -> ImageLi
 
     Raises:
         ValueError: if the file is damaged, cut short or in no known format, if its channels or values do not
-            fit, or if it has more pixels than Pillow's limit; the message begins with `name`.
+            fit, or if it has too many pixels; the message begins with `name`.
     """
     with _named_errors(data, name):
         if data.startswith(_NPY):
-            return _checked(np.load(BytesIO(data), allow_pickle=False), channels)
+            return _checked(_npy(data, max_pixels), channels)
         if data.startswith(_TIFF):
-            return _tiff(data, channels)
-        image = Image.open(BytesIO(data))
+            return _tiff(data, channels, max_pixels)
+        image = _open(data, max_pixels)
         stored = image.tile[0].args if image.format == "PNG" and image.tile else None
         if stored in ("LA;16B", "RGB;16B", "RGBA;16B"):
             return _deep_png(data, str(stored), channels)
@@ -100,6 +107,36 @@ def _named_errors(data: bytes, name: str) -> Iterator[None]:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
+def _open(data: bytes, max_pixels: int) -> ImageFile:
+    """The image with its header read, of no more pixels than that."""
+    if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        image = Image.open(BytesIO(data))
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has far more pixels than {LIMIT.format(max_pixels)}") from None
+    _check_pixels(*image.size, max_pixels)
+    return image
+
+
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise ValueError(f"it has {width} x {height} pixels, more than {LIMIT.format(most)}")
+
+
+def _npy(data: bytes, max_pixels: int) -> np.ndarray:
+    """The array of a `.npy` file, whose header must fit the file: numpy allocates what it says."""
+    file = BytesIO(data)
+    major, _ = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(file)
+    if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > len(data):
+        raise ValueError(f"its header says {shape} of {kind}, which the {len(data)} bytes do not hold.")
+    if len(shape) > 1:
+        _check_pixels(shape[1], shape[0], max_pixels)
+    return np.asarray(np.load(BytesIO(data), allow_pickle=False))
+
+
 def decode_map(data: bytes, name: str) -> np.ndarray:
     """The numbers of a map, one per pixel, as stored: (H, W) of uint8, uint16, int32 or float32.
 
@@ -111,9 +148,9 @@ def decode_map(data: bytes, name: str) -> np.ndarray:
     """
     with _named_errors(data, name):
         if data.startswith(_NPY):
-            array, jpeg = np.load(BytesIO(data), allow_pickle=False), False
+            array, jpeg = _npy(data, MAX_PIXELS), False
         else:
-            image = Image.open(BytesIO(data))
+            image = _open(data, MAX_PIXELS)
             array, jpeg = np.array(image), image.format == "JPEG"
     if jpeg:
         raise ValueError(f"{name} is a JPEG, whose compression changes numbers: store maps as PNG.")
@@ -168,19 +205,19 @@ def _planes(data: bytes, order: str) -> np.ndarray:
     return np.array(image)  # (H, W, C) uint8
 
 
-def _tiff(data: bytes, channels: int) -> ImageLike:
+def _tiff(data: bytes, channels: int, max_pixels: int) -> ImageLike:
     try:
-        image = Image.open(BytesIO(data))
+        image = _open(data, max_pixels)
     except UnidentifiedImageError:
-        return _many_bands(data, channels)
+        return _many_bands(data, channels, max_pixels)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     fits_pillow = max(tags.get(_BITS, (1,))) <= 8 or image.mode in ("I;16", "I;16B", "F")
     if fits_pillow and tags.get(_SAMPLES, 1) == len(image.getbands()):
         return _pillow(image, channels)
-    return _many_bands(data, channels)
+    return _many_bands(data, channels, max_pixels)
 
 
-def _many_bands(data: bytes, channels: int) -> np.ndarray:
+def _many_bands(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     try:
         tifffile = import_module("tifffile")
     except ModuleNotFoundError:
@@ -192,10 +229,9 @@ def _many_bands(data: bytes, channels: int) -> np.ndarray:
         axes = series.axes
         if not {"Y", "X"} <= set(axes) or len(axes) > 3:
             raise ValueError(f"its axes are {axes}; an image must have Y, X and at most one more.")
-        if series.size > 2 * (Image.MAX_IMAGE_PIXELS or series.size) * max(channels, 4):
-            raise ValueError(
-                f"its shape {series.shape} is larger than Pillow's limit, PIL.Image.MAX_IMAGE_PIXELS."
-            )
+        _check_pixels(series.shape[axes.index("X")], series.shape[axes.index("Y")], max_pixels)
+        if series.size > max_pixels * max(channels, 4):
+            raise ValueError(f"its shape {series.shape} has too many bands.")
         bands = [i for i, axis in enumerate(axes) if axis not in "YX"]
         array = series.asarray().transpose(axes.index("Y"), axes.index("X"), *bands)
         if series.keyframe.photometric != _RGB and array.ndim == 3:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from dinokit.data.decode import ImageLike
+from dinokit.data.decode import MAX_PIXELS, ImageLike
 from dinokit.data.dense import IGNORE
 from dinokit.data.transforms import to_tensor, to_uint8
 
@@ -41,6 +41,8 @@ def shorter_side_to(pixels: Tensor, size: int) -> tuple[int, int]:
     """Height and width of an image (C, H, W) once its shorter side is `size`."""
     height, width = pixels.shape[-2:]
     short = min(height, width)
+    if size * size * max(height, width) / short > MAX_PIXELS:
+        raise ValueError(f"an image of {width} x {height} pixels is too thin to be resized to {size} pixels.")
     return max(1, round(size * height / short)), max(1, round(size * width / short))
 
 

@@ -14,7 +14,8 @@ from typing import Protocol, Self
 import numpy as np
 
 from dinokit.config import registry
-from dinokit.data.decode import ImageLike, decode
+from dinokit.data.decode import MAX_PIXELS, ImageLike, decode
+from dinokit.runtime.files import read_regular
 
 Rows = range | np.ndarray  # numbers of images
 
@@ -159,18 +160,18 @@ class ImageFiles:
     labels: np.ndarray | None  # (len(names),); None without labels
     classes: Sequence[str]
     channels: int
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
-        path = self.file(index)
         label = -1 if self.labels is None else int(self.labels[self.rows[index]])
-        return decode(path.read_bytes(), str(path), self.channels), label
+        return decode(self.stored(index), self.name(index), self.channels, max_pixels=self.max_pixels), label
 
     def stored(self, index: int) -> bytes:
         """The content of the file of an image."""
-        return self.file(index).read_bytes()
+        return read_regular(self.file(index))
 
     def name(self, index: int) -> str:
         """The path of the file."""

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data.decode import ImageLike, decode, jpeg_size
+from dinokit.data.decode import MAX_PIXELS, ImageLike, decode, jpeg_size
 from dinokit.data.sampler import generator
 
 ATTEMPTS = 10  # random boxes tried before the centre of the image is taken
@@ -27,6 +27,7 @@ ATTEMPTS = 10  # random boxes tried before the centre of the image is taken
 # filter then passes only frequencies below half of those that libjpeg keeps, where both decodings agree; with
 # a factor of 1 the error is two to four times as large.
 LEAST_RESIZE = 2.0
+THIN = 16  # longer sides, in shorter ones: before it is resized, an image is cut to this
 _STREAM = 7  # of random numbers for evaluation; training uses 0 to 2
 
 Transform = Callable[[ImageLike, int, int], Tensor]  # (image, its index, draw) -> (C, height, width)
@@ -101,7 +102,7 @@ def _cut(pixels: Tensor, size: int, boxes: list[Box]) -> Tensor:
 
 
 def decode_reduced(
-    data: bytes, name: str, crop: MultiCrop, rng: np.random.Generator
+    data: bytes, name: str, crop: MultiCrop, rng: np.random.Generator, max_pixels: int = MAX_PIXELS
 ) -> tuple[ImageLike, CropBoxes]:
     """A JPEG decoded at 1/2, 1/4 or 1/8 of its size where its crops allow it, and the boxes in that image.
 
@@ -113,6 +114,7 @@ def decode_reduced(
         name: what to call it in messages.
         crop: draws the boxes.
         rng: as many numbers are drawn as for a full decoding.
+        max_pixels: as decode().
 
     Raises:
         ValueError: as decode().
@@ -120,11 +122,11 @@ def decode_reduced(
     channels = len(crop.cfg.mean)
     size = jpeg_size(data)
     if size is None:
-        image = decode(data, name, channels)
+        image = decode(data, name, channels, max_pixels=max_pixels)
         return image, crop.draw(*size_of(image), rng)
     boxes = crop.draw(*size, rng)
     reduction = largest_reduction(boxes, crop.cfg)
-    return decode(data, name, channels, reduction), reduce_boxes(boxes, reduction)
+    return decode(data, name, channels, reduction, max_pixels), reduce_boxes(boxes, reduction)
 
 
 def largest_reduction(boxes: CropBoxes, cfg: Crops) -> int:
@@ -270,6 +272,10 @@ def center_crop(image: ImageLike, resize_to: int, size: int) -> Tensor:
     pixels = to_tensor(image)
     height, width = pixels.shape[2:]
     short = min(height, width)
+    if max(height, width) > THIN * short:  # what lies far from the centre would only cost memory
+        top, left = ((side - min(side, THIN * short)) // 2 for side in (height, width))
+        pixels = pixels[:, :, top : height - top, left : width - left]
+        height, width = pixels.shape[2:]
     pixels = resize(pixels, resize_to * height // short, resize_to * width // short)
     top, left = (round((side - size) / 2) for side in pixels.shape[2:])
     return pixels[0, :, top : top + size, left : left + size].contiguous()

@@ -1,14 +1,23 @@
 """decode() against the colours and numbers that went into a file."""
 
 import io
+import os
 import random
+import resource
+import struct
+import tracemalloc
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from PIL import Image
 
+from dinokit.config import registry
 from dinokit.data.decode import SUFFIXES, decode, suffix
+from dinokit.data.transforms import center_crop, to_tensor
 
 
 def noise(channels: int, dtype: type = np.uint8) -> np.ndarray:
@@ -156,3 +165,73 @@ def test_suffixes_are_those_of_images_in_any_case() -> None:
     assert not any(
         suffix(name) in SUFFIXES for name in ("jpg", ".jpg", "a/.png", "a.jpg/readme", "a.json", "")
     )
+
+
+def npy_header(shape: str, kind: str = "|u1", rest: bytes = bytes(12)) -> bytes:
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + rest
+
+
+def png_header(width: int, height: int) -> bytes:
+    data = bytearray(saved(Image.new("RGB", (1, 1)), "PNG"))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (npy_header("(60000, 60000, 3)"), "do not hold"),
+        (npy_header("(-2, -2, 3)"), "."),
+        (npy_header("(1000000000000,)", "<f8"), "do not hold"),
+        (png_header(60_000, 60_000), "max_pixels"),
+        (png_header(1, 2**31 - 1), "max_pixels"),
+        (b"P6 40000 40000 255\n", "max_pixels"),
+        (b"II*\0" + bytes(60), "."),
+    ],
+)
+def test_a_header_with_absurd_sizes_is_refused_before_anything_is_allocated(data: bytes, why: str) -> None:
+    tracemalloc.start()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=rf"^big\.x cannot be read: .*{why}"):
+        decode(data, "big.x", 3)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_the_limit_of_pixels_can_be_set_and_names_the_file(tmp_path: Path) -> None:
+    Image.new("L", (3000, 40)).save(tmp_path / "wide.png")
+    section = {"name": "folder", "path": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"wide\.png cannot be read: it has 3000 x 40 .*data\.max_pixels"):
+        registry.build("data.sources", {**section, "max_pixels": 100_000})[0]
+    assert registry.build("data.sources", {**section, "max_pixels": 120_000})[0][0].size == (3000, 40)
+
+
+@pytest.mark.parametrize("how", ["a FIFO", "a device", "a link to a FIFO"])
+def test_what_is_no_file_is_unreadable_and_never_waited_for(tmp_path: Path, how: str) -> None:
+    image = tmp_path / "images" / "0.png"
+    image.parent.mkdir()
+    if how == "a device":
+        image.symlink_to("/dev/zero")
+    else:
+        fifo = image if how == "a FIFO" else tmp_path / "pipe"
+        os.mkfifo(fifo)
+        if fifo != image:
+            image.symlink_to(fifo)
+    source = registry.build("data.sources", {"name": "folder", "path": str(image.parent)})
+    with pytest.raises(OSError, match=r"0\.png is a (FIFO|device), not a file"):
+        source[0]
+
+
+def test_a_thin_image_is_cut_before_it_is_resized() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (60_000, 1, 3), dtype=np.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cut = center_crop(Image.fromarray(pixels), 256, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    small = Image.fromarray(pixels[:40])  # 40 of one pixel: as thin, small enough to be resized whole
+    whole = F.interpolate(to_tensor(small), (40 * 64, 64), mode="bicubic", antialias=True)[0]
+    close = center_crop(small, 64, 56).float() - whole[:, 1252:1308, 4:60].float()
+    assert cut.shape == (3, 224, 224)
+    assert close.abs().max() <= 1

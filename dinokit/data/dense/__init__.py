@@ -19,6 +19,7 @@ import numpy as np
 from dinokit.data.decode import SUFFIXES, ImageLike, decode, decode_map, suffix
 from dinokit.data.files import Names, Rows, existing
 from dinokit.data.transforms import size_of
+from dinokit.runtime.files import read_regular
 
 IGNORE = -1  # the class id of pixels that are not evaluated
 _IDS = 1 << 16  # different numbers in a map of 16 bits
@@ -172,8 +173,8 @@ class DenseFiles:
     def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         row = self.rows[index]
         path, map_path = self.images / self.image_names[row], self.maps / self.map_names[row]
-        image = decode(path.read_bytes(), str(path), self.channels)
-        target = self.read_map(map_path.read_bytes(), str(map_path))
+        image = decode(read_regular(path), str(path), self.channels)
+        target = self.read_map(read_regular(map_path), str(map_path))
         check_size(image, target, str(map_path))
         return image, target
 
@@ -187,7 +188,7 @@ class DenseFiles:
 
     def stored(self, index: int) -> bytes:
         """The content of the image file."""
-        return self.file(index).read_bytes()
+        return read_regular(self.file(index))
 
 
 def match_files(

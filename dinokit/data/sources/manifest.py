@@ -31,6 +31,7 @@ class Config:
     split: Literal["all", "train", "test"] = "all"  # by the column `split`, if any, else by a hash
     test_share: float = 0.1  # of images held out, if the list has no splits
     channels: int = 3  # as backbone.channels
+    max_pixels: int = 89_478_485  # of an image; one with more is unreadable
 
 
 def build(cfg: Config) -> ImageSource:
@@ -52,7 +53,9 @@ def build(cfg: Config) -> ImageSource:
     classes, ids = class_ids(labels.codes, labels.words)
     named = (splits.codes, splits.words) if splits.words else None
     rows = choose_split(cfg.split, cfg.test_share, names, len(names), named, str(path))
-    return ImageFiles(path.parent, names, rows, ids if labels.words else None, classes, cfg.channels)
+    return ImageFiles(
+        path.parent, names, rows, ids if labels.words else None, classes, cfg.channels, cfg.max_pixels
+    )
 
 
 def _check_first_files(path: Path, names: Strings) -> None:

@@ -44,6 +44,7 @@ class Config:
     classes: tuple[str, ...] = ()  # only these classes, numbered in the data's order; empty: all
     memory_gib: float = 2.0  # of images, as stored, that a process may load
     channels: int = 3  # as backbone.channels
+    max_pixels: int = 89_478_485  # of an image; one with more is unreadable
 
 
 class Parquet:
@@ -54,7 +55,7 @@ class Parquet:
             ValueError: if there is no such file or column, pyarrow is missing, or the split has no image.
         """
         self._files = shards(cfg.path, ".parquet")
-        self._image, self._channels = cfg.image, cfg.channels
+        self._image, self._channels, self.max_pixels = cfg.image, cfg.channels, cfg.max_pixels
         columns = [read_columns(file, cfg.image, cfg.label, cfg.split_column) for file in self._files]
         rows = [count for file in columns for count in file.group_rows]
         self._groups = np.array(
@@ -94,7 +95,8 @@ class Parquet:
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         data = self.stored(index)
-        return decode(data, self.name(index), self._channels), int(self._labels[self._rows[index]])
+        label = int(self._labels[self._rows[index]])
+        return decode(data, self.name(index), self._channels, max_pixels=self.max_pixels), label
 
     def stored(self, index: int) -> bytes:
         """The content of the image file in the image column.

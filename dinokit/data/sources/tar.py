@@ -33,6 +33,7 @@ class Config:
     split: Literal["all", "train", "test"] = "all"  # by files named train and test or val, else by a hash
     test_share: float = 0.1  # of images held out, if the files name no splits
     channels: int = 3  # as backbone.channels
+    max_pixels: int = 89_478_485  # of an image; one with more is unreadable
 
 
 class Tar:
@@ -44,7 +45,7 @@ class Tar:
                 the split.
         """
         self._files = shards(cfg.path, ".tar")
-        self._channels = cfg.channels
+        self._channels, self.max_pixels = cfg.channels, cfg.max_pixels
         index = _Index()
         self._members = Names.of(
             name for number, file in enumerate(self._files) for name in index.read(number, file)
@@ -67,7 +68,8 @@ class Tar:
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         data = self.stored(index)
-        return decode(data, self.name(index), self._channels), int(self._labels[self._rows[index]])
+        label = int(self._labels[self._rows[index]])
+        return decode(data, self.name(index), self._channels, max_pixels=self.max_pixels), label
 
     def stored(self, index: int) -> bytes:
         """The content of the member.

@@ -12,6 +12,7 @@ from dinokit.config.registry import suggest
 from dinokit.data.decode import decode, decode_map
 from dinokit.data.sources import ImageLike
 from dinokit.data.videos import Video
+from dinokit.runtime.files import read_regular
 
 VOID = 255  # pixels that are neither an object nor background
 
@@ -37,12 +38,12 @@ class FileVideo:
     def frame(self, index: int, channels: int) -> ImageLike:
         """The image."""
         path = self.frames[index]
-        return decode(path.read_bytes(), str(path), channels)
+        return decode(read_regular(path), str(path), channels)
 
     def mask(self, index: int) -> np.ndarray:
         """(H, W) uint8: 0 background, then the objects."""
         path = self.masks[index]
-        ids = decode_map(path.read_bytes(), str(path))
+        ids = decode_map(read_regular(path), str(path))
         return np.where(ids == VOID, 0, ids).astype(np.uint8)
 
 
