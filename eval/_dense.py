@@ -32,6 +32,7 @@ from dinokit.runtime.log import watch
 from dinokit.runtime.partial import PartialResult
 
 AT_ONCE = 16  # windows that the backbone sees at a time
+BLOCK = 512  # patches compared at a time: with 100,000 others, a block of cosines is 200 MiB
 
 Batch = tuple[list[Map], Tensor]  # of a training step: feature maps of each block, and the truth (b, H, W)
 Window = tuple[int, int, int, int]  # top, left, bottom, right
@@ -157,6 +158,34 @@ def slide(
             total[:, t:b, le:r] += logits
             counts[t:b, le:r] += 1
     return total / counts
+
+
+def labels_of_nearest(
+    x: Tensor, keys: Tensor, labels: Tensor, k: int, temp: float, near: Tensor | None = None
+) -> Tensor:
+    """Labels of patches from those of the k most similar other patches. The search is exact.
+
+    Args:
+        x: (Q, D), on the unit sphere.
+        keys: (N, D), likewise.
+        labels: (N, C) shares of each label in these patches.
+        k: patches that labels come from; each weighs softmax(cosine / temp) over the k.
+        temp: temperature of the weights.
+        near: (Q, M) bool, which of the keys count, repeated N / M times; None: all.
+
+    Returns:
+        (Q, C).
+    """
+    result = []
+    for start in range(0, len(x), BLOCK):
+        cosines = x[start : start + BLOCK] @ keys.T
+        if near is not None:
+            far = ~near[start : start + BLOCK].repeat(1, len(keys) // near.shape[1])
+            cosines.masked_fill_(far, float("-inf"))
+        values, indices = cosines.topk(min(k, len(keys)), dim=1)
+        weights = (values / temp).softmax(dim=1)
+        result.append(torch.einsum("qk,qkc->qc", weights, labels[indices]))
+    return torch.cat(result)
 
 
 def training_batches(

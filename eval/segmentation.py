@@ -23,6 +23,7 @@ from dinokit.data.dense_transforms import SegmentationTransform, resize_image, r
 from dinokit.eval import DenseConfig
 from dinokit.eval._dense import (
     DenseBackbone,
+    labels_of_nearest,
     open_dense,
     poly,
     read_pairs,
@@ -45,7 +46,6 @@ Predict = Callable[[Tensor], Tensor]  # an image (C, H, W) -> logits or shares o
 
 WITH_HEAD = ("linear", "ms")  # methods with a head
 TRAINED: dict[str, Any] = {"method": ("linear", "ms"), "head": False}  # settings that need a trained head
-BLOCK = 1024  # queries at a time: with 100,000 patches in the bank, a block of cosines is 400 MiB
 
 
 @dataclass
@@ -297,17 +297,8 @@ def knn_classifier(bank: PatchBank, k: int, temp: float) -> Callable[[Tensor], T
     Each neighbour by cosine votes with weight softmax(cosine / temp) for the classes of its pixels, by their
     share: in-context segmentation (Balazevic et al., arXiv 2306.01667). The search is exact.
     """
-    keys, k = F.normalize(bank.x, dim=1), min(k, len(bank.x))
-
-    def classify(x: Tensor) -> Tensor:
-        shares = []
-        for block in F.normalize(x, dim=1).split(BLOCK):
-            cosines, indices = (block @ keys.T).topk(k, dim=1)
-            weights = (cosines / temp).softmax(dim=1)
-            shares.append(torch.einsum("qk,qkc->qc", weights, bank.shares[indices]))
-        return torch.cat(shares)
-
-    return classify
+    keys = F.normalize(bank.x, dim=1)
+    return lambda x: labels_of_nearest(F.normalize(x, dim=1), keys, bank.shares, k, temp)
 
 
 def regression_classifier(

@@ -8,7 +8,7 @@ DAVIS 2017: each patch takes the labels of its nearest patches in the first fram
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,15 +20,14 @@ from dinokit.config import registry
 from dinokit.config.registry import check_at_least, source_field
 from dinokit.data.dense_transforms import to_tensors
 from dinokit.data.videos import Video
-from dinokit.eval._dense import DenseBackbone
+from dinokit.eval._dense import DenseBackbone, labels_of_nearest
+from dinokit.eval._images import partial_result
 from dinokit.eval._metrics import contour, region
-from dinokit.features import device_of, fingerprint, frozen, last_blocks
+from dinokit.features import frozen, last_blocks
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 from dinokit.runtime.log import watch
-from dinokit.runtime.partial import PartialResult
 
-BLOCK = 512  # query patches at a time
 MULTIPLE = 64  # pixels: the longer side is rounded down to a multiple of it, where the patch divides it
 
 
@@ -63,7 +62,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         raise ValueError(f"test.name must be given; there is: {', '.join(registry.names('data.videos'))}.")
     dense = DenseBackbone(backbone, last_blocks(backbone, 1), cfg.precision)
     videos: list[Video] = registry.build("data.videos", cfg.test)
-    partial = _finished_videos(cfg, backbone)
+    partial = partial_result(cfg, "video", backbone, cfg.test)
     finished = {name: scores for piece in partial.load_pieces() for name, scores in piece.items()}
     sums = torch.zeros(3, dtype=torch.float64)
     share = videos[rank() :: world_size()]
@@ -80,12 +79,6 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     partial.remove()
     j, f = j / objects, f / objects
     return {"J&F mean": (j + f) / 2, "J mean": j, "F mean": f, "videos": len(videos), "objects": objects}
-
-
-def _finished_videos(cfg: Config, backbone: Backbone) -> PartialResult:
-    settings = {key: value for key, value in asdict(cfg).items() if key != "out"}
-    depends_on = (settings, fingerprint(backbone, settings=True)) if cfg.out else None
-    return PartialResult(cfg.out or None, "video", depends_on, device_of(backbone))
 
 
 def _video_scores(cfg: Config, dense: DenseBackbone, video: Video) -> list[tuple[float, float]]:
@@ -117,36 +110,10 @@ def _propagated(
     for index in range(1, len(video)):
         x, _ = _patches(cfg, dense, video, index)
         past = [start, *recent]
-        past_x, past_shares = torch.stack([f for f, _ in past]), torch.stack([s for _, s in past])
-        shares = propagate(x, past_x, past_shares, near, cfg.k, cfg.temp)
+        keys, labels_before = torch.cat([f for f, _ in past]), torch.cat([s for _, s in past])
+        shares = labels_of_nearest(x, keys, labels_before, cfg.k, cfg.temp, near)
         recent.append((x, shares))
         yield _to_labels(shares, grid, dense.backbone.patch, first.shape)
-
-
-def propagate(x: Tensor, past: Tensor, shares: Tensor, near: Tensor | None, k: int, temp: float) -> Tensor:
-    """Labels of patches from those of earlier frames.
-
-    Args:
-        x: (N, D), on the unit sphere.
-        past: (R, N, D), likewise.
-        shares: (R, N, O): of each label in these patches.
-        near: (N, N) bool: whether a label may propagate from the second patch to the first; None: always.
-        k: patches, of the R N, the most similar ones, that labels come from.
-        temp: each weighs exp(cosine / temp).
-
-    Returns:
-        (N, O).
-    """
-    keys, labels = past.flatten(0, 1), shares.flatten(0, 1)
-    result = []
-    for start in range(0, len(x), BLOCK):
-        cosines = x[start : start + BLOCK] @ keys.T  # (block, R N)
-        if near is not None:
-            cosines.masked_fill_(~near[start : start + BLOCK].repeat(1, len(past)), float("-inf"))
-        values, indices = cosines.topk(min(k, len(keys)), dim=1)
-        weights = (values / temp).softmax(dim=1)
-        result.append(torch.einsum("nk,nko->no", weights, labels[indices]))
-    return torch.cat(result)
 
 
 def _patches(cfg: Config, dense: DenseBackbone, video: Video, index: int) -> tuple[Tensor, tuple[int, int]]:

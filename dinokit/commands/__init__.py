@@ -35,12 +35,12 @@ WIDTH, COLUMN = 110, 32  # characters in a line; column of the meaning
 
 @dataclass
 class Command:
-    """The parsed words of a command line behind the name of the command."""
+    """The parsed words of a command line after the name of the command."""
 
     words: list[str]  # without '=', as names of recipes
     settings: list[str]  # key=value
     flags: dict[str, str] = field(default_factory=dict)  # options such as "--json", with value or ""
-    rest: list[str] = field(default_factory=list)  # everything behind --
+    rest: list[str] = field(default_factory=list)  # everything after --
 
     def one_word(self, meaning: str, available: Sequence[str] = ()) -> str:
         """The only word.
@@ -77,7 +77,7 @@ def parse(name: str, argv: Sequence[str], options: Sequence[str]) -> Command:
 
     Args:
         name: of the command, for errors.
-        argv: the words behind it.
+        argv: the words after it.
         options: available options; one that ends in '=' takes a value, as --option=value or --option value.
 
     Raises:

@@ -1,9 +1,7 @@
 """dinokit bench step|data|attention|eval [RECIPE] [key=value ...]: measure speed and memory on this machine.
 
-The rate of matrix products, measured in the same run, is printed beside the results. RECIPE is small_photos
-unless you give one. batch=N is short for optim.batch=N (default 8; for data 32). rounds=N is the number of
-measurements (default 5), of which the median is printed. With input=data, step and data read the data of the
-recipe; with input=synthetic (default) they need none.
+The rate of matrix products, measured in the same run, is printed beside the results. With input=data, step
+and data read the data of the recipe; with input=synthetic they need none.
 
 dinokit bench step heads.cls.prototypes=65536 batch=8 --against plain
 dinokit bench data
@@ -12,13 +10,15 @@ dinokit bench attention dinov2_vitl16_short batch=2
 """
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from dinokit.commands import Command
+from dinokit.commands import Command, key_lines
 from dinokit.config import registry
-from dinokit.config.load import Recipe, load_recipe
+from dinokit.config.load import Recipe, load_recipe, parse_overrides, section_values
+from dinokit.config.registry import check_at_least, suggest
 
 if TYPE_CHECKING:
     from dinokit.bench.step import StepReport
@@ -29,12 +29,23 @@ FLAGS = {
 }
 KINDS = "step", "data", "attention", "eval"
 READING = "step", "data"  # of these, those that images are read for
-INPUTS = "synthetic", "data"
 FIRST = "device", "precision", "threads", "matmul_fp32", "matmul_bf16"  # what the first line says
 
 
+@dataclass
+class Config:
+    recipe: str = "small_photos"  # a name in configs/, or a path
+    batch: int = 0  # images of a step; 0: 8, for data 32
+    rounds: int = 5  # measurements, of which the median is printed
+    input: Literal["synthetic", "data"] = "synthetic"  # images of step and data: made, or of the recipe
+
+    def __post_init__(self) -> None:
+        check_at_least(self, batch=0, rounds=1)
+
+
 def run(command: Command) -> None:
-    kind, recipe, rounds, real = _read_settings(command)
+    kind, recipe, cfg = _read_settings(command)
+    rounds, real = cfg.rounds, cfg.input == "data"
     against = command.flags.get("--against")
     if against not in (None, "plain") or (against and kind != "step"):
         raise ValueError("--against takes `plain`, and only with `dinokit bench step`.")
@@ -46,14 +57,10 @@ def run(command: Command) -> None:
         from dinokit.bench.data import bench_data
 
         results = bench_data(recipe, rounds, real)
-    elif kind == "attention":
-        from dinokit.bench.step import bench_attention
-
-        results = bench_attention(recipe, rounds)
     else:
-        from dinokit.bench.step import bench_eval
+        from dinokit.bench.step import bench_attention, bench_eval
 
-        results = bench_eval(recipe, rounds)
+        results = (bench_attention if kind == "attention" else bench_eval)(recipe, rounds)
     if "--json" in command.flags:
         print(json.dumps({**about, **results}))
         return
@@ -61,58 +68,31 @@ def run(command: Command) -> None:
     print("\n".join([_first_line({**about, **results}), *_lines(rest)]))
 
 
-def _read_settings(command: Command) -> tuple[str, Recipe, int, bool]:
-    words = list(command.words)
-    if not words or words[0] not in KINDS:
-        near = registry.suggest(words[0], list(KINDS)) if words else ""
+def _read_settings(command: Command) -> tuple[str, Recipe, Config]:
+    """What is measured, of which recipe, and how."""
+    kind, *name = command.words or [""]
+    if kind not in KINDS:
+        near = suggest(kind, [*KINDS])
         raise ValueError(f"What should be measured?{near} There is: {', '.join(KINDS)}.")
-    if len(words) > 2:
-        raise ValueError(f"'{words[2]}' is not of the form key=value.")
-    own = {"recipe": "", "batch": "32" if words[0] == "data" else "8", "rounds": "5", "input": INPUTS[0]}
-    settings = []
-    for setting in command.settings:
-        key, _, value = setting.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            settings.append(setting)
-    _refuse_keys(settings, list(own))
-    if len(words) == 2 and own["recipe"]:
-        raise ValueError(f"Two recipes are given, {words[1]} and recipe={own['recipe']}. Leave one out.")
-    for key in ("batch", "rounds"):
-        if not own[key].isdecimal() or not int(own[key]):
-            raise ValueError(f"{key}={own[key]}: it must be a whole number, 1 or more.")
-    real = _reads(words[0], own["input"], settings)
-    if not real:
-        settings.append("data={name: scenes}")
-    name = own["recipe"] or (words[1:] or ["small_photos"])[0]
-    recipe = load_recipe(name, [*settings, f"optim.batch={own['batch']}"])
-    return words[0], recipe, int(own["rounds"]), real
-
-
-def _refuse_keys(settings: Sequence[str], own: list[str]) -> None:
-    """Refuse those that neither bench nor a recipe has; what is inside a recipe's section, load_recipe()."""
     sections = [item.name for item in fields(Recipe)]
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key == "optim.batch":
-            raise ValueError(f"{setting}: bench takes the number of images as batch={value}.")
-        top = key.partition(".")[0]
-        if top not in sections:
-            raise ValueError(
-                f"{setting}: there is no key '{top}'.{registry.suggest(top, [*own, *sections])} There is: "
-                f"{', '.join(own)}; and of the recipe: {', '.join(sections)}."
-            )
+    settings = [text for text in command.settings if re.split(r"[.=]", text)[0] in sections]
+    own = parse_overrides([text for text in command.settings if text not in settings])
+    given = [*name, *([str(own["recipe"])] if "recipe" in own else [])]
+    if len(given) > 1:
+        raise ValueError(f"Several recipes are given: {', '.join(given)}. Leave all but one out.")
+    own |= {"recipe": given[0]} if given else {}
+    cfg = Config(**section_values("commands", "bench", own, "", sections))
+    for text in settings:
+        if text.startswith("optim.batch="):
+            raise ValueError(f"{text}: bench takes the number of images as {text.removeprefix('optim.')}.")
+    _check_input(kind, cfg.input, [text for text in settings if text.startswith(("data.", "data="))])
+    settings += [] if cfg.input == "data" else ["data={name: scenes}"]
+    batch = cfg.batch or (32 if kind == "data" else 8)
+    return kind, load_recipe(cfg.recipe, [*settings, f"optim.batch={batch}"]), cfg
 
 
-def _reads(kind: str, asked: str, settings: Sequence[str]) -> bool:
-    """Whether the recipe's data is to be read."""
-    if asked not in INPUTS:
-        raise ValueError(
-            f"input={asked}: there is no such input.{registry.suggest(asked, list(INPUTS))} "
-            f"There is: {', '.join(INPUTS)}."
-        )
-    about_data = [setting for setting in settings if setting.startswith(("data.", "data="))]
+def _check_input(kind: str, asked: str, about_data: Sequence[str]) -> None:
+    """Refuse settings of images that would not be read."""
     unread = ["input=data"] if asked == "data" else about_data
     if unread and kind not in READING:
         raise ValueError(
@@ -120,10 +100,12 @@ def _reads(kind: str, asked: str, settings: Sequence[str]) -> bool:
             f"Leave it out; images are read by: {', '.join(f'bench {each}' for each in READING)}."
         )
     if asked != "data" and about_data:
-        raise ValueError(
-            f"{about_data[0]}: bench {kind} reads the recipe's data with input=data only; add it."
-        )
-    return asked == "data"
+        raise ValueError(f"{about_data[0]}: bench {kind} reads the recipe's data with input=data: add it.")
+
+
+def describe(words: Sequence[str]) -> str:
+    recipes = f"recipes: {', '.join(registry.recipe_names())}"
+    return "\n".join([recipes, "keys, besides those of the recipe:", *key_lines("commands", "bench")])
 
 
 def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool, as_json: bool) -> None:

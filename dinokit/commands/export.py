@@ -6,51 +6,54 @@ to=dinov2   out=X.pth: the layout of the official files, of DINO's for a vit wit
 to=onnx     out=X.onnx: a graph from images to cls and patches; size=N fixes the images' size
 
 The command loads the new file with that library, compares the features and prints the largest difference.
-It replaces an older file at out only after that. weights is a file, or a folder of a run, of Hugging Face or
-of timm. heads=N gives the number of attention heads if the file does not.
+It replaces an older file at out only after that.
 
 dinokit export weights=runs/photos to=timm out=photos_timm
 dinokit export weights=runs/photos to=onnx out=photos.onnx
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dinokit.commands import Command
-from dinokit.config.load import parse_overrides
-from dinokit.config.registry import suggest
+from dinokit.commands import Command, key_lines
+from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.registry import check_at_least, suggest
 
 TARGETS = ["timm", "hf", "dinov2", "onnx"]
-KEYS = ["weights", "to", "out", "size", "heads"]
+
+
+@dataclass
+class Config:
+    weights: str = "???"  # a file, or a folder of a run, of Hugging Face or of timm
+    to: str = "???"  # timm, hf, dinov2 or onnx
+    out: str = "???"  # the file or folder to write
+    size: int = 0  # pixels of the images, for to=onnx; 0: any multiple of the patch
+    heads: int = 0  # of attention, if the file does not say
+
+    def __post_init__(self) -> None:
+        check_at_least(self, size=0, heads=0)
+        if self.to not in TARGETS:
+            near = suggest(self.to, TARGETS)
+            raise ValueError(f"There is no format to={self.to}.{near} There is: {', '.join(TARGETS)}.")
+        if self.size and self.to != "onnx":
+            raise ValueError(f"size={self.size} is for to=onnx; to={self.to} writes a model of any size.")
 
 
 def run(command: Command) -> None:
     command.no_words(" Give weights=FILE to=FORMAT out=PATH.")
-    values = parse_overrides(command.settings)
-    for key in values:
-        if key not in KEYS:
-            raise ValueError(f"There is no key '{key}'.{suggest(key, KEYS)} There is: {', '.join(KEYS)}.")
-    for key in KEYS[:3]:
-        if not values.get(key):
-            raise ValueError(f"{key} must be given: dinokit export weights=FILE to=FORMAT out=PATH.")
-    to, out, size = str(values["to"]), Path(str(values["out"])), _whole("size", values.get("size"))
-    if to not in TARGETS:
-        raise ValueError(f"There is no format to={to}.{suggest(to, TARGETS)} There is: {', '.join(TARGETS)}.")
-    if size is not None and to != "onnx":
-        raise ValueError(f"size={size} is for to=onnx; what to={to} writes takes images of any size.")
-    file = to in ("dinov2", "onnx") or (to == "timm" and out.suffix == ".safetensors")
+    cfg = Config(**section_values("commands", "export", parse_overrides(command.settings), ""))
+    out = Path(cfg.out)
+    file = cfg.to in ("dinov2", "onnx") or (cfg.to == "timm" and out.suffix == ".safetensors")
     if out.is_dir() if file else out.is_file():
         have, new = ("folder", "file") if file else ("file", "folder")
-        raise ValueError(f"out={out} is a {have}, but to={to} writes a {new}: give another out.")
-    heads = _whole("heads", values.get("heads"))
+        raise ValueError(f"out={out} is a {have}, but to={cfg.to} writes a {new}: give another out.")
     from dinokit.weights import load_backbone
     from dinokit.weights.formats import export
 
-    for line in export(load_backbone(str(values["weights"]), heads=heads), to, out, size):
+    for line in export(load_backbone(cfg.weights, heads=cfg.heads or None), cfg.to, out, cfg.size or None):
         print(line)
 
 
-def _whole(key: str, value: Any) -> int | None:
-    if value is not None and not (isinstance(value, int) and value > 0):
-        raise ValueError(f"{key}={value} must be a whole number, 1 or more.")
-    return value
+def describe(words: Sequence[str]) -> str:
+    return "\n".join(["keys:", *key_lines("commands", "export")])

@@ -9,23 +9,30 @@ dinokit models identify dinov2_vits14_pretrain.pth
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
 
 from dinokit.commands import Command
-from dinokit.config.load import parse_overrides
-from dinokit.config.registry import suggest
+from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.registry import check_at_least, suggest
 from dinokit.hub import RELEASED
 
 
+@dataclass
+class Config:
+    heads: int = 0  # of attention, for identify, if the file does not say
+
+    def __post_init__(self) -> None:
+        check_at_least(self, heads=0)
+
+
 def run(command: Command) -> None:
-    values = parse_overrides(command.settings)
     if command.words[:1] == ["identify"]:
-        heads = values.pop("heads", None)
-        _refuse(values, ["heads"])
-        _identify(Command(command.words[1:], []).one_word("file of weights"), heads)
+        cfg = Config(**section_values("commands", "models", parse_overrides(command.settings), ""))
+        _identify(Command(command.words[1:], []).one_word("file of weights"), cfg.heads or None)
         return
-    _refuse(values, [])
+    if command.settings:
+        raise ValueError(f"{command.settings[0]}: only dinokit models identify takes settings.")
     if len(command.words) > 1:
         near = suggest(command.words[0], ["identify"])
         raise ValueError(
@@ -63,9 +70,7 @@ def _list(names: Sequence[str]) -> None:
     )
 
 
-def _identify(source: str, heads: Any) -> None:
-    if heads is not None and not (isinstance(heads, int) and heads > 0):
-        raise ValueError(f"heads={heads} must be a whole number of attention heads, 1 or more.")
+def _identify(source: str, heads: int | None) -> None:
     from dinokit.weights.load import build, coverage, read, refusal
 
     file, stored = read(source, heads=heads, values=False)
@@ -89,10 +94,3 @@ def _identify(source: str, heads: Any) -> None:
 
 def _list_of(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
-
-
-def _refuse(values: dict[str, Any], known: list[str]) -> None:
-    for key in values:
-        if key not in known:
-            there = f" There is: {', '.join(known)}." if known else " There are none here."
-            raise ValueError(f"There is no key '{key}'.{suggest(key, known)}{there}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinokit.commands import Command
+from dinokit.commands import Command, key_lines
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import check_at_least
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    index: str = "???"
+    index: str = "???"  # a folder that `dinokit extract` or `dinokit curate` wrote
     weights: str = ""  # empty: the path that the index names
     k: int = 12  # images found for each image
-    sheet: str = "nearest.png"
-    device: str = "auto"
+    sheet: str = "nearest.png"  # the picture
+    device: str = "auto"  # cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 
     def __post_init__(self) -> None:
         check_at_least(self, k=1)
@@ -61,4 +61,4 @@ def run(command: Command) -> None:
 
 
 def describe(words: list[str]) -> str:
-    return "keys: index (must be given), weights, k = 12, sheet = nearest.png, device = auto"
+    return "\n".join(["keys:", *key_lines("commands", "search")])

@@ -88,17 +88,20 @@ def test_a_folder_in_the_place_of_the_file_to_write_is_refused(capsys, tmp_path,
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("export", "weights must be given"),
+        ("export", "out and to and weights must be given"),
         ("export weights=x to=tim out=y", "There is no format to=tim. Did you mean 'timm'"),
-        ("export weights=x to=timm ou=y", "There is no key 'ou'. Did you mean 'out'"),
+        ("export weights=x to=timm ou=y", "there is no key 'ou'. Did you mean 'out'"),
         ("export weights=x to=hf out=y size=224", "size=224 is for to=onnx"),
-        ("export weights=x to=onnx out=y size=large", "size=large must be a whole number"),
+        (
+            "export weights=x to=onnx out=y size=large",
+            "size: Value 'large' of type 'str' could not be",
+        ),
         ("export weights=nowhere.pth to=hf out=y", "There is no file nowhere.pth"),
         ("models identify", "Which file of weights?"),
-        ("models identify x head=3", "There is no key 'head'. Did you mean 'heads'"),
+        ("models identify x head=3", "there is no key 'head'. Did you mean 'heads'"),
         ("models identify nowhere.pth", "There is no file nowhere.pth"),
         ("models idntify x.pth", "Did you mean 'identify'"),
-        ("models dinov2* heads=3", "There is no key 'heads'"),
+        ("models dinov2* heads=3", "heads=3: only dinokit models identify takes settings"),
     ],
 )
 def test_what_was_typed_wrongly_is_answered_in_words(capsys, line, words):

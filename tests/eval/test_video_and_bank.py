@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from dinokit.config import registry
+from dinokit.eval._dense import labels_of_nearest
 from dinokit.eval._metrics import contour, dilated, outline, region
 from dinokit.eval.segmentation import (
     PatchBank,
@@ -17,18 +18,19 @@ from dinokit.eval.segmentation import (
     patch_counts,
     regression_classifier,
 )
-from dinokit.eval.video import _neighbourhood, propagate
+from dinokit.eval.video import _neighbourhood
 from dinokit.features import dense, last_blocks, spread_blocks
 from dinokit.models.raw_patches import Config, RawPatches
 
 
-def test_labels_are_handed_on_as_defined():
+def test_labels_propagate_as_defined():
     torch.manual_seed(0)
     grid, d, frames = (4, 5), 8, 3
     n = grid[0] * grid[1]
     x = F.normalize(torch.randn(n, d), dim=1)
     past, shares = F.normalize(torch.randn(frames, n, d), dim=2), torch.rand(frames, n, 3)
-    got = propagate(x, past, shares, _neighbourhood(grid, 1, x.device), 4, 0.1)
+    keys, labels = past.flatten(0, 1), shares.flatten(0, 1)
+    got = labels_of_nearest(x, keys, labels, 4, 0.1, _neighbourhood(grid, 1, x.device))
     for i in range(n):
         found = [
             (float(x[i] @ past[r, j]), shares[r, j])
