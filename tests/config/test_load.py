@@ -282,7 +282,7 @@ def test_the_error_suggests_the_nearest_name_and_how_to_add_one(base):
     [
         (
             "scenes_cup",
-            "There is no recipe 'scenes_cup'. Did you mean 'scenes_cpu'? Recipes are: dinov1",
+            "There is no recipe 'scenes_cup'. Did you mean 'scenes_cpu'? Recipes are: ",
         ),
         ("mine.yaml", "There is no recipe file 'mine.yaml' (looked from "),
         ("folder/mine", "There is no recipe file 'folder/mine' (looked from "),
