@@ -203,9 +203,11 @@ def test_anything_behind_the_last_member_is_damage_that_names_shard_and_member(t
     }
     for message, content in harms.items():
         (three / "shard-001.tar").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"shard-001\.tar is damaged or cut short: .*{message}") as told:
+        with pytest.raises(
+            ValueError, match=rf"shard-001\.tar is damaged or cut short: .*{message}"
+        ) as caught:
             opened(three)
-        assert "unexpected" in message or re.search(r"behind its member 000\d\.", str(told.value))
+        assert "unexpected" in message or re.search(r"behind its member 000\d\.", str(caught.value))
     (three / "shard-001.tar").write_bytes(whole + bytes(512))
     assert len(opened(three)) == 12
 

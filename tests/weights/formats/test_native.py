@@ -155,11 +155,11 @@ def test_a_file_of_weights_decides_neither_what_is_imported_nor_what_is_read(
     }
     if command in words:
         assert main(words[command]) == 2
-        told = capsys.readouterr().err
+        err = capsys.readouterr().err
         expected = "--trust=evilpkg" if names != "the environment" else "not resolved out of a file"
         if names == "the backbone" or command == "eval":
-            assert expected in told, told
-        assert "s3cret" not in told
+            assert expected in err, err
+        assert "s3cret" not in err
     assert not (tmp_path / "ran").exists()
 
 
