@@ -93,6 +93,7 @@ def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
     from functools import partial
 
     from dinokit.runtime.distributed import launch
+    from dinokit.train.health import Probe
     from dinokit.train.trainer import Evaluator
 
     evaluators = []
@@ -114,4 +115,6 @@ def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
         if recipe.backbone.get("weights"):
             values = evaluation.with_initial_weights(name, values, f"{recipe.run.out}/start.safetensors")
         evaluators.append(Evaluator(name, section["every"], partial(evaluation.run_evaluator, name, values)))
+    if evaluators:
+        evaluators.append(Evaluator("health", min(each.every for each in evaluators), Probe(source)))
     return evaluators

@@ -24,7 +24,7 @@ M masked patches, P width of the projection.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -57,6 +57,8 @@ class Views:
     whole_logits: bool = False  # compute losses from all logits at once, as the papers write them
     # (G+L, B, P) of the class token by `heads.projector`, global crops first; empty if no loss reads it
     student_projection: Tensor = field(default_factory=lambda: torch.empty(0))
+    # What the DINO loss compared with, for train/health.py: slices (G*B, k) of the targets, once it ran.
+    class_targets: Sequence[Tensor] = ()
 
     def teacher(self, head: HeadName) -> LazyLogits:
         """The teacher's logits of a head."""

@@ -62,6 +62,7 @@ class DINOLoss(nn.Module):
         if not views.whole_logits:
             return self._in_slices(views)
         teacher = self.targets(views.teacher_cls.logits(), views.teacher_temp)  # (T, B, K)
+        views.class_targets = [teacher.flatten(0, 1)]
         return dino(views.student_cls.logits(), teacher, self.student_temp)
 
     def _in_slices(self, views: Views) -> Tensor:
@@ -71,6 +72,7 @@ class DINOLoss(nn.Module):
         pairs = pair_weights(len(views.student_cls.rows), crops, device)
         weight = torch.full((images,), 1 / images, device=device)
         targets = self.targets.in_slices(views, "cls")
+        views.class_targets = targets.slices
         return chunked.cross_entropy(views.student_cls, targets, pairs, weight, self.student_temp)
 
 

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -127,16 +127,23 @@ class RunLog:
         self.text.flush()
 
 
+def read_records(out: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl; a line that was cut off when the run was killed is left out."""
+    path, records = out / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
 def first_and_last_scores(out: Path) -> list[str]:
     """Lines of a table with the first and last score of each evaluator in a run; empty without evaluators."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
-    if (out / "metrics.jsonl").exists():
-        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            scores = {k: v for k, v in record.items() if "/" in k and v is not None and "/images_" not in k}
-            first = {**scores, **first}
-            last.update(scores)
+    for record in read_records(out):
+        scores = {k: v for k, v in record.items() if "/" in k and v is not None and "/images_" not in k}
+        first = {**scores, **first}
+        last.update(scores)
     width = max(map(len, first), default=0)
     rows = [f"{name:<{width}}  {first[name]:>9.4f}  {last[name]:>9.4f}" for name in first]
     return [f"{'':<{width}}  {'at first':>9}  {'at last':>9}", *rows] if rows else []

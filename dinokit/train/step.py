@@ -49,13 +49,13 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Train on a batch. Returns each loss () before its weight, and the norms of the gradients."""
+        """Train on a batch. Returns losses () before their weights, health signals, gradient norms."""
         step, optim, schedules = batch.step, self.recipe.optim, self.schedules
         # Stochastic depth draws from the global generator: a function of (seed, step, process).
         torch.manual_seed(_mix(self.recipe.run.seed, step, rank()))
 
         self.optimizer.zero_grad()
-        losses = self.backward(batch)
+        losses, signals = self.backward(batch)
         self.scaler.unscale_(self.optimizer)
         norms = clip_gradients(self.model.student, optim)
         if optim.head_freeze == "gradient" and step < optim.head_frozen:
@@ -67,13 +67,14 @@ class Step:
         self.model.update_teacher(schedules.momentum(step))
         end_of_step(self.model.losses)  # statistics, such as centres
         end_of_step(self.model.guide_losses)
-        return {**losses, **{f"grad_{name}": norm for name, norm in norms.items()}}
+        return {**losses, **signals, **{f"grad_{name}": norm for name, norm in norms.items()}}
 
-    def backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of the weighted sum of the losses, micro-batch by micro-batch. Returns the losses."""
+    def backward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the weighted sum of the losses, by micro-batches. Returns losses and signals."""
         n = self.accumulation
         temp, active = self.schedules.teacher_temp(batch.step), self.schedules.active_losses(batch.step)
         means: dict[str, Tensor] = {}
+        signals: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(batch.split(n)):
             if n > 1 and self.device.type == "cuda":
                 micro_batch = micro_batch.pin_memory()  # its tensors are new; copying others would wait
@@ -86,7 +87,9 @@ class Step:
                 self.scaler.scale(total / n).backward()
             for name, value in losses.items():
                 means[name] = means.get(name, 0) + value.detach() / n
-        return means
+            for name, value in self.model.signals.items():
+                signals[name] = signals.get(name, 0) + value / n
+        return means, signals
 
     def augment(self, batch: Batch) -> Batch:
         """The batch on the device, with the photometric augmentations, normalised."""

@@ -25,6 +25,7 @@ from dinokit.losses import HeadName, Views, build_losses, uses
 from dinokit.models import Backbone, Input, TokenReads
 from dinokit.models.head import LazyLogits, Projector, PrototypeHead
 from dinokit.runtime.distributed import local
+from dinokit.train.health import step_signals
 
 if TYPE_CHECKING:
     from dinokit.train.pretrained import FrozenTeacher
@@ -103,6 +104,8 @@ class StudentTeacher(nn.Module):
         self.loss_names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = build_losses(recipe.losses, prototypes_of(recipe))
         self.uses = {name: uses(name) for name in recipe.losses}
+        self.student_temp: float | None = recipe.losses.get("dino", {}).get("student_temp")
+        self.signals: dict[str, Tensor] = {}  # of the last forward pass
         self.guide_losses = nn.ModuleList()
         projector = recipe.heads.projector
         if projector is not None:
@@ -174,6 +177,7 @@ class StudentTeacher(nn.Module):
             losses = {name: chosen[name](views) for name in active}
             if self.learns_teacher_heads and "heads" in read:
                 losses |= self._teacher_head_losses(views, active, teacher, teacher_cls, teacher_patch)
+            self.signals = step_signals(views, losses, batch.global_crops, self.student_temp)
         return losses
 
     @torch.no_grad()

@@ -16,10 +16,11 @@ from dinokit.models import Backbone
 from dinokit.runtime.device import keep_freed_memory, memory_share, peak_memory, pick_device
 from dinokit.runtime.distributed import all_reduce_sum, broadcast, gather_objects, rank, world_size
 from dinokit.runtime.launch import Watchdog, check_consistency, process_group, run_lock
-from dinokit.runtime.log import RunLog, first_and_last_scores
+from dinokit.runtime.log import RunLog, first_and_last_scores, read_records
 from dinokit.runtime.signals import Stopped, stop_signals
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, SavedCheckpoint
+from dinokit.train.health import diagnose
 from dinokit.train.parallel import eager, unsharded_backbone
 from dinokit.train.run_dir import TIMES, image_fingerprint, open_run, run_facts, save_teacher, with_precision
 from dinokit.train.schedule import accumulation
@@ -138,6 +139,8 @@ class Trainer:
                     stopping = stop.on_any_process() and not last
                     if stopping and not save:
                         self.save_checkpoint(step)
+                if due or last:
+                    self.log_verdict(step)
                 if stopping:
                     self.checkpoints.finish()
                     self.log.info(f"stopped after step {step}; the same command resumes from here")
@@ -259,6 +262,13 @@ class Trainer:
             text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
             self.log.info(f"{evaluator.name} after step {step}: {text}  ({time.monotonic() - begin:.1f} s)")
         self.since = time.monotonic()
+
+    def log_verdict(self, step: int) -> None:
+        """Log what is wrong with the run so far, if anything is."""
+        verdict = diagnose(read_records(self.out), self.recipe, len(self.source)) if rank() == 0 else None
+        if verdict:
+            self.log.record(step, {"verdict": verdict.name})
+            self.log.info(f"verdict after step {step}: {verdict.name}: {verdict.text}")
 
     def save_checkpoint(self, step: int) -> None:
         """Save the teacher for use, and a checkpoint to resume from."""
