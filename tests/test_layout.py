@@ -43,6 +43,7 @@ CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
     "faiss": "dinokit/curate/index.py",
     "jinja2": "dinokit/*report*",
+    "matplotlib": "dinokit/commands/sweep.py",
     "omegaconf": "dinokit/config/*.py",
     "onnxruntime": "dinokit/weights/formats/onnx.py",
     "onnxscript": "dinokit/weights/formats/onnx.py",

@@ -63,7 +63,7 @@ def _submit(command: Command) -> None:
         raise ValueError(
             "Which command? Give it after --, as in: dinokit submit profile=gpu -- train RECIPE."
         )
-    name, hint = command.rest[0], _hint_after(settings, command.rest[0])
+    hint = _hint_after(settings, command.rest[0])
     if "profile" not in own:
         raise ValueError(
             f"profile must be given. Profiles are: {', '.join(profile_names())}; or give a file's path.{hint}"
@@ -72,13 +72,39 @@ def _submit(command: Command) -> None:
         raise ValueError(f"The keys of a profile are: {', '.join(PROFILE_KEYS)}.{hint}")
     profile = load_profile(own["profile"], parse_overrides(settings))
     commands = _array(own.get("array"), command.rest)
-    tasks, resumes = _tasks(name, profile)
-    modules = set[str]().union(*(_check(words, profile, tasks) for words in commands))
     title = "-".join(Path(word).stem for word in command.rest[:2] if "=" not in word)
+    given = [f"profile={own['profile']}", *settings]
+    after = _dependencies(own.get("after", ""))
+    submit_commands(title, commands, profile, given, after, "--dry-run" in command.flags)
+
+
+def submit_commands(
+    title: str,
+    commands: list[list[str]],
+    profile: Config,
+    settings: list[str],
+    after: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Submit commands as a job, or an array of jobs, after all checks.
+
+    Args:
+        title: of the job and its folder.
+        commands: the words after `dinokit`; all of the same command.
+        profile: the resources.
+        settings: how they were given, for the record.
+        after: jobs that must end successfully first, as SLURM writes them.
+        dry_run: print the batch script, and submit nothing.
+
+    Raises:
+        ValueError, LookupError, RuntimeError: as `dinokit submit`.
+    """
+    tasks, resumes = _tasks(commands[0][0], profile)
+    modules = set[str]().union(*(_check(words, profile, tasks) for words in commands))
     from dinokit.slurm import submit
 
-    request = submit.JobRequest(title, commands, tasks, _dependencies(own.get("after", "")), resumes)
-    if "--dry-run" in command.flags:
+    request = submit.JobRequest(title, commands, tasks, after, resumes)
+    if dry_run:
         print(submit.batch_script(request, profile, (slurm.JOBS / f"DATE-{title}").absolute()))
         return
     submit.check_cluster(profile)
@@ -93,7 +119,7 @@ def _submit(command: Command) -> None:
     except BaseException:
         shutil.rmtree(folder)
         raise
-    number = slurm.write_record(folder, jobs, commands, [f"profile={own['profile']}", *settings]).number
+    number = slurm.write_record(folder, jobs, commands, settings).number
     array = f" ({jobs[0]} to {jobs[-1]})" if len(jobs) > 1 else ""
     print(f"job {number}{array}: nodes={profile.nodes}, processes a node: {tasks}, in {folder}")
     print(f"state: dinokit submit status {number}; log: dinokit submit logs {number}")

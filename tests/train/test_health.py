@@ -331,11 +331,13 @@ def test_a_run_without_a_dino_loss_is_diagnosed_by_its_features():
 
 
 def test_an_evaluated_run_is_probed_beside_its_evaluators(tmp_path):
-    for split in ("train", "test"):
+    for half, split in enumerate(("train", "test")):
         for kind, number in [(kind, number) for kind in range(2) for number in range(4)]:
             folder = tmp_path / "data" / split / str(kind)
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(textures(8)[4 * kind + number].astype(np.uint8)).save(folder / f"{number}.png")
+            Image.fromarray(textures(16)[8 * half + 4 * kind + number].astype(np.uint8)).save(
+                folder / f"{number}.png"
+            )
     file = tmp_path / "run.yaml"
     file.write_text(RUN)
     out = pretrain(load_recipe(file, [
