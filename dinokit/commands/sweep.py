@@ -136,7 +136,8 @@ def plan(sweep: Config, out: Path) -> list[Run]:
         raise ValueError("grid and rows are both given: write the combinations as rows, or leave one out.")
     rows = sweep.rows or _combinations(sweep.grid)
     runs, owners = [], dict[str, str]()
-    for seed in sweep.seeds or [None]:
+    seeds: list[int | None] = [*sweep.seeds] or [None]
+    for seed in seeds:
         for row, settings in rows.items():
             name = re.sub(r"[^\w.+-]+", "-", row).strip("-") + ("" if seed is None else f"-seed{seed}")
             if owners.setdefault(name, row) != row:

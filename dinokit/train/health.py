@@ -242,10 +242,10 @@ class History:
         values = [record[key] for record in self.records if record["step"] and key in record]
         return float(values[-1]) if values else math.nan
 
-    def fell(self, step: int) -> bool:
-        """Whether the loss fell since `step`, by more than it fluctuates."""
+    def fall(self, step: int) -> float:
+        """By how many times what counts as flat the loss fell since `step`."""
         before, now = self.recent(self.loss, step), self.recent(self.loss)
-        return before - now > FLAT_LOSS * (before if math.isnan(self.log_k) else self.log_k)
+        return (before - now) / (FLAT_LOSS * (before if math.isnan(self.log_k) else self.log_k))
 
 
 def _one_prototype(h: History, _: int) -> Verdict | None:
@@ -314,7 +314,7 @@ def _data_bound(h: History, images: int) -> Verdict | None:
     if not h.scores or epochs <= EPOCHS:
         return None
     best_step, best = max(h.scores, key=lambda each: each[1])
-    if h.scores[-1][1] >= best - DROP or not h.fell(best_step):
+    if h.scores[-1][1] >= best - DROP or not h.fall(best_step) > 1:
         return None
     return Verdict(
         "data-bound",
@@ -328,7 +328,7 @@ def _nothing_left(h: History, _: int) -> Verdict | None:
     kl, entropy, half = h.recent("kl"), h.recent("target_entropy"), h.step // 2
     early = [score for step, score in h.scores if step <= half]
     late = [score for step, score in h.scores if step > half]
-    if not (kl < NEAR_H * h.log_k and early and late and not h.fell(half)):
+    if not (kl < NEAR_H * h.log_k and early and late and h.fall(half) <= 1):
         return None
     if max(late) > max(early) + FLAT_SCORE:
         return None
