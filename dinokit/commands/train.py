@@ -115,6 +115,7 @@ def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
         if recipe.backbone.get("weights"):
             values = evaluation.with_initial_weights(name, values, f"{recipe.run.out}/start.safetensors")
         evaluators.append(Evaluator(name, section["every"], partial(evaluation.run_evaluator, name, values)))
-    if evaluators:
-        evaluators.append(Evaluator("health", min(each.every for each in evaluators), Probe(source)))
+    if recipe.evals:  # also if they are off: this one needs no labels
+        every = min(section["every"] for section in recipe.evals.values())
+        evaluators.append(Evaluator("health", every, Probe(source)))
     return evaluators

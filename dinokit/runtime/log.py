@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -61,8 +61,9 @@ class RunLog:
             TaskProgressColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[speed]}{task.fields[score]}"),
         )
-        self.task = self.progress.add_task("train", total=steps, completed=start)
+        self.task = self.progress.add_task("train", total=steps, completed=start, speed="", score="")
         # Below the bar, where they can take several lines without pushing the bar out of the window.
         self.values = Text(no_wrap=False, overflow="fold")
         self.view = self._view()
@@ -102,25 +103,36 @@ class RunLog:
             self._write(text)
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the values after `step` steps to metrics.jsonl."""
+        """Write the values after `step` steps to metrics.jsonl; the progress bar shows a k-NN accuracy."""
+        accuracy = next((value for name, value in values.items() if name.startswith("knn/top1@")), None)
+        if accuracy is not None:
+            self.progress.update(self.task, score=f"  k-NN {accuracy:.3f}")
         if self.main:
             with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the values after `step` steps, and show them with the remaining time."""
+    def step(self, step: int, values: Mapping[str, float], shown: Container[str] | None = None) -> None:
+        """Record the values after `step` steps, and show them with the remaining time.
+
+        Args:
+            step: steps that are done.
+            values: by name.
+            shown: the names for the console; None: all. run.log has all.
+        """
         self.record(step, values)
         if not self.main:
             return
-        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        texts = {name: f"{name} {_short(value)}" for name, value in values.items()}
         left = (time.monotonic() - self.begun) / max(step - self.start, 1) * (self.steps - step)
-        line = f"step {step}/{self.steps}  {text}  left {_clock(left)}"
-        self._write(line)
+        first, last = f"step {step}/{self.steps}", f"left {_clock(left)}"
+        self._write("  ".join([first, *texts.values(), last]))
+        chosen = [text for name, text in texts.items() if shown is None or name in shown]
         if self.live:
-            self.progress.update(self.task, completed=step)
-            self.values.plain = text
+            speed = f"{values['images_per_second']:.0f} images/s" if "images_per_second" in values else ""
+            self.progress.update(self.task, completed=step, speed=speed)
+            self.values.plain = "  ".join(chosen)
         else:
-            self.console.print(line, markup=False)
+            self.console.print("  ".join([first, *chosen, last]), markup=False)
 
     def _write(self, text: str) -> None:
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")

@@ -39,7 +39,8 @@ BAR = 1.15  # in simulations rows with a spread of 0.2 grow from 1.15 * rho* on,
 NEAR_LN_K = 0.97  # of ln K: the demo that learnt nothing in its DINO term ended at 0.99
 ONE_PROTOTYPE = 1.5  # of K in use: between one and two
 LEAST_RANK = 1.2  # rows on a line have 1, untrained networks 1.5 to 2
-BRIGHT = 0.5  # share of the class token's variance that brightness explains, and agreement of its crops
+BRIGHT = 0.6  # share of the class token's variance that brightness explains: untrained networks have 0.5
+BRIGHT_AGREES = 0.5  # less, and crops of an image differ in brightness more than images do
 PATCH_ORDER = 0.01  # share of variance: networks that knew no shapes had 0.3 %
 PATCH_ORDER_STEPS = 500  # before, positions (first of rms 0.02) cannot have grown
 NEAR_H = 0.1  # of ln K, which is left to learn as KL
@@ -230,11 +231,14 @@ class History:
         self.scores = [(int(record["step"]), float(record[knn])) for record in records if knn in record]
 
     def recent(self, name: str, step: int | None = None) -> float:
-        """The mean of a signal over the last records, or the last until `step`."""
+        """The mean of a signal over the last records until `step`, once LEAST_STEPS were logged with it."""
         until = self.step if step is None else step
-        values = [record.get(name) for record in self.steps if record["step"] <= until][-RECENT:]
-        known = [float(value) for value in values if value is not None]
-        return sum(known) / len(known) if known else math.nan
+        known = [(r["step"], float(r[name])) for r in self.steps if r.get(name) is not None]
+        known = [(at, value) for at, value in known if at <= until]
+        if not known or until - known[0][0] < LEAST_STEPS:
+            return math.nan
+        values = [value for _, value in known[-RECENT:]]
+        return sum(values) / len(values)
 
     def probed(self, name: str) -> float:
         """A signal of the last evaluation after the start."""
@@ -275,7 +279,7 @@ def _noise(h: History, _: int) -> Verdict | None:
 
 def _brightness(h: History, _: int) -> Verdict | None:
     rho, share = h.recent("brightness_agreement"), h.probed("brightness_share")
-    if not (rho > BRIGHT and share > BRIGHT):
+    if not (rho > BRIGHT_AGREES and share > BRIGHT):
         return None
     return Verdict(
         "shortcut",

@@ -218,6 +218,7 @@ class Trainer:
                 "data_wait": self.data_wait / seconds,
                 "memory_gib": peak_memory(self.step.device),
             },
+            shown={*self.step.model.loss_names, "crop_agreement", "feature_rank", "lr", "images_per_second"},
         )
         self.pending.clear()
         self.data_wait, self.since = 0.0, time.monotonic()

@@ -93,6 +93,24 @@ def test_many_values_leave_the_bar_its_place_in_a_narrow_window(tmp_path, monkey
     assert all(name in said for name in names)
 
 
+def test_the_bar_shows_speed_and_the_last_accuracy(tmp_path, monkeypatch):
+    with terminal(monkeypatch) as written, RunLog(tmp_path, steps=10, start=0) as log:
+        monkeypatch.setenv("COLUMNS", "120")
+        log.record(2, {"knn/top1@20": 0.4321, "knn/top5@20": 0.9})
+        log.step(3, {"dino": 1.0, "images_per_second": 123.4})
+        log.view.refresh()
+        said = written()
+    assert "30%" in said
+    assert "123 images/s  k-NN 0.432" in said
+
+
+def test_the_console_shows_some_values_and_the_log_all(tmp_path, capsys):
+    with RunLog(tmp_path, steps=10, start=0) as log:
+        log.step(5, {"dino": 1.5, "grad_backbone": 3.0, "lr": 0.001}, shown={"dino", "lr"})
+    assert capsys.readouterr().out.startswith("step 5/10  dino 1.5  lr 0.001  left 0:00:0")
+    assert "dino 1.5  grad_backbone 3  lr 0.001" in (tmp_path / "run.log").read_text()
+
+
 def test_while_an_evaluator_shows_its_bar_that_of_the_run_is_away(tmp_path, monkeypatch):
     with terminal(monkeypatch) as written, RunLog(tmp_path, steps=10, start=0) as log:
         log.step(3, {"dino": 1.0})

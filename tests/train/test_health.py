@@ -188,6 +188,14 @@ run: {precision: fp32, workers: 0, log_every: 4, checkpoint_every: 60}
 
 
 @pytest.fixture
+def recipe(tmp_path):
+    """recipe(*overrides): one of 64 prototypes."""
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN)
+    return lambda *words: load_recipe(file, ["data.path=x", "heads.cls.prototypes=64", *words])
+
+
+@pytest.fixture
 def run(tmp_path):
     """run(pixels, *overrides): a run on these images (n, S, S, 3); its last verdict, records and log."""
     file = tmp_path / "run.yaml"
@@ -303,31 +311,46 @@ HEALTHY = {
         ({"brightness_agreement": 0.2, "health/brightness_share": 0.8}, None),
     ],
 )
-def test_verdicts_by_their_records(changed, name):
-    recipe = load_recipe("scenes_cpu")
-    verdict = diagnose(series(1000, **{**HEALTHY, **changed}), recipe, images=1000)
+def test_verdicts_by_their_records(changed, name, recipe):
+    verdict = diagnose(series(1000, **{**HEALTHY, **changed}), recipe(), images=1000)
     assert (verdict.name if verdict else None) == name
 
 
-def test_a_run_that_only_began_has_no_verdict():
-    assert diagnose([], load_recipe("scenes_cpu"), 1000) is None
+def test_what_only_began_has_no_verdict(recipe):
+    assert diagnose([], recipe(), 1000) is None
     worst = {"prototypes_used": 1.0, "feature_rank": 1.0}
-    assert diagnose(series(40, **worst), load_recipe("scenes_cpu"), 1000) is None
+    assert diagnose(series(60, **worst), recipe(), 1000) is None
+    late = [r | ({"prototypes_used": 1.0} if r["step"] > 160 else {}) for r in series(200, koleo=1.0)]
+    assert diagnose(late, recipe(), 1000) is None  # a loss that joined 40 steps ago
+    assert diagnose(series(200, **worst), recipe(), 1000).name == "one prototype"
 
 
-def test_few_passes_over_the_images_are_not_data_bound():
+def test_few_passes_over_the_images_are_not_data_bound(recipe):
     falling = {**HEALTHY, "knn/top1@20": lambda t: 0.6 - 0.2 * abs(t - 0.4)}
-    assert diagnose(series(1000, **falling), load_recipe("scenes_cpu"), images=100_000) is None
+    assert diagnose(series(1000, **falling), recipe(), images=100_000) is None
 
 
-def test_a_run_without_a_dino_loss_is_diagnosed_by_its_features():
-    recipe = load_recipe("scenes_cpu", ["losses.dino=null", "losses.ibot=null", "masks=null"])
+def test_a_run_without_a_dino_loss_is_diagnosed_by_its_features(recipe):
+    contrast = recipe(
+        "losses.dino=null", "losses.koleo=null", "losses.contrastive.weight=1.0", "heads.projector={}"
+    )
     features = {k: v for k, v in HEALTHY.items() if "feature" in k or "brightness" in k or "/" in k}
-    koleo = {"koleo": lambda t: 2 - t, **features}
-    assert diagnose(series(1000, **koleo), recipe, 1000) is None
-    collapsed = diagnose(series(1000, **{**koleo, "health/feature_rank": 1.01}), recipe, 1000)
-    assert collapsed is not None
+    signals = {"contrastive": lambda t: 2 - t, **features}
+    assert diagnose(series(1000, **signals), contrast, 1000) is None
+    collapsed = diagnose(series(1000, **{**signals, "health/feature_rank": 1.01}), contrast, 1000)
     assert collapsed.name == "rank collapse"
+    bound = {**signals, "knn/top1@20": lambda t: 0.6 - 0.2 * abs(t - 0.4)}
+    assert diagnose(series(1000, **bound), contrast, 1000).name == "data-bound"
+
+
+def test_a_purely_contrastive_run_has_the_signals_of_its_features(run):
+    projector = "heads.projector={hidden: 32, output: 16, layers: 2}"
+    removed = "losses.dino=null", "losses.koleo=null"
+    _, records, _ = run(textures(64), *removed, "losses.contrastive.weight=1.0", projector)
+    step = next(record for record in records if "lr" in record)
+    assert {"contrastive", "feature_rank", "brightness_agreement"} <= step.keys()
+    assert not {"target_entropy", "kl", "crop_agreement", "prototypes_used"} & step.keys()
+    assert any("health/shuffled_patches" in record for record in records[1:])
 
 
 def test_an_evaluated_run_is_probed_beside_its_evaluators(tmp_path):
