@@ -124,7 +124,7 @@ class RunLog:
             return
         texts = {name: f"{name} {_short(value)}" for name, value in values.items()}
         left = (time.monotonic() - self.begun) / max(step - self.start, 1) * (self.steps - step)
-        first, last = f"step {step}/{self.steps}", f"left {_clock(left)}"
+        first, last = f"step {step}/{self.steps}", f"left {clock(left)}"
         self._write("  ".join([first, *texts.values(), last]))
         chosen = [text for name, text in texts.items() if shown is None or name in shown]
         if self.live:
@@ -221,7 +221,8 @@ def _short(value: float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
