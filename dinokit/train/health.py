@@ -308,8 +308,8 @@ def _patch_order(h: History, _: int) -> Verdict | None:
     return Verdict(
         "shortcut",
         f"shuffling the patches of an image moves its class token by {share:.1%} of the variance: it counts "
-        f"colours and textures, and sees no shapes. Train longer, with a higher optim.lr, or with smaller "
-        f"patches.",
+        f"colours and textures, and sees no shapes. Begin a run with backbone.init=fan_in "
+        f"backbone.positions=sincos, or train longer.",
     )
 
 
