@@ -18,11 +18,17 @@ from dinokit.data.masks import BlockMasks
 
 TILE, GAP, TOP = 96, 6, 22  # pixels
 IMAGES, LOCALS = 4, 4
+# The scenes with the usual crops: their own recipe has no small ones.
+CROPS = [
+    "backbone.size=64", "crops.globals.size=64", f"crops.locals.count={LOCALS}", "crops.locals.size=32",
+    "crops.locals.scale=[0.1,0.4]", "crops.locals.blur=[0.0]", "crops.hue=0.1", "crops.gray=0.2",
+]  # fmt: skip
 
 
 def main(recipe_name: str = "scenes_cpu", *overrides: str) -> None:
     """Write the picture for the first images of a recipe."""
-    recipe = load_recipe(recipe_name, ["optim.batch=8", "masks.images=1.0", "run.workers=0", *overrides])
+    fixed = ["optim.batch=8", "masks.images=1.0", "run.workers=0", *CROPS]
+    recipe = load_recipe(recipe_name, [*fixed, *overrides])
     source, crops = registry.build("data.sources", recipe.data), recipe.crops
     side = crops.globals.size // recipe.backbone["patch"]
     masks = BlockMasks(recipe.masks, (side, side))
