@@ -1,7 +1,8 @@
 """State of unfinished work on disk, so that the same command resumes it after a stop or a crash.
 
 Every long computation (feature extraction, evaluators, lists of evaluations, curation stages) saves its state
-through PartialResult; a training run has checkpoints of its own (train/checkpoint.py).
+through PartialResult; a training run has checkpoints of its own (train/checkpoint.py). The cache of features
+(features/cache.py) keeps results in the same form.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -120,6 +121,4 @@ class PartialResult:
         except (OSError, RuntimeError) as error:
             # On a full disk torch raises a RuntimeError of its own while it handles the system's error.
             why = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise OSError(
-                f"Unfinished work could not be saved in {path.parent}: {why}. {self.advice}"
-            ) from None
+            raise OSError(f"Results could not be saved in {path.parent}: {why}. {self.advice}") from None
