@@ -93,8 +93,8 @@ def _by_content(train: Any, test: Any) -> set[int]:
         drawn = _evenly(range(len(test)), DRAWN)
         names = {str(test.name(i)) for i in drawn}
         same = [i for i in range(len(train)) if str(train.name(i)) in names]
-        among = {*same[:DRAWN], *_evenly(range(len(train)), DRAWN)}
-        digests = {_digest_of(train, i, _pixels) for i in among} - {""}
+        compared = {*same[:DRAWN], *_evenly(range(len(train)), DRAWN)}
+        digests = {_digest_of(train, i, _pixels) for i in compared} - {""}
         return {i for i in drawn if _digest_of(test, i, _pixels) in digests}
     sizes, of_train = _sizes(test), _sizes(train)
     tried = _evenly(np.flatnonzero(np.isin(sizes, of_train) & (sizes > 0)), READ)
