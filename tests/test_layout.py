@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "eval": "config data features heads models runtime weights",
     "evaluation": "config features models runtime weights",
     "features": "data models runtime",
-    "heads": "features models runtime",
+    "heads": "features models runtime weights",
     "hub": "heads models weights",
     "losses": "config models runtime",
     "models": "config",

@@ -16,6 +16,7 @@ from dinokit.features import last_blocks, spread_blocks
 from dinokit.heads import DPT, Depther, LinearDepth, LinearSegmenter, Segmenter
 from dinokit.models import Backbone
 from dinokit.runtime.files import atomic
+from dinokit.weights.checkpoint import open_checkpoint
 
 PREFIX = "decode_head."
 MIN_DEPTH = 1e-3  # metres
@@ -177,14 +178,7 @@ def _one_or_four(inputs: int, width: int, path: str | Path, what: str) -> int:
 
 
 def _read(path: str | Path) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise LookupError(f"There is no file {path} (looked from {Path.cwd()}).")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken zip, a foreign pickle, a short read: each has its own type
-        raise ValueError(f"{path} cannot be read as tensors only: {str(error).splitlines()[0]}") from None
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = open_checkpoint(path).tensors
     head = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
     return head or tensors
 

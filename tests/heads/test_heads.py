@@ -173,7 +173,7 @@ def test_files_that_do_not_fit_and_files_that_are_no_head_are_refused(tmp_path, 
     with pytest.raises(ValueError, match=r"another kind of head: it has no project"):
         load_depther(tmp_path / "seg.pth", vit)
     (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(ValueError, match=r"broken.pth cannot be read"):
+    with pytest.raises(ValueError, match=r"broken.pth .*cannot be read"):
         load_segmenter(tmp_path / "broken.pth", vit)
     with pytest.raises(LookupError, match="There is no file"):
         load_segmenter(tmp_path / "gone.pth", vit)
