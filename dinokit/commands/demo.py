@@ -1,4 +1,4 @@
-"""dinokit demo [key=value ...]: train on built-in scenes, evaluate, print tables; takes minutes.
+"""dinokit demo [key=value ...]: train on built-in scenes, evaluate, draw a picture; takes minutes.
 
 The run is in runs/demo. The keys are those of the recipe scenes_cpu.
 
@@ -6,10 +6,11 @@ dinokit demo
 dinokit demo optim.steps=200 run.out=runs/short
 """
 
+import time
 from dataclasses import replace
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dinokit import evaluation
 from dinokit.commands import Command
@@ -21,19 +22,32 @@ if TYPE_CHECKING:
     from dinokit.models import Backbone
 
 LIST = "eval_scenes"
-SHOWN = {
-    "linear": "top1",
-    "knn": "top1@20",
-    "logreg": "top1",
-    "retrieval": "mAP",
-    "segmentation": "mIoU",
-    "depth": "rmse",
-    "video": "J&F mean",
-}
-# What stands against the features: another method without them, or the same one on pixels.
-INSTEAD = {"segmentation": {"method": "majority"}, "depth": {"method": "mean"}}
-PATCHES = "video"  # its baseline is the pixels of each patch: the other pixels have no places
-PIXELS = {"blocks": [1], "pool": [False]}
+PIXELS = "pixels, averaged to 16 x 16"
+SHOWN_QUERIES, SHOWN_GALLERY = 4, 400  # test images in the picture
+
+
+class Row(NamedTuple):
+    """What the table shows of an evaluator."""
+
+    question: str
+    score: str
+    baseline: str
+    change: dict[str, Any]  # of the evaluator's settings, for the baseline
+
+
+ROWS = {
+    "linear": Row("which kind? a linear classifier on the features", "top1", PIXELS,
+                  {"blocks": [1], "pool": [False]}),
+    "knn": Row("which kind? a vote of the 20 most similar images", "top1@20", PIXELS, {}),
+    "logreg": Row("which kind? logistic regression on the features", "top1", PIXELS, {}),
+    "retrieval": Row("are the most similar images of the same kind?", "mAP", PIXELS, {}),
+    "segmentation": Row("which kind is each pixel? a vote of similar patches", "mIoU",
+                        "one class everywhere", {"method": "majority"}),
+    "depth": Row("how far is each pixel? a linear map of patches", "rmse",
+                 "the mean depth everywhere", {"method": "mean"}),
+    "video": Row("where do the objects of the first frame go?", "J&F mean", "pixels of each patch", {}),
+}  # fmt: skip
+LOWER_IS_BETTER = "rmse"  # in metres; the other scores are shares of 1
 
 
 def run(command: Command) -> None:
@@ -44,59 +58,97 @@ def run(command: Command) -> None:
     from dinokit.runtime.signals import stop_signals
 
     with stop_signals(between_items=True):  # around both: a signal at the last step also ends the evaluation
-        _evaluate(recipe, pretrain(recipe))
-
-
-def _evaluate(recipe: Recipe, out: str) -> None:
-    """What the run knows, against pixels and the untrained network."""
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
-    from dinokit.train.student_teacher import build_backbone
-
-    torch.manual_seed(recipe.run.seed)
-    trained = evaluation.load_evaluated(out, None, recipe.run.device)
-    place = next(trained.parameters()).device
-    pixels = {"name": "pixels", "size": recipe.crops.globals.size}
-    backbones = {
-        "raw pixels, 16 x 16": evaluation.load_evaluated(None, pixels, recipe.run.device),
-        "the same ViT, untrained": build_backbone(recipe).to(place).eval(),
-        "your DINOv2": trained,
-    }
-    table = Table(
-        "features",
-        "k-NN top-1 (k=20)",
-        title="Built-in scenes: ten shapes, test images never seen in training",
-    )
-    values = {key: value for key, value in recipe.evals["knn"].items() if key != "every"}
-    values = evaluation.with_data("knn", values, recipe.data)
-    for label, backbone in backbones.items():
-        table.add_row(label, f"{100 * evaluation.run_evaluator('knn', values, backbone)['top1@20']:.1f} %")
-    Console().print(table)
-    patches = {"name": "raw_patches", "size": recipe.crops.globals.size, "patch": trained.patch,
-               "cell": gcd(4, trained.patch)}  # fmt: skip
-    instead = backbones["raw pixels, 16 x 16"], evaluation.load_evaluated(None, patches, recipe.run.device)
-    _evaluate_all(Path(out), trained, *instead)
+        begin = time.monotonic()
+        print(f"1 of 3: training a small ViT for {recipe.optim.steps} steps, on images without labels")
+        out = Path(pretrain(recipe))
+        minutes = (time.monotonic() - begin) / 60
+        print(f"2 of 3: evaluating it on {len(ROWS)} tasks, beside baselines ({minutes:.1f} minutes so far)")
+        backbone = evaluation.load_evaluated(str(out), None, recipe.run.device)
+        _evaluate(recipe, out, backbone)
+        print(f"3 of 3: drawing {_draw(recipe, out, backbone)}")
     print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
+    print(f"All scores: dinokit results {out}   time: {(time.monotonic() - begin) / 60:.1f} minutes")
     print("Now your own: dinokit train small_photos data.path=PHOTOS run.out=runs/photos")
 
 
-def _evaluate_all(out: Path, trained: "Backbone", pixels: "Backbone", patches: "Backbone") -> None:
-    """Every evaluator on the trained backbone and on a baseline; results go to the run, as of `eval all`."""
+def _evaluate(recipe: Recipe, out: Path, trained: "Backbone") -> None:
+    """Every evaluator on the trained backbone and its baseline; results go to the run, as of `eval all`."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("evaluator", "score", "your DINOv2", "baseline", "", title="All evaluators")
+    untrained = _untrained_knn(recipe, trained)
+    size, device = recipe.crops.globals.size, recipe.run.device
+    pixels = evaluation.load_evaluated(None, {"name": "pixels", "size": size}, device)
+    # The other pixels have no places, which video needs.
+    patches = {"name": "raw_patches", "size": size, "patch": trained.patch, "cell": gcd(4, trained.patch)}
+    title = "Built-in scenes: ten kinds of objects, test images never seen in training"
+    table = Table("evaluator", "question", "score", "your network", "baseline", "", title=title)
     about = {**evaluation.describe_evaluated(str(out), trained), "eval_recipe": LIST}
-    for each, base in zip(evaluation.read_list(LIST, {}), evaluation.read_list(LIST, {}), strict=True):
-        score = SHOWN[each.name]
-        ours = evaluate_job(each, trained, str(out), about, out, True)[score]
-        change = INSTEAD.get(each.name, {key: v for key, v in PIXELS.items() if key in base.values})
-        base = replace(base, values={**base.values, **change})
-        against = patches if each.name == PATCHES else pixels
-        theirs = evaluate_job(base, against, "pixels", {}, None, True)[score]
-        what = " ".join(str(value) for value in INSTEAD.get(each.name, {}).values()) or "raw pixels"
-        table.add_row(each.name, score, f"{ours:.3f}", f"{theirs:.3f}", what)
+    for job, base in zip(evaluation.read_list(LIST, {}), evaluation.read_list(LIST, {}), strict=True):
+        begin, row = time.monotonic(), ROWS[job.name]
+        score = evaluate_job(job, trained, str(out), about, out, True)[row.score]
+        against = evaluation.load_evaluated(None, patches, device) if job.name == "video" else pixels
+        base = replace(base, values={**base.values, **row.change})
+        baseline = evaluate_job(base, against, "pixels", {}, None, True)[row.score]
+        ours, theirs = _shown(row.score, score), _shown(row.score, baseline)
+        table.add_row(job.name, row.question, row.score, ours, theirs, row.baseline)
+        if job.name == "knn":
+            table.add_row("", "", "", "", _shown(row.score, untrained), "the same ViT, untrained")
+        seconds = time.monotonic() - begin
+        print(f"  {job.name}: {ours}, {row.baseline} {theirs}  ({seconds:.0f} s)", flush=True)
     Console().print(table)
-    print("RMSE is in metres, and less is better. All scores: dinokit results " + str(out))
+
+
+def _untrained_knn(recipe: Recipe, trained: "Backbone") -> float:
+    import torch
+
+    from dinokit.features import device_of
+    from dinokit.train.student_teacher import build_backbone
+
+    torch.manual_seed(recipe.run.seed)
+    untrained = build_backbone(recipe).to(device_of(trained)).eval()
+    return evaluation.run_evaluator("knn", _knn_settings(), untrained)["top1@20"]
+
+
+def _knn_settings() -> dict[str, Any]:
+    return next(job.values for job in evaluation.read_list(LIST, {}) if job.name == "knn")
+
+
+def _shown(score: str, value: float) -> str:
+    return f"{value:.2f} m (less is better)" if score == LOWER_IS_BETTER else f"{100 * value:.1f} %"
+
+
+def _draw(recipe: Recipe, out: Path, backbone: "Backbone") -> Path:
+    """A picture of crops, of patch features and of nearest neighbours. Returns its path."""
+    import numpy as np
+    import torch
+
+    from dinokit import viz
+    from dinokit.config import registry
+    from dinokit.features import device_of, frozen, normalised
+
+    source = registry.build("data.sources", _knn_settings()["test"])
+    count = min(SHOWN_GALLERY, len(source))
+    read = [source[index] for index in range(count)]
+    images = np.stack([np.asarray(image) for image, _ in read])
+    x = normalised(backbone, torch.from_numpy(images).movedim(3, 1).to(device_of(backbone)))
+    with frozen(backbone), torch.inference_mode():
+        tokens = [backbone([part], [None])[0] for part in x.split(100)]
+    features = torch.cat([t.cls for t in tokens]).cpu()
+    side = x.shape[-1] // backbone.patch
+    patches = tokens[0].patches[:10].unflatten(1, (side, side)).cpu()
+    queries = [index * count // SHOWN_QUERIES + index for index in range(SHOWN_QUERIES)]
+    panels = {
+        "What training sees: large crops, the same with hidden patches, small crops": viz.crops(
+            recipe, registry.build("data.sources", recipe.data)
+        ),
+        "Ten test images": viz.grid([list(images[:10])]),
+        "Their patches: similar features have similar colours (first three principal components)": viz.pca(
+            patches, tile=images.shape[1]
+        ),
+        "Test images, and those with the most similar features (green: the same kind)": viz.neighbours(
+            images, features, queries, k=9, labels=[label for _, label in read]
+        ),
+    }
+    viz.figure(panels, out / "demo.png")
+    return out / "demo.png"

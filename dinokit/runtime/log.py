@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,9 @@ from dinokit.runtime.files import write_text
 from dinokit.runtime.signals import Stopped, should_stop
 
 T = TypeVar("T")
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE = 12  # scores shown of a curve, the last ones
 
 
 class RunLog:
@@ -111,6 +114,20 @@ class RunLog:
             with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
 
+    def scores(self, step: int, name: str, scores: Mapping[str, float], seconds: float) -> None:
+        """Record the scores of evaluator `name` after `step` steps; show them and the curve of the first."""
+        values = {f"{name}/{key}": value for key, value in scores.items()}
+        self.record(step, values)
+        text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
+        self.info(f"{name} after step {step}: {text}  ({seconds:.1f} s)")
+        if not self.main:
+            return
+        first = next(iter(values))
+        past = [record[first] for record in read_records(self.metrics_path.parent) if record.get(first)]
+        if len(past) > 1:
+            bars = sparkline(past[-CURVE:]) + "  " if self.console.encoding.startswith("utf") else ""
+            self.info(f"{first} so far: {bars}{' '.join(f'{value:.3g}' for value in past[-CURVE:])}")
+
     def step(self, step: int, values: Mapping[str, float], shown: Container[str] | None = None) -> None:
         """Record the values after `step` steps, and show them with the remaining time.
 
@@ -146,6 +163,12 @@ def read_records(out: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             records.append(json.loads(line))
     return records
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A curve in one line of text: a bar for each finite value, from 0 or a lower least to the largest."""
+    low, high = min([0.0, *values]), max([0.0, *values])
+    return "".join(BARS[round((len(BARS) - 1) * (v - low) / max(high - low, 1e-12))] for v in values)
 
 
 def first_and_last_scores(out: Path) -> list[str]:

@@ -259,9 +259,7 @@ class Trainer:
             begin = time.monotonic()
             with self.log.paused(), eager(self.recipe.run):
                 scores = evaluator.evaluate(backbone)
-            self.log.record(step, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
-            text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
-            self.log.info(f"{evaluator.name} after step {step}: {text}  ({time.monotonic() - begin:.1f} s)")
+            self.log.scores(step, evaluator.name, scores, time.monotonic() - begin)
         self.since = time.monotonic()
 
     def log_verdict(self, step: int) -> None:
