@@ -1,0 +1,93 @@
+"""Pictures: colours of principal components, neighbours against brute force, crops as a step sees them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinokit import viz
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
+
+G = viz.GAP
+
+
+def tile(sheet, row, column, size):
+    top, left = G + row * (size + G), G + column * (size + G)
+    return sheet[top : top + size, left : left + size]
+
+
+def test_a_grid_has_its_pictures_on_white():
+    pictures = [np.full((4, 4, 3), value, np.uint8) for value in (10, 20, 30)]
+    sheet = viz.grid([pictures[:2], pictures[2:]])
+    assert sheet.shape == (2 * (4 + G) + G, 2 * (4 + G) + G, 3)
+    assert (tile(sheet, 0, 1, 4) == 20).all()
+    assert (tile(sheet, 1, 0, 4) == 30).all()
+    assert (tile(sheet, 1, 1, 4) == 255).all()
+
+
+def test_colours_of_patches_are_their_principal_components():
+    torch.manual_seed(0)
+    where = torch.rand(3, 4, 4, 3)  # three factors of different strength, each patch has its own
+    mixing = torch.linalg.qr(torch.randn(16, 3))[0] * torch.tensor([9.0, 3.0, 1.0])
+    sheet = viz.pca(where @ mixing.T + 5.0, tile=4)
+    assert sheet.dtype == np.uint8
+    for index in range(3):
+        colours = tile(sheet, 0, index, 4).reshape(-1, 3).astype(float)
+        for channel in range(3):
+            truth = where[index].flatten(0, 1)[:, channel].numpy()
+            correlation = np.corrcoef(colours[:, channel], truth)[0, 1]
+            assert abs(correlation) > 0.8
+
+
+def test_the_colour_of_a_patch_is_the_same_in_every_image():
+    torch.manual_seed(0)
+    features = torch.randn(2, 4, 4, 8)
+    features[1] = features[0].flip(0)
+    sheet = viz.pca(features, tile=4)
+    assert (tile(sheet, 0, 0, 4) == tile(sheet, 0, 1, 4)[::-1]).all()
+
+
+def test_neighbours_are_the_most_similar_others_and_framed_by_class():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (12, 10, 10, 3), dtype=np.uint8)
+    features = torch.from_numpy(rng.standard_normal((12, 5)))
+    labels = (np.arange(12) % 2).tolist()
+    sheet = viz.neighbours(images, features, [3, 7], k=4, labels=labels)
+    unit = features.numpy() / np.linalg.norm(features.numpy(), axis=1, keepdims=True)
+    inner = slice(viz.FRAME, -viz.FRAME)
+    for row, query in enumerate([3, 7]):
+        ranked = sorted((i for i in range(12) if i != query), key=lambda i: -float(unit[i] @ unit[query]))
+        assert (tile(sheet, row, 0, 10) == images[query]).all()
+        for column, index in enumerate(ranked[:4], start=1):
+            found = tile(sheet, row, column, 10)
+            assert (found[inner, inner] == images[index][inner, inner]).all()
+            assert tuple(found[0, 0]) == (viz.SAME if labels[index] == labels[query] else viz.OTHER)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_crops_are_those_of_a_step_with_masked_patches_grey(masked):
+    changes = ["data.size=32", "crops.globals.size=32", "crops.locals.count=2", "crops.locals.size=16"]
+    changes += ["crops.locals.scale=[0.1,0.3]", "crops.jitter=0", "crops.gray=0"]
+    recipe = load_recipe("scenes_cpu", changes + ([] if masked else ["masks=null", "losses.ibot=null", "heads.patch=null"]))
+    source = registry.build("data.sources", recipe.data)
+    sheet = viz.crops(recipe, source, images=3, tile=32)
+    across = (sheet.shape[1] - G) // (32 + G)
+    assert across == (2 + 2 + 2 if masked else 2 + 2)
+    assert (sheet.shape[0] - G) // (32 + G) == 3
+    if masked:
+        plain, hidden = tile(sheet, 0, 0, 32), tile(sheet, 0, 2, 32)
+        grey = (hidden == 128).all(axis=2)
+        assert 0.05 < grey.mean() < 0.6
+        assert (plain[~grey] == hidden[~grey]).all()
+        cells = grey.reshape(4, 8, 4, 8).mean(axis=(1, 3))
+        assert set(np.unique(cells)) <= {0.0, 1.0}
+    assert len(np.unique(tile(sheet, 2, across - 1, 32))) > 20
+
+
+def test_a_figure_is_a_png_with_all_pictures(tmp_path):
+    red, blue = (np.full((40, 80, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    viz.figure({"one": red, "two": blue}, tmp_path / "x.png")
+    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).reshape(-1, 3)
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        assert (pixels == colour).all(axis=1).mean() > 0.25
