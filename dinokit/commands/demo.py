@@ -77,7 +77,7 @@ def _evaluate(recipe: Recipe, out: Path, trained: "Backbone") -> None:
     from rich.table import Table
 
     untrained = _untrained_knn(recipe, trained)
-    size, device = recipe.crops.globals.size, recipe.run.device
+    size, device = trained.input.size, recipe.run.device
     pixels = evaluation.load_evaluated(None, {"name": "pixels", "size": size}, device)
     # The other pixels have no places, which video needs.
     patches = {"name": "raw_patches", "size": size, "patch": trained.patch, "cell": gcd(4, trained.patch)}

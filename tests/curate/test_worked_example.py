@@ -31,7 +31,7 @@ def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(photos, we
     (photos / "runs").mkdir()
     (photos / "runs" / "photos").symlink_to(weights)
     more = {
-        "curate": ["embed.workers=0", "dedup.similarity=1", "dedup.against=1", "seeds.flowers.k=8"],
+        "curate": ["embed.workers=0", "dedup.similarity=1", "dedup.against=1", "seeds.flowers.k=16"],
         "train": TINY,
         "search": [],
     }
