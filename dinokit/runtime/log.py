@@ -123,7 +123,11 @@ class RunLog:
         if not self.main:
             return
         first = next(iter(values))
-        past = [record[first] for record in read_records(self.metrics_path.parent) if record.get(first)]
+        past = [
+            record[first]
+            for record in read_records(self.metrics_path.parent)
+            if record.get(first) is not None
+        ]
         if len(past) > 1:
             bars = sparkline(past[-CURVE:]) + "  " if self.console.encoding.startswith("utf") else ""
             self.info(f"{first} so far: {bars}{' '.join(f'{value:.3g}' for value in past[-CURVE:])}")
