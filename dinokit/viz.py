@@ -1,26 +1,36 @@
-"""Pictures of data and features: crops of a recipe, principal components of patches, nearest neighbours.
+"""Pictures of data and features: crops of a recipe, principal components of patches, attention, neighbours.
 
-`crops`, `pca` and `neighbours` return uint8 arrays (H, W, 3); `figure` writes several under titles to a PNG.
+`crops` and `neighbours` return one sheet of tiles, uint8 (H, W, 3); `pca`, `attention` and `similarity`
+return pictures for each image. `figure` writes several under titles to a PNG; `line_chart` makes an SVG.
 
 b  images     h, w  patches down and across     D  width of features     S  side of an image in pixels
+H  heads of attention
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dinokit.config.load import Recipe
 from dinokit.data.augment import Photometric
+from dinokit.data.decode import ImageLike
 from dinokit.data.loader import training_loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import ImageSource
+from dinokit.data.transforms import FitTransform
+from dinokit.features.tokens import attention as class_attention
+from dinokit.features.tokens import dense, device_of, frozen, last_blocks, normalised
+from dinokit.models import Backbone
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
 
@@ -28,8 +38,13 @@ GAP = 2  # white pixels between tiles
 FRAME = 3  # pixels of the frame that says whether a neighbour has the class of its query
 SAME, OTHER = (40, 160, 60), (210, 50, 40)  # colours of that frame
 CLIPPED = 0.02  # share of the values of a principal component that may lie outside its colours, at each end
+FITTED = 100_000  # patches that principal components are fitted to, at most
 MASKED = 0.5  # grey of masked patches
+PATCHES = 16  # patches along the longer side of an image whose maps are drawn, at least
 DPI = 100
+HEAT = "inferno"
+LINES = "#3b82c4", "#d97706", "#2e9e5b", "#c0504d", "#8b5cf6", "#0d9488"  # read well on white and on black
+INK = "#010203"  # of axes and labels; becomes currentColor
 
 
 def crops(recipe: Recipe, source: ImageSource, images: int = 4, locals_: int = 4, tile: int = 96) -> Picture:
@@ -70,27 +85,122 @@ def crops(recipe: Recipe, source: ImageSource, images: int = 4, locals_: int = 4
     return grid([[column[row] for column in pictures] for row in range(images)])
 
 
-def pca(features: Tensor, tile: int = 96) -> Picture:
-    """The first three principal components of patch features as red, green and blue: one row of tiles.
+def pca(
+    backbone: Backbone, images: Sequence[ImageLike], size: int = 0, foreground: bool = False
+) -> list[Picture]:
+    """The first three principal components of patch features as red, green and blue, a picture an image.
 
-    The components are those of all images together, so the same colour means similar patches in all tiles.
+    The components are those of all images together: the same colour means similar patches in all pictures.
 
     Args:
-        features: (b, h, w, D), with three numbers or more per patch.
-        tile: pixels of the side of a tile.
+        backbone: one with patches.
+        images: as read from a source; they are resized as fit() does.
+        size: pixels of the longer side, 0: the backbone's, or 16 patches if that is more.
+        foreground: leave the background black, and fit the colours to the rest (DINOv2, figure 1).
+
+    Raises:
+        ValueError: if the backbone has no patches or other channels.
     """
-    shape = features.shape[:3]
-    x = features.flatten(0, 2).float()
+    inputs = [fit(backbone, image, size) for image in images]
+    colours = component_colours(patch_features(backbone, inputs), foreground)
+    return [enlarge(picture, x.shape[1], x.shape[2]) for picture, x in zip(colours, inputs, strict=True)]
+
+
+def component_colours(features: Sequence[Tensor], foreground: bool = False) -> list[Picture]:
+    """Principal components of the features (h, w, D) of images as colours (h, w, 3), as pca()."""
+    flat = torch.cat([x.flatten(0, 1) for x in features]).float()
+    kept = torch.ones(len(flat), dtype=torch.bool)
+    if foreground:
+        kept = torch.cat([mask.flatten() for mask in foreground_masks(features)])
+        kept = kept if kept.sum() > 3 else torch.ones_like(kept)
+    y = _components(flat[kept], 3)
+    low, high = (torch.quantile(y[:: len(y) // FITTED + 1], q, dim=0) for q in (CLIPPED, 1 - CLIPPED))
+    colours = torch.zeros(len(flat), 3)
+    colours[kept] = ((y - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    parts = colours.split([x.shape[0] * x.shape[1] for x in features])
+    return [
+        _to_pictures(part.unflatten(0, x.shape[:2]).movedim(2, 0)[None])[0]
+        for part, x in zip(parts, features, strict=True)
+    ]
+
+
+def foreground_masks(features: Sequence[Tensor]) -> list[Tensor]:
+    """Which patches (h, w) of features (h, w, D) are foreground, by the sign of the first component.
+
+    The component separates objects from background in features of a trained backbone (DINOv2, arXiv
+    2304.07193, section 7.5). Its sign has no meaning: the foreground is the side that has fewer of the
+    patches at the edges of the images.
+    """
+    first = _components(torch.cat([x.flatten(0, 1) for x in features]).float(), 1)[:, 0]
+    parts = first.split([x.shape[0] * x.shape[1] for x in features])
+    positive = [part.unflatten(0, x.shape[:2]) > 0 for part, x in zip(parts, features, strict=True)]
+    edges = torch.cat([torch.cat([m[0], m[-1], m[:, 0], m[:, -1]]) for m in positive])
+    return [~m for m in positive] if edges.float().mean() > 0.5 else positive
+
+
+def _components(x: Tensor, count: int) -> Tensor:
+    """The coordinates (n, count) of rows x (n, D) along their first principal axes."""
     x = x - x.mean(dim=0)
-    _, vectors = torch.linalg.eigh(x.T @ x)  # by eigenvalue, the largest last
-    axes = vectors[:, -3:].flip(1)
-    axes = (
-        axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    )  # an axis has no sign of its own
-    y = x @ axes
-    low, high = (torch.quantile(y[:: len(y) // 100_000 + 1], q, dim=0) for q in (CLIPPED, 1 - CLIPPED))
-    colours = ((y - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, shape).movedim(3, 1)
-    return grid([list(_to_pictures(F.interpolate(colours, (tile, tile))))])
+    fitted = x[:: len(x) // FITTED + 1]
+    _, vectors = torch.linalg.eigh(fitted.T @ fitted)  # by eigenvalue, the largest last
+    axes = vectors[:, -count:].flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # an axis has no sign itself
+    return x @ axes
+
+
+def attention(
+    backbone: Backbone, images: Sequence[ImageLike], size: int = 0, block: int = -1
+) -> list[list[Picture]]:
+    """Attention of the class token over the patches, a picture for each head of each image; bright is high.
+
+    Args:
+        backbone: a ViT.
+        images: as for pca().
+        size: as for pca().
+        block: its number; -1: the last one, as in DINO (arXiv 2104.14294, figure 1).
+
+    Raises:
+        ValueError: if the backbone has no such block or another kind of attention.
+    """
+    pictures = []
+    for image in images:
+        x = fit(backbone, image, size)
+        h, w = x.shape[1] // backbone.patch, x.shape[2] // backbone.patch
+        crops = normalised(backbone, x[None].to(device_of(backbone)))
+        heads = class_attention(backbone, crops, block)[0, :, -h * w :].unflatten(1, (h, w)).cpu()
+        pictures.append([enlarge(heat(m / m.max()), x.shape[1], x.shape[2]) for m in heads])
+    return pictures
+
+
+def similarity(
+    backbone: Backbone, images: Sequence[ImageLike], point: tuple[float, float] = (0.5, 0.5), size: int = 0
+) -> list[Picture]:
+    """The cosine of every patch with the patch at `point` of the first image; black is 0 or less, white 1.
+
+    Args:
+        backbone: one with patches.
+        images: as for pca().
+        point: across and down, as shares of the first image.
+        size: as for pca().
+    """
+    inputs = [fit(backbone, image, size) for image in images]
+    features = [F.normalize(x, dim=2) for x in patch_features(backbone, inputs)]
+    h, w, _ = features[0].shape
+    query = features[0][min(int(point[1] * h), h - 1), min(int(point[0] * w), w - 1)]
+    return [enlarge(heat(f @ query), x.shape[1], x.shape[2]) for f, x in zip(features, inputs, strict=True)]
+
+
+def fit(backbone: Backbone, image: ImageLike, size: int = 0) -> Tensor:
+    """The image (C, H, W), uint8 or in [0, 1], its longer side about `size`, both multiples of the patch."""
+    size = size or max(backbone.input.size, PATCHES * backbone.patch)
+    return FitTransform("resize", size, size, backbone.patch)(image)
+
+
+def patch_features(backbone: Backbone, images: Sequence[Tensor]) -> list[Tensor]:
+    """Features (h, w, D) of the patches of images (C, H, W) of any sizes, on the CPU."""
+    with frozen(backbone):
+        maps = [dense(backbone, x[None].to(device_of(backbone)), last_blocks(backbone, 1))[0] for x in images]
+    return [m.patches[0].movedim(0, 2).cpu() for m in maps]
 
 
 def neighbours(
@@ -105,20 +215,25 @@ def neighbours(
         k: neighbours in a row.
         labels: (n,) classes; a frame then is green around a neighbour of the query's class, else red.
     """
-    x = F.normalize(features.float(), dim=1)
     rows = []
-    for query in queries:
-        cosines = x @ x[query]
-        cosines[query] = -2.0
-        nearest = cosines.topk(k).indices.tolist()
+    for query, found in zip(queries, nearest(features, queries, k)[0].tolist(), strict=True):
         row = [images[query]]
-        for index in nearest:
+        for index in found:
             picture = images[index]
             if labels is not None:
                 picture = _framed(picture, SAME if labels[index] == labels[query] else OTHER)
             row.append(picture)
         rows.append(row)
     return grid(rows)
+
+
+def nearest(features: Tensor, queries: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
+    """The k rows of features (n, D) most similar to each query, and their cosines: (q, k), (q, k)."""
+    x = F.normalize(features.float(), dim=1)
+    cosines = x[list(queries)] @ x.T
+    cosines[torch.arange(len(queries)), list(queries)] = -2.0
+    values, indices = cosines.topk(min(k, len(x) - 1))
+    return indices, values
 
 
 def grid(rows: Sequence[Sequence[Picture]]) -> Picture:
@@ -150,6 +265,70 @@ def figure(panels: Mapping[str, Picture], path: Path) -> None:
         axes.set_title(text, loc="left", fontsize=10, pad=4)
         top -= GAP
     drawing.savefig(path)
+
+
+@dataclass
+class Line:
+    """A curve of a chart."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str = LINES[0]
+    dashed: bool = False
+
+
+def line_chart(
+    lines: Sequence[Line], marks: Sequence[float] = (), size: tuple[float, float] = (3.4, 1.9)
+) -> str:
+    """Curves as an <svg> element: text and axes in the colour of the page, which may be light or dark.
+
+    Args:
+        lines: at least one.
+        marks: places of vertical dotted lines.
+        size: width and height in inches of 72 pixels.
+    """
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "dinokit", "text.parse_math": False}
+    settings |= {"font.size": 8, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"]}
+    with rc_context(settings):
+        drawing = Figure(figsize=size, layout="constrained")
+        axes = drawing.add_subplot()
+        for place in marks:
+            axes.axvline(place, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
+        for line in lines:
+            style = {"linestyle": "--" if line.dashed else "-", "color": line.colour, "linewidth": 1.4}
+            axes.plot(line.x, line.y, marker="." if len(line.x) < 20 else "", markersize=4, **style)
+        axes.tick_params(colors=INK, length=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        file = StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        drawing.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue()
+    svg = re.sub(
+        r"<defs>\s*<style.*?</defs>", "", svg[svg.index("<svg") :], flags=re.S
+    )  # it has a rule for *
+    return re.sub(r' id="[a-z_.]+\d+"(?=>)', "", svg).replace(INK, "currentColor")
+
+
+def heat(values: Tensor) -> Picture:
+    """Numbers (h, w) in [0, 1] as colours from black to yellow."""
+    colours = colormaps[HEAT](values.clamp(0, 1).cpu().numpy())[..., :3]
+    return np.ascontiguousarray((colours * 255).round().astype(np.uint8))
+
+
+def enlarge(picture: Picture, height: int, width: int) -> Picture:
+    """A picture with every pixel repeated, to another size."""
+    h, w, _ = picture.shape
+    rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
+    return np.ascontiguousarray(picture[rows][:, columns])
+
+
+def to_picture(image: Tensor) -> Picture:
+    """An image (C, H, W), uint8 or in [0, 1], as (H, W, 3)."""
+    x = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    return _to_pictures(x[None])[0]
 
 
 def _to_pictures(x: Tensor) -> Picture:

@@ -19,10 +19,10 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "commands config",
     "bench": "config data features models runtime train",
-    "commands": "bench config curate data evaluation features hub models results runtime "
+    "commands": "bench config curate data evaluation features hub models report results runtime "
                 "slurm train viz weights",
     "config": "",
-    "curate": "config data features models runtime weights",
+    "curate": "config data features models report runtime weights",
     "data": "config runtime",
     "eval": "config data features heads models runtime weights",
     "evaluation": "config features models runtime weights",
@@ -31,11 +31,12 @@ MAY_IMPORT = {
     "hub": "heads models weights",
     "losses": "config models runtime",
     "models": "config",
+    "report": "config data features models results runtime viz weights",
     "results": "config",
     "runtime": "config",
     "slurm": "config runtime",
     "train": "config data features losses models runtime weights",
-    "viz": "config data",
+    "viz": "config data features models",
     "weights": "config models runtime",
 }  # fmt: skip
 
@@ -43,7 +44,7 @@ MAY_IMPORT = {
 CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
     "faiss": "dinokit/curate/index.py",
-    "jinja2": "dinokit/*report*",
+    "jinja2": "dinokit/report/__init__.py",
     "matplotlib": "dinokit/viz.py dinokit/commands/sweep.py",
     "omegaconf": "dinokit/config/*.py",
     "onnxruntime": "dinokit/weights/formats/onnx.py",

@@ -1,5 +1,7 @@
 """Pictures: colours of principal components, neighbours against brute force, crops as a step sees them."""
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 import torch
@@ -28,15 +30,13 @@ def test_a_grid_has_its_pictures_on_white():
 
 def test_colours_of_patches_are_their_principal_components():
     torch.manual_seed(0)
-    where = torch.rand(3, 4, 4, 3)  # three factors of different strength, each patch has its own
+    where = torch.rand(3, 4, 5, 3)  # three factors of different strength, each patch has its own
     mixing = torch.linalg.qr(torch.randn(16, 3))[0] * torch.tensor([9.0, 3.0, 1.0])
-    sheet = viz.pca(where @ mixing.T + 5.0, tile=4)
-    assert sheet.dtype == np.uint8
-    for index in range(3):
-        colours = tile(sheet, 0, index, 4).reshape(-1, 3).astype(float)
+    pictures = viz.component_colours(where @ mixing.T + 5.0)
+    for picture, truth in zip(pictures, where, strict=True):
+        assert picture.dtype == np.uint8
         for channel in range(3):
-            truth = where[index].flatten(0, 1)[:, channel].numpy()
-            correlation = np.corrcoef(colours[:, channel], truth)[0, 1]
+            correlation = np.corrcoef(picture[..., channel].ravel(), truth[..., channel].ravel())[0, 1]
             assert abs(correlation) > 0.8
 
 
@@ -44,8 +44,65 @@ def test_the_colour_of_a_patch_is_the_same_in_every_image():
     torch.manual_seed(0)
     features = torch.randn(2, 4, 4, 8)
     features[1] = features[0].flip(0)
-    sheet = viz.pca(features, tile=4)
-    assert (tile(sheet, 0, 0, 4) == tile(sheet, 0, 1, 4)[::-1]).all()
+    a, b = viz.component_colours(features)
+    assert (a == b[::-1]).all()
+
+
+def planted() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Masks (3, 6, 6) of objects, and features whose strongest direction is that of the objects."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(3, 6, 6, dtype=torch.bool)
+    masks[0, 2:5, 1:4] = masks[1, 1:3, 2:5] = masks[2, 3:, 3:5] = True
+    direction, others = torch.randn(12, generator=generator), torch.randn(3, 6, 6, 12, generator=generator)
+    return masks, list(0.3 * others + 2.0 * masks[..., None] * direction)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_foreground_is_the_side_of_the_first_component_that_is_rare_at_edges(sign):
+    masks, features = planted()
+    assert torch.equal(torch.stack(viz.foreground_masks([sign * x for x in features])), masks)
+
+
+def test_a_picture_of_the_foreground_is_black_elsewhere():
+    masks, features = planted()
+    for mask, picture in zip(masks, viz.component_colours(features, foreground=True), strict=True):
+        assert not picture[~mask.numpy()].any()
+        assert picture[mask.numpy()].any(axis=1).mean() > 0.8
+
+
+def test_pictures_of_images_have_the_size_of_the_fitted_image(drawn):
+    vit = drawn(patch=14, size=56)
+    images = [Image.new("RGB", (120, 60), colour) for colour in ("red", "blue")]
+    assert [p.shape for p in viz.pca(vit, images, size=112)] == [(56, 112, 3)] * 2
+    assert [[p.shape for p in heads] for heads in viz.attention(vit, images, size=112)] == [
+        [(56, 112, 3)] * vit.heads
+    ] * 2
+    assert viz.fit(vit, images[0]).shape == (3, 112, 224)
+
+
+def test_similarity_is_the_cosine_with_the_patch_at_a_point(drawn):
+    vit, rng = drawn(patch=14, size=56), np.random.default_rng(0)
+    images = [rng.integers(0, 256, (56, 56, 3), np.uint8) for _ in range(2)]
+    pictures = viz.similarity(vit, images, point=(0.3, 0.9), size=56)
+    x = torch.nn.functional.normalize(
+        torch.stack(viz.patch_features(vit, [viz.fit(vit, i, 56) for i in images])), dim=3
+    )
+    cosines = (x @ x[0, 3, 1]).clamp(0, 1)  # row 3 of 4, column 1 of 4
+    for picture, expected in zip(pictures, cosines, strict=True):
+        assert (picture[::14, ::14] == viz.heat(expected)).all()
+    assert (pictures[0][3 * 14, 14] == viz.heat(torch.ones(1, 1))[0, 0]).all()
+
+
+def test_a_chart_is_an_svg_in_the_colour_of_the_page_and_without_an_address_to_load():
+    svg = viz.line_chart([viz.Line([0, 10, 20], [1.0, 3.0, 2.0])], marks=[5])
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "currentColor" in svg
+    assert "#000000" not in svg
+    links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith(("href", "src"))]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert root.find(".//{*}style") is None  # it would hold for the whole page
 
 
 def test_neighbours_are_the_most_similar_others_and_framed_by_class():
@@ -69,7 +126,9 @@ def test_neighbours_are_the_most_similar_others_and_framed_by_class():
 def test_crops_are_those_of_a_step_with_masked_patches_grey(masked):
     changes = ["data.size=32", "crops.globals.size=32", "crops.locals.count=2", "crops.locals.size=16"]
     changes += ["crops.locals.scale=[0.1,0.3]", "crops.jitter=0", "crops.gray=0"]
-    recipe = load_recipe("scenes_cpu", changes + ([] if masked else ["masks=null", "losses.ibot=null", "heads.patch=null"]))
+    recipe = load_recipe(
+        "scenes_cpu", changes + ([] if masked else ["masks=null", "losses.ibot=null", "heads.patch=null"])
+    )
     source = registry.build("data.sources", recipe.data)
     sheet = viz.crops(recipe, source, images=3, tile=32)
     across = (sheet.shape[1] - G) // (32 + G)

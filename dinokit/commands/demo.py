@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dinokit import evaluation
 from dinokit.commands import Command
 from dinokit.commands.eval import evaluate_job
-from dinokit.commands.train import pretrain
+from dinokit.commands.train import pretrain, write_report
 from dinokit.config.load import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def run(command: Command) -> None:
         backbone = evaluation.load_evaluated(str(out), None, recipe.run.device)
         _evaluate(recipe, out, backbone)
         print(f"3 of 3: drawing {_draw(recipe, out, backbone)}")
+        write_report(recipe)
     print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
     print(f"All scores: dinokit results {out}   time: {(time.monotonic() - begin) / 60:.1f} minutes")
     print("Now your own: dinokit train small_photos data.path=PHOTOS run.out=runs/photos")
@@ -133,18 +134,15 @@ def _draw(recipe: Recipe, out: Path, backbone: "Backbone") -> Path:
     images = np.stack([np.asarray(image) for image, _ in read])
     x = normalised(backbone, torch.from_numpy(images).movedim(3, 1).to(device_of(backbone)))
     with frozen(backbone), torch.inference_mode():
-        tokens = [backbone([part], [None])[0] for part in x.split(100)]
-    features = torch.cat([t.cls for t in tokens]).cpu()
-    side = x.shape[-1] // backbone.patch
-    patches = tokens[0].patches[:10].unflatten(1, (side, side)).cpu()
+        features = torch.cat([backbone([part], [None])[0].cls for part in x.split(100)]).cpu()
     queries = [index * count // SHOWN_QUERIES + index for index in range(SHOWN_QUERIES)]
     panels = {
         "What training sees: large crops, the same with hidden patches, small crops": viz.crops(
             recipe, registry.build("data.sources", recipe.data)
         ),
         "Ten test images": viz.grid([list(images[:10])]),
-        "Their patches: similar features have similar colours (first three principal components)": viz.pca(
-            patches, tile=images.shape[1]
+        "Their patches: similar features have similar colours (first three principal components)": viz.grid(
+            [viz.pca(backbone, [image for image, _ in read[:10]])]
         ),
         "Test images, and those with the most similar features (green: the same kind)": viz.neighbours(
             images, features, queries, k=9, labels=[label for _, label in read]

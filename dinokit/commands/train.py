@@ -9,10 +9,11 @@ dinokit train data.path=PHOTOS minutes=60
 dinokit train small_photos data.path=PHOTOS run.out=runs/photos
 """
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinokit import evaluation
 from dinokit.commands import Command
@@ -27,7 +28,10 @@ MULTI_PROCESS = RESUMES = True
 
 
 def run(command: Command) -> None:
-    pretrain(recipe_of(command))
+    recipe = recipe_of(command)
+    pretrain(recipe)
+    write_report(recipe)
+    show_next(recipe)
 
 
 def recipe_of(command: Command) -> Recipe:
@@ -87,6 +91,45 @@ def pretrain(recipe: Recipe) -> str:
 
     source = registry.build("data.sources", recipe.data)
     return str(trainer.train(recipe, source, _evaluators(recipe, source)))
+
+
+def write_report(recipe: Recipe) -> None:
+    """Write the report of a finished run, unless run.report=false. A failure is printed, and is no error."""
+    from dinokit.runtime.distributed import launch
+
+    if not recipe.run.report or launch().rank:
+        return
+    try:
+        from dinokit import report
+
+        print(f"report: {report.write_report([recipe.run.out], device=recipe.run.device)}")
+    except Exception as error:  # the run is complete without it
+        print(f"dinokit: the report was not written: {error or type(error).__name__}", file=sys.stderr)
+
+
+def show_next(recipe: Recipe) -> None:
+    """Print commands that use the result of a run, with its paths."""
+    from dinokit.runtime.distributed import launch
+
+    if launch().rank:
+        return
+    out, data = recipe.run.out, recipe.data
+    images = [f"data.{key}={data[key]}" for key in ("name", "path") if data.get(key)]
+    labelled = ["train.path=LABELLED/train", "test.path=LABELLED/test"]  # one sub-folder a class
+    commands = [
+        ["eval", "knn", f"weights={out}", *([] if "split" in data and _has_labels(data) else labelled)],
+        ["extract", f"weights={out}", *images, f"out={out}/features"],
+        ["export", f"weights={out}", "to=timm", f"out={out}/timm"],
+        ["report", out],
+    ]
+    print("What next:")
+    print(f"  from dinokit.weights import load_backbone; backbone = load_backbone({out!r})  # in Python")
+    for words in commands:
+        print(f"  dinokit {shlex.join(words)}")
+
+
+def _has_labels(data: Mapping[str, Any]) -> bool:
+    return bool(registry.build("data.sources", data).classes)
 
 
 def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:

@@ -9,13 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from dinokit.config import registry
 from dinokit.curate.index import Searcher, Vectors, save
 from dinokit.curate.settings import Embed, Index, Share
 from dinokit.data.files import ImageFiles, Names
 from dinokit.data.sources import ImageLike, ImageSource, images_stamp
+from dinokit.data.transforms import thumbnail
 from dinokit.features import Extraction, ExtractSpec, Subset, extract_to, fingerprint, open_store
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
@@ -200,18 +201,6 @@ def read_embeddings(image_set: ImageSet, images: np.ndarray, folder: Path, token
     store = open_store(folder / "store")
     rows = np.flatnonzero(np.isin(images, embedded, assume_unique=True))
     return Embeddings(Vectors(store.files(token), rows), embedded)
-
-
-def thumbnail(picture: ImageLike, side: int) -> Image.Image:
-    """An RGB image, no side longer than `side` pixels.
-
-    Of more than three channels the first three are shown, of 16 bits the upper 8.
-    """
-    if not isinstance(picture, Image.Image):
-        array = picture[..., :3] if picture.shape[2] >= 3 else picture[..., :1].repeat(3, axis=2)
-        top = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
-        picture = Image.fromarray((array.astype(np.float32) * (255 / top)).astype(np.uint8))
-    return ImageOps.contain(picture.convert("RGB"), (side, side))
 
 
 class ImageSearch:

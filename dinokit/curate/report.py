@@ -1,33 +1,30 @@
-"""Writes the results of a curation: manifest.csv, which data.name=manifest reads, and report.html.
-
-The page is made from the template report.html beside this file, which escapes all names.
-"""
+"""Writes the results of a curation: manifest.csv, which data.name=manifest reads, and report.html."""
 
 import csv
-from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.resources import files
-from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
 from PIL import Image
 
 from dinokit.curate.clustering import entropy
 from dinokit.curate.dedup import REASONS, Status, groups, load_status
-from dinokit.curate.image_sets import ImageSet, key_of, thumbnail
+from dinokit.curate.image_sets import ImageSet, key_of
 from dinokit.curate.retrieve import ALL, BALANCE, origins
 from dinokit.curate.settings import Config, Seeds
+from dinokit.data.transforms import thumbnail
+from dinokit.report import render
+from dinokit.report.pictures import Tile, data_uri
 from dinokit.runtime.files import atomic, write_text
 
 HEADER = ("path", "from", "rule", "query", "rank", "similarity", "cluster")
 SIDE = 112  # pixels of a picture
 ROW = 8  # pictures in a row
 BARS = 200  # bars of a diagram at most
-Rows = Iterator[tuple[str, list[dict[str, Any]]]]  # the title and the pictures of each row
+Rows = Iterator[tuple[str, list[Tile]]]  # the title and the pictures of each row
 
 
 def write_manifest(
@@ -121,14 +118,13 @@ def write_report(path: Path, data: ReportData) -> dict[str, Any]:
     status, shown = overlap["status"], overlap["shown"]
     cluster = np.load(data.folders["clusters"] / "clusters.npz")["cluster"]
     selected = np.load(data.folders["retrieve"] / "selection.npy")
-    template = files("dinokit.curate").joinpath("report.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     stages = [
         (name, values.get("seconds", ""), in_words({k: v for k, v in values.items() if k != "seconds"}))
         for name, values in data.figures.items()
     ]
-    text = page.render(
-        out=data.cfg.out,
+    text = render(
+        "curation.html",
+        title=f"Curation {data.cfg.out}",
         funnel=_funnel(status, selected, data),
         stages=stages,
         cluster_sizes=_cluster_sizes(status, cluster, selected),
@@ -140,7 +136,7 @@ def write_report(path: Path, data: ReportData) -> dict[str, Any]:
         cluster_count=len(np.unique(selected["cluster"])),
         cluster_rows=_clusters(selected, data),
     )
-    write_text(path, text + "\n")
+    write_text(path, text)
     return {"bytes": path.stat().st_size}
 
 
@@ -217,7 +213,7 @@ def _queries(selected: np.ndarray, data: ReportData) -> Rows:
                 _tile(data.sets["pool"], row["image"], f"{row['rank']}: {row['similarity']:.3f}")
                 for row in found[: ROW - 1]
             ]
-            seed = {**_tile(data.sets[f"seeds.{name}"], query, f"seed of {name}"), "is_query": True}
+            seed = _tile(data.sets[f"seeds.{name}"], query, f"seed of {name}", "query")
             yield f"retrieved {len(found)}", [seed, *tiles]
 
 
@@ -232,16 +228,12 @@ def _clusters(selected: np.ndarray, data: ReportData) -> Rows:
         yield f"{sizes[number]:,} images", [_tile(data.sets["pool"], image, "") for image in sample]
 
 
-def _tile(image_set: ImageSet, number: Any, caption: str) -> dict[str, Any]:
-    """A picture for the template; without its JPEG if it cannot be read."""
-    name, jpeg = image_set.name(int(number)), ""
-    try:
-        with BytesIO() as file:
-            thumbnail(image_set.picture(int(number)), SIDE).save(file, "JPEG", quality=75)
-            jpeg = b64encode(file.getvalue()).decode()
-    except (OSError, ValueError):
-        pass
-    return {"name": name, "short": PurePath(name).name, "caption": caption, "jpeg": jpeg}
+def _tile(image_set: ImageSet, number: Any, caption: str, kind: str = "") -> Tile:
+    """A picture for the template; without its pixels if it cannot be read."""
+    name, src = image_set.name(int(number)), ""
+    with suppress(OSError, ValueError):
+        src = data_uri(thumbnail(image_set.picture(int(number)), SIDE))
+    return Tile(name, caption, src, kind, PurePath(name).name)
 
 
 def in_words(figures: Mapping[str, Any]) -> str:

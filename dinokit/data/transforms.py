@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dinokit.config.load import CropGroup, Crops
@@ -279,6 +279,18 @@ def center_crop(image: ImageLike, resize_to: int, size: int) -> Tensor:
     pixels = resize(pixels, resize_to * height // short, resize_to * width // short)
     top, left = (round((side - size) / 2) for side in pixels.shape[2:])
     return pixels[0, :, top : top + size, left : left + size].contiguous()
+
+
+def thumbnail(picture: ImageLike, side: int) -> Image.Image:
+    """An RGB image, no side longer than `side` pixels.
+
+    Of more than three channels the first three are shown, of 16 bits the upper 8.
+    """
+    if not isinstance(picture, Image.Image):
+        array = picture[..., :3] if picture.shape[2] >= 3 else picture[..., :1].repeat(3, axis=2)
+        top = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
+        picture = Image.fromarray((array.astype(np.float32) * (255 / top)).astype(np.uint8))
+    return ImageOps.contain(picture.convert("RGB"), (side, side))
 
 
 def size_of(image: ImageLike) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """A run's folder: recipe.yaml, env.json, metrics.jsonl, run.log, checkpoints/, teacher.safetensors.
 
+dinokit train also writes report.html there, at its end.
+
 It belongs to one recipe. With the same recipe the run resumes; with another one, that is an error.
 """
 
@@ -31,7 +33,7 @@ FREE = (
     "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
     "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.parallel",
     "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits", "run.tokens",
-    "run.keep_memory", "run.resume", "run.images", "data.memory_gib",
+    "run.keep_memory", "run.resume", "run.report", "run.images", "data.memory_gib",
 )  # fmt: skip
 STATED, CONTENTS = 100_000, 64  # images whose state, and whose content, a checkpoint records
 TIMES = "times of images"  # may change, as when images are copied, if sizes and contents do not

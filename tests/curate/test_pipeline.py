@@ -64,8 +64,8 @@ def test_seeds_retrieve_images_and_the_manifest_gives_the_reason(photos, weights
     assert all(Path(row["query"]).parent == photos / "seeds" for row in retrieved)
     assert all(1 <= int(row["rank"]) <= 8 and -1 <= float(row["similarity"]) <= 1 for row in retrieved)
     page = (out / "report.html").read_text()
-    assert "<td>of these retrieved by seeds.mine<td class=n>20" in page
-    assert page.count("<figure class=query") == page.count("<span>seed of mine") == 10
+    assert "<td>of these retrieved by seeds.mine</td><td class=n>20" in page
+    assert page.count('<figure class="query"') == page.count("<span>seed of mine") == 10
     curate(*words, f"seeds.mine.path={photos / 'seeds'}", "seeds.mine.k=2", "seeds.mine.strict=0.5")
     floor = min(float(row["similarity"]) for row in manifest(out))
     assert 0 < len(manifest(out)) < 20
