@@ -1,28 +1,35 @@
-"""dinokit report RUN [RUN...]: write RUN/report.html, one page about a run, or several side by side.
+"""dinokit report RUN [RUN...] [key=value ...]: write RUN/report.html, a page with curves and pictures.
 
 The page has a verdict in words, the curves of metrics.jsonl, all results, crops of training images, patch
-features as colours, attention maps, nearest neighbours, the recipe and the system. It loads nothing, so it
-can be sent by mail. A training writes it at its end (run.report=false does not). out=FILE is another place.
+features as colours, attention maps, nearest neighbours, facts about the images, the recipe and the system.
+Several runs stand side by side. The page loads nothing, so it can be sent by mail. A training writes it at
+its end (run.report=false turns that off).
 
 dinokit report runs/photos
 dinokit report runs/photos runs/try out=both.html
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from dinokit.commands import Command
-from dinokit.config.load import parse_overrides
+from dinokit.commands import Command, key_lines
+from dinokit.config.load import parse_overrides, section_values
 
-KEYS = {"out": "the file to write; report.html in the first run, if not given", "device": "cpu, cuda or auto"}
+
+@dataclass
+class Config:
+    out: str = ""  # the file to write; empty: report.html in the first run
+    device: str = "auto"  # cpu, cuda or auto
 
 
 def run(command: Command) -> None:
-    settings: dict[str, Any] = parse_overrides(command.settings)
-    wrong = set(settings) - set(KEYS)
-    if wrong:
-        raise ValueError(f"dinokit report has no key '{sorted(wrong)[0]}'; it has: {', '.join(KEYS)}.")
+    cfg = Config(**section_values("commands", "report", parse_overrides(command.settings), ""))
     if not command.words:
-        raise ValueError("Which run? Give one or more folders: dinokit report runs/photos")
+        raise ValueError("Which run? Give one or more folders of runs: dinokit report runs/photos")
     from dinokit.report import write_report
 
-    print(write_report(command.words, settings.get("out"), str(settings.get("device", "auto"))))
+    print(write_report(command.words, cfg.out or None, cfg.device))
+
+
+def describe(words: Sequence[str]) -> str:
+    return "\n".join(["keys:", *key_lines("commands", "report")])

@@ -16,6 +16,7 @@ from dinokit import __version__, results, viz
 from dinokit.config.load import Recipe, load_recipe
 from dinokit.report.pictures import Pictures
 from dinokit.runtime.files import write_text
+from dinokit.runtime.log import read_records
 
 NAME = "report.html"
 RISE = 0.02  # of an accuracy: more than the noise of 1,000 test images
@@ -110,15 +111,10 @@ def read_run(folder: Path, number: int = 0) -> Run:
     file = folder / "recipe.yaml"
     if not file.is_file():
         raise LookupError(f"{folder} is not a run: it has no recipe.yaml. dinokit train makes runs.")
-    env, records = {}, []
+    env: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-    metrics = folder / results.METRICS
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
-        with suppress(ValueError):  # cut short when the run was killed
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
-                records.append(record)
+    records = [record for record in read_records(folder) if "step" in record]
     text = file.read_text(encoding="utf-8", errors="replace")
     return Run(folder, load_recipe(file), text, env, records, viz.LINES[number % len(viz.LINES)])
 
@@ -152,8 +148,11 @@ def summary(run: Run) -> Summary:
         sentences.append(f"{key}: {values[0]:.4g} at first, {values[-1]:.4g} at last, best {best:.4g}.")
     verdicts = {r["step"]: r for r in run.records if isinstance(r.get("verdict"), str)}
     sentences += [
-        f"Verdict after step {step}: {r['verdict']}. {r.get('advice', '')}" for step, r in verdicts.items()
+        f"Verdict after step {step}: {r['verdict']}: {r.get('advice', 'see run.log.')}"
+        for step, r in verdicts.items()
     ]
+    if not verdicts and "feature_rank" in _keys([run]):
+        sentences.append("The checks of signals found nothing wrong.")
     if run.steps in verdicts:
         return Summary(f"Something is wrong: {verdicts[run.steps]['verdict']}", "bad", sentences)
     first = next((values for key, values in changes.items() if key.startswith("knn/")), [])

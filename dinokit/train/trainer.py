@@ -266,7 +266,7 @@ class Trainer:
         """Log what is wrong with the run so far, if anything is."""
         verdict = diagnose(read_records(self.out), self.recipe, len(self.source)) if rank() == 0 else None
         if verdict:
-            self.log.record(step, {"verdict": verdict.name})
+            self.log.record(step, {"verdict": verdict.name, "advice": verdict.text})
             self.log.info(f"verdict after step {step}: {verdict.name}: {verdict.text}")
 
     def save_checkpoint(self, step: int) -> None:
