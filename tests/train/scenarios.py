@@ -16,6 +16,7 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
+from dinokit.losses.contrastive import info_nce
 from dinokit.runtime.distributed import gather_objects, rank, world_size
 from dinokit.runtime.launch import Watchdog, process_group
 from dinokit.runtime.signals import Stopped
@@ -73,6 +74,15 @@ def unequal(backbone):
     for _ in range(1 + 2 * rank()):
         tokens = backbone([torch.ones(1, 3, 32, 32)], [None])[0]
     return {"size": float(tokens.cls.norm())}
+
+
+def contrast(folder):
+    """Loss and gradient of this process's images, compared with those of all processes."""
+    with process_group(CPU, 1):
+        z = torch.load(f"{folder}/z.pt").chunk(world_size(), dim=1)[rank()].clone().requires_grad_()
+        loss = info_nce(z, 2, 0.2, distributed=True)
+        loss.backward()
+        torch.save({"loss": loss.detach(), "grad": z.grad}, f"{folder}/{rank()}.pt")
 
 
 def fail_in_one(recipe, overrides):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dinokit.config import registry
+from dinokit.losses.contrastive import info_nce
 from dinokit.train import trainer
 from dinokit.train.parallel import choose, gradient_sync, unsharded_backbone
 from dinokit.train.schedule import accumulation
@@ -155,3 +156,15 @@ def test_two_gpus_do_what_one_does(tiny, recipe_file, overrides, together, nearl
     together(2, "several_runs", str(recipe_file), runs)
     nearly_same("one", "ddp")
     nearly_same("one", "fsdp")
+
+
+def test_a_contrast_over_all_processes_is_that_of_one_with_all_images(together, tmp_path):
+    z = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
+    torch.save(z, tmp_path / "z.pt")
+    together(2, "contrast", str(tmp_path))
+    z.requires_grad_()
+    whole = info_nce(z, 2, 0.2)
+    whole.backward()
+    got = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close((got[0]["loss"] + got[1]["loss"]) / 2, whole.detach())
+    torch.testing.assert_close(torch.cat([each["grad"] for each in got], dim=1) / 2, z.grad)
