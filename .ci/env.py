@@ -80,7 +80,9 @@ def make_thin(shared: Path) -> None:
     """The clone's .venv over `shared`, made again if that, pyproject.toml or the clone's path changes."""
     folder = ROOT / ".venv"
     marker = folder / ".complete"
-    state = digest(str(shared), str(ROOT), (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    state = digest(
+        "with torchrun", str(shared), str(ROOT), (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    )
     if (folder / "bin/python").exists() and marker.exists() and marker.read_text() == state:
         return
     say(f"Making {folder}.")
@@ -90,6 +92,11 @@ def make_thin(shared: Path) -> None:
     (folder / "bin/ruff").symlink_to(shared / "bin/ruff")  # a program: `python -m ruff` looks for it there
     python = str(folder / "bin/python")
     pip(shared, "--python", python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    # A folder `dinokit` that Python is started above, such as the clone, would hide the editable package.
+    (packages / "dinokit").symlink_to(ROOT / "dinokit")
+    torchrun = folder / "bin/torchrun"
+    torchrun.write_text(f"#!{python}\nimport sys\nfrom torch.distributed.run import main\nsys.exit(main())\n")
+    torchrun.chmod(0o755)
     marker.write_text(state)
 
 

@@ -3,13 +3,18 @@
 import ast
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from dinokit import __version__
 from dinokit.commands import parse
 from dinokit.config import registry
+from dinokit.runtime.files import printable
 
 OPTIONS = {
     "--help": "help for a command: usage, keys, examples",
@@ -31,12 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         if "--traceback" in argv:
             raise
-        print(f"dinokit: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        if place := _foreign_place(error):  # not written to be read alone, as ours are
+            text = f"{type(error).__name__}: {text} ({place}; --traceback shows more)"
+        print("dinokit: " + "\n    ".join(map(printable, text.splitlines())), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(": ".join(["dinokit", "interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
     return 0
+
+
+def _foreign_place(error: BaseException) -> str:
+    """The last line of the user's own code that an error came through; "" if there is none."""
+    ours = {Path(str(files(name))).resolve() for name in ("dinokit", "dinokit.eval", "dinokit.slurm")}
+    libraries = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        above = set(Path(frame.filename).resolve().parents)
+        packages = {folder / name for folder in map(Path, sys.path) for name in registry.trusted()}
+        foreign = not above & (ours | libraries) and "site-packages" not in frame.filename
+        if (foreign or above & packages) and Path(frame.filename).is_file():
+            return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
+    return ""
 
 
 def command() -> NoReturn:

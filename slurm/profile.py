@@ -48,6 +48,12 @@ class Config:
             raise ValueError(
                 f"notice={self.notice} seconds are all of hours={self.hours:g}: no time to work is left."
             )
+        given = {**vars(self), **{f"sbatch.{key}": f"{key}{value}" for key, value in self.sbatch.items()}}
+        for key, value in given.items():
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(
+                    f"{key}={value!r} has a control character: it would become a line of the batch script."
+                )
         if self.venv and self.container:
             raise ValueError("venv and container are given, but Python can be in only one of them.")
 

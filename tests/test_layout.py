@@ -17,7 +17,7 @@ FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
 # A room is a file or folder right below dinokit/, or eval/, or slurm/. It imports those in its row alone.
 MAY_IMPORT = {
     "__init__": "",
-    "__main__": "commands config",
+    "__main__": "commands config runtime",
     "bench": "config data features models runtime train",
     "commands": "bench config curate data evaluation features hub models report results runtime "
                 "slurm train viz weights",

@@ -1,13 +1,16 @@
 """A newcomer's loss, backbone, source and evaluator, each one file of another package, in a whole run."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dinokit import __version__
 from dinokit.__main__ import main
 
+ROOT = Path(__file__).parent.parent
 LOSS = """
 from dataclasses import dataclass
 
@@ -149,3 +152,33 @@ def test_four_files_from_outside_train_are_saved_and_evaluated(guest, capsys):
     assert [line["step"] for line in lines if line.get("guest.count/images") == 24.0] == [0, 2, 3]
     assert main(["eval", "guest.count", f"weights={out}", "factor=1", "--traceback"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 12.0
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/bin/torchrun").exists(), reason="no environment of this clone")
+def test_the_environment_of_a_clone_has_torchrun_and_works_above_the_clone(tmp_path):
+    (tmp_path / "dinokit").symlink_to(ROOT)
+    python, code = ROOT / ".venv/bin/python", "import dinokit, dinokit.eval; print(dinokit.__version__)"
+    shown = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.stdout.strip() == __version__, shown.stderr
+    command = [ROOT / ".venv/bin/torchrun", "--standalone", "-m", "dinokit", "--version"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert shown.stdout.strip() == f"dinokit {__version__}", shown.stderr
+
+
+@pytest.mark.parametrize("error", ["{}[0]", "[][3]", "open('nothing')", "int('x')"])
+def test_an_error_of_a_foreign_evaluator_shows_its_type_and_its_line(tmp_path, monkeypatch, capsys, error):
+    package = tmp_path / f"guest{abs(hash(error))}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    config = EVALUATOR.split("def evaluate", maxsplit=1)[0]
+    (package / "bad.py").write_text(f"{config}def evaluate(cfg, backbone):\n    {error}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = ["test.name=scenes", "test.size=32", "test.count=2", "test.test_count=2"]
+    assert main(["eval", f"{package.name}.bad", "backbone.name=pixels", "device=cpu", *data]) == 2
+    told = capsys.readouterr().err
+    assert any(
+        kind in told for kind in ("KeyError: 0", "IndexError: list", "FileNotFoundError: ", "ValueError: inv")
+    )
+    assert "bad.py, line " in told
+    assert main(["eval", "knn", "backbone.name=pixels", "train.path=/no", "test.path=/no"]) == 2
+    assert "line" not in capsys.readouterr().err  # our own are sentences

@@ -30,8 +30,10 @@ RESUMES = True
 def run(command: Command) -> None:
     (cfg, sections, rules), until, (number, of) = check(command)
     from dinokit.curate.pipeline import curate
+    from dinokit.runtime.launch import folder_lock
 
-    figures = curate(cfg, sections, rules, partial(print, flush=True), until, Share(number, of))
+    with folder_lock(Path(cfg.out), f"{number}-{of}" if of > 1 else ""):
+        figures = curate(cfg, sections, rules, partial(print, flush=True), until, Share(number, of))
     if until == STAGES[-1]:
         out = Path(cfg.out)
         figures = {"manifest": str(out / "manifest.csv"), "report": str(out / "report.html")}

@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,7 @@ def evaluate_job(
     from dinokit.features import device_of
     from dinokit.runtime.device import pick_precision
     from dinokit.runtime.distributed import cache_folder, rank
+    from dinokit.runtime.launch import run_lock
 
     keys, start = {f.name for f in fields(registry.read_config("eval", job.name))}, time.monotonic()
     if "cache" in keys and job.values["cache"] is None and cache:
@@ -161,7 +163,9 @@ def evaluate_job(
         # Many files may have their results in one folder, as a run's teachers do, but each has its own heads.
         file = f"{Path(name).stem}_" if Path(name).is_file() else ""
         job.values["out"] = str(folder / f"{file}{job.label}")
-    scores = evaluation.run_evaluator(job.name, job.values, backbone)
+    held = job.values.get("out") if "out" in keys else None
+    with run_lock(Path(held), "out") if held else nullcontext():
+        scores = evaluation.run_evaluator(job.name, job.values, backbone)
     measured = {
         "transform": evaluation.transform_of(job.values, backbone),
         "seconds": time.monotonic() - start,

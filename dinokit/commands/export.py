@@ -48,11 +48,15 @@ def run(command: Command) -> None:
     if out.is_dir() if file else out.is_file():
         have, new = ("folder", "file") if file else ("file", "folder")
         raise ValueError(f"out={out} is a {have}, but to={cfg.to} writes a {new}: give another out.")
+    from dinokit.runtime.launch import locked, refuse_locked
     from dinokit.weights import load_backbone
     from dinokit.weights.formats import export
 
-    for line in export(load_backbone(cfg.weights, heads=cfg.heads or None), cfg.to, out, cfg.size or None):
-        print(line)
+    backbone = load_backbone(cfg.weights, heads=cfg.heads or None)
+    with locked([(out.absolute().with_name(f".{out.name}.lock"), False)]) as who:
+        refuse_locked(f"out={out}", who)
+        for line in export(backbone, cfg.to, out, cfg.size or None):
+            print(line)
 
 
 def describe(words: Sequence[str]) -> str:

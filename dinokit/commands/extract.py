@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dinokit.commands import Command, key_lines, parse_part
 from dinokit.config import registry
 from dinokit.config.load import parse_overrides, section_values
+from dinokit.runtime.files import printable, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -65,12 +66,18 @@ class Config:
 
 def run(command: Command) -> None:
     config = check(command)
-    images, done = _begin(config)
-    print(f"{images} images, {done} of them done already, out={config.out}", flush=True)
-    screen = Screen(images, done)
-    with screen.progress:
-        _compute(config, screen)
-    print(json.dumps({"out": config.out, **_end(config), **screen.speed()}))
+    from dinokit.runtime.distributed import launch
+    from dinokit.runtime.launch import folder_lock
+
+    (number, of), ours = parse_part(config.part), launch()
+    shares = of * ours.world
+    with folder_lock(Path(config.out), f"{number + of * ours.rank}-{shares}" if shares > 1 else ""):
+        images, done = _begin(config)
+        print(f"{images} images, {done} of them done already, out={config.out}", flush=True)
+        screen = Screen(images, done)
+        with screen.progress:
+            _compute(config, screen)
+        print(json.dumps({"out": config.out, **_end(config), **screen.speed()}))
 
 
 def check(command: Command) -> Config:
@@ -111,7 +118,7 @@ class Screen:
     def __call__(self, images: int, names: Sequence[str]) -> None:
         self.done += images
         for text in names[: max(SHOWN - self.unreadable, 0)]:
-            self.progress.console.print(text, markup=False, soft_wrap=True)
+            self.progress.console.print(printable(text), markup=False, soft_wrap=True)
         self.unreadable += len(names)
         speed = f"{self.speed()['images_per_second']:.4g} images/s"
         self.progress.update(self.task, completed=self.done, speed=speed)
@@ -159,7 +166,6 @@ def _end(config: Config) -> dict[str, Any]:
     """Write the names of unreadable images to OUT/unreadable.txt. Returns a summary of the store."""
     from dinokit.features.store import missing_shards, open_store, unreadable_names
     from dinokit.runtime.distributed import launch
-    from dinokit.runtime.files import write_text
 
     out = Path(config.out)
     about = json.loads((out / "store.json").read_text(encoding="utf-8"))
@@ -170,7 +176,7 @@ def _end(config: Config) -> dict[str, Any]:
     else:
         store = open_store(out)
         names = [name for name, good in zip(store.iter_names(), store.valid, strict=True) if not good]
-    write_text(out / "unreadable.txt", "".join(f"{name}\n" for name in names))
+    write_text(out / "unreadable.txt", "".join(f"{printable(name)}\n" for name in names))
     shapes = {token: entry["shape"] for token, entry in about["tokens"].items()}
     return {"images": about["images"], "unreadable": len(names), **shapes}
 

@@ -80,6 +80,11 @@ def trust(*packages: str) -> None:
     _trusted.update(packages)
 
 
+def trusted() -> set[str]:
+    """The packages that the user has named."""
+    return set(_trusted)
+
+
 def check_from_file(values: object, path: str | Path, what: str) -> None:
     """Refuse settings out of a file that would import a module, which runs its code, or read the environment.
 

@@ -238,7 +238,10 @@ def prepare_folder(out: Path, about: dict[str, Any], names: Iterable[str], clean
     saved = out / "store.json"
     # Check this first: another process that starts now writes store.json soon, before any shard.
     known = {"names.txt", saved.name}
-    foreign = out.exists() and any(not p.match(TEMPORARY) and p.name not in known for p in out.iterdir())
+    foreign = out.exists() and any(
+        not p.match(TEMPORARY) and p.name not in known and not p.name.startswith(".lock")
+        for p in out.iterdir()
+    )
     if saved.exists():
         _compare(out, json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(about)))
     elif foreign:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 TEMPORARY = ".*.part"  # names of unfinished files
 
@@ -29,6 +29,32 @@ def read_regular(path: str | Path) -> bytes:
     """The content of a file. Raises as open_regular()."""
     with open_regular(path) as file:
         return file.read()
+
+
+def open_own(path: Path, mode: Literal["a", "r+"]) -> IO[str]:
+    """Open a text file of our own to append or to change; it is made if it is missing.
+
+    Raises:
+        ValueError: for a link, a FIFO or a device.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_APPEND if mode == "a" else 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise ValueError(f"{path} is a link, and what it points to would be changed: remove it.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a file: remove it.")
+    return os.fdopen(descriptor, mode, encoding="utf-8", errors="replace")
+
+
+def printable(text: str) -> str:
+    """The text on one line: control characters, which could forge a line or move the cursor, are escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 @contextmanager

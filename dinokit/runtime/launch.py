@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Self
@@ -37,6 +37,7 @@ from dinokit.runtime.distributed import (
     slurm_job_id,
     world_size,
 )
+from dinokit.runtime.files import open_own, printable
 from dinokit.runtime.signals import Stopped
 
 FAILED = "failed"  # key in the store: the rank of the process that failed first
@@ -46,7 +47,7 @@ PATIENCE = 2.0  # seconds to wait for the cause of a lost connection
 LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of errors that follow from another process's exit
 SELF_EXPLAINING = ValueError, LookupError, OSError, KeyboardInterrupt  # errors that need no traceback
 BEFORE = 0.5  # seconds before the exit at which the reason is printed
-LOCK = ".lock"  # in the run's folder during the run
+LOCK = ".lock"  # in a folder that a command writes
 LEASE = 120.0  # seconds; a file server releases the locks of a lost machine after about 90 (NFS 4)
 LOCKED = errno.EACCES, errno.EAGAIN  # errors of a lock that another process has
 NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # errors of a file system that has none
@@ -272,43 +273,81 @@ def _stderr() -> IO[str]:
 
 
 @contextmanager
-def run_lock(out: Path) -> Iterator[None]:
-    """Lock a run's folder during the block. All processes enter it; process 0 has the lock.
-
-    A requeued job may find its own lock, left by a node that died: it waits LEASE seconds for its release.
+def run_lock(out: Path, key: str = "run.out") -> Iterator[None]:
+    """Lock a run's folder during the block. All processes enter it; process 0 has the lock. See locked().
 
     Raises:
         ValueError: in all processes, if another run uses the folder.
     """
-    is_new = not out.exists()
-    file, who = _take_lock(out / LOCK) if rank() == 0 else (None, "")
-    try:
-        if who := broadcast(who):
-            raise ValueError(
-                f"run.out={out} is in use by {who}. Two runs would spoil each other's files: wait for that "
-                f"one, or end it and give the same command again, or choose another run.out."
-            )
+    lock = locked([(out / LOCK, False)]) if rank() == 0 else nullcontext("")
+    with lock as who:
+        refuse_locked(f"{key}={out}", broadcast(who))
         yield
+
+
+@contextmanager
+def folder_lock(out: Path, part: str = "") -> Iterator[None]:
+    """Lock the folder of out= during the block, for one process. See locked().
+
+    With `part`, such as "3-16", other parts may be written at the same time, but not this one or the whole.
+
+    Raises:
+        ValueError: if another process uses it.
+    """
+    locks = [(out / LOCK, bool(part)), *([(out / f"{LOCK}.{part}", False)] if part else [])]
+    with locked(locks) as who:
+        refuse_locked(f"out={out}", who)
+        yield
+
+
+def refuse_locked(place: str, who: str) -> None:
+    """Raise a ValueError if `who`, as locked() gives it, is somebody."""
+    if who:
+        raise ValueError(
+            f"{place} is in use by {printable(who)}. Two runs would spoil each other's files: wait for that "
+            f"one, or end it and give the same command again, or choose another {place.partition('=')[0]}."
+        )
+
+
+@contextmanager
+def locked(locks: Sequence[tuple[Path, bool]]) -> Iterator[str]:
+    """Lock files during the block, each alone or shared. Gives who has one of them, else "".
+
+    A requeued job may find its own lock, left by a node that died: it waits LEASE seconds for its release.
+    """
+    new = [path.parent for path, _ in locks[:1] if not path.parent.exists()]
+    taken: list[tuple[Path, IO[str], bool]] = []
+    who = ""
+    try:
+        for path, shared in locks:
+            file, who = _take_lock(path, shared)
+            if file is not None:
+                taken.append((path, file, shared))
+            if who:
+                break
+        yield who
     finally:
-        if file is not None:
-            (out / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):  # a refused run leaves no folder; others have files in it
-                if is_new:
-                    out.rmdir()
+        for path, file, shared in reversed(taken):
+            with suppress(OSError):
+                if shared:  # others may still have it
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            for folder in new:
+                with suppress(OSError):  # a refused run leaves no folder; others have files in it
+                    folder.rmdir()
             file.close()
 
 
-def _take_lock(path: Path) -> tuple[IO[str] | None, str]:
+def _take_lock(path: Path, shared: bool) -> tuple[IO[str] | None, str]:
     """The locked file, or who has the lock; neither on a file system without locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     job = f", job {slurm_job_id()}" if slurm_job_id() else ""
     deadline = time.monotonic() + LEASE
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = open_own(path, "r+")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
-            file.seek(0)
             who = file.read() or "another process"
             file.close()
             if error.errno in NO_LOCKS:

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from dinokit.runtime.distributed import rank
-from dinokit.runtime.files import write_text
+from dinokit.runtime.files import open_own, printable, write_text
 from dinokit.runtime.signals import Stopped, should_stop
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class RunLog:
             overwrites = not start and self.metrics_path.exists() and self.metrics_path.stat().st_size
             records = _drop_later_records(self.metrics_path, start)
             self.evaluated = {key.split("/")[0] for record in records for key in record if "/" in key}
-            self.text = (out / "run.log").open("a", encoding="utf-8")
+            self.text = open_own(out / "run.log", "a")
             if overwrites:
                 self.info(
                     f"begins at step 0: the records of a run without a checkpoint in {out} are overwritten"
@@ -102,6 +102,7 @@ class RunLog:
     def info(self, text: str) -> None:
         """Write a line of text to the console and to run.log."""
         if self.main:
+            text = printable(text)
             self.console.print(text, markup=False)
             self._write(text)
 
@@ -111,7 +112,7 @@ class RunLog:
         if accuracy is not None:
             self.progress.update(self.task, score=f"  k-NN {accuracy:.3f}")
         if self.main:
-            with self.metrics_path.open("a", encoding="utf-8") as file:
+            with open_own(self.metrics_path, "a") as file:
                 file.write(json.dumps({"step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
 
     def scores(self, step: int, name: str, scores: Mapping[str, float], seconds: float) -> None:
@@ -219,7 +220,7 @@ def info(text: str) -> None:
     """Print a line on standard error, in process 0 only."""
     if rank() == 0:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"dinokit: {text}", markup=False)
+        console.print(f"dinokit: {printable(text)}", markup=False)
 
 
 def _json(value: Any) -> Any:

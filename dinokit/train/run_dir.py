@@ -161,7 +161,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parents[2]
+    here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None  # installed: a repository around the environment is not ours
     try:

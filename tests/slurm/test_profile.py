@@ -59,3 +59,12 @@ def test_an_unknown_profile_is_an_error_that_lists_the_profiles():
         find_profile("gup")
     with pytest.raises(LookupError, match=r"no profile file 'a/b.yaml' \(looked from /"):
         find_profile("a/b.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ['partition: "a\\n#SBATCH --uid=0"', 'sbatch: {mail-user: "x\\nrm -rf ~"}', 'venv: "a\\x1b[2J"']
+)
+def test_a_control_character_in_a_value_is_refused(tmp_path, text):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ValueError, match="has a control character"):
+        load_profile(str(tmp_path / "p.yaml"), {})

@@ -5,11 +5,14 @@ import fcntl
 import os
 import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 
+from dinokit.__main__ import main
 from dinokit.runtime import launch as lock_module
-from dinokit.runtime.launch import LOCK, run_lock
+from dinokit.runtime.launch import LOCK, folder_lock, run_lock
+from dinokit.runtime.log import RunLog
 
 
 def stay(out, job, with_child, ready):
@@ -131,3 +134,69 @@ def test_one_message_names_the_other_run_and_all_processes_end(
     output = together(2, "train", str(recipe_file), given, status=(1, 2))
     assert output.count(f"is in use by process {process.pid}") == 1
     assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("name", [LOCK, "run.log"])
+def test_what_a_link_in_the_folder_points_to_is_never_changed(tmp_path, name):
+    precious, out = tmp_path / "precious", tmp_path / "out"
+    precious.write_text("mine")
+    out.mkdir()
+    (out / name).symlink_to(precious)
+    with (
+        pytest.raises(ValueError, match="is a link, and what it points to would be changed: remove it"),
+        run_lock(out) if name == LOCK else nullcontext(),
+    ):
+        RunLog(out, 10, 1).record(1, {})
+    assert precious.read_text() == "mine"
+
+
+def hold_part(out, part, ready):
+    with folder_lock(out, part):
+        ready.send("")
+        time.sleep(60)
+
+
+def test_parts_are_written_together_but_no_part_twice_and_not_beside_the_whole(tmp_path, together):
+    ours, theirs = together.context.Pipe(duplex=False)
+    process = together.context.Process(target=hold_part, args=(tmp_path, "0-4", theirs))
+    process.start()
+    ours.recv()
+    try:
+        for part in ("", "0-4"):
+            with (
+                pytest.raises(ValueError, match=f"by process {process.pid}"),
+                folder_lock(tmp_path, part),
+            ):
+                pass
+        with folder_lock(tmp_path, "1-4"):
+            pass
+    finally:
+        process.kill()
+        process.join()
+    with folder_lock(tmp_path):
+        pass
+
+
+def test_a_second_extraction_into_a_folder_is_refused_and_both_files_stay(tmp_path, together, photos, capsys):
+    out = tmp_path / "store"
+    ours, theirs = together.context.Pipe(duplex=False)
+    process = together.context.Process(target=hold_part, args=(out, "", theirs))
+    process.start()
+    ours.recv()
+    (out / ".shard.part").touch()  # what the first is writing
+    try:
+        assert main(["extract", "weights=x", f"data.path={photos}", f"out={out}"]) == 2
+    finally:
+        process.kill()
+        process.join()
+    assert f"in use by process {process.pid}" in capsys.readouterr().err
+    assert (out / ".shard.part").exists()
+
+
+def test_a_name_cannot_forge_a_line_of_the_log(tmp_path, capsys):
+    with RunLog(tmp_path, 10, 0) as log:
+        log.info("cannot be read: a\nb\x1b[2J\u2028.png")
+    assert (tmp_path / "run.log").read_text().count("\n") == 1
+    assert r"a\nb\x1b[2J\u2028.png" in capsys.readouterr().out
+    assert main(["train", "a\nfinished: all is well"]) == 2
+    assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith("finished")]
