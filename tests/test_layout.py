@@ -49,6 +49,7 @@ DOORS = {
     "omegaconf": "dinokit/config/*.py",
     "onnxruntime": "dinokit/weights/formats/onnx.py",
     "onnxscript": "dinokit/weights/formats/onnx.py",
+    "pillow_heif": "dinokit/data/decode.py",
     "pyarrow": "dinokit/*parquet.py",
     "submitit": "slurm/submit.py",
     "tifffile": "dinokit/data/decode.py",

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
@@ -31,6 +32,9 @@ SUFFIXES = (
 MAX_PIXELS = 89_478_485  # of an image: where Pillow warns, a quarter of a GiB in RGB
 
 LIMIT = "max_pixels={}. Make it smaller, or raise the limit (data.max_pixels in a recipe)."
+HEIC = (".heic", ".heif")  # read by pillow-heif, where that is installed
+if find_spec("pillow_heif") is not None:
+    SUFFIXES += HEIC
 _LUMA = np.array([19595, 38470, 7471], np.uint32)  # ITU-R 601, times 65536: the integers that Pillow uses
 _NPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -111,6 +115,8 @@ def _open(data: bytes, max_pixels: int) -> ImageFile:
     """The image with its header read, of no more pixels than that."""
     if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
         Image.MAX_IMAGE_PIXELS = max_pixels
+    if data[4:8] == b"ftyp" and find_spec("pillow_heif") is not None:
+        import_module("pillow_heif").register_heif_opener()
     try:
         image = Image.open(BytesIO(data))
     except Image.DecompressionBombError:

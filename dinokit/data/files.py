@@ -14,8 +14,9 @@ from typing import Protocol, Self
 import numpy as np
 
 from dinokit.config import registry
-from dinokit.data.decode import MAX_PIXELS, ImageLike, decode
+from dinokit.data.decode import HEIC, MAX_PIXELS, ImageLike, decode
 from dinokit.runtime.files import read_regular
+from dinokit.runtime.log import info
 
 Rows = range | np.ndarray  # numbers of images
 
@@ -24,6 +25,7 @@ EVERY = 64  # lines between two whose position is stored; at most so many are re
 BLOCK = 2**24  # bytes read at a time
 NEWLINE, HASH, SPACE = 10, 35, 32
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write before UTF-8
+_reported: set[str] = set()  # lines about files that were left out
 _READERS = {".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest"}
 
 
@@ -239,6 +241,17 @@ def wrong_kind(path: Path, expected: str) -> ValueError:
     kind = "a folder" if path.is_dir() else "a file"
     hint = f" To read it, set name={other}." if other else ""
     return ValueError(f"path='{path}' is {kind}, but this source reads {expected}.{hint}")
+
+
+def report_left_out(path: Path | str, others: Counter[str]) -> None:
+    """Say once how many files of which other suffixes a source leaves out."""
+    found = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(12))
+    text = f"path='{path}': left out, because they are no images that dinokit reads: {found}"
+    if any(suffix in HEIC for suffix in others):
+        text += ". To read HEIC: pip install pillow-heif"
+    if found and text not in _reported:
+        _reported.add(text)
+        info(text)
 
 
 def nothing_found(path: Path, expected: Iterable[str], others: Counter[str]) -> ValueError:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from dinokit.data.decode import SUFFIXES, suffix
-from dinokit.data.files import ImageFiles, Names, existing, nothing_found, wrong_kind
+from dinokit.data.files import ImageFiles, Names, existing, nothing_found, report_left_out, wrong_kind
 from dinokit.data.sources import ImageSource
 from dinokit.data.sources._labels import Categorical, choose_split, class_ids, split_of, splits_of_folders
 
@@ -44,6 +44,7 @@ def build(cfg: Config) -> ImageSource:
     names = Names.of(_images(root, "", frozenset(), others))
     if not len(names):
         raise nothing_found(root, SUFFIXES, others)
+    report_left_out(root, others)
     splits, named = splits_of_folders(names)
     rows = choose_split(cfg.split, cfg.test_share, names, len(names), named, str(root))
     if cfg.labels == "none":

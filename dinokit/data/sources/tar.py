@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from dinokit.data.decode import SUFFIXES, ImageLike, decode, suffix
-from dinokit.data.files import Names, shards, stamp_of, wrong_kind
+from dinokit.data.files import Names, report_left_out, shards, stamp_of, wrong_kind
 from dinokit.data.sources._labels import Categorical, choose_split, class_ids, splits_of_files
 from dinokit.runtime.files import open_regular
 
@@ -52,6 +52,7 @@ class Tar:
         )
         if not len(self._members):
             raise ValueError(f"path='{cfg.path}': {len(self._files)} tar file(s) without an image.")
+        report_left_out(cfg.path, index.others)
         self._shards, self._offsets, self._sizes = index.positions()
         self.classes: Sequence[str]
         self.classes, self._labels = class_ids(index.labels.codes, index.labels.words)
@@ -124,6 +125,7 @@ class _Index:
 
     def __init__(self) -> None:
         self.labels = Categorical()
+        self.others: Counter[str] = Counter()  # members of other suffixes
         self._shards, self._offsets, self._sizes = array("i"), array("q"), array("q")
 
     def read(self, shard: int, file: Path) -> Iterator[str]:
@@ -143,6 +145,8 @@ class _Index:
                         content = tar.extractfile(member)
                         assert content is not None, member.name
                         labels[member.name[: -len(kind)]] = _label(content.read(_LABEL), kind, member.name)
+                    else:
+                        self.others[kind] += 1
         except (tarfile.TarError, ValueError, RecursionError) as error:
             raise _tar_error(file, error) from error
         for name in names:

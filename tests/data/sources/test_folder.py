@@ -1,11 +1,14 @@
 """A folder of images against the list of files that was written into it."""
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from dinokit.config import registry
 from dinokit.data.sources import folder
 
 Paint = Callable[[int], bytes]
@@ -178,3 +181,20 @@ def test_another_process_sees_the_same(tmp_path: Path, paint: Paint, numbers_els
 
 def test_channels_are_those_that_were_asked_for(tmp_path: Path, paint: Paint) -> None:
     assert opened(fill(tmp_path, ["0.png"], paint), channels=1)[0][0].mode == "L"
+
+
+def test_files_that_are_no_images_are_counted_by_suffix_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("b.HEIC", "c.heic", "d.mp4", "e"):
+        (tmp_path / name).touch()
+    source = registry.build("data.sources", {"name": "folder", "path": str(tmp_path)})
+    told = capsys.readouterr().err
+    heic = find_spec("pillow_heif") is not None
+    assert len(source) == (3 if heic else 1)
+    assert "1 .mp4" in told
+    assert "1 without suffix" in told
+    assert ("2 .heic" in told and "pip install pillow-heif" in told) != heic
+    registry.build("data.sources", {"name": "folder", "path": str(tmp_path)})
+    assert not capsys.readouterr().err  # once
