@@ -12,14 +12,24 @@ dinokit export weights=runs/photos to=timm out=photos_timm
 dinokit export weights=runs/photos to=onnx out=photos.onnx
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dinokit.commands import Command, key_lines
+from dinokit.config import registry
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import check_at_least, suggest
 
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from dinokit.models import Backbone
+
+COMPARED = 24  # images whose preprocessing is compared
 TARGETS = ["timm", "hf", "dinov2", "onnx"]
 
 
@@ -29,6 +39,7 @@ class Config:
     to: str = "???"  # timm, hf, dinov2 or onnx
     out: str = "???"  # the file or folder to write
     size: int = 0  # pixels of the images, for to=onnx; 0: any multiple of the patch
+    images: str = ""  # folder of photographs to compare preprocessing on; empty: training data
     heads: int = 0  # of attention, if the file does not say
 
     def __post_init__(self) -> None:
@@ -55,8 +66,31 @@ def run(command: Command) -> None:
     backbone = load_backbone(cfg.weights, heads=cfg.heads or None)
     with locked([(out.absolute().with_name(f".{out.name}.lock"), False)]) as who:
         refuse_locked(f"out={out}", who)
-        for line in export(backbone, cfg.to, out, cfg.size or None):
+        for line in export(backbone, cfg.to, out, cfg.size or None, _images(cfg, backbone)):
             print(line)
+
+
+def _images(cfg: Config, backbone: "Backbone") -> Iterator[tuple["Image.Image", "Tensor"]]:
+    """Images to compare preprocessing on: of cfg.images, else of the training data or the built-in scenes."""
+    from PIL import Image
+
+    from dinokit import evaluation
+    from dinokit.data.transforms import center_crop
+    from dinokit.features import normalised
+
+    if backbone.channels != 3:
+        return
+    section: Any = {"name": "folder", "path": cfg.images}
+    if not cfg.images:
+        section = {"name": "scenes", "size": 96, "count": COMPARED}
+        with suppress(ValueError, LookupError):  # the data are elsewhere, or of a package that is not trusted
+            section = evaluation.training_data(cfg.weights) or section
+    source, size = registry.build("data.sources", section), backbone.input.size
+    for i in range(min(COMPARED, len(source))):
+        image = source[i * len(source) // min(COMPARED, len(source))][0]
+        if isinstance(image, Image.Image):
+            pixels = center_crop(image, round(size * 256 / 224), size)
+            yield image, normalised(backbone, pixels[None])[0]
 
 
 def describe(words: Sequence[str]) -> str:

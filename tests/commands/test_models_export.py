@@ -1,14 +1,18 @@
 """`dinokit models` and `dinokit export` as they are typed."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from dinokit.__main__ import main
+from dinokit.config import registry
 from dinokit.hub import RELEASED
-from dinokit.weights import load_backbone
+from dinokit.weights import load_backbone, save_backbone
 
 
 def typed(capsys, line: str) -> tuple[int, str, str]:
@@ -108,3 +112,29 @@ def test_what_was_typed_wrongly_is_answered_in_words(capsys, line, words):
     status, _, err = typed(capsys, line)
     assert status == 2
     assert words in err
+
+
+@pytest.mark.parametrize("to", ["timm", "hf"])
+def test_the_other_library_prepares_photographs_as_dinokit_does(capsys, vit_with_photographs, tmp_path, to):
+    weights, photographs = vit_with_photographs
+    status, out, err = typed(
+        capsys, f"export weights={weights} to={to} out={tmp_path / to} images={photographs}"
+    )
+    assert status == 0, err
+    worst = re.search(
+        r"of 2 images, prepared by dinokit and by that library: mean \S+, worst ([0-9.]+)\.", out
+    )
+    assert worst, out
+    assert float(worst[1].rstrip(".")) > 0.999
+
+
+@pytest.fixture
+def vit_with_photographs(tmp_path):
+    """The weights of a vit of 64 pixels, and a folder with the two photographs of scikit-learn."""
+    section = {"name": "vit", "size": 64, "width": 64, "depth": 2, "heads": 1, "patch": 8, "layer_scale": 1.0}
+    torch.manual_seed(0)
+    save_backbone(tmp_path / "w.safetensors", registry.build("models", section).eval(), section)
+    (tmp_path / "photographs").mkdir()
+    for number, image in enumerate(load_sample_images().images):
+        Image.fromarray(image).save(tmp_path / "photographs" / f"{number}.png")
+    return tmp_path / "w.safetensors", tmp_path / "photographs"

@@ -12,7 +12,8 @@ def test_an_evaluator_of_a_run_leaves_out_as_many_unreadable_images_as_the_run_d
             folder = tmp_path / split / name
             folder.mkdir(parents=True)
             for i in range(4):
-                Image.new("RGB", (16, 16), colour).save(folder / f"{i}.png")
+                shade = tuple(abs(x - 2 * i - len(split)) for x in colour)
+                Image.new("RGB", (16, 16), shade).save(folder / f"{i}.png")
             (folder / "0.png").write_bytes(b"")
     words = ["data.name=folder", f"data.path={tmp_path}", "run.max_unreadable=0.3", "data.labels=folders"]
     sets = [f"evals.knn.{split}.path={tmp_path / split}" for split in ("train", "test")]

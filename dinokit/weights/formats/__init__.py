@@ -17,12 +17,13 @@ not installed.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dinokit.models import Backbone
@@ -31,6 +32,7 @@ from dinokit.runtime.files import aside, remove
 from dinokit.weights.architecture import infer_config
 
 FILES = {"timm": "timm", "hf": "huggingface", "dinov2": "dinov2", "onnx": "onnx"}  # by the word for people
+SAME_IMAGE = 0.999  # cosine of class tokens, where two libraries prepare an image alike
 TOLERANCE = 1e-4  # of a difference, relative to the largest value: another order of float32 sums
 
 
@@ -42,6 +44,7 @@ class Exported:
     # (b, C, h, w) -> class tokens (b, D), patches (b, N, D)
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
     every_size: bool = False  # whether features must be equal where positions are resampled too
+    prepare: Callable[[Image.Image], Tensor] | None = None  # that library's own preprocessing: (C, s, s)
     notes: list[str] = field(default_factory=list)  # sentences: what the format has no place for
 
 
@@ -57,7 +60,10 @@ def metadata_of(vit: VisionTransformer) -> dict[str, str]:
     return {"dinokit_backbone": json.dumps(section_of(vit)), "dinokit_input": json.dumps(asdict(vit.input))}
 
 
-def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None) -> Iterator[str]:
+def export(
+    backbone: Backbone, to: str, out: str | Path, size: int | None = None,
+    images: Iterable[tuple[Image.Image, Tensor]] = (),
+) -> Iterator[str]:  # fmt: skip
     """Write a backbone; yields sentences about the files and the difference of the features.
 
     An existing `out` is replaced after the new one was opened and compared, and stays if anything fails.
@@ -67,6 +73,8 @@ def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None
         to: timm, hf, dinov2 or onnx.
         out: a file to write; for hf, and for timm unless it ends in .safetensors, a folder.
         size: pixels of the images that an ONNX graph takes; None: any multiple of the patch.
+        images: photographs, each with its pixels (C, s, s) as dinokit shows them to the backbone: features of
+            these are compared with those of what the other library's own preprocessing makes.
 
     Raises:
         ValueError: if the backbone is no vit, or the exported one gives other features; it is then in the
@@ -82,6 +90,7 @@ def export(backbone: Backbone, to: str, out: str | Path, size: int | None = None
         exported: Exported = write(backbone, folder / out.resolve().name, size)
         try:
             comparisons = list(_compare(backbone, exported, [size] if size else _two_sizes(backbone)))
+            comparisons += _compare_preprocessing(backbone, exported, images)
         except ValueError as error:
             wrong = out.resolve().with_name(f"{out.resolve().name}.wrong")
             remove(wrong)
@@ -103,6 +112,26 @@ def _compare(vit: VisionTransformer, exported: Exported, sizes: list[int]) -> It
             raise ValueError(f"The exported backbone does not give the features of the backbone. {text}")
         else:
             yield f"{text} There the positional embedding is resampled, by another rule than the vit's."
+
+
+def _compare_preprocessing(
+    vit: VisionTransformer, exported: Exported, images: Iterable[tuple[Image.Image, Tensor]]
+) -> Iterator[str]:
+    cosines = []
+    if exported.prepare is None:
+        return
+    for image, ours in images:
+        theirs = exported.prepare(image)
+        with torch.inference_mode():
+            a, b = (vit([x[None]], [None])[0].cls[0] for x in (ours, theirs))
+        cosines.append(float(torch.cosine_similarity(a, b, dim=0)))
+    if cosines:
+        same = min(cosines) >= SAME_IMAGE
+        yield (
+            f"Cosine of class tokens of {len(cosines)} images, prepared by dinokit and by that library: mean "
+            f"{sum(cosines) / len(cosines):.4f}, worst {min(cosines):.4f}."
+            f"{'' if same else ' It resizes or cuts images otherwise: prepare them as dinokit does.'}"
+        )
 
 
 def _two_sizes(vit: VisionTransformer) -> list[int]:

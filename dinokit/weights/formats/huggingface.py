@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dinokit.models.block import NORM_EPS
@@ -130,14 +131,18 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
         raise ValueError(f"transformers {transformers.__version__} does not take all of the vit: {wrong}.")
-    transformers.AutoImageProcessor.from_pretrained(out)
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
     model.eval()
+
+    def prepare(image: Image.Image) -> Tensor:
+        return torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         rows = model(images).last_hidden_state
         return rows[:, 0], rows[:, 1 + vit.registers :]
 
-    return Exported("transformers.AutoModel.from_pretrained('PATH')", forward, notes=notes)
+    command = "transformers.AutoModel.from_pretrained('PATH')"
+    return Exported(command, forward, notes=notes, prepare=prepare if vit.channels == 3 else None)
 
 
 def to_huggingface(vit: VisionTransformer) -> dict[str, Tensor]:

@@ -78,7 +78,10 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
         return rows[:, 0], rows[:, 1 + vit.registers :]
 
     notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
-    return Exported(command, forward, notes=notes)
+    if only_file:
+        return Exported(command, forward, notes=notes)
+    settings = timm.data.resolve_model_data_config(model)
+    return Exported(command, forward, notes=notes, prepare=timm.data.create_transform(**settings))
 
 
 def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,7 +126,7 @@ def _model(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
 
 
 def _config(vit: VisionTransformer, name: str, args: dict[str, Any]) -> dict[str, Any]:
-    side = vit.side * vit.patch
+    side = vit.input.size
     return {
         "architecture": name,
         "num_classes": 0,
@@ -132,11 +135,11 @@ def _config(vit: VisionTransformer, name: str, args: dict[str, Any]) -> dict[str
         "model_args": args,
         "pretrained_cfg": {
             "tag": "dinokit",
-            "input_size": [vit.channels, side, side],
+            "input_size": [vit.channels, side, side],  # of the images that dinokit shows
             "mean": vit.input.mean,
             "std": vit.input.std,
             "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "crop_pct": side / (round(side * 256 / 224) + 0.5),  # timm rounds the quotient down
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
