@@ -189,11 +189,12 @@ def test_an_interrupted_sweep_saves_and_resumes(sweep, tmp_path):
     words = [sys.executable, "-m", "dinokit", "sweep", "study.yaml"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = tmp_path / "runs" / "study" / "base-seed0"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not (run / "checkpoints" / "step_0000003").exists() and time.monotonic() < end:
         time.sleep(0.01)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130, err
     assert "the same command resumes" in err
     assert "stopped after step" in (run / "run.log").read_text()
