@@ -126,9 +126,8 @@ def test_neighbours_are_the_most_similar_others_and_framed_by_class():
 def test_crops_are_those_of_a_step_with_masked_patches_grey(masked):
     changes = ["data.size=32", "crops.globals.size=32", "crops.locals.count=2", "crops.locals.size=16"]
     changes += ["crops.locals.scale=[0.1,0.3]", "crops.jitter=0", "crops.gray=0"]
-    recipe = load_recipe(
-        "scenes_cpu", changes + ([] if masked else ["masks=null", "losses.ibot=null", "heads.patch=null"])
-    )
+    changes += [] if masked else ["masks=null", "losses.ibot=null", "heads.patch=null"]
+    recipe = load_recipe("scenes_cpu", changes)
     source = registry.build("data.sources", recipe.data)
     sheet = viz.crops(recipe, source, images=3, tile=32)
     across = (sheet.shape[1] - G) // (32 + G)

@@ -31,7 +31,7 @@ def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(photos, we
     (photos / "runs").mkdir()
     (photos / "runs" / "photos").symlink_to(weights)
     more = {
-        "curate": ["embed.workers=0", "dedup.similarity=1", "dedup.against=1", "seeds.flowers.k=16"],
+        "curate": ["embed.workers=0", "dedup.similarity=1", "dedup.against=1", "seeds.flowers.k=8"],
         "train": TINY,
         "search": [],
     }
@@ -43,7 +43,7 @@ def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(photos, we
     assert (photos / "curated" / "report.html").exists()
     with (photos / "curated" / "manifest.csv").open(newline="") as file:
         found = [Path(row["path"]).name[:2] for row in csv.DictReader(file)]
-    assert len(found) == len(set(found)) > 10
+    assert len(found) == len(set(found)) > 5
     assert max(found) < "32"  # the photos from 32 on are in the test set
     assert (photos / "again").is_dir()
     assert (photos / "nearest.png").exists()
