@@ -69,7 +69,7 @@ def run(command: Command) -> None:
         write_report(recipe)
     print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
     print(f"All scores: dinokit results {out}   time: {(time.monotonic() - begin) / 60:.1f} minutes")
-    print("Now your own: dinokit train small_photos data.path=PHOTOS run.out=runs/photos")
+    print("Now your own: dinokit train data.path=PHOTOS minutes=60")
 
 
 def _evaluate(recipe: Recipe, out: Path, trained: "Backbone") -> None:
