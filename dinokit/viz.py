@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -287,7 +288,7 @@ def line_chart(
         marks: places of vertical dotted lines.
         size: width and height in inches of 72 pixels.
     """
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "dinokit", "text.parse_math": False}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "dinokit", "text.parse_math": False}
     settings |= {"font.size": 8, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"]}
     with rc_context(settings):
         drawing = Figure(figsize=size, layout="constrained")
@@ -295,8 +296,10 @@ def line_chart(
         for place in marks:
             axes.axvline(place, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
         for line in lines:
-            style = {"linestyle": "--" if line.dashed else "-", "color": line.colour, "linewidth": 1.4}
-            axes.plot(line.x, line.y, marker="." if len(line.x) < 20 else "", markersize=4, **style)
+            marker, style = "." if len(line.x) < 20 else "", "--" if line.dashed else "-"
+            axes.plot(
+                line.x, line.y, color=line.colour, linestyle=style, linewidth=1.4, marker=marker, markersize=4
+            )
         axes.tick_params(colors=INK, length=2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(INK)

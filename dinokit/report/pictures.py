@@ -66,11 +66,11 @@ class Tile:
 
 def data_uri(picture: Image.Image | viz.Picture) -> str:
     """A picture for the attribute src: PNG for arrays, which have few colours; JPEG for images."""
-    array = not isinstance(picture, Image.Image)
-    image = Image.fromarray(picture) if array else picture.convert("RGB")
+    image = picture.convert("RGB") if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    kind = "JPEG" if isinstance(picture, Image.Image) else "PNG"
     with io.BytesIO() as file:
-        image.save(file, "PNG" if array else "JPEG", quality=80, optimize=True)
-        return f"data:image/{'png' if array else 'jpeg'};base64,{b64encode(file.getvalue()).decode()}"
+        image.save(file, kind, quality=80, optimize=True)
+        return f"data:image/{kind.lower()};base64,{b64encode(file.getvalue()).decode()}"
 
 
 @dataclass
