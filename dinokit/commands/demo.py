@@ -22,31 +22,27 @@ if TYPE_CHECKING:
     from dinokit.models import Backbone
 
 LIST = "eval_scenes"
-PIXELS = "pixels, averaged to 16 x 16"
 SHOWN_QUERIES, SHOWN_GALLERY = 4, 400  # test images in the picture
 
 
 class Row(NamedTuple):
     """What the table shows of an evaluator."""
 
-    question: str
+    task: str
     score: str
     baseline: str
     change: dict[str, Any]  # of the evaluator's settings, for the baseline
 
 
 ROWS = {
-    "linear": Row("which kind? a linear classifier on the features", "top1", PIXELS,
-                  {"blocks": [1], "pool": [False]}),
-    "knn": Row("which kind? a vote of the 20 most similar images", "top1@20", PIXELS, {}),
-    "logreg": Row("which kind? logistic regression on the features", "top1", PIXELS, {}),
-    "retrieval": Row("are the most similar images of the same kind?", "mAP", PIXELS, {}),
-    "segmentation": Row("which kind is each pixel? a vote of similar patches", "mIoU",
-                        "one class everywhere", {"method": "majority"}),
-    "depth": Row("how far is each pixel? a linear map of patches", "rmse",
-                 "the mean depth everywhere", {"method": "mean"}),
-    "video": Row("where do the objects of the first frame go?", "J&F mean", "pixels of each patch", {}),
-}  # fmt: skip
+    "linear": Row("kind, by a linear classifier", "top1", "pixels", {"blocks": [1], "pool": [False]}),
+    "knn": Row("kind, by the 20 nearest images", "top1@20", "pixels", {}),
+    "logreg": Row("kind, by logistic regression", "top1", "pixels", {}),
+    "retrieval": Row("images of the same kind (mAP)", "mAP", "pixels", {}),
+    "segmentation": Row("kind of each pixel (mIoU)", "mIoU", "one class", {"method": "majority"}),
+    "depth": Row("error of depth (RMSE): less is better", "rmse", "mean depth", {"method": "mean"}),
+    "video": Row("objects followed in a clip (J&F)", "J&F mean", "pixels", {}),
+}
 LOWER_IS_BETTER = "rmse"  # in metres; the other scores are shares of 1
 
 
@@ -74,6 +70,7 @@ def run(command: Command) -> None:
 
 def _evaluate(recipe: Recipe, out: Path, trained: "Backbone") -> None:
     """Every evaluator on the trained backbone and its baseline; results go to the run, as of `eval all`."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -82,8 +79,8 @@ def _evaluate(recipe: Recipe, out: Path, trained: "Backbone") -> None:
     pixels = evaluation.load_evaluated(None, {"name": "pixels", "size": size}, device)
     # The other pixels have no places, which video needs.
     patches = {"name": "raw_patches", "size": size, "patch": trained.patch, "cell": gcd(4, trained.patch)}
-    title = "Built-in scenes: ten kinds of objects, test images never seen in training"
-    table = Table("evaluator", "question", "score", "your network", "baseline", "", title=title)
+    table = Table("evaluator", "what it measures", "your network", "baseline", box=SIMPLE)
+    table.title = "Built-in scenes: ten kinds of objects, test images never seen in training"
     about = {**evaluation.describe_evaluated(str(out), trained), "eval_recipe": LIST}
     for job, base in zip(evaluation.read_list(LIST, {}), evaluation.read_list(LIST, {}), strict=True):
         begin, row = time.monotonic(), ROWS[job.name]
@@ -92,9 +89,9 @@ def _evaluate(recipe: Recipe, out: Path, trained: "Backbone") -> None:
         base = replace(base, values={**base.values, **row.change})
         baseline = evaluate_job(base, against, "pixels", {}, None, True)[row.score]
         ours, theirs = _shown(row.score, score), _shown(row.score, baseline)
-        table.add_row(job.name, row.question, row.score, ours, theirs, row.baseline)
+        table.add_row(job.name, row.task, ours, f"{theirs}, {row.baseline}")
         if job.name == "knn":
-            table.add_row("", "", "", "", _shown(row.score, untrained), "the same ViT, untrained")
+            table.add_row("", "", "", f"{_shown(row.score, untrained)}, untrained network")
         seconds = time.monotonic() - begin
         print(f"  {job.name}: {ours}, {row.baseline} {theirs}  ({seconds:.0f} s)", flush=True)
     Console().print(table)
@@ -116,7 +113,7 @@ def _knn_settings() -> dict[str, Any]:
 
 
 def _shown(score: str, value: float) -> str:
-    return f"{value:.2f} m (less is better)" if score == LOWER_IS_BETTER else f"{100 * value:.1f} %"
+    return f"{value:.2f} m" if score == LOWER_IS_BETTER else f"{100 * value:.1f} %"
 
 
 def _draw(recipe: Recipe, out: Path, backbone: "Backbone") -> Path:
@@ -137,7 +134,7 @@ def _draw(recipe: Recipe, out: Path, backbone: "Backbone") -> Path:
         features = torch.cat([backbone([part], [None])[0].cls for part in x.split(100)]).cpu()
     queries = [index * count // SHOWN_QUERIES + index for index in range(SHOWN_QUERIES)]
     panels = {
-        "What training sees: large crops, the same with hidden patches, small crops": viz.crops(
+        "What training sees: crops in changed colours, and the same with hidden patches": viz.crops(
             recipe, registry.build("data.sources", recipe.data)
         ),
         "Ten test images": viz.grid([list(images[:10])]),
