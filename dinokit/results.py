@@ -95,7 +95,7 @@ def read(folders: Iterable[str | Path], needed: bool = True) -> tuple[list[dict[
         if not folder.exists():
             raise LookupError(f"There is no folder {folder} (looked from {Path.cwd()}).")
         for file in sorted(folder.rglob(NAME)) if folder.is_dir() else [folder]:
-            for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
                 line = _line(text)
                 if line is None:
                     broken.append(f"{file}, line {number}")
@@ -110,7 +110,7 @@ def read(folders: Iterable[str | Path], needed: bool = True) -> tuple[list[dict[
 def _line(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     complete = isinstance(line, dict) and {"eval", "weights", "about"} <= set(line)
     return line if complete and isinstance(line["about"], dict) else None
@@ -193,10 +193,11 @@ def training_tables(folders: Iterable[str | Path]) -> list[Table]:
 def _by_evaluator(file: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
     """Steps and scores of each evaluator."""
     result: dict[str, list[tuple[int, dict[str, float]]]] = {}
-    for text in file.read_text(encoding="utf-8").splitlines():
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(text)
-        except ValueError:
+            step = int(record["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
         by_name: dict[str, dict[str, float]] = {}
         for key, value in record.items():
@@ -204,7 +205,7 @@ def _by_evaluator(file: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
             if slash and not score.startswith("images_") and isinstance(value, int | float):
                 by_name.setdefault(name, {})[score] = value
         for name, scores in by_name.items():
-            result.setdefault(name, []).append((record["step"], scores))
+            result.setdefault(name, []).append((step, scores))
     return result
 
 

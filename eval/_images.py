@@ -268,7 +268,7 @@ def read_json(path: str, key: str) -> Any:
     """
     try:
         return json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{key}={path} cannot be read as JSON: {error}.") from None
 
 

@@ -71,6 +71,8 @@ def _list(names: Sequence[str]) -> None:
 
 
 def _identify(source: str, heads: int | None) -> None:
+    from dinokit.weights.checkpoint import open_checkpoint
+    from dinokit.weights.formats.native import check_digest
     from dinokit.weights.load import build, coverage, read, refusal
 
     file, stored = read(source, heads=heads, values=False)
@@ -88,6 +90,9 @@ def _identify(source: str, heads: int | None) -> None:
         print(f"{'also there':<13}{', '.join(stored.ignored)}")
     for note in stored.notes:
         print(f"{'note':<13}{note}")
+    if "sha256" in file.metadata:
+        check_digest(open_checkpoint(file.path))
+        print(f"{'checksum':<13}matches")
     if not fit.complete:
         raise ValueError(refusal(file.path, stored, fit))
 

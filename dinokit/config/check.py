@@ -100,8 +100,12 @@ def _check_ranges(recipe: Recipe) -> None:
     for key, value in settings_of(recipe):
         low, high = range_of(key) or (-inf, inf)
         numbers = value if isinstance(value, tuple) else (value,)
-        if range_of(key) and any(not low <= number <= high for number in numbers):
-            allowed = f"{low:g} or more" if high == inf else f"from {low:g} to {high:g}"
+        if range_of(key) and any(not low <= number <= high or number == inf for number in numbers):
+            allowed = (
+                f"{low:g} or more{', and finite' * (inf in numbers)}"
+                if high == inf
+                else f"from {low:g} to {high:g}"
+            )
             raise ValueError(f"{key}={value}: it must be {allowed}.")
 
 

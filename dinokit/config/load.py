@@ -35,6 +35,7 @@ __all__ = [
     "keys_without_effect", "load_recipe", "merge_settings", "parse_overrides", "read_data_section",
     "read_mapping", "run_dir_of", "section_values", "to_yaml",
 ]  # fmt: skip
+DEEPEST = 100  # levels of YAML
 DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
         "data.videos": {"name": "davis"}}  # fmt: skip
 
@@ -92,6 +93,7 @@ def read_data_section(text: str, path: str | Path) -> dict[str, Any]:
         ValueError, LookupError: as load_recipe(); or for what registry.check_from_file() refuses.
     """
     try:
+        check_nesting(text)
         values: Any = OmegaConf.to_container(OmegaConf.create(text))
         data = dict(values["data"])
     except Exception as error:  # as in parse_overrides
@@ -234,12 +236,29 @@ def read_mapping(path: Path, what: str = "recipe", holds: type[Any] = Recipe) ->
         ValueError: if the file cannot be read, or is no mapping.
     """
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        check_nesting(text)
+        values: Any = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # as in parse_overrides
         raise ValueError(f"{path} is not a {what}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not values:
         raise ValueError(f"{path} is not a {what}: it should hold keys such as {key_list(holds)}.")
     return values
+
+
+def check_nesting(text: str) -> None:
+    """Refuse YAML so deep that its reader, which is recursive, would end the process.
+
+    Raises:
+        ValueError: if it is.
+    """
+    steps = depth = 0
+    for character in text:
+        steps += (character in "[{") - (character in "]}")
+        depth = max(depth, steps)
+    indent = max((len(line) - len(line.lstrip(" -?")) for line in text.splitlines()), default=0)
+    if depth > DEEPEST or indent > 4 * DEEPEST:
+        raise ValueError("it is nested too deeply")
 
 
 def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

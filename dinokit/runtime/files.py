@@ -1,5 +1,7 @@
 """Atomic writes: a file or folder is either complete or not there, also after a crash."""
 
+import hashlib
+import json
 import os
 import shutil
 import socket
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal
 
+CHECKSUMS = "checksums.json"
 TEMPORARY = ".*.part"  # names of unfinished files
 
 
@@ -84,6 +87,9 @@ def aside(path: str | Path) -> Iterator[Path]:
     For several files, or files to be checked before they replace others. Files have their final names inside
     the folder and are moved one by one, in order of names; other files in the target stay. If the block
     raises, or the process dies in it, older files are unchanged. Only one process at a time may write.
+
+    A folder among them gets a file CHECKSUMS, which is moved first: after a kill between two moves,
+    check_folder() refuses the mixture.
     """
     place = Path(path).resolve()
     folder = place.with_name(f".{place.name}.aside.part")
@@ -91,7 +97,12 @@ def aside(path: str | Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
-        for temporary in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if (folder / place.name).is_dir():
+            written = sorted(p for p in (folder / place.name).iterdir() if p.is_file())
+            sums = {path.name: sha256_of(path) for path in written}
+            write_text(folder / place.name / CHECKSUMS, json.dumps(sums, indent=1))
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        for temporary in sorted(files, key=lambda path: path.name != CHECKSUMS):
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             target = place.parent / temporary.relative_to(folder)
@@ -100,6 +111,32 @@ def aside(path: str | Path) -> Iterator[Path]:
             sync_folder(target.parent)
     finally:
         remove(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Compare the files of a folder that aside() wrote with its CHECKSUMS; other folders pass.
+
+    Raises:
+        ValueError: if one is another, as after a kill while they were replaced.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return
+    try:
+        sums = dict(json.loads(read_regular(folder / CHECKSUMS)))
+        wrong = [name for name in sums if Path(name).name != name or sha256_of(folder / name) != sums[name]]
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder} is damaged: {error}. Export it again.") from None
+    if wrong:
+        raise ValueError(
+            f"{folder} is damaged: {', '.join(wrong)} does not match {CHECKSUMS}, as when an export was "
+            f"killed. Export it again."
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Of the content of a file, as 64 hexadecimal digits."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(path: str | Path) -> None:

@@ -232,7 +232,13 @@ def _drop_later_records(path: Path, start: int) -> list[dict[str, Any]]:
     """Drop records of steps after `start`, or all if start is 0. Returns the records of `start`."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines() if start else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if start else []
+    wrong = [number for number, line in enumerate(lines[:-1], 1) if _step_of(line) == float("inf")]
+    if wrong:  # the last line may be cut short, by a kill
+        raise ValueError(
+            f"{path}, line {wrong[0]}, is no record of a run: the file is damaged. Repair it, or move it "
+            f"away, and the run resumes without its old records."
+        )
     lines = [line for line in lines if _step_of(line) <= start]
     write_text(path, "".join(line + "\n" for line in lines))
     return [json.loads(line) for line in lines if _step_of(line) == start]
@@ -241,7 +247,7 @@ def _drop_later_records(path: Path, start: int) -> list[dict[str, Any]]:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")  # cut short when the run was killed
 
 

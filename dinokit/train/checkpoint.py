@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from dinokit.runtime.distributed import broadcast, gather_objects, local, rank, world_size
-from dinokit.runtime.files import atomic, read_regular, remove, sync_folder
+from dinokit.runtime.files import atomic, read_regular, remove, sha256_of, sync_folder
 
 MARK = "complete.json"
 PATTERN = "step_*"
@@ -325,20 +325,15 @@ def _damage(saved: SavedCheckpoint, name: str) -> str:
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{name} has {size} bytes, not {entry['bytes']}"
-    return "" if _sha256(path) == entry["sha256"] else f"{name} does not match its checksum"
+    return "" if sha256_of(path) == entry["sha256"] else f"{name} does not match its checksum"
 
 
 def _entry(path: Path) -> tuple[str, dict[str, Any]]:
-    return path.name, {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return path.name, {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _sha256_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _step(path: Path) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import suggest
+from dinokit.runtime.files import check_folder
 
 NAME = "teacher.safetensors"  # of the weights in the folder of a run
 FOREIGN_NAMES = (  # of the weights in a folder of Hugging Face or timm, by priority
@@ -92,6 +93,7 @@ def open_checkpoint(source: str | Path, values: bool = True) -> Checkpoint:
     path = locate(source)
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is an empty file.")
+    check_folder(path.parent)
     config, processor = (
         _read_json(path.parent / name) if path.name in FOREIGN_NAMES else {}
         for name in ("config.json", "preprocessor_config.json")
@@ -134,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON: {error}. Copy or download it again.") from None
 
 
@@ -219,7 +221,7 @@ def read_shards(index: Path, values: bool) -> dict[str, Tensor]:
         file_of: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         files = sorted(set(file_of.values()))
         assert all(Path(name).name == name for name in files)
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (AssertionError, KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{index} is no index of a model in several files.") from None
     if not all(name.endswith(".safetensors") for name in files):
         raise ValueError(f"{index} lists files that are no .safetensors, such as {files[0]}: not readable.")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -138,3 +140,48 @@ def vit_with_photographs(tmp_path):
     for number, image in enumerate(load_sample_images().images):
         Image.fromarray(image).save(tmp_path / "photographs" / f"{number}.png")
     return tmp_path / "w.safetensors", tmp_path / "photographs"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+real = Path.replace
+def replace(self, target):
+    moved = real(self, target)
+    if Path(target).name == sys.argv[1] and ".aside." not in str(target):
+        os.kill(os.getpid(), 9)
+    return moved
+Path.replace = replace
+from dinokit.__main__ import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("name", ["checksums.json", "config.json"])
+def test_an_export_killed_between_two_files_never_mixes_two_models(
+    capsys, vit_with_photographs, tmp_path, name
+):
+    weights, photographs = vit_with_photographs
+    line = f"export weights={weights} to=timm out={tmp_path / 'out'} images={photographs}"
+    assert typed(capsys, line)[0] == 0
+    assert typed(capsys, f"models identify {tmp_path / 'out'}")[0] == 0
+    section = {"name": "vit", "size": 64, "width": 64, "depth": 2, "heads": 1, "patch": 8, "layer_scale": 1.0}
+    save_backbone(weights, registry.build("models", {**section, "depth": 1}).eval(), {**section, "depth": 1})
+    killed = subprocess.run([sys.executable, "-c", KILLED, name, *line.split()], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    status, _, err = typed(capsys, f"models identify {tmp_path / 'out'}")
+    assert status == 2
+    assert "does not match checksums.json, as when an export was killed" in err
+    assert typed(capsys, line)[0] == 0
+    assert typed(capsys, f"models identify {tmp_path / 'out'}")[0] == 0
+
+
+def test_identify_compares_the_tensors_of_our_files_with_their_checksum(capsys, vit_with_photographs):
+    weights, _ = vit_with_photographs
+    assert "checksum     matches" in typed(capsys, f"models identify {weights}")[1]
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    status, _, err = typed(capsys, f"models identify {weights}")
+    assert status == 2
+    assert "do not match the checksum" in err

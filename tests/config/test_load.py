@@ -366,3 +366,26 @@ def test_the_environment_in_a_recipe_is_used_and_written_unresolved(tmp_path, mo
     assert (recipe.run.out, recipe.data["path"]) == ("/out/s3cret", "/s3cret")
     assert "s3cret" not in to_yaml(recipe)
     assert to_yaml(recipe).count("${oc.env:SECRET}") == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is not a recipe: it should hold keys"),
+        (b"{name: x", "is not a recipe: "),
+        (b"\x80\xff\x00", "is not a recipe: "),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"- " * 100_000, "nested too deeply"),
+        (b"{a: " * 100_000, "nested too deeply"),
+        (b"\n".join(b" " * i + b"a:" for i in range(2000)), "nested too deeply"),
+    ],
+)
+def test_a_recipe_that_is_empty_cut_binary_or_endless_is_named(tmp_path, content, why):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"recipe\.yaml .*{why}"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_an_infinite_rate_is_refused_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match=r"optim\.lr=inf: it must be 0 or more, and finite"):
+        load_recipe("scenes_cpu", ["optim.lr=.inf"])

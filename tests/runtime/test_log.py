@@ -124,3 +124,12 @@ def test_while_an_evaluator_shows_its_bar_that_of_the_run_is_away(tmp_path, monk
     assert "features" in during
     assert "3/10" not in during
     assert "3/10" in after
+
+
+@pytest.mark.parametrize("harm", [b"\x80\xff\x00\n", b"some text\n", b"[1]\n", b"[" * 100_000 + b"\n"])
+def test_a_damaged_line_of_the_records_is_named_and_nothing_is_lost(tmp_path, harm):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + harm + b'{"step": 2}\n{"step": 3')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is no record .*move it away"):
+        RunLog(tmp_path, 10, 2)
+    assert path.read_bytes().startswith(b'{"step": 1}\n' + harm)

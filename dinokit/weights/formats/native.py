@@ -7,8 +7,12 @@ section, with its `name`), `input` (JSON: size, mean, std) and `recipe` (YAML).
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 import dinokit
 from dinokit.models import Backbone, Input
@@ -59,8 +63,30 @@ def _parse(metadata: Mapping[str, str], section_key: str, input_key: str) -> tup
         values = json.loads(metadata[key])
         mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
         return section, Input(int(values["size"]), mean, std)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"its header is damaged: `{key}`: {error!r}. Copy or download it again") from None
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bytes of tensors on the CPU, which a file of weights records of its own."""
+    total = sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def check_digest(file: Checkpoint) -> None:
+    """Compare the tensors of a file, read with values, with the checksum in its metadata, if it has one.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    recorded = file.metadata.get("sha256")
+    if recorded is not None and recorded != digest(file.tensors):
+        raise ValueError(
+            f"{file.path} is damaged: its tensors do not match the checksum that it was written with."
+        )
 
 
 def save_backbone(
@@ -89,4 +115,5 @@ def save_backbone(
         "recipe": recipe_yaml,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    metadata["sha256"] = digest(tensors)
     write_tensors(Path(path), tensors, metadata)
