@@ -36,7 +36,7 @@ def run(command: Command) -> None:
     cfg = Config(**section_values("commands", "search", parse_overrides(command.settings), ""))
     if not command.words:
         raise ValueError("Which image? Give one or more files: dinokit search index=FOLDER photo.jpg")
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from dinokit.curate.image_sets import ImageSearch, contact_sheet
     from dinokit.runtime.device import pick_device
@@ -49,7 +49,7 @@ def run(command: Command) -> None:
     tiles: list[tuple[ImageLike | None, str]] = []
     for file, values, numbers in zip(command.words, similarity.tolist(), found.tolist(), strict=True):
         print(f"{file}\n rank  similarity  image")
-        tiles.append((Image.open(file), Path(file).name))
+        tiles.append((ImageOps.exif_transpose(Image.open(file)), Path(file).name))
         hits = [(value, number) for value, number in zip(values, numbers, strict=True) if number >= 0]
         for rank, (value, number) in enumerate(hits, 1):
             print(f"{rank:5}  {value:10.4f}  {index.name(number)}")

@@ -199,8 +199,9 @@ class TrainDataset(Dataset[Sample]):
         """A decoded image, and the boxes of its crops."""
         if self.crops.decode == "reduced":
             source: Any = self.source
-            limit = getattr(source, "max_pixels", MAX_PIXELS)
-            return decode_reduced(source.stored(index), source.name(index), self.multi_crop, rng, limit)
+            limit, orient = getattr(source, "max_pixels", MAX_PIXELS), getattr(source, "orient", "exif")
+            data, name = source.stored(index), source.name(index)
+            return decode_reduced(data, name, self.multi_crop, rng, limit, orient)
         image, _ = self.source[index]
         return image, self.multi_crop.draw(*size_of(image), rng)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -20,6 +21,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 # An 8-bit image in mode RGB or L; or an array (H, W, C) of uint8, uint16, or float32 in [0, 1].
 ImageLike = Image.Image | np.ndarray
+Orient = Literal["exif", "stored"]
 
 # What reading a damaged or missing image raises.
 UNREADABLE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
@@ -39,6 +41,27 @@ _LUMA = np.array([19595, 38470, 7471], np.uint32)  # ITU-R 601, times 65536: the
 _NPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BITS, _SAMPLES = 258, 277  # TIFF tags: bits per sample, samples per pixel
+_ORIENTATION = 274  # EXIF tag
+_TURNS: dict[int, Image.Transpose | None] = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# The same for arrays: quarter turns to the left, then whether to mirror left and right.
+_NUMPY_TURNS = {
+    2: (0, True),
+    3: (2, False),
+    4: (2, True),
+    5: (3, True),
+    6: (3, False),
+    7: (1, True),
+    8: (1, False),
+}
 _RGB = 2  # TIFF photometric interpretation
 
 
@@ -48,25 +71,32 @@ def suffix(name: str) -> str:
     return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG, from its header; None for other files and damaged headers."""
+def jpeg_size(data: bytes, orient: Orient = "exif") -> tuple[int, int] | None:
+    """Width and height of a JPEG, from its header, as decode() gives it; None for others and damaged ones."""
     try:
         image = Image.open(BytesIO(data))
     except Exception:  # as in decode(), which then raises an error that says what is wrong
         return None
-    return image.size if isinstance(image, JpegImageFile) else None
+    if not isinstance(image, JpegImageFile):
+        return None
+    return image.size[::-1] if orient == "exif" and _orientation(image) >= 5 else image.size
 
 
 def decode(
-    data: bytes, name: str, channels: int, reduction: int = 1, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    name: str,
+    channels: int,
+    reduction: int = 1,
+    max_pixels: int = MAX_PIXELS,
+    orient: Orient = "exif",
 ) -> ImageLike:
     """The image in `data`, with `channels` channels.
 
     With 3 channels it is RGB and with 1 it is grey, converted if necessary as Pillow's `convert` does: a
     palette is applied, alpha is dropped. With any other number the file must have exactly that many, and they
     are returned as stored. 16 bits stay 16 bits in PNG, TIFF, `.npy` and grey PGM; Pillow reads JPEG 2000,
-    AVIF and colour PPM with 8. The EXIF orientation is not applied. The first frame or page of several is
-    read. An array in `.npy` is (H, W) or (H, W, C).
+    AVIF and colour PPM with 8. The first frame or page of several is read. An array in `.npy` is (H, W)
+    or (H, W, C).
 
     Args:
         data: the whole file.
@@ -75,6 +105,8 @@ def decode(
         reduction: 2, 4 or 8 decodes a JPEG with its sides divided by that, rounded up: libjpeg omits the
             higher frequencies of each block of 8 x 8 pixels. Other formats are always decoded at full size.
         max_pixels: a header with more is refused before its pixels are read.
+        orient: exif turns the image upright, as its EXIF orientation says; stored leaves it as the pixels
+            lie in the file. TIFF is always upright, as Pillow reads it.
 
     Returns:
         For 8 bits and 1 or 3 channels a loaded Pillow image in mode L or RGB; otherwise an array
@@ -92,10 +124,32 @@ def decode(
         image = _open(data, max_pixels)
         stored = image.tile[0].args if image.format == "PNG" and image.tile else None
         if stored in ("LA;16B", "RGB;16B", "RGBA;16B"):
-            return _deep_png(data, str(stored), channels)
-        if reduction > 1:
-            image.draft(None, (image.width // reduction, image.height // reduction))
-        return _pillow(image, channels)
+            result: ImageLike = _deep_png(data, str(stored), channels)
+        else:
+            if reduction > 1:
+                image.draft(None, (image.width // reduction, image.height // reduction))
+            result = _pillow(image, channels)
+        return _upright(result, _orientation(image)) if orient == "exif" else result
+
+
+def _orientation(image: ImageFile) -> int:
+    """The EXIF orientation, 1 to 8; 1 is upright, and stands for a missing or damaged one."""
+    try:
+        value = int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # the pixels may be whole
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _upright(image: ImageLike, orientation: int) -> ImageLike:
+    turn = _TURNS[orientation]
+    if turn is None:
+        return image
+    if isinstance(image, Image.Image):
+        return image.transpose(turn)
+    rotations, mirrored = _NUMPY_TURNS[orientation]
+    turned = np.rot90(image, rotations)
+    return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from dinokit.config import registry
-from dinokit.data.decode import HEIC, MAX_PIXELS, ImageLike, decode
+from dinokit.data.decode import HEIC, MAX_PIXELS, ImageLike, Orient, decode
 from dinokit.runtime.files import read_regular
 from dinokit.runtime.log import info
 
@@ -163,13 +163,16 @@ class ImageFiles:
     classes: Sequence[str]
     channels: int
     max_pixels: int = MAX_PIXELS
+    orient: Orient = "exif"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         label = -1 if self.labels is None else int(self.labels[self.rows[index]])
-        return decode(self.stored(index), self.name(index), self.channels, max_pixels=self.max_pixels), label
+        data, name = self.stored(index), self.name(index)
+        image = decode(data, name, self.channels, max_pixels=self.max_pixels, orient=self.orient)
+        return image, label
 
     def stored(self, index: int) -> bytes:
         """The content of the file of an image."""
@@ -187,7 +190,7 @@ class ImageFiles:
         """A stamp of the files of the split, their labels and channels."""
         files = (self.root / self.names[row] for row in self.rows)
         labels = None if self.labels is None else self.labels[self.rows]
-        return stamp_of(files, (list(self.classes), self.channels), labels)
+        return stamp_of(files, (list(self.classes), self.channels, self.orient), labels)
 
 
 def stamp_of(files: Iterable[Path], settings: object, *columns: np.ndarray | range | None) -> str:

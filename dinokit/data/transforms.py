@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data.decode import MAX_PIXELS, ImageLike, decode, jpeg_size
+from dinokit.data.decode import MAX_PIXELS, ImageLike, Orient, decode, jpeg_size
 from dinokit.data.sampler import generator
 
 ATTEMPTS = 10  # random boxes tried before the centre of the image is taken
@@ -102,7 +102,12 @@ def _cut(pixels: Tensor, size: int, boxes: list[Box]) -> Tensor:
 
 
 def decode_reduced(
-    data: bytes, name: str, crop: MultiCrop, rng: np.random.Generator, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    name: str,
+    crop: MultiCrop,
+    rng: np.random.Generator,
+    max_pixels: int = MAX_PIXELS,
+    orient: Orient = "exif",
 ) -> tuple[ImageLike, CropBoxes]:
     """A JPEG decoded at 1/2, 1/4 or 1/8 of its size where its crops allow it, and the boxes in that image.
 
@@ -115,18 +120,19 @@ def decode_reduced(
         crop: draws the boxes.
         rng: as many numbers are drawn as for a full decoding.
         max_pixels: as decode().
+        orient: as decode().
 
     Raises:
         ValueError: as decode().
     """
     channels = len(crop.cfg.mean)
-    size = jpeg_size(data)
+    size = jpeg_size(data, orient)
     if size is None:
-        image = decode(data, name, channels, max_pixels=max_pixels)
+        image = decode(data, name, channels, max_pixels=max_pixels, orient=orient)
         return image, crop.draw(*size_of(image), rng)
     boxes = crop.draw(*size, rng)
     reduction = largest_reduction(boxes, crop.cfg)
-    return decode(data, name, channels, reduction, max_pixels), reduce_boxes(boxes, reduction)
+    return decode(data, name, channels, reduction, max_pixels, orient), reduce_boxes(boxes, reduction)
 
 
 def largest_reduction(boxes: CropBoxes, cfg: Crops) -> int:

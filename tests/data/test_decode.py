@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dinokit.config import registry
-from dinokit.data.decode import SUFFIXES, decode, suffix
+from dinokit.data.decode import SUFFIXES, decode, jpeg_size, suffix
 from dinokit.data.transforms import center_crop, to_tensor
 
 
@@ -61,7 +61,8 @@ def test_an_orange_is_orange_however_it_is_stored(kind: str, data: bytes) -> Non
     colour, grey = decode(data, kind, 3), decode(data, kind, 1)
     assert isinstance(colour, Image.Image)
     assert isinstance(grey, Image.Image)
-    assert (colour.mode, grey.mode, colour.size) == ("RGB", "L", (8, 6))  # EXIF's quarter turn is not made
+    assert (colour.mode, grey.mode) == ("RGB", "L")
+    assert colour.size == ((6, 8) if kind == "EXIF" else (8, 6))  # a quarter turn
     np.testing.assert_allclose(np.asarray(colour).mean((0, 1)), (240, 120, 40), atol=6)
     assert np.asarray(grey).mean() == pytest.approx(0.299 * 240 + 0.587 * 120 + 0.114 * 40, abs=4)
 
@@ -235,3 +236,59 @@ def test_a_thin_image_is_cut_before_it_is_resized() -> None:
     close = center_crop(small, 64, 56).float() - whole[:, 1252:1308, 4:60].float()
     assert cut.shape == (3, 224, 224)
     assert close.abs().max() <= 1
+
+
+def oriented(kind: str, value: int) -> bytes:
+    """An image of eight colours without symmetry, and an EXIF orientation."""
+    exif = Image.Exif()
+    exif[274] = value
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    options = (
+        {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    )
+    return saved(Image.fromarray(pixels), kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_is_upright_as_pillow_turns_it_unless_it_is_wanted_as_stored(kind: str, value: int) -> None:
+    data = oriented(kind, value)
+    plain = Image.open(io.BytesIO(data))
+    expected = np.asarray(ImageOps.exif_transpose(plain) if 1 <= value <= 8 else plain)
+    assert (np.asarray(decode(data, "x", 3)) == expected).all()
+    assert (np.asarray(decode(data, "x", 3, orient="stored")) == np.asarray(plain)).all()
+    if kind == "JPEG":
+        assert jpeg_size(data) == (expected.shape[1], expected.shape[0])
+        assert jpeg_size(data, "stored") == plain.size
+        reduced = np.asarray(decode(data, "x", 3, reduction=8), np.float32)
+        assert reduced.shape == (expected.shape[0] // 8, expected.shape[1] // 8, 3)
+        assert abs(reduced - expected[4::8, 4::8]).max() < 4
+
+
+@pytest.mark.parametrize("value", range(2, 9))
+def test_arrays_are_turned_like_images(value: int) -> None:
+    grey = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
+    exif = Image.Exif()
+    exif[274] = value
+    data = saved(Image.fromarray(grey), "PNG", exif=exif)
+    picture = Image.fromarray((grey // 1000).astype(np.uint8))
+    picture.getexif()[274] = value
+    expected = np.asarray(ImageOps.exif_transpose(picture), np.uint16) * 1000
+    assert (np.asarray(decode(data, "x", 1))[..., 0] == expected).all()
+
+
+def test_a_damaged_orientation_leaves_an_image_as_it_is() -> None:
+    data = oriented("JPEG", 6)
+    at = data.index(b"\x01\x12")  # the tag, big-endian
+    broken = data[: at + 2] + b"\xff" * 8 + data[at + 10 :]
+    assert np.asarray(decode(broken, "x", 3)).shape == (48, 64, 3)
+
+
+def test_sources_take_the_orientation_that_the_recipe_wants(tmp_path) -> None:
+    (tmp_path / "a.jpg").write_bytes(oriented("JPEG", 6))
+    for orient, size in (("exif", (48, 64)), ("stored", (64, 48))):
+        source = registry.build(
+            "data.sources",
+            {"name": "folder", "path": str(tmp_path), **({"orient": orient} if orient == "stored" else {})},
+        )
+        assert source[0][0].size == size

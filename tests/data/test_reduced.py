@@ -187,10 +187,11 @@ SMALL = MultiCrop(
     [{"exif": turned()}, {"progressive": True}, {"subsampling": 0}, FRAMES],
     ids=["turned", "progressive", "whole colour", "frames"],
 )
-def test_a_jpeg_of_any_kind_is_reduced_and_its_orientation_stays_as_stored(options: dict[str, Any]) -> None:
-    data = saved(smooth(403, 301), **options)
+def test_a_jpeg_of_any_kind_is_reduced_and_upright(options: dict[str, Any]) -> None:
+    # A turn moves the half pixel of an odd side to its other end.
+    data = saved(smooth(404, 302) if "exif" in options else smooth(403, 301), **options)
     image, boxes = read(data, SMALL, 0)
-    assert size_of(image) == (202, 151)
+    assert size_of(image) == ((151, 202) if "exif" in options else (202, 151))
     assert apart(SMALL(image, boxes), by_pillow(data, boxes, 2, SMALL)).mean() < 1
 
 

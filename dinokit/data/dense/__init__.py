@@ -173,7 +173,8 @@ class DenseFiles:
     def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         row = self.rows[index]
         path, map_path = self.images / self.image_names[row], self.maps / self.map_names[row]
-        image = decode(read_regular(path), str(path), self.channels)
+        # As stored: a map has no EXIF orientation, and lies as the pixels of its image do.
+        image = decode(read_regular(path), str(path), self.channels, orient="stored")
         target = self.read_map(read_regular(map_path), str(map_path))
         check_size(image, target, str(map_path))
         return image, target

@@ -78,7 +78,7 @@ class ParquetDense:
 
     def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         name = self.name(index)
-        image = decode(self._images.stored(index), name, self._channels)
+        image = decode(self._images.stored(index), name, self._channels, orient="stored")
         target = self._read_map(self._maps.stored(index), f"The map of {name}")
         check_size(image, target, name)
         return image, target

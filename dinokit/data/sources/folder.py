@@ -28,6 +28,7 @@ class Config:
     test_share: float = 0.1  # of images held out, if the folders name no splits
     channels: int = 3  # as backbone.channels
     max_pixels: int = 89_478_485  # of an image; one with more is unreadable
+    orient: Literal["exif", "stored"] = "exif"  # turn images upright by EXIF, or leave them as stored
 
 
 def build(cfg: Config) -> ImageSource:
@@ -48,9 +49,9 @@ def build(cfg: Config) -> ImageSource:
     splits, named = splits_of_folders(names)
     rows = choose_split(cfg.split, cfg.test_share, names, len(names), named, str(root))
     if cfg.labels == "none":
-        return ImageFiles(root, names, rows, None, [], cfg.channels, cfg.max_pixels)
+        return ImageFiles(root, names, rows, None, [], cfg.channels, cfg.max_pixels, cfg.orient)
     classes, labels = _labels(names, 1 if named or "" not in splits else 0, root)
-    return ImageFiles(root, names, rows, labels, classes, cfg.channels, cfg.max_pixels)
+    return ImageFiles(root, names, rows, labels, classes, cfg.channels, cfg.max_pixels, cfg.orient)
 
 
 def _labels(names: Names, depth: int, root: Path) -> tuple[list[str], np.ndarray]:

@@ -32,6 +32,7 @@ class Config:
     test_share: float = 0.1  # of images held out, if the list has no splits
     channels: int = 3  # as backbone.channels
     max_pixels: int = 89_478_485  # of an image; one with more is unreadable
+    orient: Literal["exif", "stored"] = "exif"  # turn images upright by EXIF, or leave them as stored
 
 
 def build(cfg: Config) -> ImageSource:
@@ -54,7 +55,14 @@ def build(cfg: Config) -> ImageSource:
     named = (splits.codes, splits.words) if splits.words else None
     rows = choose_split(cfg.split, cfg.test_share, names, len(names), named, str(path))
     return ImageFiles(
-        path.parent, names, rows, ids if labels.words else None, classes, cfg.channels, cfg.max_pixels
+        path.parent,
+        names,
+        rows,
+        ids if labels.words else None,
+        classes,
+        cfg.channels,
+        cfg.max_pixels,
+        cfg.orient,
     )
 
 

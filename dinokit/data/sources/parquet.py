@@ -45,6 +45,7 @@ class Config:
     memory_gib: float = 2.0  # of images, as stored, that a process may load
     channels: int = 3  # as backbone.channels
     max_pixels: int = 89_478_485  # of an image; one with more is unreadable
+    orient: Literal["exif", "stored"] = "exif"  # turn images upright by EXIF, or leave them as stored
 
 
 class Parquet:
@@ -55,7 +56,8 @@ class Parquet:
             ValueError: if there is no such file or column, pyarrow is missing, or the split has no image.
         """
         self._files = shards(cfg.path, ".parquet")
-        self._image, self._channels, self.max_pixels = cfg.image, cfg.channels, cfg.max_pixels
+        self._image, self._channels = cfg.image, cfg.channels
+        self.max_pixels, self.orient = cfg.max_pixels, cfg.orient
         columns = [read_columns(file, cfg.image, cfg.label, cfg.split_column) for file in self._files]
         rows = [count for file in columns for count in file.group_rows]
         self._groups = np.array(
@@ -94,9 +96,8 @@ class Parquet:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
-        data = self.stored(index)
-        label = int(self._labels[self._rows[index]])
-        return decode(data, self.name(index), self._channels, max_pixels=self.max_pixels), label
+        data, name, label = self.stored(index), self.name(index), int(self._labels[self._rows[index]])
+        return decode(data, name, self._channels, max_pixels=self.max_pixels, orient=self.orient), label
 
     def stored(self, index: int) -> bytes:
         """The content of the image file in the image column.
@@ -120,7 +121,7 @@ class Parquet:
 
     def stamp(self) -> str:
         """A stamp of the files, the columns and the rows of the split."""
-        settings = self._image, self._channels, list(self.classes)
+        settings = self._image, self._channels, list(self.classes), self.orient
         return stamp_of(self._files, settings, self._rows, self._labels)
 
     def _group(self, group: int) -> "pa.ChunkedArray":

@@ -34,6 +34,7 @@ class Config:
     test_share: float = 0.1  # of images held out, if the files name no splits
     channels: int = 3  # as backbone.channels
     max_pixels: int = 89_478_485  # of an image; one with more is unreadable
+    orient: Literal["exif", "stored"] = "exif"  # turn images upright by EXIF, or leave them as stored
 
 
 class Tar:
@@ -45,7 +46,7 @@ class Tar:
                 the split.
         """
         self._files = shards(cfg.path, ".tar")
-        self._channels, self.max_pixels = cfg.channels, cfg.max_pixels
+        self._channels, self.max_pixels, self.orient = cfg.channels, cfg.max_pixels, cfg.orient
         index = _Index()
         self._members = Names.of(
             name for number, file in enumerate(self._files) for name in index.read(number, file)
@@ -68,9 +69,8 @@ class Tar:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
-        data = self.stored(index)
-        label = int(self._labels[self._rows[index]])
-        return decode(data, self.name(index), self._channels, max_pixels=self.max_pixels), label
+        data, name, label = self.stored(index), self.name(index), int(self._labels[self._rows[index]])
+        return decode(data, name, self._channels, max_pixels=self.max_pixels, orient=self.orient), label
 
     def stored(self, index: int) -> bytes:
         """The content of the member.
@@ -98,7 +98,8 @@ class Tar:
 
     def stamp(self) -> str:
         """A stamp of the files and of the members of the split."""
-        return stamp_of(self._files, (self._channels, list(self.classes)), self._rows, self._labels)
+        settings = self._channels, list(self.classes), self.orient
+        return stamp_of(self._files, settings, self._rows, self._labels)
 
     def _open(self, shard: int) -> int:
         """A descriptor of the file. Forked processes can share it: pread() does not move its position."""

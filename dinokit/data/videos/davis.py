@@ -38,7 +38,7 @@ class FileVideo:
     def frame(self, index: int, channels: int) -> ImageLike:
         """The image."""
         path = self.frames[index]
-        return decode(read_regular(path), str(path), channels)
+        return decode(read_regular(path), str(path), channels, orient="stored")  # as its masks
 
     def mask(self, index: int) -> np.ndarray:
         """(H, W) uint8: 0 background, then the objects."""
