@@ -77,7 +77,7 @@ def _evaluate(recipe: Recipe, out: Path, trained: "Backbone") -> None:
     untrained = _untrained_knn(recipe, trained)
     size, device = trained.input.size, recipe.run.device
     pixels = evaluation.load_evaluated(None, {"name": "pixels", "size": size}, device)
-    # The other pixels have no places, which video needs.
+    # The backbone `pixels` gives no feature map, which video needs.
     patches = {"name": "raw_patches", "size": size, "patch": trained.patch, "cell": gcd(4, trained.patch)}
     table = Table("evaluator", "what it measures", "your network", "baseline", box=SIMPLE)
     table.title = "Built-in scenes: ten kinds of objects, test images never seen in training"

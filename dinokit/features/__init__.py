@@ -1,7 +1,6 @@
 """Features of a frozen backbone: vectors, feature maps, attention, and stores of them on disk."""
 
-from dinokit.features.cache import cached, load_cached
-from dinokit.features.extract import Features, Subset, extract, spread
+from dinokit.features.extract import Features, Subset, cached, extract, load_cached, spread
 from dinokit.features.extract_store import Extraction, ExtractSpec, extract_to
 from dinokit.features.store import Store, open_store
 from dinokit.features.tokens import (

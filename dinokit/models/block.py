@@ -7,8 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dinokit.models.attention import Attention, PackedBatch
-from dinokit.models.layers import DropPath, LayerScale, Mlp, SwiGLU
+from dinokit.models.attention import Attention, DropPath, LayerScale, Mlp, PackedBatch, SwiGLU
 
 NORM_EPS = 1e-6  # DINO and DINOv2 use it instead of PyTorch's 1e-5
 

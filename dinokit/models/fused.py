@@ -24,11 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.models import TokenReads
-from dinokit.models.attention import Attention, Kernel, PackedBatch, split_heads
+from dinokit.models.attention import (
+    Attention,
+    DropPath,
+    Kernel,
+    LayerScale,
+    Mlp,
+    PackedBatch,
+    SwiGLU,
+    split_heads,
+)
 from dinokit.models.attention import attend as plain_attend
 from dinokit.models.block import Block
 from dinokit.models.head import Prototypes
-from dinokit.models.layers import DropPath, LayerScale, Mlp, SwiGLU
 from dinokit.models.vit import VisionTransformer
 
 SHORT = 256  # tokens of an image

@@ -2,7 +2,7 @@
 
 Every long computation (feature extraction, evaluators, lists of evaluations, curation stages) saves its state
 through PartialResult; a training run has checkpoints of its own (train/checkpoint.py). The cache of features
-(features/cache.py) keeps results in the same form.
+(features/extract.py) keeps results in the same form.
 """
 
 from collections.abc import Callable, Iterator, Mapping

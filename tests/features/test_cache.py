@@ -13,7 +13,6 @@ from dinokit.data.sources import images_stamp
 from dinokit.eval._images import image_features
 from dinokit.eval.knn import Config
 from dinokit.features import Features, Pooling, cached, fingerprint, load_cached, spread
-from dinokit.features import cache as cache_module
 from dinokit.models import Backbone
 
 CPU = torch.device("cpu")
@@ -246,7 +245,7 @@ def test_above_the_limit_the_longest_unused_entries_are_deleted(tmp_path, monkey
                 os.utime(file, (number, number))
     entry(tmp_path, "a", rows=1000)  # used just now
     size = next(tmp_path.iterdir()).stat().st_size
-    monkeypatch.setattr(cache_module, "LIMIT", 2 * size + 10)
+    monkeypatch.setattr(sys.modules["dinokit.features.extract"], "LIMIT", 2 * size + 10)
     entry(tmp_path, "d", rows=1000)
     assert [name for name in "abcd" if load_cached(tmp_path, name, CPU)] == ["a", "d"]
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from dinokit.models.attention import PackedBatch
+from dinokit.models.attention import DropPath, PackedBatch, SwiGLU
 from dinokit.models.block import Block
-from dinokit.models.layers import DropPath, SwiGLU
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.4, 0.9])

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinokit.models import fused
-from dinokit.models.attention import PackedBatch
+from dinokit.models.attention import LayerScale, PackedBatch
 from dinokit.models.block import Block
 from dinokit.models.fused import scaled_linear
 from dinokit.models.head import Prototypes
-from dinokit.models.layers import LayerScale
 from dinokit.models.vit import Config, VisionTransformer
 
 BATCH = PackedBatch(((7, 3), (10, 2)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinokit.data.dense import ClassMaps, DenseFiles, DenseSource, DepthMaps, class_maps, match_files
-from dinokit.data.sources._labels import choose_split, splits_of_folders
+from dinokit.data.sources import choose_split, splits_of_folders
 
 
 @dataclass

@@ -16,8 +16,14 @@ import numpy as np
 
 from dinokit.data.decode import SUFFIXES, suffix
 from dinokit.data.files import ImageFiles, Names, existing, nothing_found, report_left_out, wrong_kind
-from dinokit.data.sources import ImageSource
-from dinokit.data.sources._labels import Categorical, choose_split, class_ids, split_of, splits_of_folders
+from dinokit.data.sources import (
+    Categorical,
+    ImageSource,
+    choose_split,
+    class_ids,
+    split_of,
+    splits_of_folders,
+)
 
 
 @dataclass

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from dinokit.data.files import BLOCK, ImageFiles, Lines, Names, Strings, existing, wrong_kind
-from dinokit.data.sources import ImageSource
-from dinokit.data.sources._labels import Categorical, choose_split, class_ids
+from dinokit.data.sources import Categorical, ImageSource, choose_split, class_ids
 
 _CHECKED = 100  # files that must not all be missing when the list is opened
 _PATH = ("path", "file", "image", "filename")

@@ -23,7 +23,7 @@ import numpy as np
 from dinokit.config.registry import suggest
 from dinokit.data.decode import ImageLike, decode
 from dinokit.data.files import shards, stamp_of, wrong_kind
-from dinokit.data.sources._labels import choose_split, class_ids, select_classes, splits_of_files
+from dinokit.data.sources import choose_split, class_ids, select_classes, splits_of_files
 
 if TYPE_CHECKING:
     import pyarrow as pa

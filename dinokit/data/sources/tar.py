@@ -19,7 +19,7 @@ import numpy as np
 
 from dinokit.data.decode import SUFFIXES, ImageLike, decode, suffix
 from dinokit.data.files import Names, report_left_out, shards, stamp_of, wrong_kind
-from dinokit.data.sources._labels import Categorical, choose_split, class_ids, splits_of_files
+from dinokit.data.sources import Categorical, choose_split, class_ids, splits_of_files
 from dinokit.runtime.files import open_regular
 
 _LABEL = 1 << 20  # bytes that are read of a label file

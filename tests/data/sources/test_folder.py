@@ -190,11 +190,11 @@ def test_files_that_are_no_images_are_counted_by_suffix_at_the_start(
     for name in ("b.HEIC", "c.heic", "d.mp4", "e"):
         (tmp_path / name).touch()
     source = registry.build("data.sources", {"name": "folder", "path": str(tmp_path)})
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     heic = find_spec("pillow_heif") is not None
     assert len(source) == (3 if heic else 1)
-    assert "1 .mp4" in told
-    assert "1 without suffix" in told
-    assert ("2 .heic" in told and "pip install pillow-heif" in told) != heic
+    assert "1 .mp4" in err
+    assert "1 without suffix" in err
+    assert ("2 .heic" in err and "pip install pillow-heif" in err) != heic
     registry.build("data.sources", {"name": "folder", "path": str(tmp_path)})
     assert not capsys.readouterr().err  # once
