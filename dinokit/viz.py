@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dinokit.config.load import Recipe
@@ -326,6 +327,24 @@ def enlarge(picture: Picture, height: int, width: int) -> Picture:
     h, w, _ = picture.shape
     rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
     return np.ascontiguousarray(picture[rows][:, columns])
+
+
+def boxed(picture: Picture, side: int) -> Picture:
+    """A picture on a white square, its longer side resized to `side`."""
+    image = ImageOps.contain(Image.fromarray(picture), (side, side), Image.Resampling.NEAREST)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square)
+
+
+def marked(picture: Picture, point: tuple[float, float]) -> Picture:
+    """A copy of a picture with a cross at `point`: across and down, as shares of 1."""
+    height, width, _ = picture.shape
+    x, y = min(int(point[0] * width), width - 1), min(int(point[1] * height), height - 1)
+    arm, copy = max(min(height, width) // 12, 2), picture.copy()
+    copy[max(y - arm, 0) : y + arm + 1, x] = OTHER
+    copy[y, max(x - arm, 0) : x + arm + 1] = OTHER
+    return copy
 
 
 def to_picture(image: Tensor) -> Picture:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dinokit import viz
+from dinokit.__main__ import main
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 
@@ -149,3 +150,55 @@ def test_a_figure_is_a_png_with_all_pictures(tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).reshape(-1, 3)
     for colour in ((255, 0, 0), (0, 0, 255)):
         assert (pixels == colour).all(axis=1).mean() > 0.25
+
+
+def test_a_cross_marks_a_point_and_a_picture_stands_on_a_white_square():
+    picture = viz.marked(np.zeros((24, 48, 3), np.uint8), (0.5, 1.0))
+    assert tuple(picture[23, 24]) == viz.OTHER
+    assert not picture[:20].any()
+    square = viz.boxed(picture, 96)
+    assert square.shape == (96, 96, 3)
+    assert (square[:24] == 255).all()
+    assert not square[30, 10].any()
+
+
+def size_of_file(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_the_command_draws_every_picture_of_files_folders_and_the_images_of_a_run(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "backbone.width=32",
+        "backbone.depth=1",
+        "backbone.size=32",
+        "crops.globals.size=32",
+        "evals=null",
+    ]
+    small += ["data.size=32", "data.count=20", "data.test_count=4", "optim.batch=4", "optim.steps=1"]
+    small += ["optim.warmup=0", "run.workers=0", "run.device=cpu", "run.report=false", "run.out=run"]
+    assert main(["train", "scenes_cpu", *small]) == 0
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 60 + 8 * i, 3), np.uint8)).save(f"photos/{i}.png")
+    words = ["weights=run", "device=cpu", "count=3"]
+    widths = {"pca": 3, "attention": 3, "similarity": 2}
+    for kind, columns in widths.items():
+        assert main(["viz", kind, *words, "photos"]) == 0
+        size = size_of_file(f"{kind}.png")
+        assert size == (columns * (224 + G) + G, 3 * (224 + G) + G)
+    assert main(["viz", "pca", *words, "photos/0.png", "out=one.png"]) == 0
+    assert size_of_file("one.png")[1] == 224 + 2 * G
+    assert main(["viz", "neighbours", "weights=run", "device=cpu", "queries=2", "k=3"]) == 0  # of the run
+    assert size_of_file("neighbours.png") == (4 * (112 + G) + G, 2 * (112 + G) + G)
+    assert main(["viz", "crops", *words]) == 0
+    assert size_of_file("crops.png")[1] == 3 * (96 + G) + G
+    capsys.readouterr()
+    assert main(["viz", "pcaa", *words]) == 2
+    assert "'pca'" in capsys.readouterr().err
+    assert main(["viz", "similarity", *words, "point=[2,0]"]) == 2
+    assert "shares of the image" in capsys.readouterr().err
