@@ -199,7 +199,8 @@ class TrainDataset(Dataset[Sample]):
         """A decoded image, and the boxes of its crops."""
         if self.crops.decode == "reduced":
             source: Any = self.source
-            limit, orient = getattr(source, "max_pixels", MAX_PIXELS), getattr(source, "orient", "exif")
+            limit = getattr(source, "max_pixels", MAX_PIXELS)
+            orient: Any = getattr(source, "orient", "exif")
             data, name = source.stored(index), source.name(index)
             return decode_reduced(data, name, self.multi_crop, rng, limit, orient)
         image, _ = self.source[index]

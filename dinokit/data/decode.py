@@ -26,7 +26,7 @@ Orient = Literal["exif", "stored"]
 # What reading a damaged or missing image raises.
 UNREADABLE = OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError
 
-SUFFIXES = (
+SUFFIXES: tuple[str, ...] = (
     ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jp2", ".pbm", ".pgm",
     ".ppm", ".npy",
 )  # fmt: skip

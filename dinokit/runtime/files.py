@@ -8,6 +8,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Literal
 
@@ -15,7 +16,7 @@ CHECKSUMS = "checksums.json"
 TEMPORARY = ".*.part"  # names of unfinished files
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file to read. A FIFO or a device, which may block or never end, is refused, also behind a link.
 
     Raises:

@@ -80,8 +80,9 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
     notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
     if only_file:
         return Exported(command, forward, notes=notes)
-    settings = timm.data.resolve_model_data_config(model)
-    return Exported(command, forward, notes=notes, prepare=timm.data.create_transform(**settings))
+    data: Any = timm.data
+    prepare = data.create_transform(**data.resolve_model_data_config(model))
+    return Exported(command, forward, notes=notes, prepare=prepare)
 
 
 def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
