@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dinokit.runtime.log import RunLog, watch
+from dinokit.runtime.log import RunLog, sparkline, watch
 
 
 def records(path):
@@ -37,6 +37,26 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
     assert out[1].startswith("step 5/10  dino 1.235  lr 0.001  left 0:00:0")
     written = (tmp_path / "run.log").read_text().splitlines()
     assert [line.split("  ", 1)[1] for line in written] == out
+
+
+def test_the_curve_of_a_score_goes_on_after_a_resumption(tmp_path, capsys):
+    with RunLog(tmp_path, steps=30, start=0) as log:
+        log.scores(0, "knn", {"top1@20": 0.0, "images": 9}, 1.0)
+        log.scores(10, "knn", {"top1@20": 0.4, "images": 9}, 1.0)
+        log.scores(20, "knn", {"top1@20": 0.9, "images": 9}, 1.0)
+    with RunLog(tmp_path, steps=30, start=10) as log:
+        log.scores(20, "knn", {"top1@20": 0.8, "images": 9}, 1.25)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "knn after step 0: top1@20 0  images 9  (1.0 s)"
+    assert out[-2] == "knn after step 20: top1@20 0.8  images 9  (1.2 s)"
+    assert out[-1].startswith("knn/top1@20 so far: ")
+    assert out[-1].endswith("0 0.4 0.8")
+
+
+def test_a_curve_is_a_bar_for_each_value():
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([-1.0, 1.0]) == "▁█"
+    assert sparkline([0.0, 0.0]) == "▁▁"
 
 
 def fail_after_a_line(folder):
