@@ -186,6 +186,7 @@ def test_a_report_that_fails_does_not_fail_the_training(tmp_path, capsys):
     assert "the report was not written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_commands_after_a_training_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DINOKIT_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "a run"
