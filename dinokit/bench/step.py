@@ -18,8 +18,17 @@ from typing import Any
 
 import torch
 
-from dinokit.bench import matmul_rate, matmul_rates, measured_on, medians, once, seconds, settled, wait
-from dinokit.bench.data import SyntheticImages
+from dinokit.bench import (
+    SyntheticImages,
+    matmul_rate,
+    matmul_rates,
+    measured_on,
+    medians,
+    once,
+    seconds,
+    settled,
+    wait,
+)
 from dinokit.config import registry
 from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch

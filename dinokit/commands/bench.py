@@ -54,7 +54,7 @@ def run(command: Command) -> None:
         _step(about, recipe, real, bool(against), "--json" in command.flags)
         return
     if kind == "data":
-        from dinokit.bench.data import bench_data
+        from dinokit.bench import bench_data
 
         results = bench_data(recipe, rounds, real)
     else:

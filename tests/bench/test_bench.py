@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinokit.__main__ import main
-from dinokit.bench.data import SyntheticImages
+from dinokit.bench import SyntheticImages
 from dinokit.bench.step import Form, bench_steps, model_flops, plain
 from dinokit.config.load import load_recipe
 from dinokit.data.loader import training_loader
