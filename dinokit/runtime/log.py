@@ -116,12 +116,12 @@ class RunLog:
                 file.write(json.dumps({"step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
 
     def scores(self, step: int, name: str, scores: Mapping[str, float], seconds: float) -> None:
-        """Record the scores of evaluator `name` after `step` steps; show them and the curve of the first."""
+        """Record the scores of evaluator `name` after `step` steps; show them and their curve."""
         values = {f"{name}/{key}": value for key, value in scores.items()}
         self.record(step, values)
         text = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
         self.info(f"{name} after step {step}: {text}  ({seconds:.1f} s)")
-        if not self.main:
+        if not self.main or name == "health":  # signals have no better and worse
             return
         first = next(iter(values))
         past = [

@@ -169,7 +169,9 @@ def with_steps(choice: Choice, source: ImageSource, given: list[str], minutes: f
         seconds = measure(recipe, source)
         steps = max(round(TRAINING_SHARE * 60 * minutes / seconds), LEAST_STEPS)
         epochs = steps * recipe.optim.batch / len(source)
-        reason = f"{minutes:g} minutes at {seconds:.2f} s a step; each image {epochs:.0f} times"
+        reason = f"{minutes:g} min at {seconds:.2f} s a step; each image {epochs:.0f} times"
+        if steps == LEAST_STEPS:
+            reason += f"; fewer than {LEAST_STEPS} steps teach nothing"
         choice.set("optim.steps", steps, reason)
     choice.set("optim.warmup", min(max(steps // 20, 1), 200), "a twentieth of the steps, at most 200")
     momentum = round(1 - 1 / max(AVERAGED * steps, 2), 4)
