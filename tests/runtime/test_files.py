@@ -46,7 +46,10 @@ def test_a_folder_takes_its_place_beside_what_others_put_there(tmp_path):
         write_text(folder / "out" / "a", "new")
         write_text(folder / "out.data", "beside it")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.data"]
-    assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == {"a": "new", "notes": "mine"}
+    content = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
+    assert content.keys() == {"a", "notes", files.CHECKSUMS}
+    assert (content["a"], content["notes"]) == ("new", "mine")
+    files.check_folder(tmp_path / "out")
 
 
 def test_processes_of_one_number_on_two_machines_write_apart(tmp_path, monkeypatch):
