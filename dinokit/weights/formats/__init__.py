@@ -21,15 +21,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dinokit.models import Backbone
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import aside, remove
 from dinokit.weights.architecture import infer_config
+
+if TYPE_CHECKING:
+    from PIL import Image  # not needed to load a backbone
 
 FILES = {"timm": "timm", "hf": "huggingface", "dinov2": "dinov2", "onnx": "onnx"}  # by the word for people
 SAME_IMAGE = 0.999  # cosine of class tokens, where two libraries prepare an image alike
@@ -44,7 +47,7 @@ class Exported:
     # (b, C, h, w) -> class tokens (b, D), patches (b, N, D)
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
     every_size: bool = False  # whether features must be equal where positions are resampled too
-    prepare: Callable[[Image.Image], Tensor] | None = None  # that library's own preprocessing: (C, s, s)
+    prepare: Callable[["Image.Image"], Tensor] | None = None  # that library's own preprocessing: (C, s, s)
     notes: list[str] = field(default_factory=list)  # sentences: what the format has no place for
 
 
@@ -62,7 +65,7 @@ def metadata_of(vit: VisionTransformer) -> dict[str, str]:
 
 def export(
     backbone: Backbone, to: str, out: str | Path, size: int | None = None,
-    images: Iterable[tuple[Image.Image, Tensor]] = (),
+    images: "Iterable[tuple[Image.Image, Tensor]]" = (),
 ) -> Iterator[str]:  # fmt: skip
     """Write a backbone; yields sentences about the files and the difference of the features.
 
@@ -115,7 +118,7 @@ def _compare(vit: VisionTransformer, exported: Exported, sizes: list[int]) -> It
 
 
 def _compare_preprocessing(
-    vit: VisionTransformer, exported: Exported, images: Iterable[tuple[Image.Image, Tensor]]
+    vit: VisionTransformer, exported: Exported, images: "Iterable[tuple[Image.Image, Tensor]]"
 ) -> Iterator[str]:
     cosines = []
     if exported.prepare is None:

@@ -7,9 +7,9 @@ read too.
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dinokit.models.block import NORM_EPS
@@ -18,6 +18,9 @@ from dinokit.runtime.files import write_text
 from dinokit.weights.architecture import StoredBackbone, count_groups, stored_vit
 from dinokit.weights.checkpoint import Checkpoint, write_tensors
 from dinokit.weights.formats import Exported, metadata_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PREFIX = re.compile(r"^(?:dinov2|dinov2_with_registers|vit)\.")
 TOP = {
@@ -134,7 +137,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     model.eval()
 
-    def prepare(image: Image.Image) -> Tensor:
+    def prepare(image: "Image.Image") -> Tensor:
         return torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
