@@ -71,8 +71,7 @@ def _chosen(settings: list[str], given: dict[str, str], out: str, minutes: str) 
         most = float(minutes)
     except ValueError:
         raise ValueError(f"minutes={minutes}: it is a number, such as minutes=60.") from None
-    data = {key.removeprefix("data."): value for key, value in given.items() if key.startswith("data.")}
-    choice, source = choose.choose(data, given.get("run.device", "auto"))
+    choice, source = choose.choose(settings, given.get("run.device", "auto"))
     choice.set("run.out", out, "by the name of the images")
     choose.with_steps(choice, source, settings, most)
     for line in choice.lines(given):

@@ -6,11 +6,10 @@ after them and so wins.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,21 +62,24 @@ class Choice:
         return [*self.facts, f"recipe {self.recipe}, with:", *chosen]
 
 
-def choose(data: Mapping[str, Any], device: str) -> tuple[Choice, ImageSource]:
+def choose(settings: Sequence[str], device: str) -> tuple[Choice, ImageSource]:
     """Look at the images and the device, and choose everything but the number of steps.
 
     Args:
-        data: the section `data` as given; without `name` the kind follows from the path.
+        settings: key=value as given, with data.path; without data.name the kind follows from the path.
         device: `run.device`.
 
     Raises:
         ValueError: if there are too few images, or none can be read.
     """
-    section = {"name": kind_of(str(data.get("path", ""))), **data}
-    source: ImageSource = registry.build("data.sources", section)
     kind = pick_device(device).type
     choice = Choice("laptop" if kind == "cpu" else "small_photos")
-    choice.set("data.name", section["name"], "by the path")
+    of_data = [text for text in settings if text.startswith(("data.", "backbone.channels="))]
+    path = dict(text.partition("=")[::2] for text in of_data)["data.path"]
+    choice.set("data.name", kind_of(path), "by the path")
+    source: ImageSource = registry.build(
+        "data.sources", load_recipe(choice.recipe, [*choice.settings(), *of_data]).data
+    )
     sizes, mean, std, grey = look_at(source)
     side = int(np.median(sizes))
     choice.facts.append(
@@ -169,7 +171,7 @@ def with_steps(choice: Choice, source: ImageSource, given: list[str], minutes: f
         seconds = measure(recipe, source)
         steps = max(round(TRAINING_SHARE * 60 * minutes / seconds), LEAST_STEPS)
         epochs = steps * recipe.optim.batch / len(source)
-        reason = f"{minutes:g} min at {seconds:.2f} s a step; each image {epochs:.0f} times"
+        reason = f"{minutes:g} min at {seconds:.3g} s a step; each image {epochs:.0f} times"
         if steps == LEAST_STEPS:
             reason += f"; fewer than {LEAST_STEPS} steps teach nothing"
         choice.set("optim.steps", steps, reason)

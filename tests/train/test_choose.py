@@ -33,7 +33,7 @@ def recipe_of(choice, path):
 
 def test_colours_batch_and_crops_follow_the_images(folder):
     path = folder(40, 200)
-    choice, source = choose({"path": str(path)}, "cpu")
+    choice, source = choose([f"data.path={path}"], "cpu")
     recipe = recipe_of(choice, path)
     assert len(source) == 40
     assert recipe.optim.batch == 8  # a quarter of the images
@@ -46,14 +46,21 @@ def test_colours_batch_and_crops_follow_the_images(folder):
 
 def test_small_and_grey_images_get_small_crops_and_no_colour(folder):
     path = folder(20, 32, grey=True)
-    recipe = recipe_of(choose({"path": str(path)}, "cpu")[0], path)
+    recipe = recipe_of(choose([f"data.path={path}"], "cpu")[0], path)
     assert (recipe.crops.globals.size, recipe.backbone["patch"]) == (32, 4)
     assert (recipe.crops.saturation, recipe.crops.hue, recipe.crops.gray) == (0, 0, 0)
 
 
+def test_settings_of_the_source_are_read_as_in_a_recipe(folder):
+    path = folder(20, 40)
+    choice, source = choose([f"data.path={path}", "data.split=train", "backbone.channels=1"], "cpu")
+    assert len(source) < 20
+    assert len(recipe_of(choice, path).crops.mean) == 1
+
+
 def test_too_few_images_are_refused_with_what_to_do(folder):
     with pytest.raises(ValueError, match="There are 9 images: a network learns from hundreds at least"):
-        choose({"path": str(folder(9, 40))}, "cpu")
+        choose([f"data.path={folder(9, 40)}"], "cpu")
 
 
 @pytest.mark.parametrize(
