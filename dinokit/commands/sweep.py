@@ -34,6 +34,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from dinokit.commands import Command
 from dinokit.config.load import Recipe, load_recipe, read_mapping
 from dinokit.config.values import validated
+from dinokit.results import lower_is_better
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -303,7 +305,7 @@ def report(sweep: Config, out: Path, runs: Sequence[Run]) -> None:
     if not any(result.curve for result in results):
         name = sweep.metric or "an evaluator"
         raise ValueError(f"No run in {out} has a score of {name} yet. Does the recipe have `evals`?")
-    table = _table(groups)
+    table = _table(groups, less_is_better=lower_is_better(sweep.metric.rpartition("/")[2] or "knn"))
     write_text(out / "table.md", _markdown(table))
     text = io.StringIO()
     writer = csv.DictWriter(text, table[0], lineterminator="\n")
@@ -324,8 +326,8 @@ def score_at(curve: Sequence[Point], key: str, x: float) -> float | None:
     return None
 
 
-def _table(groups: Mapping[str, Sequence[Result]]) -> list[dict[str, str]]:
-    """A line for each row, the largest last score first; means over the finished seeds, if there are any."""
+def _table(groups: Mapping[str, Sequence[Result]], less_is_better: bool) -> list[dict[str, str]]:
+    """A line for each row, the best last score first; means over the finished seeds, if there are any."""
     scored = {}
     for row, group in groups.items():
         begun = [result for result in group if result.curve]
@@ -346,7 +348,8 @@ def _table(groups: Mapping[str, Sequence[Result]]) -> list[dict[str, str]]:
         line["minutes"] = f"{fmean([c[-1].minutes for c in curves]):.1f}" if curves else ""
         line["verdict"] = ", ".join(dict.fromkeys(r.verdict for r in group if r.verdict))
         lines.append(line)
-    return sorted(lines, key=lambda line: -float(line["score"] or "-inf"))
+    sign = 1 if less_is_better else -1
+    return sorted(lines, key=lambda line: sign * float(line["score"] or sign * inf))  # without a score: last
 
 
 def _mean(values: Iterable[float | None]) -> str:

@@ -136,6 +136,23 @@ def test_another_metric_can_be_tabulated(sweep, tmp_path):
     assert "3.000" in (out / "table.csv").read_text()
 
 
+def test_of_errors_the_smallest_comes_first(sweep, tmp_path):
+    for row, error in (("slow", 2.5), ("fast", 1.5)):
+        out = tmp_path / "runs" / "study" / row
+        records(out, [0.1])
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 10, "depth/rmse": error}) + "\n")
+    assert (
+        sweep("recipe: tiny.yaml\nmetric: depth/rmse\nrows: {slow: [], fast: [], late: []}", "--table") == 0
+    )
+    lines = list(csv.DictReader((tmp_path / "runs/study/table.csv").read_text().splitlines()))
+    assert [(line["row"], line["score"]) for line in lines] == [
+        ("fast", "1.500"),
+        ("slow", "2.500"),
+        ("late", ""),
+    ]
+
+
 def test_a_dry_run_prints_the_commands(sweep, capsys):
     assert (
         sweep(
