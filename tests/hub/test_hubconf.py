@@ -27,9 +27,10 @@ IMAGENET = Input(28, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = {"width": 128, "depth": 2, "heads": 2}
 SCRIPT = """
 import sys
+from pathlib import Path
 for name in ("omegaconf", "safetensors", "timm", "numpy", "rich", "PIL", "torchvision", "transformers"):
     sys.modules[name] = None  # as if it were not installed
-sys.path = [p for p in sys.path if "finder" not in p]
+sys.path = [p for p in sys.path if "finder" not in p and not Path(p, "dinokit").exists()]
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
 import torch
 try:
