@@ -173,6 +173,21 @@ def test_a_run_whose_images_are_gone_still_has_curves_and_says_why_pictures_are_
     assert page.all("svg")
 
 
+def test_images_that_cannot_be_read_any_more_leave_a_page_that_says_so(scenes_run, tmp_path):
+    run, photos = tmp_path / "unread", tmp_path / "photos"
+    shutil.copytree(scenes_run, run)
+    photos.mkdir()
+    for i in range(3):
+        (photos / f"{i}.png").write_bytes(b"nothing")
+    recipe = (run / "recipe.yaml").read_text()
+    data = recipe[recipe.index("\ndata:") : recipe.index("\noptim:")]
+    (run / "recipe.yaml").write_text(recipe.replace(data, f"\ndata:\n  name: folder\n  path: {photos}"))
+    page = Page(write_report([run], device="cpu"))
+    page.check()
+    assert page.text().count("Cannot be shown: ") >= 4
+    assert page.all("svg")
+
+
 def test_a_report_that_fails_does_not_fail_the_training(tmp_path, capsys):
     out = tmp_path / "run"
     (out / "report.html").mkdir(parents=True)  # in the way

@@ -44,7 +44,7 @@ def run(command: Command) -> None:
     )
     settings = [
         *command.settings, "evals=null", f"optim.steps={steps}", "optim.warmup=0", "run.device=cpu",
-        "run.workers=0", "run.log_every=1", "run.checkpoint_every=1_000_000_000",
+        "run.workers=0", "run.log_every=1", "run.checkpoint_every=1_000_000_000", "run.report=false",
     ]  # fmt: skip
     recipe = load_recipe(name, settings)
     accumulation(recipe, world)

@@ -12,6 +12,7 @@ dinokit train small_photos data.path=PHOTOS run.out=runs/photos
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,30 @@ def recipe_of(command: Command) -> Recipe:
         word = command.one_word("recipe, or data.path=FOLDER to have one chosen", registry.recipe_names())
         return load_recipe(word, settings, evaluation.architecture)
     out = given.get("run.out") or f"runs/{Path(given['data.path']).resolve().stem}"
-    if (Path(out) / "recipe.yaml").is_file():  # a run that was begun: its choices are made
-        return load_recipe(Path(out) / "recipe.yaml", settings, evaluation.architecture)
-    return _chosen(settings, given, out, minutes[0].partition("=")[2] if minutes else "0")
+    most = _minutes(minutes[-1].partition("=")[2]) if minutes else 0.0
+    if not (Path(out) / "recipe.yaml").is_file():
+        return _chosen(settings, given, out, most)
+    recipe = load_recipe(Path(out) / "recipe.yaml", settings, evaluation.architecture)
+    if minutes:
+        print(
+            f"{out} was begun with optim.steps={recipe.optim.steps}, which stays; {minutes[-1]} is not used. "
+            f"For a new run, give another run.out.",
+            file=sys.stderr,
+        )
+    return recipe
 
 
-def _chosen(settings: list[str], given: dict[str, str], out: str, minutes: str) -> Recipe:
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < inf:
+        raise ValueError(f"minutes={text}: it is a number above 0, such as minutes=60.")
+    return minutes
+
+
+def _chosen(settings: list[str], given: dict[str, str], out: str, minutes: float) -> Recipe:
     """The recipe that dinokit.train.choose finds for the images and this machine."""
     from dinokit.runtime.distributed import launch
     from dinokit.train import choose
@@ -67,13 +86,9 @@ def _chosen(settings: list[str], given: dict[str, str], out: str, minutes: str) 
             f"A recipe is chosen by one process, and {launch().world} were started. Write it to a file "
             f"first: dinokit show data.path={given['data.path']} > mine.yaml; then train mine.yaml."
         )
-    try:
-        most = float(minutes)
-    except ValueError:
-        raise ValueError(f"minutes={minutes}: it is a number, such as minutes=60.") from None
     choice, source = choose.choose(settings, given.get("run.device", "auto"))
     choice.set("run.out", out, "by the name of the images")
-    choose.with_steps(choice, source, settings, most)
+    choose.with_steps(choice, source, settings, minutes)
     for line in choice.lines(given):
         print(line, file=sys.stderr)
     return load_recipe(choice.recipe, [*choice.settings(), *settings], evaluation.architecture)

@@ -152,7 +152,7 @@ def summary(run: Run) -> Summary:
         for step, r in verdicts.items()
     ]
     if not verdicts and "feature_rank" in _keys([run]):
-        sentences.append("The checks of signals found nothing wrong.")
+        sentences.append("The checks of signals that ran found nothing wrong.")
     if run.steps in verdicts:
         return Summary(f"Something is wrong: {verdicts[run.steps]['verdict']}", "bad", sentences)
     first = next((values for key, values in changes.items() if key.startswith("knn/")), [])

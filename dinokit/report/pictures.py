@@ -97,9 +97,6 @@ class Pictures:
         if training is not None:
             page.attempt("crops", lambda: page.draw_crops(recipe, training))
         backbone = page.attempt("pca", lambda: load_backbone(folder).to(pick_device(device)))
-        if source is None or backbone is None:
-            reason = page.notes.get("images") or page.notes["pca"]
-            page.notes.update(dict.fromkeys(("pca", "attention", "neighbours"), reason))
         size = backbone.input.size if backbone is not None else recipe.crops.globals.size
         gallery = page.attempt("images", lambda: read_gallery(source, size)) if source is not None else None
         if gallery is not None:
@@ -108,6 +105,9 @@ class Pictures:
             page.attempt("pca", lambda: page.draw_pca(backbone, gallery))
             page.attempt("attention", lambda: page.draw_attention(backbone, gallery))
             page.attempt("neighbours", lambda: page.draw_neighbours(backbone, source, gallery))
+        else:
+            reason = page.notes.get("images") or page.notes["pca"]
+            page.notes.update(dict.fromkeys(("pca", "attention", "neighbours"), reason))
         return page
 
     def attempt(self, name: str, work: Callable[[], Any]) -> Any:

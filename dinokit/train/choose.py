@@ -17,10 +17,11 @@ from torch import Tensor
 
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe
-from dinokit.data.loader import training_loader
+from dinokit.data.loader import MAX_WORKERS, training_loader
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import size_of, to_tensor
 from dinokit.runtime.device import pick_device
+from dinokit.runtime.distributed import cpu_cores
 from dinokit.train.run_dir import with_precision
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import block_masks
@@ -77,9 +78,16 @@ def choose(settings: Sequence[str], device: str) -> tuple[Choice, ImageSource]:
     of_data = [text for text in settings if text.startswith(("data.", "backbone.channels="))]
     path = dict(text.partition("=")[::2] for text in of_data)["data.path"]
     choice.set("data.name", kind_of(path), "by the path")
-    source: ImageSource = registry.build(
-        "data.sources", load_recipe(choice.recipe, [*choice.settings(), *of_data]).data
-    )
+
+    def opened() -> ImageSource:
+        recipe = load_recipe(choice.recipe, [*choice.settings(), *of_data])
+        source: ImageSource = registry.build("data.sources", recipe.data)
+        return source
+
+    source = opened()
+    if source.classes and not any(text.startswith("data.split=") for text in of_data):
+        choice.set("data.split", "train", "the images have labels: the test images are for evaluation alone")
+        source = opened()
     sizes, mean, std, grey = look_at(source)
     side = int(np.median(sizes))
     choice.facts.append(
@@ -90,9 +98,14 @@ def choose(settings: Sequence[str], device: str) -> tuple[Choice, ImageSource]:
     _choose_batch(choice, len(source))
     choice.set("crops.mean", [round(float(x), 3) for x in mean], "of these images")
     choice.set("crops.std", [round(float(x), 3) for x in std], "of these images")
-    if grey:
+    if grey or len(mean) != 3:
+        reason = (
+            "the images have no colour"
+            if grey
+            else f"they are for red, green and blue, not {len(mean)} channels"
+        )
         for key in ("saturation", "hue", "gray"):
-            choice.set(f"crops.{key}", 0.0, "the images have no colour")
+            choice.set(f"crops.{key}", 0.0, reason)
     return choice, source
 
 
@@ -144,11 +157,16 @@ def measure(recipe: Recipe, source: ImageSource) -> float:
 
 
 def _time_steps(step: Step, source: ImageSource, start: int) -> float:
-    """Seconds of a step, from a few steps that begin at `start`."""
-    recipe, total = step.recipe, WARM_STEPS + TIMED_STEPS
+    """Seconds of a step, from a few steps that begin at `start`, loading included.
+
+    Loader processes have batches ready when the clock starts; so many steps more are timed.
+    """
+    recipe = step.recipe
+    workers = recipe.run.workers if recipe.run.workers >= 0 else min(MAX_WORKERS, cpu_cores() - 1)
+    timed = TIMED_STEPS + 2 * workers
     loader = training_loader(
         source, recipe.crops, block_masks(recipe, step.model.student.backbone), seed=recipe.run.seed,
-        start_step=start, steps=start + total, batch=recipe.optim.batch, rank=0, world=1,
+        start_step=start, steps=start + WARM_STEPS + timed, batch=recipe.optim.batch, rank=0, world=1,
         accumulation=recipe.run.accumulate, workers=recipe.run.workers, pin=step.device.type == "cuda",
     )  # fmt: skip
     begin = 0.0
@@ -156,7 +174,7 @@ def _time_steps(step: Step, source: ImageSource, start: int) -> float:
         if number == WARM_STEPS:
             begin = _now(step.device)
         step(batch)
-    return (_now(step.device) - begin) / TIMED_STEPS
+    return (_now(step.device) - begin) / timed
 
 
 def with_steps(choice: Choice, source: ImageSource, given: list[str], minutes: float = 0.0) -> None:
@@ -173,7 +191,7 @@ def with_steps(choice: Choice, source: ImageSource, given: list[str], minutes: f
         epochs = steps * recipe.optim.batch / len(source)
         reason = f"{minutes:g} min at {seconds:.3g} s a step; each image {epochs:.0f} times"
         if steps == LEAST_STEPS:
-            reason += f"; fewer than {LEAST_STEPS} steps teach nothing"
+            reason += f"; {LEAST_STEPS} steps are the least"
         choice.set("optim.steps", steps, reason)
     choice.set("optim.warmup", min(max(steps // 20, 1), 200), "a twentieth of the steps, at most 200")
     momentum = round(1 - 1 / max(AVERAGED * steps, 2), 4)
@@ -224,7 +242,7 @@ def _choose_batch(choice: Choice, images: int) -> None:
     while batch > images // 4 and batch > 8:
         batch //= 2
     if batch != load_recipe(choice.recipe, ["data.path=."]).optim.batch:
-        choice.set("optim.batch", batch, f"a quarter of {images} images at most")
+        choice.set("optim.batch", batch, f"for {images} images")
 
 
 def _as_yaml(value: object) -> str:

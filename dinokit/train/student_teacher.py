@@ -144,6 +144,8 @@ class StudentTeacher(nn.Module):
         if len(batch.local_crops):
             crops, masks = [*crops, batch.local_crops], [*masks, None]
         places, weight = self._compared_patches(batch)
+        if "masks" not in read:
+            places, weight = places[:0], weight[:0]
         teacher_cls = teacher_patch = student_cls = student_patch = NO_LOGITS
 
         if "heads" in read:

@@ -118,7 +118,10 @@ class Trainer:
         run, steps = self.recipe.run, self.recipe.optim.steps
         with stop_signals() as stop, self.log, self.checkpoints:
             self.log_start()
-            self.evaluate(self.start, self.due_at_start())
+            at_start = self.due_at_start()
+            self.evaluate(self.start, at_start)
+            if at_start:  # after a resumption: of the evaluation that was interrupted
+                self.log_verdict(self.start)
             for batch in self.batches():
                 self.pending.append(self.step(batch))
                 step = batch.step + 1  # steps that are complete

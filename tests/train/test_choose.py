@@ -83,7 +83,8 @@ def test_a_run_without_a_recipe_says_its_choices_keeps_what_is_given_and_resumes
     assert "optim.batch" not in text.split("recipe laptop, with:")[1].split("laptop: ")[0]  # it was given
     recipe = load_recipe(tmp_path / "runs/animals/recipe.yaml")
     assert (recipe.optim.batch, recipe.optim.steps) == (4, 3)
-    assert main(["train", f"data.path={path}", *QUICK, "optim.batch=4"]) == 0  # finished: nothing to do
+    assert main(["train", f"data.path={path}", *QUICK, "optim.batch=4", "minutes=9"]) == 0  # finished
+    assert "runs/animals was begun with optim.steps=3, which stays; minutes=9 is" in capsys.readouterr().err
 
 
 def test_minutes_become_steps_by_the_measured_speed(folder, tmp_path, monkeypatch, capsys):
@@ -96,6 +97,23 @@ def test_minutes_become_steps_by_the_measured_speed(folder, tmp_path, monkeypatc
     assert steps == pytest.approx(0.9 * 120 / seconds, rel=0.1) or steps == 50
     assert f"steps: {steps}" in out.out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("minutes", ["0", "-5", "inf", "nan", "long"])
+def test_minutes_that_are_no_time_are_refused(folder, minutes, capsys):
+    assert main(["show", f"data.path={folder(20, 40)}", f"minutes={minutes}"]) == 2
+    assert f"minutes={minutes}: it is a number above 0" in capsys.readouterr().err
+
+
+def test_images_with_labels_are_trained_on_in_their_training_split(folder):
+    path = folder(30, 40)
+    for i, image in enumerate(sorted(path.iterdir())):
+        part = path / ("train" if i < 20 else "test") / f"class{i % 2}"
+        part.mkdir(parents=True, exist_ok=True)
+        image.rename(part / image.name)
+    choice, source = choose([f"data.path={path}", "data.labels=folders"], "cpu")
+    assert (choice.overrides["data.split"], len(source)) == ("train", 20)
+    assert len(choose([f"data.path={path}", "data.labels=folders", "data.split=all"], "cpu")[1]) == 30
 
 
 def test_minutes_beside_a_recipe_are_refused(folder):
