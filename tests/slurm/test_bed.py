@@ -47,14 +47,18 @@ from dinokit.data.sources import scenes
 @dataclass
 class Config:
     seconds: float = 0.1  # that an image takes: no work, so that many runs fit on one machine
+    split: str = "train"
 
 class Slow(scenes.Scenes):
     def __getitem__(self, index):
         time.sleep(self.seconds)
         return super().__getitem__(index)
 
+    def stored(self, index):  # so that training and test images are compared without a wait
+        return self.name(index).encode()
+
 def build(cfg):
-    source = Slow(scenes.Config(size=32, count=200, split="train"))
+    source = Slow(scenes.Config(size=32, count=200, test_count=200, split=cfg.split))
     source.seconds = cfg.seconds
     return source
 """
@@ -246,6 +250,7 @@ def test_status_logs_and_cancel(here):
 def test_an_array_evaluates_every_saved_teacher(here):
     data = [
         "train.name=scenes",
+        "train.split=train",
         "train.count=60",
         "test.name=scenes",
         "test.split=test",
@@ -271,7 +276,8 @@ def test_a_stopped_evaluation_on_two_nodes_resumes_and_has_the_same_scores(here)
         "step_batch=8",
         "save_every=1",
     ]
-    data = ["train.name=slow.scenes", "test.name=slow.scenes", "test.seconds=0.0", "workers=0", "device=cpu"]
+    data = ["train.name=slow.scenes", "test.name=slow.scenes", "test.split=test"]
+    data += ["test.seconds=0.0", "workers=0", "device=cpu"]
     words = ["eval", "linear", "backbone.name=pixels", "backbone.size=32", *grid, *data]
     for name, seconds in (("whole", 0.01), ("stopped", 0.3)):
         here.submit(name, "nodes=2", "--", *words, f"train.seconds={seconds}", f"out=evaluated/{name}")
