@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dinokit import report
 from dinokit.__main__ import main
 from dinokit.config.registry import build
 from dinokit.features import extract
 from dinokit.report import read_run, summary, write_report
 from dinokit.report.pictures import coherence
+from dinokit.runtime.signals import STOP_SIGNALS
 from dinokit.weights import load_backbone
 
 TINY = [
@@ -199,6 +202,21 @@ def test_a_report_that_fails_does_not_fail_the_training(tmp_path, capsys):
     (out / "report.html").mkdir()
     assert main(words) == 0  # resumes at the last step
     assert "the report was not written" in capsys.readouterr().err
+
+
+def test_a_stop_signal_while_the_report_is_written_leaves_a_finished_run(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    words = ["train", "scenes_cpu", *TINY, *SCENES, "evals=null", f"run.out={out}"]
+    before = signal.getsignal(signal.SIGUSR2)
+    with monkeypatch.context() as patch:  # the signal arrives while pictures are drawn
+        patch.setattr(report, "write_report", lambda *_, **__: signal.raise_signal(signal.SIGUSR2))
+        try:
+            assert main(words) == 0
+        finally:
+            for number in STOP_SIGNALS:
+                signal.signal(number, before)
+    assert "the report was not written: stopped" in capsys.readouterr().err
+    assert (out / "teacher.safetensors").is_file()
 
 
 @pytest.mark.slow

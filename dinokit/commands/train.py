@@ -10,6 +10,7 @@ dinokit train small_photos data.path=PHOTOS run.out=runs/photos
 """
 
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from math import inf
@@ -108,17 +109,33 @@ def pretrain(recipe: Recipe) -> str:
 
 
 def write_report(recipe: Recipe) -> None:
-    """Write the report of a finished run, unless run.report=false. A failure is printed, and is no error."""
+    """Write the report of a finished run, unless run.report=false. A failure is printed, and is no error.
+
+    Nor is a stop signal: the run is complete, and a job that ended by it would be started again for nothing.
+    """
     from dinokit.runtime.distributed import launch
+    from dinokit.runtime.signals import STOP_SIGNALS
 
     if not recipe.run.report or launch().rank:
         return
+    before: dict[int, Any] = {number: signal.signal(number, _stop_writing) for number in STOP_SIGNALS}
     try:
         from dinokit import report
 
         print(f"report: {report.write_report([recipe.run.out], device=recipe.run.device)}")
     except Exception as error:  # the run is complete without it
         print(f"dinokit: the report was not written: {error or type(error).__name__}", file=sys.stderr)
+    except KeyboardInterrupt:
+        text = f"the report was not written: stopped. dinokit report {recipe.run.out} writes it"
+        print(f"dinokit: {text}", file=sys.stderr)
+        before = dict.fromkeys(before, signal.SIG_IGN)  # launchers and schedulers repeat their signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_writing(number: int, _: object) -> None:
+    raise KeyboardInterrupt
 
 
 def show_next(recipe: Recipe) -> None:
