@@ -56,7 +56,8 @@ def run(command: Command) -> None:
     with stop_signals(between_items=True):  # around both: a signal at the last step also ends the evaluation
         begin = time.monotonic()
         print(f"1 of 3: training a small ViT for {recipe.optim.steps} steps, on images without labels")
-        out = Path(pretrain(recipe))
+        pretrain(recipe)
+        out = Path(recipe.run.out)
         minutes = (time.monotonic() - begin) / 60
         print(f"2 of 3: evaluating it on {len(ROWS)} tasks, beside baselines ({minutes:.1f} minutes so far)")
         backbone = evaluation.load_evaluated(str(out), None, recipe.run.device)

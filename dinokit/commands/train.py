@@ -12,7 +12,7 @@ dinokit train small_photos data.path=PHOTOS run.out=runs/photos
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,9 @@ MULTI_PROCESS = RESUMES = True
 
 def run(command: Command) -> None:
     recipe = recipe_of(command)
-    pretrain(recipe)
+    source = pretrain(recipe)
     write_report(recipe)
-    show_next(recipe)
+    show_next(recipe, bool(source.classes))
 
 
 def recipe_of(command: Command) -> Recipe:
@@ -100,12 +100,13 @@ def describe(words: Sequence[str]) -> str:
     return f"recipes: {names}\ndinokit show RECIPE prints every key with its value"
 
 
-def pretrain(recipe: Recipe) -> str:
-    """Train a recipe on its data with its evaluators. Returns the run's folder."""
+def pretrain(recipe: Recipe) -> "ImageSource":
+    """Train a recipe on its data with its evaluators, into run.out. Returns the data."""
     from dinokit.train import trainer
 
-    source = registry.build("data.sources", recipe.data)
-    return str(trainer.train(recipe, source, _evaluators(recipe, source)))
+    source: ImageSource = registry.build("data.sources", recipe.data)
+    trainer.train(recipe, source, _evaluators(recipe, source))
+    return source
 
 
 def write_report(recipe: Recipe) -> None:
@@ -138,8 +139,8 @@ def _stop_writing(number: int, _: object) -> None:
     raise KeyboardInterrupt
 
 
-def show_next(recipe: Recipe) -> None:
-    """Print commands that use the result of a run, with its paths."""
+def show_next(recipe: Recipe, has_labels: bool) -> None:
+    """Print commands that use the result of a run on images with or without labels, with its paths."""
     from dinokit.runtime.distributed import launch
 
     if launch().rank:
@@ -148,7 +149,7 @@ def show_next(recipe: Recipe) -> None:
     images = [f"data.{key}={data[key]}" for key in ("name", "path") if data.get(key)]
     labelled = ["train.path=LABELLED/train", "test.path=LABELLED/test"]  # one sub-folder a class
     commands = [
-        ["eval", "knn", f"weights={out}", *([] if "split" in data and _has_labels(data) else labelled)],
+        ["eval", "knn", f"weights={out}", *([] if "split" in data and has_labels else labelled)],
         ["extract", f"weights={out}", *images, f"out={out}/features"],
         ["export", f"weights={out}", "to=timm", f"out={out}/timm"],
         ["report", out],
@@ -157,10 +158,6 @@ def show_next(recipe: Recipe) -> None:
     print(f"  from dinokit.weights import load_backbone; backbone = load_backbone({out!r})  # in Python")
     for words in commands:
         print(f"  dinokit {shlex.join(words)}")
-
-
-def _has_labels(data: Mapping[str, Any]) -> bool:
-    return bool(registry.build("data.sources", data).classes)
 
 
 def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:

@@ -120,8 +120,8 @@ def _sheet(kind: str, cfg: Config, backbone: "Backbone", images: "list[ImageLike
         shown[0] = viz.marked(shown[0], cfg.point)
         rows = [list(pair) for pair in zip(shown, pictures, strict=True)]
     else:
-        colours = viz.pca(backbone, images, cfg.size)
-        front = viz.pca(backbone, images, cfg.size, foreground=True)
+        features = viz.patch_features(backbone, [viz.fit(backbone, image, cfg.size) for image in images])
+        colours, front = (viz.component_colours(features, foreground) for foreground in (False, True))
         rows = [list(row) for row in zip(shown, colours, front, strict=True)]
     return viz.grid([[viz.boxed(picture, SIDE) for picture in row] for row in rows])
 

@@ -27,7 +27,7 @@ from dinokit.train.step import Step
 from dinokit.train.student_teacher import block_masks
 
 LOOKED_AT = 200  # images whose size and colours are read
-MINUTES = {"cpu": 60.0, "cuda": 120.0}  # of a run, if the user does not say
+MINUTES = {"laptop": 60.0, "small_photos": 120.0}  # of a run, if the user does not say
 WARM_STEPS, TIMED_STEPS = 2, 4  # of the measurement: the first steps allocate memory
 EVALUATIONS = 5  # in a run
 AVERAGED = 0.02  # of a run that the teacher averages over: one that averages over more lags behind
@@ -74,7 +74,7 @@ def choose(settings: Sequence[str], device: str) -> tuple[Choice, ImageSource]:
         ValueError: if there are too few images, or none can be read.
     """
     kind = pick_device(device).type
-    choice = Choice("laptop" if kind == "cpu" else "small_photos")
+    choice = Choice("small_photos" if kind == "cuda" else "laptop")
     of_data = [text for text in settings if text.startswith(("data.", "backbone.channels="))]
     path = dict(text.partition("=")[::2] for text in of_data)["data.path"]
     choice.set("data.name", kind_of(path), "by the path")
@@ -94,7 +94,7 @@ def choose(settings: Sequence[str], device: str) -> tuple[Choice, ImageSource]:
         f"{len(source):,} images, shorter side {int(min(sizes))} to {int(max(sizes))} pixels, {kind} with "
         f"{os.cpu_count()} cores"
     )
-    _choose_size(choice, side, kind)
+    _choose_size(choice, side)
     _choose_batch(choice, len(source))
     choice.set("crops.mean", [round(float(x), 3) for x in mean], "of these images")
     choice.set("crops.std", [round(float(x), 3) for x in std], "of these images")
@@ -181,11 +181,9 @@ def with_steps(choice: Choice, source: ImageSource, given: list[str], minutes: f
     """Choose the number of steps, and what depends on it, from the speed measured here."""
     # The warm-up follows from the steps below; until then it must not be longer than the run.
     recipe = load_recipe(choice.recipe, [*choice.settings(), "optim.warmup=0", *given])
-    device = pick_device(recipe.run.device)
-    if any(text.startswith("optim.steps=") for text in given):
-        steps, reason = recipe.optim.steps, "given"
-    else:
-        minutes = minutes or MINUTES["cpu" if device.type == "cpu" else "cuda"]
+    steps = recipe.optim.steps
+    if not any(text.startswith("optim.steps=") for text in given):
+        minutes = minutes or MINUTES[choice.recipe]
         seconds = measure(recipe, source)
         steps = max(round(TRAINING_SHARE * 60 * minutes / seconds), LEAST_STEPS)
         epochs = steps * recipe.optim.batch / len(source)
@@ -207,16 +205,14 @@ def with_steps(choice: Choice, source: ImageSource, given: list[str], minutes: f
         choice.set("optim.head_frozen", steps // 100, "as in the recipe, a hundredth of the steps")
 
 
-def _choose_size(choice: Choice, side: int, kind: str) -> None:
+def _choose_size(choice: Choice, side: int) -> None:
     """Crop sizes and patch for images of a median shorter side."""
     if side <= 48:
         size, patch, why = 32, 4, f"the images have {side} pixels"
-    elif kind == "cpu" or side <= 96:
-        size, patch, why = (
-            64,
-            8,
-            "few tokens, for a CPU" if kind == "cpu" else f"the images have {side} pixels",
-        )
+    elif side <= 96:
+        size, patch, why = 64, 8, f"the images have {side} pixels"
+    elif choice.recipe == "laptop":
+        size, patch, why = 64, 8, "few patches, for a laptop"
     elif side <= 192:
         size, patch, why = 128, 16, f"the images have {side} pixels"
     else:
@@ -233,15 +229,15 @@ def _choose_size(choice: Choice, side: int, kind: str) -> None:
 
 def _choose_batch(choice: Choice, images: int) -> None:
     """A batch that the images fill."""
-    batch = load_recipe(choice.recipe, ["data.path=."]).optim.batch
+    batch = usual = load_recipe(choice.recipe, ["data.path=."]).optim.batch
     if images < 16:
         raise ValueError(
             f"There are {images} images: a network learns from hundreds at least, better thousands. Give "
-            f"data.path a folder with more, or take a released backbone (dinokit models list)."
+            f"data.path a folder with more, or take a released backbone (dinokit models)."
         )
     while batch > images // 4 and batch > 8:
         batch //= 2
-    if batch != load_recipe(choice.recipe, ["data.path=."]).optim.batch:
+    if batch != usual:
         choice.set("optim.batch", batch, f"for {images} images")
 
 
@@ -250,6 +246,6 @@ def _as_yaml(value: object) -> str:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()

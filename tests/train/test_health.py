@@ -363,11 +363,11 @@ def test_an_evaluated_run_is_probed_beside_its_evaluators(tmp_path):
             )
     file = tmp_path / "run.yaml"
     file.write_text(RUN)
-    out = pretrain(load_recipe(file, [
+    source = pretrain(load_recipe(file, [
         f"data={{name: folder, path: {tmp_path / 'data'}, split: train, labels: folders}}",
         "optim.steps=2", "optim.batch=4", "optim.warmup=0", f"run.out={tmp_path / 'out'}",
         "evals.knn={every: 2, k: [1], resize: 32, workers: 0}",
     ]))  # fmt: skip
     keys = [sorted(record) for record in read_records(tmp_path / "out")]
     assert ["health/brightness_share", "health/feature_rank", "health/shuffled_patches", "step"] in keys
-    assert out == str(tmp_path / "out")
+    assert len(source) == 8
