@@ -309,8 +309,8 @@ def _patch_order(h: History, _: int) -> Verdict | None:
         return None
     return Verdict(
         "shortcut",
-        f"shuffling the patches of an image moves its class token by {share:.1%} of the variance: it counts "
-        f"colours and textures, and sees no shapes. Begin a run with backbone.init=fan_in "
+        f"shuffling the patches of an image moves its class token by {share:.1%} of the variance: it depends "
+        f"on colours and textures, and not on shapes. Begin a run with backbone.init=fan_in "
         f"backbone.positions=sincos, or train longer.",
     )
 
