@@ -35,6 +35,7 @@ class Config:
     depth: int = 12
     heads: int = 6
     patch: int = 16  # pixels
+    stem: Literal["linear", "conv"] = "linear"  # conv: ConvStem, for a few thousand images
     ffn: Literal["mlp", "swiglu"] = "mlp"
     layer_scale: float = 1e-5  # at the start; 0: none, as in DINO
     drop_path: float = 0.0  # share of images that a residual branch leaves out
@@ -88,9 +89,54 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
+    def maps(self, x: Tensor) -> Tensor:
+        """(b, C, h, w) -> (b, D, h / patch, w / patch)."""
+        return self.proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """(b, C, h, w) -> (b, N, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.maps(x).flatten(2).transpose(1, 2)
+
+
+class ConvStem(nn.Module):
+    """Convolutions of 3 x 3 pixels that halve the image down to one place a patch (arXiv 2106.14881).
+
+    Neighbouring patches share pixels, and a few images suffice to learn edges. Where a patch is masked, its
+    neighbours still contain some of its pixels.
+
+    Raises:
+        ValueError: if the patch is no power of two, or the width cannot be halved so often.
+    """
+
+    GROUPS = 8  # of channels that are normalised together: no statistics of a batch, so small crops are alike
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        halvings = patch.bit_length() - 1
+        if patch < 2 or patch != 2**halvings:
+            raise ValueError(f"backbone.stem=conv needs a backbone.patch of 2, 4, 8, 16 or 32, not {patch}.")
+        least = self.GROUPS * 2 ** (halvings - 1)
+        if width % least:
+            raise ValueError(
+                f"backbone.stem=conv with patch {patch} needs a multiple of {least} as backbone.width, "
+                f"not {width}."
+            )
+        self.layers = nn.Sequential()
+        for left in reversed(range(halvings)):
+            out = width // 2**left
+            self.layers.append(nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False))
+            self.layers.append(nn.GroupNorm(self.GROUPS, out))
+            self.layers.append(nn.GELU())
+            channels = out
+        self.layers.append(nn.Conv2d(width, width, 1))
+
+    def maps(self, x: Tensor) -> Tensor:
+        """(b, C, h, w) -> (b, D, h / patch, w / patch)."""
+        return self.layers(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, C, h, w) -> (b, N, D)."""
+        return self.maps(x).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(Backbone):
@@ -113,7 +159,8 @@ class VisionTransformer(Backbone):
             self.register_tokens = nn.Parameter(torch.zeros(1, cfg.registers, cfg.width))
         if cfg.mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, cfg.width))
-        self.patch_embed = PatchEmbed(cfg.channels, cfg.width, cfg.patch)
+        stem = ConvStem if cfg.stem == "conv" else PatchEmbed
+        self.patch_embed = stem(cfg.channels, cfg.width, cfg.patch)
         share = [1.0 if cfg.drop_path_uniform else i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
         self.blocks = nn.ModuleList(
             Block(cfg.width, cfg.heads, cfg.ffn, cfg.layer_scale, cfg.drop_path * s) for s in share

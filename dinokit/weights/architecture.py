@@ -99,7 +99,13 @@ def infer_config(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[Conf
     Raises:
         ValueError: if it cannot be inferred.
     """
-    width, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    conv = "patch_embed.layers.0.weight" in tensors
+    if conv:
+        kernels = [t for name, t in tensors.items() if name.startswith("patch_embed.layers") and t.ndim == 4]
+        width, channels = kernels[-1].shape[0], kernels[0].shape[1]
+        patch = [2 ** (len(kernels) - 1)] * 2  # each but the last halves the image
+    else:
+        width, channels, *patch = tensors["patch_embed.proj.weight"].shape
     rows = tensors["pos_embed"].shape[1] - 1
     side = round(rows**0.5)
     if len(patch) != 2 or patch[0] != patch[1]:
@@ -128,6 +134,7 @@ def infer_config(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[Conf
         depth=max(numbers) + 1,
         heads=heads,
         patch=patch[0],
+        stem="conv" if conv else "linear",
         ffn="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "mlp",
         layer_scale=1e-5 if "blocks.0.ls1.gamma" in tensors else 0.0,
         registers=registers,

@@ -154,3 +154,48 @@ def test_weights_by_fan_in_keep_the_size_of_their_outputs_at_any_width() -> None
         for linear in (vit.blocks[0].attn.qkv, vit.blocks[0].mlp.fc2):
             out = linear(torch.randn(500, linear.in_features))
             assert out.std().item() == pytest.approx(0.7, rel=0.05)
+
+
+@torch.no_grad()
+def test_a_stem_of_convolutions_is_convolutions_normalisation_and_gelu_in_turn(generator):
+    vit = small(width=32, heads=2, patch=4, stem="conv")
+    x = torch.randn(2, 3, 16, 24, generator=generator)
+    parameters = vit.patch_embed.state_dict()
+    want = x.double()
+    for first in (0, 3):
+        kernel, scale, shift = (
+            parameters[f"layers.{name}"].double()
+            for name in (f"{first}.weight", f"{first + 1}.weight", f"{first + 1}.bias")
+        )
+        padded = torch.nn.functional.pad(want, (1, 1, 1, 1))
+        windows = padded.unfold(2, 3, 2).unfold(3, 3, 2)  # (b, C, h, w, 3, 3)
+        want = torch.einsum("bchwij,ocij->bohw", windows, kernel)
+        groups = want.unflatten(1, (8, -1))
+        mean = groups.mean((2, 3, 4), keepdim=True)
+        spread = (groups.var((2, 3, 4), correction=0, keepdim=True) + 1e-5).sqrt()
+        want = ((groups - mean) / spread).flatten(1, 2) * scale[:, None, None] + shift[:, None, None]
+        want = want * (1 + torch.erf(want / 2**0.5)) / 2
+    want = torch.einsum("bchw,oc->bohw", want, parameters["layers.6.weight"][:, :, 0, 0].double())
+    want = want + parameters["layers.6.bias"][:, None, None].double()
+    have = vit.patch_embed(x).double()
+    torch.testing.assert_close(have, want.flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_with_a_stem_of_convolutions_groups_and_masks_work_as_without(generator):
+    vit = small(width=32, heads=2, stem="conv", registers=1)
+    crops = [torch.randn(2, 3, 32, 32, generator=generator), torch.randn(3, 3, 16, 16, generator=generator)]
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, 5] = True
+    together = vit(crops, [mask, None])
+    for tokens, x, m in zip(together, crops, (mask, None), strict=True):
+        torch.testing.assert_close(tokens.patches, vit([x], [m])[0].patches)
+    assert together[0].patches.shape == (2, 16, 32)
+    assert not torch.equal(together[0].cls, vit(crops[:1], [None])[0].cls)
+
+
+def test_a_stem_of_convolutions_refuses_what_it_cannot_halve():
+    with pytest.raises(ValueError, match=r"backbone.patch of 2, 4, 8, 16 or 32, not 14"):
+        small(width=32, heads=2, patch=14, size=28, stem="conv")
+    with pytest.raises(ValueError, match=r"patch 8 needs a multiple of 32 as backbone.width, not 24"):
+        small(stem="conv")

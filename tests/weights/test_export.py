@@ -16,8 +16,8 @@ from dinokit.models import Input
 from dinokit.models.pixels import Config as PixelsConfig
 from dinokit.models.pixels import Pixels
 from dinokit.models.vit import interpolate_grid
-from dinokit.weights import load_backbone
-from dinokit.weights.formats import export
+from dinokit.weights import load_backbone, save_backbone
+from dinokit.weights.formats import export, section_of
 from dinokit.weights.formats.onnx import Positions
 
 transformers.utils.logging.set_verbosity_error()
@@ -121,6 +121,21 @@ def test_a_wrong_export_does_not_replace_a_correct_one(drawn, tmp_path, to):
             write(vit, to, tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.wrong"]
         assert bytes_in(tmp_path / "out") == good
+
+
+def test_a_vit_with_a_stem_of_convolutions_is_exported_to_onnx_alone(drawn, tmp_path):
+    vit = drawn(stem="conv", patch=8, size=64, pos_offset=0.0)
+    write(vit, "onnx", tmp_path / "x.onnx")
+    x = torch.randn(2, 3, 48, 64)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    for have, want in zip(session.run(None, {"images": x.numpy()}), features_of(vit, x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(have), want, rtol=0, atol=1e-4)
+    save_backbone(tmp_path / "ours.safetensors", vit, section_of(vit))
+    again = load_backbone(tmp_path / "ours.safetensors")
+    torch.testing.assert_close(features_of(again, x)[0], features_of(vit, x)[0], rtol=0, atol=0)
+    for to in ("timm", "hf", "dinov2"):
+        with pytest.raises(ValueError, match=f"No model of to={to} has convolutions"):
+            write(vit, to, tmp_path / "no")
 
 
 def test_a_graph_with_a_separate_weights_file_opens(drawn, tmp_path, monkeypatch):

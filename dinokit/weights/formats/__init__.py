@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dinokit.models import Backbone
-from dinokit.models.vit import VisionTransformer
+from dinokit.models.vit import ConvStem, VisionTransformer
 from dinokit.runtime.files import aside, remove
 from dinokit.weights.architecture import infer_config
 
@@ -80,13 +80,18 @@ def export(
             these are compared with those of what the other library's own preprocessing makes.
 
     Raises:
-        ValueError: if the backbone is no vit, or the exported one gives other features; it is then in the
-            folder `out`.wrong.
+        ValueError: if the backbone is no vit, the format has no such vit, or the exported one gives other
+            features; it is then in the folder `out`.wrong.
         RuntimeError: if a library is not installed; it says what to install.
         OSError: if the files cannot be written.
     """
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"Only a `vit` can be exported, and this backbone is a {type(backbone).__name__}.")
+    if isinstance(backbone.patch_embed, ConvStem) and to != "onnx":
+        raise ValueError(
+            f"No model of to={to} has convolutions before the blocks (backbone.stem=conv). Export it with "
+            "to=onnx, or train with backbone.stem=linear."
+        )
     out = Path(out)
     with aside(out) as folder:
         write = import_module(f"dinokit.weights.formats.{FILES[to]}").write

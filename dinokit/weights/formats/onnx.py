@@ -69,7 +69,7 @@ class Graph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(b, C, h, w) -> class tokens (b, D), patches (b, N, D)."""
         vit = self.vit
-        maps = vit.patch_embed.proj(images)
+        maps = vit.patch_embed.maps(images)
         b, width, h, w = maps.shape
         position = self.positions(torch.arange(h), torch.arange(w)).reshape(1, h * w, width)
         parts = [(vit.cls_token + vit.pos_embed[:, :1]).expand(b, -1, -1)]
