@@ -9,6 +9,7 @@ H  heads of attention
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from dinokit.config.load import Recipe
 from dinokit.data.augment import Photometric
-from dinokit.data.decode import ImageLike
+from dinokit.data.decode import UNREADABLE, ImageLike
 from dinokit.data.loader import training_loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import FitTransform
+from dinokit.features.extract import spread
 from dinokit.features.tokens import attention as class_attention
 from dinokit.features.tokens import dense, device_of, frozen, last_blocks, normalised
 from dinokit.models import Backbone
@@ -106,6 +108,23 @@ def pca(
     inputs = [fit(backbone, image, size) for image in images]
     colours = component_colours(patch_features(backbone, inputs), foreground)
     return [enlarge(picture, x.shape[1], x.shape[2]) for picture, x in zip(colours, inputs, strict=True)]
+
+
+def progress(recipe: Recipe, source: ImageSource, backbone: Backbone, images: int = 8) -> dict[str, Picture]:
+    """Pictures to follow a run by: crops of its first step, and components of a few images' patches.
+
+    Both show the same images whenever they are drawn. Unreadable images are left out.
+    """
+    shown = []
+    for i in range(min(images, len(source))):
+        with suppress(*UNREADABLE):
+            shown.append(spread(source, images)[i][0])
+    patches = [boxed(picture, 128) for picture in pca(backbone, shown)]
+    originals = [boxed(to_picture(fit(backbone, image)), 128) for image in shown]
+    return {
+        "crops": crops(recipe, source, min(4, recipe.optim.batch)),
+        "patches": grid([originals, patches]),
+    }
 
 
 def component_colours(features: Sequence[Tensor], foreground: bool = False) -> list[Picture]:

@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from dinokit.config.load import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageSource
+    from dinokit.models import Backbone
+    from dinokit.runtime.trackers import Picture
     from dinokit.train.trainer import Evaluator
 
 MULTI_PROCESS = RESUMES = True
@@ -105,8 +108,14 @@ def pretrain(recipe: Recipe) -> "ImageSource":
     from dinokit.train import trainer
 
     source: ImageSource = registry.build("data.sources", recipe.data)
-    trainer.train(recipe, source, _evaluators(recipe, source))
+    trainer.train(recipe, source, _evaluators(recipe, source), partial(_draw, recipe, source))
     return source
+
+
+def _draw(recipe: Recipe, source: "ImageSource", backbone: "Backbone") -> "dict[str, Picture]":
+    from dinokit import viz  # only trackers need pictures, and matplotlib takes a second to import
+
+    return viz.progress(recipe, source, backbone)
 
 
 def write_report(recipe: Recipe) -> None:
@@ -161,8 +170,6 @@ def show_next(recipe: Recipe, has_labels: bool) -> None:
 
 
 def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
-    from functools import partial
-
     from dinokit.runtime.distributed import launch
     from dinokit.train.health import Probe
     from dinokit.train.trainer import Evaluator

@@ -156,6 +156,7 @@ class Run:
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # of several processes; auto: ddp if it fits
     timeout_minutes: float = 30.0  # without progress, before the run ends with an error
     max_unreadable: float = 0.01  # largest share of unreadable images; more stop the run
+    log: tuple[str, ...] = ()  # trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio
     report: bool = True  # write report.html at the end, as dinokit report does
 
     def compiles(self, part: Literal["blocks", "colour"]) -> bool:

@@ -26,6 +26,7 @@ from rich.text import Text
 from dinokit.runtime.distributed import rank
 from dinokit.runtime.files import open_own, printable, write_text
 from dinokit.runtime.signals import Stopped, should_stop
+from dinokit.runtime.trackers import Trackers
 
 T = TypeVar("T")
 
@@ -40,9 +41,18 @@ class RunLog:
         out: the run's folder.
         steps: of the whole run.
         start: steps already done; records of later steps, from an interrupted run, are dropped.
+        trackers: names of TRACKERS, which get the records too.
+        settings: of the run, for the trackers.
     """
 
-    def __init__(self, out: Path, steps: int, start: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        steps: int,
+        start: int,
+        trackers: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.main = rank() == 0
         self.evaluated: set[str] = set()  # evaluators with results after step `start`
         self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)
@@ -70,6 +80,7 @@ class RunLog:
         # Below the bar, where they can take several lines without pushing the bar out of the window.
         self.values = Text(no_wrap=False, overflow="fold")
         self.view = self._view()
+        self.trackers = Trackers(trackers, out, settings or {}, start, self.info)
 
     def __enter__(self) -> "RunLog":
         self._show()
@@ -79,6 +90,7 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.view.stop()
+        self.trackers.end()
         if self.main:
             self.text.close()
 
@@ -114,6 +126,7 @@ class RunLog:
         if self.main:
             with open_own(self.metrics_path, "a") as file:
                 file.write(json.dumps({"step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
+            self.trackers.scalars(step, values)
 
     def scores(self, step: int, name: str, scores: Mapping[str, float], seconds: float) -> None:
         """Record the scores of evaluator `name` after `step` steps; show them and their curve."""

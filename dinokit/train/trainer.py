@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from dinokit.runtime.distributed import all_reduce_sum, broadcast, gather_object
 from dinokit.runtime.launch import Watchdog, check_consistency, process_group, run_lock
 from dinokit.runtime.log import RunLog, first_and_last_scores, read_records
 from dinokit.runtime.signals import Stopped, stop_signals
+from dinokit.runtime.trackers import Picture, check_installed
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, SavedCheckpoint
 from dinokit.train.health import diagnose
@@ -27,6 +29,7 @@ from dinokit.train.schedule import accumulation
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher, block_masks
 
+Draw = Callable[[Backbone], Mapping[str, Picture]]
 MIN_SCALE = 1e-3  # of fp16's gradients: the scale halves with every overflow
 
 
@@ -47,8 +50,16 @@ class Evaluator:
     evaluate: Callable[[Backbone], Mapping[str, float]]
 
 
-def train(recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = ()) -> Path:
+def train(
+    recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = (), draw: Draw | None = None
+) -> Path:
     """Run a recipe on a source of images, or resume the run that is in its folder. Returns the folder.
+
+    Args:
+        recipe: what to do.
+        source: the images.
+        evaluators: of the teacher, during the run.
+        draw: pictures of the teacher for the trackers in run.log, at every evaluation.
 
     Raises:
         ValueError: before the first step, if recipe, folder and source do not fit together.
@@ -62,7 +73,7 @@ def train(recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] =
     keep_freed_memory(recipe.run)
     with process_group(device, recipe.run.timeout_minutes) as watchdog, run_lock(out):
         check_consistency(run_facts(recipe, source), out, "run.out")
-        Trainer(recipe, source, evaluators, device, watchdog).fit()
+        Trainer(recipe, source, evaluators, device, watchdog, draw).fit()
     return out
 
 
@@ -76,9 +87,11 @@ class Trainer:
         evaluators: Sequence[Evaluator],
         device: torch.device,
         watchdog: Watchdog,
+        draw: Draw | None = None,
     ) -> None:
         out = Path(recipe.run.out)
         recipe = with_precision(recipe, device)
+        check_installed(recipe.run.log)
         saved = checkpoint.to_resume(out, recipe.run.resume)
         micro_batches = accumulation(recipe, world_size(), saved.values if saved else None)
         torch.manual_seed(recipe.run.seed)
@@ -90,7 +103,7 @@ class Trainer:
         self.recipe, self.out, self.source = recipe, out, source
         self.images = broadcast(image_fingerprint(source) if rank() == 0 else None)
         self.changed_images: list[str] = []  # facts about images that are others than at the checkpoint
-        self.evaluators, self.watchdog = evaluators, watchdog
+        self.evaluators, self.watchdog, self.draw = evaluators, watchdog, draw
         self.step = Step(recipe, device, micro_batches, model)
         self.start = saved.step if saved else 0
         self.loader = training_loader(
@@ -108,7 +121,7 @@ class Trainer:
         if saved is not None:
             self.resume(saved)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
-        self.log = RunLog(out, recipe.optim.steps, self.start)
+        self.log = RunLog(out, recipe.optim.steps, self.start, recipe.run.log, asdict(recipe))
         self.pending: list[dict[str, Tensor]] = []  # losses of steps that were not logged yet
         self.new_unreadable: dict[str, str] = {}
         self.data_wait, self.since = 0.0, time.monotonic()
@@ -263,6 +276,8 @@ class Trainer:
             with self.log.paused(), eager(self.recipe.run):
                 scores = evaluator.evaluate(backbone)
             self.log.scores(step, evaluator.name, scores, time.monotonic() - begin)
+        if self.draw:
+            self.log.trackers.pictures(step, partial(self.draw, backbone))
         self.since = time.monotonic()
 
     def log_verdict(self, step: int) -> None:

@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dinokit import viz
 from dinokit.config import registry
 from dinokit.data.loader import training_loader
 from dinokit.runtime.signals import STOP_SIGNALS, Stopped
@@ -394,3 +397,14 @@ def test_masks_fit_the_global_crops(tiny):
     step = Step(recipe, torch.device("cpu"))
     masks = block_masks(recipe, step.model.student.backbone)
     assert masks.grid == (4, 4)
+
+
+def test_trackers_get_the_pictures_of_every_evaluation(tiny, tmp_path):
+    recipe = tiny("run", "run.log=[tensorboard]")
+    source = registry.build("data.sources", recipe.data)
+    evaluators = [Evaluator("mine", 3, lambda backbone: {"score": 1.0})]
+    trainer.train(recipe, source, evaluators, partial(viz.progress, recipe, source))
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    assert [image.step for image in found.Images("patches")] == [0, 3, 6]
+    assert [event.step for event in found.Scalars("dino")] == [1, 2, 3, 4, 5, 6]
