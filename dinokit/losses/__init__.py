@@ -26,7 +26,6 @@ M masked patches, P width of the projection.
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -59,6 +58,9 @@ class Views:
     student_projection: Tensor = field(default_factory=lambda: torch.empty(0))
     # What the DINO loss compared with, for train/health.py: slices (G*B, k) of the targets, once it ran.
     class_targets: Sequence[Tensor] = ()
+    # Heads whose targets some loss of this step balances: they share the collectives of one computation.
+    balanced: Sequence[HeadName] = ("cls", "patch")
+    _balanced_targets: dict[HeadName, chunked.SlicedTargets] = field(default_factory=dict)
 
     def teacher(self, head: HeadName) -> LazyLogits:
         """The teacher's logits of a head."""
@@ -69,12 +71,15 @@ class Views:
         student = self.student_cls if head == "cls" else self.student_patch
         return chunked.prototype_slices(student, self.teacher(head))
 
-    @cached_property
-    def balanced_targets(self) -> dict[HeadName, chunked.SlicedTargets]:
-        """The Sinkhorn-Knopp targets of both heads in slices, computed once for all losses."""
-        teachers, slices = [self.teacher_cls, self.teacher_patch], [self.slices("cls"), self.slices("patch")]
-        cls, patch = chunked.sinkhorn_knopp(teachers, self.teacher_temp, slices=slices)
-        return {"cls": cls, "patch": patch}
+    def balanced_targets(self, head: HeadName) -> chunked.SlicedTargets:
+        """The Sinkhorn-Knopp targets of a head in slices, computed once for all losses."""
+        known = self._balanced_targets
+        if head not in known:
+            heads = [head, *(other for other in self.balanced if other != head and other not in known)]
+            teachers, slices = [self.teacher(h) for h in heads], [self.slices(h) for h in heads]
+            found = chunked.sinkhorn_knopp(teachers, self.teacher_temp, slices=slices)
+            known.update(zip(heads, found, strict=True))
+        return known[head]
 
 
 def build_losses(

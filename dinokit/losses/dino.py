@@ -55,7 +55,7 @@ class DINOLoss(nn.Module):
         super().__init__()
         self.weight, self.student_temp = cfg.weight, cfg.student_temp
         centering = cfg.targets == "centering"
-        self.targets = Centering(prototypes["cls"], cfg.center_momentum) if centering else Sinkhorn()
+        self.targets = Centering(prototypes["cls"], cfg.center_momentum) if centering else Sinkhorn("cls")
 
     def forward(self, views: Views) -> Tensor:
         """()."""

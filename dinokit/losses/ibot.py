@@ -48,7 +48,7 @@ class IBOTLoss(nn.Module):
         super().__init__()
         self.weight, self.student_temp = cfg.weight, cfg.student_temp
         centering = cfg.targets == "centering"
-        self.targets = Centering(prototypes["patch"], cfg.center_momentum) if centering else Sinkhorn()
+        self.targets = Centering(prototypes["patch"], cfg.center_momentum) if centering else Sinkhorn("patch")
 
     def forward(self, views: Views) -> Tensor:
         """()."""

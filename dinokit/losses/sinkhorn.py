@@ -39,7 +39,11 @@ def _column_logsumexp(x: Tensor) -> Tensor:
 
 
 class Sinkhorn(nn.Module):
-    """sinkhorn_knopp() as the targets of a loss. It has no state."""
+    """sinkhorn_knopp() as the targets of a loss on the logits of one head. It has no state."""
+
+    def __init__(self, head: "HeadName") -> None:
+        super().__init__()
+        self.head = head
 
     def forward(self, logits: Tensor, temperature: float) -> Tensor:
         """Teacher logits (..., K) to probabilities (..., K)."""
@@ -47,4 +51,4 @@ class Sinkhorn(nn.Module):
 
     def in_slices(self, views: "Views", head: "HeadName") -> "SlicedTargets":
         """The same for the teacher's logits of one head, in slices (losses/chunked.py)."""
-        return views.balanced_targets[head]
+        return views.balanced_targets(head)

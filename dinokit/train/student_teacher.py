@@ -22,6 +22,7 @@ from dinokit.config.load import Head, Recipe
 from dinokit.data.batch import Batch
 from dinokit.data.masks import BlockMasks
 from dinokit.losses import HeadName, Views, build_losses, uses
+from dinokit.losses.sinkhorn import Sinkhorn
 from dinokit.models import Backbone, Input, TokenReads
 from dinokit.models.head import LazyLogits, Projector, PrototypeHead
 from dinokit.runtime.distributed import local
@@ -171,6 +172,7 @@ class StudentTeacher(nn.Module):
                 mask_weight=weight,
                 teacher_temp=teacher_temp,
                 whole_logits=self.whole_logits,
+                balanced=self._balanced_heads(active),
             )
             if "projection" in read:
                 projection = self.student.get_submodule("projector")(cls.float())
@@ -198,19 +200,22 @@ class StudentTeacher(nn.Module):
         grid = (height // patch) * (width // patch)  # N
         return torch.arange(crops * grid, device=device), torch.full((crops * grid,), 1 / grid, device=device)
 
+    def _balanced_heads(self, active: Sequence[str]) -> list[HeadName]:
+        """The heads whose targets the active losses balance by Sinkhorn-Knopp."""
+        losses = [loss for name, loss in zip(self.loss_names, self.losses, strict=True) if name in active]
+        return [part.head for loss in losses for part in loss.modules() if isinstance(part, Sinkhorn)]
+
     def _teacher_head_losses(
         self, views: Views, active: Sequence[str], teacher: TokenReads, cls: LazyLogits, patch: LazyLogits
     ) -> dict[str, Tensor]:
         """The losses with the teacher as its own student; those that do not depend on heads are left out."""
         images = views.teacher_cls.rows.shape[1]
-        own = replace(
+        own = replace(  # with the same teacher, and its balanced targets
             views,
             student_cls=cls.by_crop(images),
             student_feature=teacher.cls[0].unflatten(0, (-1, images)),
             student_patch=patch,
         )
-        if "balanced_targets" in vars(views):  # the same teacher: its targets are not computed twice
-            vars(own)["balanced_targets"] = views.balanced_targets
         guides = dict(zip(self.loss_names, self.guide_losses, strict=True))
         losses = {GUIDE + name: guides[name](own) for name in active if "projection" not in self.uses[name]}
         return {name: value for name, value in losses.items() if value.requires_grad}

@@ -91,3 +91,21 @@ def test_slices_are_all_prototypes_once_and_small_for_whoever_has_most_rows(rows
     covered = [i for part in parts for i in range(part.start, part.stop)]
     assert covered == list(range(len(lazy.prototypes)))
     assert all((part.stop - part.start) * math.prod(rows) <= chunked.CPU_CHUNK for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("balanced", "counts"), [(["cls", "patch"], [2]), (["cls"], [1, 1]), (["patch"], [2]), ([], [1, 1])]
+)
+def test_only_heads_that_a_loss_balances_are_balanced_and_each_once(balanced, counts, generator, monkeypatch):
+    """The class token's targets are asked for first; those of patches are still to be had."""
+    cls, patch = make((2, 4), 33, generator), make((7,), 21, generator)
+    want, calls = sinkhorn_knopp([cls, patch], 0.05), []
+    monkeypatch.setattr(
+        chunked,
+        "sinkhorn_knopp",
+        lambda heads, *a, **k: calls.append(len(heads)) or sinkhorn_knopp(heads, *a, **k),
+    )
+    views = Views(cls, cls, torch.zeros(0), patch, patch, torch.zeros(7), 0.05, balanced=balanced)
+    for head, expected in zip(("cls", "patch", "cls"), (*want, want[0]), strict=True):
+        assert torch.equal(views.balanced_targets(head).probabilities(), expected.probabilities())
+    assert calls == counts

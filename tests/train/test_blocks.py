@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinokit.config import registry
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
+from dinokit.losses import chunked
 from dinokit.train import trainer
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import block_masks
@@ -67,6 +68,30 @@ def test_a_step_never_waits_for_the_gpu(tiny, targets):
         step(second)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("words", "heads"),
+    [
+        ([], [2]),
+        (["losses.ibot.targets=centering"], [1]),
+        (["losses.dino.targets=centering"], [1]),
+        (["losses.ibot.phase=[0.5,1]"], [1]),
+        (["losses.dino.targets=centering", "losses.ibot.targets=centering"], []),
+    ],
+    ids=str,
+)
+def test_a_step_balances_the_targets_of_its_own_losses_alone(tiny, monkeypatch, words, heads):
+    found, real = [], chunked.sinkhorn_knopp
+
+    def count(teachers, *args, **kwargs):
+        found.append(len(teachers))
+        return real(teachers, *args, **kwargs)
+
+    monkeypatch.setattr(chunked, "sinkhorn_knopp", count)
+    step = Step(tiny("run", *words), torch.device("cpu"))
+    step(next(iter(batches(step.recipe, step, 1))))
+    assert found == heads
 
 
 def saved_bytes(recipe, counting):
