@@ -43,6 +43,8 @@ MAY_IMPORT = {
 # Packages beyond the core, each with the files that are its door: nobody else misses one that is not there.
 CORE = {"PIL", "numpy", "rich", "safetensors", "torch"}
 DOORS = {
+    "datasets": "dinokit/data/sources/hf.py",
+    "pydicom": "dinokit/data/dicom.py",
     "faiss": "dinokit/curate/index.py",
     "jinja2": "dinokit/report/__init__.py",
     "matplotlib": "dinokit/viz.py dinokit/commands/sweep.py",

@@ -1,7 +1,8 @@
-"""Decodes the bytes of image files and of maps. The only file that knows image formats.
+"""Decodes the bytes of image files and of maps, and makes images of what Python code has in memory.
 
-Pillow reads everything but `.npy` arrays and those TIFF files that it would reduce to 8 bits or 3 bands,
-which tifffile reads. torchvision.io is not used: its PNG reader crashes on a damaged file (0.29.1).
+Pillow reads everything but `.npy` arrays, DICOM (dinokit.data.dicom) and those TIFF files that it would
+reduce to 8 bits or 3 bands, which tifffile reads. torchvision.io is not used:
+its PNG reader crashes on a damaged file (0.29.1).
 """
 
 import math
@@ -11,13 +12,17 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
+
+from dinokit.data import dicom
+from dinokit.runtime.files import read_regular
 
 # An 8-bit image in mode RGB or L; or an array (H, W, C) of uint8, uint16, or float32 in [0, 1].
 ImageLike = Image.Image | np.ndarray
@@ -37,6 +42,8 @@ LIMIT = "max_pixels={}. Make it smaller, or raise the limit (data.max_pixels in 
 HEIC = (".heic", ".heif")  # read by pillow-heif, where that is installed
 if find_spec("pillow_heif") is not None:
     SUFFIXES += HEIC
+if dicom.installed():
+    SUFFIXES += dicom.SUFFIXES
 _LUMA = np.array([19595, 38470, 7471], np.uint32)  # ITU-R 601, times 65536: the integers that Pillow uses
 _NPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -121,6 +128,9 @@ def decode(
             return _checked(_npy(data, max_pixels), channels)
         if data.startswith(_TIFF):
             return _tiff(data, channels, max_pixels)
+        if dicom.is_dicom(data):
+            _check_pixels(*dicom.header_size(data), max_pixels)
+            return _colour(dicom.pixels(data), channels, alpha=False)
         image = _open(data, max_pixels)
         stored = image.tile[0].args if image.format == "PNG" and image.tile else None
         if stored in ("LA;16B", "RGB;16B", "RGBA;16B"):
@@ -132,7 +142,40 @@ def decode(
         return _upright(result, _orientation(image)) if orient == "exif" else result
 
 
-def _orientation(image: ImageFile) -> int:
+def as_image(image: Any, channels: int, name: str = "the image") -> ImageLike:
+    """What Python code calls an image, with `channels` channels, as decode() gives it.
+
+    Args:
+        image: a path, the bytes of a file, a Pillow image (turned upright by its EXIF orientation), an array
+            (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W). Arrays and tensors are of uint8, uint16 or
+            floats in [0, 1]; with 2 or 4 channels the last is alpha, if 1 or 3 are asked for.
+        channels: as for decode().
+        name: what to call it in messages.
+
+    Raises:
+        OSError: if a file cannot be read.
+        ValueError: if it is something else, or its channels or values do not fit.
+    """
+    if isinstance(image, str | Path):
+        return decode(read_regular(image), str(image), channels)
+    if isinstance(image, bytes):
+        return decode(image, name, channels)
+    try:
+        if isinstance(image, Image.Image):
+            return _upright(_pillow(image, channels), _orientation(image))
+        if hasattr(image, "detach"):  # a tensor
+            image = image.detach().cpu().numpy()
+            image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+        if not isinstance(image, np.ndarray):
+            raise ValueError(  # noqa: TRY301 - the name is added below
+                f"it is a {type(image).__name__}; an image is a path, a Pillow image, an array or a tensor."
+            )
+        return _colour(image, channels, alpha=image.ndim == 3 and image.shape[2] in (2, 4))
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
+
+
+def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 is upright, and stands for a missing or damaged one."""
     try:
         value = int(image.getexif().get(_ORIENTATION, 1))
@@ -230,7 +273,7 @@ def _numbers(array: np.ndarray, name: str) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _pillow(image: ImageFile, channels: int) -> ImageLike:
+def _pillow(image: Image.Image, channels: int) -> ImageLike:
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
         array = np.array(image)

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
 
 from dinokit.config import registry
+from dinokit.data import dicom
 from dinokit.data.decode import HEIC, MAX_PIXELS, ImageLike, Orient, decode
 from dinokit.runtime.files import read_regular
 from dinokit.runtime.log import info
@@ -26,7 +27,9 @@ BLOCK = 2**24  # bytes read at a time
 NEWLINE, HASH, SPACE = 10, 35, 32
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write before UTF-8
 _reported: set[str] = set()  # lines about files that were left out
-_READERS = {".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest"}
+_READERS = {
+    ".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest", ".tsv": "manifest"
+}  # fmt: skip
 
 
 class Strings(Protocol):
@@ -238,6 +241,11 @@ def existing(path: str) -> Path:
     )
 
 
+def reader_of(path: str) -> str:
+    """The source that reads a path: by its suffix, else a folder."""
+    return _READERS.get(Path(path).suffix.lower(), "folder")
+
+
 def wrong_kind(path: Path, expected: str) -> ValueError:
     """The error for a path that another source reads; `expected` is what this source reads."""
     other = "folder" if path.is_dir() else _READERS.get(path.suffix.lower(), "")
@@ -252,6 +260,8 @@ def report_left_out(path: Path | str, others: Counter[str]) -> None:
     text = f"path='{path}': left out, because they are no images that dinokit reads: {found}"
     if any(suffix in HEIC for suffix in others):
         text += ". To read HEIC: pip install pillow-heif"
+    if any(suffix in dicom.SUFFIXES for suffix in others):
+        text += f". To read DICOM: {dicom.INSTALL}"
     if found and text not in _reported:
         _reported.add(text)
         info(text)
@@ -268,12 +278,20 @@ def nothing_found(path: Path, expected: Iterable[str], others: Counter[str]) -> 
 
 
 def shards(path: str, suffix: str) -> list[Path]:
-    """The files that `path` means: a file, a folder of files, a glob, or a range like part-{000..011}.tar.
+    """The files that `path` means: a file, a folder of files, a glob, or several as in WebDataset.
+
+    Several are a range like part-{000..011}.tar, a list like {a,b}.tar, both together, or paths with ::
+    between them.
 
     Raises:
-        ValueError: if there is none, or one of a range is missing.
+        ValueError: if there is none, one of several is missing, or the path is a URL or a command.
     """
-    ranged = list(_expand_range(path))
+    if path.startswith("pipe:") or "://" in path:
+        raise ValueError(
+            f"path='{path}' is on another machine, and images are read from any place of a file: copy the "
+            f"files to a disk of this machine first, as with wget or rclone copy, and give their path."
+        )
+    ranged = [name for part in path.split("::") for name in _expand_braces(part)]
     if len(ranged) > 1:
         missing = [name for name in ranged if not Path(name).expanduser().is_file()]
         if missing:
@@ -302,14 +320,27 @@ def _is_hidden(path: Path) -> bool:
     return any(name.startswith(".") for name in path.parts)
 
 
-def _expand_range(path: str) -> Iterator[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-    if match is None:
+def _expand_braces(path: str) -> Iterator[str]:
+    """The paths that {000..011} and {a,b} stand for, from left to right, also inside each other."""
+    start = path.find("{")
+    depths = list(accumulate({"{": 1, "}": -1}.get(c, 0) for c in path[start:])) if start >= 0 else []
+    if 0 not in depths or Path(path).expanduser().exists():
         yield path
         return
-    first, last = match.groups()
-    for number in range(int(first), int(last) + 1):
-        yield from _expand_range(f"{path[: match.start()]}{number:0{len(first)}}{path[match.end() :]}")
+    end = start + depths.index(0)
+    inside, commas = path[start + 1 : end], [start]
+    commas += [start + i for i, depth in enumerate(depths) if depth == 1 and path[start + i] == ","]
+    ranged = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if ranged:
+        first, last = ranged.groups()
+        words = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    elif len(commas) > 1:
+        words = [path[a + 1 : b] for a, b in pairwise([*commas, end])]
+    else:  # braces of a name
+        yield from (f"{path[: end + 1]}{rest}" for rest in _expand_braces(path[end + 1 :]))
+        return
+    for word in words:
+        yield from _expand_braces(f"{path[:start]}{word}{path[end + 1 :]}")
 
 
 def _first(names: list[str]) -> str:

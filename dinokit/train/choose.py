@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe
+from dinokit.data.files import reader_of
 from dinokit.data.loader import MAX_WORKERS, training_loader
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import size_of, to_tensor
@@ -63,12 +63,15 @@ class Choice:
         return [*self.facts, f"recipe {self.recipe}, with:", *chosen]
 
 
-def choose(settings: Sequence[str], device: str) -> tuple[Choice, ImageSource]:
+def choose(
+    settings: Sequence[str], device: str, given: ImageSource | None = None
+) -> tuple[Choice, ImageSource]:
     """Look at the images and the device, and choose everything but the number of steps.
 
     Args:
         settings: key=value as given, with data.path; without data.name the kind follows from the path.
         device: `run.device`.
+        given: the images, in place of those that the settings name.
 
     Raises:
         ValueError: if there are too few images, or none can be read.
@@ -76,16 +79,19 @@ def choose(settings: Sequence[str], device: str) -> tuple[Choice, ImageSource]:
     kind = pick_device(device).type
     choice = Choice("small_photos" if kind == "cuda" else "laptop")
     of_data = [text for text in settings if text.startswith(("data.", "backbone.channels="))]
-    path = dict(text.partition("=")[::2] for text in of_data)["data.path"]
-    choice.set("data.name", kind_of(path), "by the path")
+    if given is None:
+        path = dict(text.partition("=")[::2] for text in of_data)["data.path"]
+        choice.set("data.name", reader_of(path), "by the path")
 
     def opened() -> ImageSource:
+        if given is not None:
+            return given
         recipe = load_recipe(choice.recipe, [*choice.settings(), *of_data])
         source: ImageSource = registry.build("data.sources", recipe.data)
         return source
 
     source = opened()
-    if source.classes and not any(text.startswith("data.split=") for text in of_data):
+    if given is None and source.classes and not any(text.startswith("data.split=") for text in of_data):
         choice.set("data.split", "train", "the images have labels: the test images are for evaluation alone")
         source = opened()
     sizes, mean, std, grey = look_at(source)
@@ -107,12 +113,6 @@ def choose(settings: Sequence[str], device: str) -> tuple[Choice, ImageSource]:
         for key in ("saturation", "hue", "gray"):
             choice.set(f"crops.{key}", 0.0, reason)
     return choice, source
-
-
-def kind_of(path: str) -> str:
-    """The source that reads a path: by its suffix, else a folder."""
-    kinds = {".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest", ".tsv": "manifest"}
-    return kinds.get(Path(path).suffix.lower(), "folder")
 
 
 def look_at(source: ImageSource) -> tuple[Tensor, Tensor, Tensor, bool]:

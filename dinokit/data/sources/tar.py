@@ -29,7 +29,7 @@ _OPEN = 128  # files that a process has open at the same time; systems allow abo
 
 @dataclass
 class Config:
-    path: str = "???"  # a .tar, a folder of them, a glob, or a range such as shard-{000..011}.tar
+    path: str = "???"  # a .tar, a folder of them, a glob, shard-{000..011}.tar, {a,b}.tar, or A.tar::B.tar
     split: Literal["all", "train", "test"] = "all"  # by files named train and test or val, else by a hash
     test_share: float = 0.1  # of images held out, if the files name no splits
     channels: int = 3  # as backbone.channels

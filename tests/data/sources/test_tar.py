@@ -51,7 +51,15 @@ def three(tmp_path: Path, paint: Paint) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("form", ["{}", "{}/*.tar", "{}/shard-{{000..002}}.tar", "{}/shard-00?.tar"])
+BRACES = [
+    "{}/shard-{{000..002}}.tar",
+    "{}/shard-{{000,001,002}}.tar",
+    "{}/{{shard-00{{0..1}},shard-002}}.tar",
+    "{0}/shard-{{000..001}}.tar::{0}/shard-002.tar",
+]
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/*.tar", "{}/shard-00?.tar", *BRACES])
 def test_a_folder_a_glob_and_a_range_mean_the_same_shards(three: Path, numbers: Numbers, form: str) -> None:
     source = opened(form.format(three))
     assert numbers(source) == [(n, n % 5) for n in range(12)]
@@ -218,3 +226,9 @@ def test_archives_with_large_records_are_read(three: Path) -> None:
     images = sorted(path.name for path in three.glob("*.png") if path.is_file())
     subprocess.run(["tar", "-b", "2048", "-cf", "big.tar", *images], cwd=three, check=True)
     assert len(opened(three / "big.tar")) == 12
+
+
+@pytest.mark.parametrize("path", ["https://host/a-{000..009}.tar", "pipe:aws s3 cp s3://b/a.tar -"])
+def test_shards_on_another_machine_are_to_be_copied_first(path: str) -> None:
+    with pytest.raises(ValueError, match=r"on another machine.*copy the files to a disk"):
+        opened(path)
