@@ -3,61 +3,51 @@
 import ast
 import signal
 import sys
-import sysconfig
 import traceback
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from dinokit import __version__
-from dinokit.commands import parse
+from dinokit.commands import LETTERS, OPTIONS, _outcome, parse, read_command
 from dinokit.config import registry
 from dinokit.runtime.files import printable
-
-OPTIONS = {
-    "--help": "help for a command: usage, keys, examples",
-    "--version": "the version of dinokit",
-    "--traceback": "show the Python traceback of an error",
-    "--trust=": "packages, as a,b, whose modules a file of weights may name",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of this process.
 
     Returns:
-        The exit status: 0; 2 for an error, which is printed in one line; 130 after a stop signal.
+        The exit status, as dinokit.commands._outcome says; an error is printed in one line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         _run(argv)
-    except (ValueError, LookupError, OSError, RuntimeError) as error:
-        if "--traceback" in argv:
-            raise
-        text = str(error.args[0] if isinstance(error, KeyError) else error)
-        if place := _foreign_place(error):  # not written to be read alone, as ours are
-            text = f"{type(error).__name__}: {text} ({place}; --traceback shows more)"
-        print("dinokit: " + "\n    ".join(map(printable, text.splitlines())), file=sys.stderr)
-        return 2
     except KeyboardInterrupt as stop:
         print(": ".join(["dinokit", "interrupted", *map(str, stop.args)]), file=sys.stderr)
-        return 130
+        return _outcome.INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _outcome.reader_has_left():
+            return 0
+        if "--traceback" in argv:
+            raise
+        return _report(error, as_json="--json" in argv)
     return 0
 
 
-def _foreign_place(error: BaseException) -> str:
-    """The last line of the user's own code that an error came through; "" if there is none."""
-    ours = {Path(str(files(name))).resolve() for name in ("dinokit", "dinokit.eval", "dinokit.slurm")}
-    libraries = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        above = set(Path(frame.filename).resolve().parents)
-        packages = {folder / name for folder in map(Path, sys.path) for name in registry.trusted()}
-        foreign = not above & (ours | libraries) and "site-packages" not in frame.filename
-        if (foreign or above & packages) and Path(frame.filename).is_file():
-            return f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-    return ""
+def _report(error: Exception, as_json: bool) -> int:
+    """Print an error. Returns the exit status."""
+    status, text = _outcome.exit_status(error), _outcome.error_text(error)
+    unexpected = status == _outcome.UNEXPECTED and not _outcome.foreign_place(error)
+    if unexpected and not hasattr(error, "exit_status"):
+        text = f"unexpected error: {type(error).__name__}: {text}"
+        if not getattr(error, "__notes__", ()):  # it is in no run.log
+            traceback.print_exception(error)
+    text = "\n".join([text, *getattr(error, "__notes__", ())])
+    print("dinokit: " + "\n    ".join(map(printable, text.splitlines())), file=sys.stderr)
+    if as_json:
+        print(_outcome.as_json({"error": text, "status": status}))
+    return status
 
 
 def command() -> NoReturn:
@@ -67,6 +57,8 @@ def command() -> NoReturn:
     be started again for nothing.
     """
     status = main()
+    if _outcome.reader_has_left():
+        status = 0
     # The same as signals.STOP_SIGNALS, which cannot be imported without torch; Windows has only one of them.
     for name in {"SIGTERM", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():
         signal.signal(signal.Signals[name], signal.SIG_IGN)
@@ -74,44 +66,57 @@ def command() -> NoReturn:
 
 
 def _run(argv: Sequence[str]) -> None:
+    if argv and argv[0] == "help":
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0].startswith("-"):
-        flags = parse("", argv, [*OPTIONS, "-h"]).flags
-        print(f"dinokit {__version__}" if "--version" in flags else _overview())
+        flags = parse("", argv, [*OPTIONS, *LETTERS]).flags
+        print(f"dinokit {__version__}" if flags.keys() & {"--version", "-V"} else _overview())
         return
     name, available = argv[0], registry.names("commands")
     if name not in available:
         near = registry.suggest(name, available)
         raise LookupError(f"There is no command '{name}'.{near} Commands are: {', '.join(available)}.")
     module = registry.find("commands", name)
-    command = parse(name, argv[1:], [*OPTIONS, "-h", *getattr(module, "FLAGS", {})])
-    if command.flags.keys() & {"--help", "-h"}:
+    command = read_command(name, argv[1:])
+    if "--help" in command.flags:
         print(_help(module, command.words))
+        return
+    if "--version" in command.flags:
+        print(f"dinokit {__version__}")
         return
     registry.trust(*filter(None, command.flags.get("--trust", "").split(",")))
     try:
-        module.run(command)
+        with _outcome.streams(command.flags):
+            result = module.run(command)
     except KeyboardInterrupt:
         if getattr(module, "RESUMES", False):
             raise KeyboardInterrupt("the same command resumes") from None
         raise
+    if "--json" in command.flags and result is not None:  # None: another process prints it
+        print(_outcome.as_json(result))
 
 
 def _overview() -> str:
     """The help without a command: the first line of every command's docstring. Imports none of them."""
-    lines = [__doc__ or "", ""]
+    lines = [__doc__ or "", "", "    dinokit train data.path=PHOTOS minutes=60", ""]
     for name in registry.names("commands"):
         source = registry.locate("commands", name).read_text(encoding="utf-8")
         usage, _, purpose = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0].partition(": ")
         lines += [usage, f"    {purpose}"]
     lines += ["", "Options of every command:"]
-    return "\n".join([*lines, *(f"    {option:<13}{text}" for option, text in OPTIONS.items())])
+    letters = {option: f"{letter}, " for letter, option in LETTERS.items()}
+    options = {f"{letters.get(option, '')}{option}": text for option, text in OPTIONS.items()}
+    return "\n".join([*lines, *(f"    {option:<17}{text}" for option, text in options.items())])
 
 
 def _help(module: ModuleType, words: Sequence[str]) -> str:
     """The help for one command: its docstring, its options, and what its describe() adds."""
     lines = [(module.__doc__ or "").strip()]
     lines += [f"{option}  {text}" for option, text in getattr(module, "FLAGS", {}).items()]
-    return "\n".join([*lines, "", *([module.describe(words)] if hasattr(module, "describe") else [])])
+    lines += ["", *([module.describe(words)] if hasattr(module, "describe") else [])]
+    if short := getattr(module, "SHORT", {}):
+        lines += ["short forms: " + ", ".join(f"{key}= ({full})" for key, full in short.items())]
+    return "\n".join([*lines, "options of every command: dinokit --help"])
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def quick(*words: str) -> subprocess.CompletedProcess:
         (["eval", "knn", "--help"], "few_shot"),
         (["eval", "all", "--help"], "eval_scenes"),
         (["eval", "linear", "--help"], "held_out = 0.1              share of the training images"),
-        (["results", "--help"], "--json"),
+        (["results", "--help"], "options of every command"),
         (["submit", "--help"], "profiles: cpu, gpu"),
         (["submit", "profile=gpu", "nodes=2", "--dry-run", "--", "train", "scenes_cpu"], "#SBATCH --nodes=2"),
         (
@@ -54,7 +54,7 @@ def quick(*words: str) -> subprocess.CompletedProcess:
             "--ntasks-per-node=2",
         ),
         (["curate", "--help"], "curate_lvd"),
-        (["search", "--help"], "sheet"),
+        (["search", "--help"], "nearest.png"),
         (["--version"], "dinokit 0"),
     ],
 )
@@ -258,7 +258,7 @@ def test_an_error_in_a_run_is_a_sentence_and_a_traceback_on_request(capsys, tmp_
         f"data.path={tmp_path / 'nothing'}",
         f"run.out={tmp_path / 'out'}",
     ]
-    assert main(words) == 2
+    assert main(words) == 3
     err = capsys.readouterr().err
     assert "nothing" in err
     assert "Traceback" not in err

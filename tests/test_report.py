@@ -261,7 +261,7 @@ def test_the_summary_says_whether_a_run_learns(scenes_run, tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path)]) == 3
     assert "is not a run: it has no recipe.yaml" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert "Which run?" in capsys.readouterr().err

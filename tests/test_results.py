@@ -142,9 +142,9 @@ def test_counts_and_settings_that_came_out_are_no_columns():
 
 
 def test_a_folder_without_results_is_reported(tmp_path, capsys):
-    assert main(["results", str(tmp_path)]) == 2
+    assert main(["results", str(tmp_path)]) == 3
     assert "There is no results.jsonl in" in capsys.readouterr().err
-    assert main(["results", str(tmp_path / "nowhere")]) == 2
+    assert main(["results", str(tmp_path / "nowhere")]) == 3
     assert "There is no folder" in capsys.readouterr().err
 
 
@@ -155,7 +155,7 @@ def test_the_tables_are_printed_for_people_or_as_json(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.index("0.9000") < shown.index("0.7000")
     assert main(["results", str(tmp_path), "--json"]) == 0
-    table = json.loads(capsys.readouterr().out)
+    [table] = json.loads(capsys.readouterr().out)["tables"]
     assert table["rows"][1] == ["b", "", [0.7, 1.0]]
 
 
@@ -178,7 +178,7 @@ def test_what_was_found_while_training_is_shown_at_its_best_and_at_the_end(tmp_p
     lines.insert(2, {"step": 7, "loss": 1.0})
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"step": 2')
     assert main(["results", str(tmp_path), "--json"]) == 0
-    table = json.loads(capsys.readouterr().out)
+    [table] = json.loads(capsys.readouterr().out)["tables"]
     assert table["title"] == "knn on photos, while training"
     assert table["columns"] == ["top1@20"]
     assert table["rows"] == [[str(run), "step=5", [0.5]], [str(run), "step=15", [0.4]]]
@@ -189,7 +189,7 @@ def test_what_was_found_while_training_is_shown_at_its_best_and_at_the_end(tmp_p
     (other / "metrics.jsonl").write_text(json.dumps({"step": 5, "knn/top1@10": 0.1}) + "\n")
     (run / "metrics.jsonl").write_text(json.dumps({"step": 5, "knn/top1@20": 0.2}) + "\n")
     assert main(["results", str(tmp_path), "--json"]) == 0
-    table = json.loads(capsys.readouterr().out)
+    [table] = json.loads(capsys.readouterr().out)["tables"]
     assert [row[2] for row in table["rows"]] == [[0.1, None], [None, 0.2]]  # who lacks the first comes last
 
 
@@ -298,7 +298,7 @@ def test_a_list_is_evaluated_printed_and_saved(recipe, tmp_path, capsys):
 
 def test_a_failed_evaluator_does_not_stop_the_others(recipe, tmp_path, capsys):
     words = ["backbone.name=pixels", f"recipe={recipe}", f"out={tmp_path / 'out'}", "cache=null"]
-    assert main(["eval", "all", *words, "grid.blocks=[2]"]) == 2
+    assert main(["eval", "all", *words, "grid.blocks=[2]"]) == 3
     output = capsys.readouterr()
     assert [json.loads(text)["eval"] for text in output.out.splitlines()] == ["knn", "retrieval"]
     assert "grid: 2 blocks were asked for, but Pixels has none" in output.err

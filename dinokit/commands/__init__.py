@@ -2,10 +2,13 @@
 
 The docstring of a command is its help; the first line is 'usage: purpose'. A command defines
 
-    run(command: Command) -> None
+    run(command: Command) -> dict[str, Any]    # the result, which --json prints as one object
 
 and may define
 
+    words() -> Sequence[str]                   # names that may be given without key=, for completion
+    RENAMED: dict[str, str]                    # old keys and options with their new name: read, with a notice
+    SHORT = RECIPE_KEYS                        # common keys of the command, with their place in a recipe
     FLAGS: dict[str, str]                      # its options with their help: {"--json": "print JSON"};
                                                # an option "--against=" takes a value
     describe(words: Sequence[str]) -> str      # more help, made only for --help: available names and keys
@@ -14,15 +17,19 @@ and may define
     MULTI_PROCESS = True                       # several processes can share its work
     RESUMES = True                             # the same command resumes after a stop
 
+Keys that several commands have are named as in COMMON. The options in OPTIONS work in all commands; the
+program itself implements them.
+
 Imports of torch and other large packages stand inside these functions, after the checks of the settings, so
-that help and error messages appear at once.
+that help and error messages appear at once. Functions here do not call list(): in this package the name is
+that of the command.
 """
 
 import ast
 import json
 import sys
 import tokenize
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from textwrap import fill
@@ -31,6 +38,54 @@ from typing import Any, Literal, get_args, get_origin
 from dinokit.config import registry
 
 WIDTH, COLUMN = 110, 32  # characters in a line; column of the meaning
+OPTIONS = {
+    "--help": "help for a command: usage, keys, examples",
+    "--json": "print the result as one JSON object; everything else goes to standard error",
+    "--quiet": "print nothing but errors, and with --json the object",
+    "--version": "the version of dinokit",
+    "--traceback": "show the Python traceback of an error",
+    "--trust=": "packages, as a,b, whose modules a file of weights may name",
+}
+LETTERS = {"-h": "--help", "-V": "--version", "-q": "--quiet"}
+COMMON = {  # keys with the same name and meaning in every command that has them
+    "weights": "a file or a run to start from, or to use",
+    "out": "the file or folder to write",
+    "device": "cpu, cuda, cuda:1 ...; auto: a GPU if there is one",
+    "batch": "images at a time; of training, images in a step",
+    "workers": "processes that load images",
+    "precision": "auto, fp32, bf16 or fp16",
+    "seed": "of all random numbers",
+    "size": "pixels of the images",
+    "k": "neighbours",
+    "data": "images: data.path=FOLDER, or data.name=SOURCE and what it takes",
+    "train": "images to learn from: train.path=FOLDER",
+    "test": "images to test on: test.path=FOLDER",
+    "recipe": "a name in configs/, or the path of a YAML file",
+}
+# Common keys of commands that take a recipe: each is short for a key of the recipe.
+RECIPE_KEYS = {
+    "weights": "backbone.weights",
+    "out": "run.out",
+    "device": "run.device",
+    "batch": "optim.batch",
+    "workers": "run.workers",
+    "precision": "run.precision",
+    "seed": "run.seed",
+    "steps": "optim.steps",
+}
+
+
+class FailedError(RuntimeError):
+    """Work of a command that failed after it began, as one of several evaluations.
+
+    Args:
+        text: for the user.
+        exit_status: of the program, as in dinokit.commands._outcome; by default of a training that stopped.
+    """
+
+    def __init__(self, text: str, exit_status: int = 4) -> None:
+        super().__init__(text)
+        self.exit_status = exit_status
 
 
 @dataclass
@@ -83,7 +138,7 @@ def parse(name: str, argv: Sequence[str], options: Sequence[str]) -> Command:
     Raises:
         ValueError: for an unknown option, a missing value, or a value for an option without one.
     """
-    command, remaining = Command([], []), list(argv)
+    command, remaining = Command([], []), [*argv]
     while remaining:
         word = remaining.pop(0)
         if word == "--":
@@ -105,6 +160,32 @@ def parse(name: str, argv: Sequence[str], options: Sequence[str]) -> Command:
         else:
             (command.settings if "=" in word else command.words).append(word)
     return command
+
+
+def read_command(name: str, argv: Sequence[str]) -> Command:
+    """Parse the command line of a command of the registry; old and short keys get their present names.
+
+    Raises:
+        ValueError, LookupError: as parse(); or if there is no such command, or a key is given twice.
+    """
+    module = registry.find("commands", name)
+    renamed, short = getattr(module, "RENAMED", {}), getattr(module, "SHORT", {})
+    old_flags = [f"{key}=" for key in renamed if key.startswith("--")]
+    command = parse(name, argv, [*OPTIONS, *LETTERS, *getattr(module, "FLAGS", {}), *old_flags])
+    command.flags = {LETTERS.get(option, option): value for option, value in command.flags.items()}
+    for option in [option for option in command.flags if option in renamed]:
+        command.settings.append(f"{renamed[option]}={command.flags.pop(option)}")
+        print(f"dinokit: {option} is now called {renamed[option]}=.", file=sys.stderr)
+    command.settings = [_present_name(text, renamed, short) for text in command.settings]
+    return command
+
+
+def _present_name(text: str, renamed: Mapping[str, str], short: Mapping[str, str]) -> str:
+    key, equals, value = text.partition("=")
+    if key in renamed:
+        print(f"dinokit: {key}= is now called {renamed[key]}=.", file=sys.stderr)
+        key = renamed[key]
+    return f"{short.get(key, key)}{equals}{value}"
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -162,7 +243,7 @@ def comments(config: type[Any]) -> dict[str, str]:
 
 def _class_comments(path: Path, class_name: str) -> dict[str, str]:
     with path.open("rb") as file:
-        words = list(tokenize.tokenize(file.readline))
+        words = [*tokenize.tokenize(file.readline)]
     beside = {w.start[0]: w.string.lstrip("# ") for w in words if w.type == tokenize.COMMENT}
     alone = {w.start[0] for w in words if w.type == tokenize.COMMENT and not w.line[: w.start[1]].strip()}
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -183,7 +264,7 @@ def _default(item: "Field[Any]") -> str:
         return item.name
     if item.default in (MISSING, "???"):
         return f"{item.name} (must be given)"
-    return item.name if item.default is None else f"{item.name} = {json.dumps(item.default, default=list)}"
+    return item.name if item.default is None else f"{item.name} = {json.dumps(item.default, default=tuple)}"
 
 
 def _meaning(item: "Field[Any]", comment: str) -> str:

@@ -9,13 +9,12 @@ dinokit bench data input=data data.path=PHOTOS
 dinokit bench attention dinov2_vitl16_short batch=2
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from dinokit.commands import Command, key_lines
+from dinokit.commands import RECIPE_KEYS, Command, key_lines
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, parse_overrides, section_values
 from dinokit.config.registry import check_at_least, suggest
@@ -23,8 +22,8 @@ from dinokit.config.registry import check_at_least, suggest
 if TYPE_CHECKING:
     from dinokit.bench.step import StepReport
 
+SHORT = {key: full for key, full in RECIPE_KEYS.items() if key not in ("batch", "steps")}
 FLAGS = {
-    "--json": "print only one line of JSON",
     "--against=": "plain: run the step with every switch at its plainest in turn, and print the ratio",
 }
 KINDS = "step", "data", "attention", "eval"
@@ -43,7 +42,7 @@ class Config:
         check_at_least(self, batch=0, rounds=1)
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     kind, recipe, cfg = _read_settings(command)
     rounds, real = cfg.rounds, cfg.input == "data"
     against = command.flags.get("--against")
@@ -51,8 +50,7 @@ def run(command: Command) -> None:
         raise ValueError("--against takes `plain`, and only with `dinokit bench step`.")
     about = {"bench": kind, "recipe": recipe.name, "batch": recipe.optim.batch, "rounds": rounds}
     if kind == "step":
-        _step(about, recipe, real, bool(against), "--json" in command.flags)
-        return
+        return _step(about, recipe, real, bool(against))
     if kind == "data":
         from dinokit.bench import bench_data
 
@@ -61,11 +59,9 @@ def run(command: Command) -> None:
         from dinokit.bench.step import bench_attention, bench_eval
 
         results = (bench_attention if kind == "attention" else bench_eval)(recipe, rounds)
-    if "--json" in command.flags:
-        print(json.dumps({**about, **results}))
-        return
     rest = {key: value for key, value in results.items() if key not in FIRST}
     print("\n".join([_first_line({**about, **results}), *_lines(rest)]))
+    return {**about, **results}
 
 
 def _read_settings(command: Command) -> tuple[str, Recipe, Config]:
@@ -103,12 +99,16 @@ def _check_input(kind: str, asked: str, about_data: Sequence[str]) -> None:
         raise ValueError(f"{about_data[0]}: bench {kind} reads the recipe's data with input=data: add it.")
 
 
+def words() -> Sequence[str]:
+    return KINDS
+
+
 def describe(words: Sequence[str]) -> str:
     recipes = f"recipes: {', '.join(registry.recipe_names())}"
     return "\n".join([recipes, "keys, besides those of the recipe:", *key_lines("commands", "bench")])
 
 
-def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool, as_json: bool) -> None:
+def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool) -> dict[str, Any]:
     from dinokit.bench import measured_on, settled
     from dinokit.bench.step import bench_steps, plain
 
@@ -118,9 +118,6 @@ def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool, as_j
     reports = dict(zip(forms, bench_steps(list(forms.values()), about["rounds"], real), strict=True))
     ratio = _ratio(reports) if against else {}
     results = {name: asdict(report) for name, report in reports.items()}
-    if as_json:
-        print(json.dumps({**about, **ratio, **results}))
-        return
     print(_first_line({**about, **results["as given"]}))
     for name, report in reports.items():
         phases = ", ".join(f"{phase} {ms:.0f}" for phase, ms in report.milliseconds.items())
@@ -131,6 +128,7 @@ def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool, as_j
         )
     for what, value in ratio.items():
         print(f"{what.replace('_', ' ')}: {value:.2f}")
+    return {**about, **ratio, **results}
 
 
 def _ratio(reports: "dict[str, StepReport]") -> dict[str, float]:

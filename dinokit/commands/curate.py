@@ -27,7 +27,11 @@ from dinokit.curate.settings import OLD_STAGES, SHARED, STAGES, Config, Seeds, S
 RESUMES = True
 
 
-def run(command: Command) -> None:
+def words() -> list[str]:
+    return registry.recipe_names("curate")
+
+
+def run(command: Command) -> dict[str, Any]:
     (cfg, sections, rules), until, (number, of) = check(command)
     from dinokit.curate.pipeline import curate
     from dinokit.runtime.launch import folder_lock
@@ -37,7 +41,9 @@ def run(command: Command) -> None:
     if until == STAGES[-1]:
         out = Path(cfg.out)
         figures = {"manifest": str(out / "manifest.csv"), "report": str(out / "report.html")}
-    print(json.dumps({"out": cfg.out, **figures}))
+    result = {"out": cfg.out, **figures}
+    print(json.dumps(result))
+    return result
 
 
 def check(command: Command) -> tuple[tuple[Config, Any, dict[str, Seeds]], str, tuple[int, int]]:

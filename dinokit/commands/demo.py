@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dinokit import evaluation
-from dinokit.commands import Command
+from dinokit.commands import RECIPE_KEYS, Command
 from dinokit.commands.eval import evaluate_job
-from dinokit.commands.train import pretrain, write_report
+from dinokit.commands.train import pretrain, result_of, write_report
 from dinokit.config.load import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from dinokit.models import Backbone
 
+SHORT = RECIPE_KEYS
 LIST = "eval_scenes"
 SHOWN_QUERIES, SHOWN_GALLERY = 4, 400  # test images in the picture
 
@@ -46,7 +47,7 @@ ROWS = {
 LOWER_IS_BETTER = "rmse"  # in metres; the other scores are shares of 1
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     command.no_words(" The demo has a recipe of its own; another one: dinokit train RECIPE.")
     recipe = load_recipe("scenes_cpu", ["run.out=runs/demo", *command.settings])
     if "knn" not in recipe.evals:
@@ -67,6 +68,7 @@ def run(command: Command) -> None:
     print(f"Weights: {out}/teacher.safetensors   curves: {out}/metrics.jsonl   recipe: {out}/recipe.yaml")
     print(f"All scores: dinokit results {out}   time: {(time.monotonic() - begin) / 60:.1f} minutes")
     print("Now your own: dinokit train data.path=PHOTOS minutes=60")
+    return result_of(recipe)
 
 
 def _evaluate(recipe: Recipe, out: Path, trained: "Backbone") -> None:

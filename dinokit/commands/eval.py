@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit import evaluation, results
-from dinokit.commands import Command, key_line, key_lines
+from dinokit.commands import COMMON, Command, FailedError, _outcome, key_line, key_lines
 from dinokit.config import registry
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.evaluation import EvalJob
@@ -37,14 +37,20 @@ if TYPE_CHECKING:
 OWN = {  # keys of the command itself
     "weights": "a file or a run to evaluate",
     "backbone": "in place of weights: backbone.name=NAME, as its own code makes it, and what that takes",
-    "device": "cpu, cuda or auto",
+    "device": COMMON["device"],
     "out": "folder for results.jsonl, heads and unfinished work; the run's, if not given",
 }
 MULTI_PROCESS = RESUMES = True
+
+
+def words() -> list[str]:
+    return [*registry.names("eval"), "all"]
+
+
 PATIENCE = 60.0  # minutes that a process waits for the others
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     jobs, recipe, own, cache = check(command)
     weights, out = own["weights"], own["out"]
     device = "auto" if own["device"] is None else str(own["device"])
@@ -61,7 +67,7 @@ def run(command: Command) -> None:
     from dinokit.runtime.signals import stop_signals
 
     with process_group(pick_device(device), PATIENCE), stop_signals(between_items=True):
-        _evaluate_all(jobs, recipe, own, device, folder, cache)
+        return _evaluate_all(jobs, recipe, own, device, folder, cache)
 
 
 def check(command: Command) -> tuple[list[EvalJob], str, dict[str, Any], bool]:
@@ -108,7 +114,7 @@ def _evaluate_all(
     device: str,
     folder: Path | None,
     cache: bool,
-) -> None:
+) -> dict[str, Any]:
     """Run the jobs one after another and print their lines; a list that is stopped resumes after the last."""
     weights, section = own["weights"], own["backbone"]
     backbone = evaluation.load_evaluated(weights, section, device)
@@ -124,7 +130,7 @@ def _evaluate_all(
     lines: dict[str, dict[str, Any]] = progress.load() or {}
     if lines:
         info(f"resumes after {', '.join(lines)}; to evaluate these again, delete {progress.path}")
-    failed = []
+    failed: dict[str, Exception] = {}
     for job in jobs:
         try:
             if job.label not in lines:
@@ -133,14 +139,18 @@ def _evaluate_all(
         except (ValueError, LookupError, OSError) as error:
             if len(jobs) == 1 or world_size() > 1:  # the other processes may not have failed, and would wait
                 raise
-            failed.append(job.label)
+            failed[job.label] = error
             print(f"dinokit: {job.label}: {error}", file=sys.stderr)
             continue
         if rank() == 0:
             print(json.dumps(lines[job.label]))
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(jobs)} evaluators failed: {', '.join(failed)}.")
+        raise FailedError(
+            f"{len(failed)} of {len(jobs)} evaluators failed: {', '.join(failed)}.",
+            max(map(_outcome.exit_status, failed.values())),
+        )
     progress.remove()
+    return {"results": list(lines.values())} if len(jobs) > 1 or recipe else lines[jobs[0].label]
 
 
 def evaluate_job(

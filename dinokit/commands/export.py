@@ -51,7 +51,7 @@ class Config:
             raise ValueError(f"size={self.size} is for to=onnx; to={self.to} writes a model of any size.")
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     command.no_words(" Give weights=FILE to=FORMAT out=PATH.")
     cfg = Config(**section_values("commands", "export", parse_overrides(command.settings), ""))
     out = Path(cfg.out)
@@ -66,8 +66,11 @@ def run(command: Command) -> None:
     backbone = load_backbone(cfg.weights, heads=cfg.heads or None)
     with locked([(out.absolute().with_name(f".{out.name}.lock"), False)]) as who:
         refuse_locked(f"out={out}", who)
+        lines = []
         for line in export(backbone, cfg.to, out, cfg.size or None, _images(cfg, backbone)):
             print(line)
+            lines.append(line)
+    return {"out": cfg.out, "to": cfg.to, "notes": lines}
 
 
 def _images(cfg: Config, backbone: "Backbone") -> Iterator[tuple["Image.Image", "Tensor"]]:

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dinokit.commands import Command, key_lines, parse_part
+from dinokit.commands import Command, FailedError, _outcome, key_lines, parse_part
 from dinokit.config import registry
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.runtime.files import printable, write_text
@@ -64,7 +64,7 @@ class Config:
             raise ValueError("data.path must be given: a folder of images; or data.name and what it takes.")
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     config = check(command)
     from dinokit.runtime.distributed import launch
     from dinokit.runtime.launch import folder_lock
@@ -77,7 +77,9 @@ def run(command: Command) -> None:
         screen = Screen(images, done)
         with screen.progress:
             _compute(config, screen)
-        print(json.dumps({"out": config.out, **_end(config), **screen.speed()}))
+        result = {"out": config.out, **_end(config), **screen.speed()}
+        print(json.dumps(result))
+        return result
 
 
 def check(command: Command) -> Config:
@@ -238,7 +240,7 @@ def _run_processes(config: Config, on_progress: OnProgress) -> None:
                         raise _process_error(child.exitcode) from None
                     continue
                 if images < 0:
-                    raise RuntimeError(unreadable[0])
+                    raise FailedError(unreadable[0], -images)
                 on_progress(images, unreadable)
     finally:
         for child in links.values():
@@ -257,7 +259,7 @@ def _child(config: Config, rank: int, link: "Connection[Any, Any]") -> None:
         sys.exit(130)
     except (ValueError, LookupError, OSError, RuntimeError) as error:
         with suppress(BrokenPipeError):  # the process that started this one has ended
-            link.send((-1, [str(error)]))
+            link.send((-_outcome.exit_status(error), [str(error)]))
 
 
 def _process_error(code: int) -> RuntimeError:

@@ -9,8 +9,9 @@ dinokit models identify dinov2_vits14_pretrain.pth
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 from dinokit.commands import Command
 from dinokit.config.load import parse_overrides, section_values
@@ -26,11 +27,10 @@ class Config:
         check_at_least(self, heads=0)
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     if command.words[:1] == ["identify"]:
         cfg = Config(**section_values("commands", "models", parse_overrides(command.settings), ""))
-        _identify(Command(command.words[1:], []).one_word("file of weights"), cfg.heads or None)
-        return
+        return _identify(Command(command.words[1:], []).one_word("file of weights"), cfg.heads or None)
     if command.settings:
         raise ValueError(f"{command.settings[0]}: only dinokit models identify takes settings.")
     if len(command.words) > 1:
@@ -46,6 +46,11 @@ def run(command: Command) -> None:
             f"{', '.join(RELEASED)}."
         )
     _list(names)
+    return {"models": {name: asdict(RELEASED[name]) for name in names}}
+
+
+def words() -> Sequence[str]:
+    return ["identify", *RELEASED]
 
 
 def describe(words: Sequence[str]) -> str:
@@ -70,7 +75,7 @@ def _list(names: Sequence[str]) -> None:
     )
 
 
-def _identify(source: str, heads: int | None) -> None:
+def _identify(source: str, heads: int | None) -> dict[str, Any]:
     from dinokit.weights.checkpoint import open_checkpoint
     from dinokit.weights.formats.native import check_digest
     from dinokit.weights.load import build, coverage, read, refusal
@@ -95,6 +100,15 @@ def _identify(source: str, heads: int | None) -> None:
         print(f"{'checksum':<13}matches")
     if not fit.complete:
         raise ValueError(refusal(file.path, stored, fit))
+    return {
+        "file": file.path,
+        "format": stored.format,
+        "backbone": stored.section,
+        "parameters": count,
+        "input": {"size": shown.size, "mean": shown.mean, "std": shown.std},
+        "coverage": str(fit),
+        "notes": stored.notes,
+    }
 
 
 def _list_of(values: Sequence[float]) -> str:

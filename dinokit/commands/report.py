@@ -11,6 +11,7 @@ dinokit report runs/photos runs/try out=both.html
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dinokit.commands import Command, key_lines
 from dinokit.config.load import parse_overrides, section_values
@@ -22,13 +23,15 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     cfg = Config(**section_values("commands", "report", parse_overrides(command.settings), ""))
     if not command.words:
         raise ValueError("Which run? Give one or more folders of runs: dinokit report runs/photos")
     from dinokit.report import write_report
 
-    print(write_report(command.words, cfg.out or None, cfg.device))
+    out = write_report(command.words, cfg.out or None, cfg.device)
+    print(out)
+    return {"out": out}
 
 
 def describe(words: Sequence[str]) -> str:

@@ -7,10 +7,9 @@ dinokit results runs
 dinokit results runs/photos runs/try --json
 """
 
-import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinokit import results
 from dinokit.commands import Command
@@ -20,10 +19,8 @@ if TYPE_CHECKING:
 
 LEAST = 16  # characters of a line for names of weights, and for settings, beside many scores
 
-FLAGS = {"--json": "print each table as a JSON object on a line of its own"}
 
-
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     if command.settings:
         raise ValueError(f"dinokit results takes folders, not '{command.settings[0]}'.")
     folders = command.words or ["runs"]
@@ -32,15 +29,12 @@ def run(command: Command) -> None:
     for where in broken:
         print(f"dinokit: skipped, as it is not a result: {where}", file=sys.stderr)
     tables = results.tables(lines) + trained
-    if "--json" in command.flags:
-        for table in tables:
-            print(json.dumps(asdict(table)))
-        return
     from rich.console import Console
 
     console = Console()
     for table in tables:
         _show(console, table)
+    return {"tables": [asdict(table) for table in tables]}
 
 
 def _show(console: "Console", table: results.Table) -> None:

@@ -3,14 +3,15 @@
 Trains the same steps in three ways, in turns, so that other work on the machine slows all of them equally:
 
 - one process on one core;
-- --processes of them that work together, each on a core of its own;
+- processes=N of them that work together, each on a core of its own;
 - as many independent processes, each with its share of the batch: the most that this machine allows.
 
 No files are left. The last line is JSON: images/s of each way (`one`, `several`, `apart`), the median over
 the steps after the first three; `ratio` and `ceiling`, how many times as fast as one process they are
 together and apart; `reached`, ratio over ceiling.
 
-dinokit scaling scenes_cpu --processes 2 optim.batch=32
+dinokit scaling scenes_cpu
+dinokit scaling scenes_cpu processes=2 optim.batch=32
 """
 
 import json
@@ -21,29 +22,40 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dinokit.commands import Command
+from dinokit.commands import Command, FailedError, key_lines
 from dinokit.config import registry
-from dinokit.config.load import load_recipe
+from dinokit.config.load import load_recipe, parse_overrides, section_values
+from dinokit.config.registry import check_at_least
 from dinokit.train.schedule import accumulation
 
-FLAGS = {
-    "--processes=": "number of processes; default 2",
-    "--steps=": "steps of each training; default 15",
-    "--rounds=": "trainings of each kind; default 2",
-}
+RENAMED = {"--processes": "processes", "--steps": "steps", "--rounds": "rounds"}
+words = registry.recipe_names
 WARM_UP = 3  # steps
+OWN = ("processes", "steps", "rounds")
 
 
-def run(command: Command) -> None:
+@dataclass
+class Config:
+    processes: int = 2
+    steps: int = 15  # of each training
+    rounds: int = 2  # trainings of each kind
+
+    def __post_init__(self) -> None:
+        check_at_least(self, processes=2, steps=5, rounds=1)
+
+
+def run(command: Command) -> dict[str, Any]:
     name = command.one_word("recipe", registry.recipe_names())
-    world, steps, rounds = (
-        _int_flag(command.flags, flag, least)
-        for flag, least in (("--processes", 2), ("--steps", 5), ("--rounds", 1))
-    )
+    own = [text for text in command.settings if text.partition("=")[0] in OWN]
+    given = [text for text in command.settings if text not in own]
+    cfg = Config(**section_values("commands", "scaling", parse_overrides(own), ""))
+    world, steps, rounds = cfg.processes, cfg.steps, cfg.rounds
     settings = [
-        *command.settings, "evals=null", f"optim.steps={steps}", "optim.warmup=0", "run.device=cpu",
+        *given, "evals=null", f"optim.steps={steps}", "optim.warmup=0", "run.device=cpu",
         "run.workers=0", "run.log_every=1", "run.checkpoint_every=1_000_000_000", "run.report=false",
     ]  # fmt: skip
     recipe = load_recipe(name, settings)
@@ -51,7 +63,7 @@ def run(command: Command) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < world:
         raise ValueError(
-            f"--processes={world}, but this machine has {len(cores)} cores: each process needs one."
+            f"processes={world}, but this machine has {len(cores)} cores: each process needs one."
         )
     words, share = [name, *settings], f"optim.batch={recipe.optim.batch // world}"
     rates: dict[str, list[float]] = {"one": [], "apart": [], "several": []}
@@ -69,19 +81,14 @@ def run(command: Command) -> None:
         print(f"{label:<20} {rate:8.2f} images/s{comment}")
     medians = {"one": one, "apart": apart, "several": several}
     ratios = {"ratio": ratio, "ceiling": ceiling, "reached": reached}
-    print(json.dumps({"recipe": name, "processes": world, **medians, **ratios}))
+    result = {"recipe": name, "processes": world, **medians, **ratios}
+    print(json.dumps(result))
+    return result
 
 
 def describe(words: Sequence[str]) -> str:
-    return f"recipes: {', '.join(registry.recipe_names())}"
-
-
-def _int_flag(flags: dict[str, str], flag: str, least: int) -> int:
-    default = {"--processes": "2", "--steps": "15", "--rounds": "2"}[flag]
-    text = flags.get(flag, default)
-    if not text.isdigit() or int(text) < least:
-        raise ValueError(f"{flag}={text}: it must be a whole number, {least} or more.")
-    return int(text)
+    recipes = f"recipes: {', '.join(registry.recipe_names())}"
+    return "\n".join([recipes, "keys, besides those of the recipe:", *key_lines("commands", "scaling")])
 
 
 def _train(words: Sequence[str], cores: Sequence[int], apart: bool = False) -> list[float]:
@@ -102,7 +109,8 @@ def _train(words: Sequence[str], cores: Sequence[int], apart: bool = False) -> l
             processes.append(process)
         errors = [process.communicate()[1] for process in processes]
         if any(process.returncode for process in processes):
-            raise RuntimeError(f"A training failed: {' '.join(''.join(errors).split())}")
+            status = max(process.returncode for process in processes)
+            raise FailedError(f"A training failed: {' '.join(''.join(errors).split())}", status)
         return speeds(list(dict.fromkeys(outs)))
 
 

@@ -12,19 +12,21 @@ dinokit show dinov2_vitg14 data.path=LIST nodes=12 gpus=8 images_per_second=35
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from dinokit.commands import Command
+from dinokit.commands import RECIPE_KEYS, Command
 from dinokit.commands.train import recipe_of
 from dinokit.config import registry
 from dinokit.config.load import to_yaml
 
+SHORT = RECIPE_KEYS
+words = registry.recipe_names
 CLUSTER = {"nodes": int, "gpus": int, "images_per_second": float, "gpu_gib": float, "gpu_gbyte": float,
            "node_gbit": float}  # fmt: skip
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     given = [text for text in command.settings if text.partition("=")[0] in CLUSTER]
     rest = [text for text in command.settings if text not in given]
     recipe = recipe_of(replace(command, settings=rest))
@@ -35,6 +37,7 @@ def run(command: Command) -> None:
     print(to_yaml(recipe, template=True))
     for key, value in lines.items():
         print(f"# {key}: {value}")
+    return {"recipe": asdict(recipe), "plan": lines}
 
 
 def describe(words: Sequence[str]) -> str:

@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from dinokit import slurm
-from dinokit.commands import Command, config_lines, parse
+from dinokit.commands import Command, config_lines, read_command
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, parse_overrides
 from dinokit.slurm import dotted_names, is_dotted
@@ -35,11 +36,10 @@ OWN_KEYS = ("profile", "array", "after")  # before --, besides the keys of a pro
 PLACEHOLDERS = ("{}", "{name}", "{number}")
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     actions = {"status": _status, "logs": _logs, "cancel": _cancel}
     if not command.words:
-        _submit(command)
-        return
+        return _submit(command)
     word, *jobs = command.words
     if word not in actions or command.settings or command.rest:
         near = registry.suggest(word, list(actions))
@@ -47,7 +47,11 @@ def run(command: Command) -> None:
             f"'{word}' is not of the form key=value.{near} To submit: dinokit submit profile=PROFILE -- "
             f"COMMAND. Submitted jobs: dinokit submit {'|'.join(actions)} [JOB]."
         )
-    actions[word](jobs)
+    return actions[word](jobs)
+
+
+def words() -> Sequence[str]:
+    return "status", "logs", "cancel"
 
 
 def describe(words: Sequence[str]) -> str:
@@ -55,7 +59,7 @@ def describe(words: Sequence[str]) -> str:
     return "\n".join([profiles, "keys of a profile:", *config_lines(Config)])
 
 
-def _submit(command: Command) -> None:
+def _submit(command: Command) -> dict[str, Any]:
     pairs = [(text, *text.split("=", 1)) for text in command.settings]
     own = {key: value for _, key, value in pairs if key in OWN_KEYS}
     settings = [text for text, key, _ in pairs if key not in OWN_KEYS]
@@ -75,7 +79,7 @@ def _submit(command: Command) -> None:
     title = "-".join(Path(word).stem for word in command.rest[:2] if "=" not in word)
     given = [f"profile={own['profile']}", *settings]
     after = _dependencies(own.get("after", ""))
-    submit_commands(title, commands, profile, given, after, "--dry-run" in command.flags)
+    return submit_commands(title, commands, profile, given, after, "--dry-run" in command.flags)
 
 
 def submit_commands(
@@ -85,7 +89,7 @@ def submit_commands(
     settings: list[str],
     after: str = "",
     dry_run: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Submit commands as a job, or an array of jobs, after all checks.
 
     Args:
@@ -105,8 +109,9 @@ def submit_commands(
 
     request = submit.JobRequest(title, commands, tasks, after, resumes)
     if dry_run:
-        print(submit.batch_script(request, profile, (slurm.JOBS / f"DATE-{title}").absolute()))
-        return
+        script = submit.batch_script(request, profile, (slurm.JOBS / f"DATE-{title}").absolute())
+        print(script)
+        return {"script": script}
     submit.check_cluster(profile)
     _check_dependencies(request.after)
     if resumes and not request.after:
@@ -123,6 +128,7 @@ def submit_commands(
     array = f" ({jobs[0]} to {jobs[-1]})" if len(jobs) > 1 else ""
     print(f"job {number}{array}: nodes={profile.nodes}, processes a node: {tasks}, in {folder}")
     print(f"state: dinokit submit status {number}; log: dinokit submit logs {number}")
+    return {"job": number, "jobs": jobs, "folder": folder}
 
 
 def _dependencies(after: str) -> str:
@@ -168,29 +174,33 @@ def _refuse_queued(commands: list[list[str]]) -> None:
             )
 
 
-def _status(words: list[str]) -> None:
+def _status(words: list[str]) -> dict[str, Any]:
     from dinokit.slurm.submit import job_states
 
     selected = slurm.find_jobs(words) if words else [(each, each.jobs) for each in slurm.read_records()]
     if not selected:
         print(f"Nothing was submitted from here (there is no {slurm.JOBS}).")
-        return
+        return {"jobs": []}
     states = job_states([job for _, jobs in selected for job in jobs])
+    found = []
     for each, jobs in selected:
         for job, command in zip(each.jobs, each.commands, strict=True):
             if job in jobs:
                 print(f"{job:<12} {states[job]:<20} {each.submitted}  {' '.join(command)}")
+                found.append({"job": job, "state": states[job], "command": command})
+    return {"jobs": found}
 
 
-def _logs(words: list[str]) -> None:
+def _logs(words: list[str]) -> dict[str, Any]:
     from dinokit.slurm.submit import job_states, log_files
 
     records = slurm.read_records()
     if not words and not records:
         raise LookupError(f"Nothing was submitted from here (there is no {slurm.JOBS}).")
+    found: dict[str, Any] = {}
     for each, jobs in slurm.find_jobs(words or [records[-1].number]):
         for job in jobs:
-            paths = log_files(job, Path(each.folder))
+            found[job] = paths = log_files(job, Path(each.folder))
             if not paths:
                 print(f"job {job} is {job_states([job])[job]} and has written no log yet.")
                 continue
@@ -201,9 +211,10 @@ def _logs(words: list[str]) -> None:
                 lines = [line for line in text.splitlines() if not line.startswith("submitit ")]
                 if lines:
                     print("\n".join([f"== {path}", *lines]))
+    return {"logs": found}
 
 
-def _cancel(words: list[str]) -> None:
+def _cancel(words: list[str]) -> dict[str, Any]:
     from dinokit.slurm.submit import cancel_job
 
     if not words:
@@ -212,6 +223,7 @@ def _cancel(words: list[str]) -> None:
     for word in words:
         cancel_job(word)
         print(f"job {word} is cancelled. A run saves first; dinokit submit with the same command resumes it.")
+    return {"cancelled": words}
 
 
 def _hint_after(settings: list[str], name: str) -> str:
@@ -278,7 +290,7 @@ def _check(words: Sequence[str], profile: Config, tasks: int) -> set[str]:
     name, rest = words[0], words[1:]
     module = registry.find("commands", name)
     try:
-        command = parse(name, rest, list(getattr(module, "FLAGS", {})))
+        command = read_command(name, rest)
         modules = dotted_names(parse_overrides(command.settings)) | set(filter(is_dotted, command.words))
         if name == "train":
             recipe = load_recipe(command.one_word("recipe", registry.recipe_names()), command.settings)

@@ -20,7 +20,6 @@ behind FILE are added to `set`. At the end, and with --table at any time, `out` 
 runs.json, curves.svg and curves.png: the accuracy against the images seen and against minutes of training.
 
 dinokit sweep sweep.yaml
-dinokit sweep sweep.yaml --table
 dinokit sweep sweep.yaml --slurm gpu
 """
 
@@ -39,7 +38,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from dinokit.commands import Command
+from dinokit.commands import Command, FailedError
 from dinokit.config.load import Recipe, load_recipe, read_mapping
 from dinokit.config.values import validated
 from dinokit.results import lower_is_better
@@ -103,7 +102,7 @@ class Result:
     verdict: str  # what is wrong with it, by train/health.py
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     path = Path(command.one_word("file", sorted(str(p) for p in Path().glob("*sweep*.yaml"))))
     if not path.is_file():
         raise ValueError(f"There is no file {path}. dinokit sweep --help shows what it holds.")
@@ -112,20 +111,21 @@ def run(command: Command) -> None:
     out = Path(sweep.out or f"runs/{path.stem}")
     runs = plan(sweep, out)
     if "--table" in command.flags:
-        report(sweep, out, runs)
-        return
+        return report(sweep, out, runs)
     for each in runs:
         _refuse_another_recipe(each)
     remaining = [each for each in runs if not is_finished(each)]
     if "--slurm" in command.flags:
-        _submit(remaining, path.stem, command)
-    elif "--dry-run" in command.flags:
-        print("\n".join(" ".join(["dinokit", *each.words]) for each in remaining))
-    else:
-        failed = _train_all(runs, remaining)
-        report(sweep, out, runs)
-        if failed:
-            raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+        return _submit(remaining, path.stem, command)
+    if "--dry-run" in command.flags:
+        commands = [" ".join(["dinokit", *each.words]) for each in remaining]
+        print("\n".join(commands))
+        return {"commands": commands}
+    failed = _train_all(runs, remaining)
+    result = report(sweep, out, runs)
+    if failed:
+        raise FailedError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+    return result
 
 
 def plan(sweep: Config, out: Path) -> list[Run]:
@@ -251,18 +251,18 @@ def _last_line(log: Path) -> str:
     return "  ".join(steps[-1]) if steps else "starts"
 
 
-def _submit(remaining: Sequence[Run], title: str, command: Command) -> None:
+def _submit(remaining: Sequence[Run], title: str, command: Command) -> dict[str, Any]:
     from dinokit.commands.submit import submit_commands
     from dinokit.slurm.profile import load_profile
 
     if not remaining:
         print("Every run is finished already: dinokit sweep FILE --table makes the table.")
-        return
+        return {"jobs": []}
     name, dry = command.flags["--slurm"], "--dry-run" in command.flags
-    commands = [each.words for each in remaining]
-    submit_commands(f"sweep-{title}", commands, load_profile(name, {}), [f"profile={name}"], dry_run=dry)
     if not dry:
         print("When the jobs have ended: dinokit sweep FILE --table")
+    commands, given = [each.words for each in remaining], [f"profile={name}"]
+    return submit_commands(f"sweep-{title}", commands, load_profile(name, {}), given, dry_run=dry)
 
 
 def read_result(each: Run, metric: str) -> Result:
@@ -290,7 +290,7 @@ def read_result(each: Run, metric: str) -> Result:
     return Result(each.row, each.seed, str(each.out), state, curve, verdict)
 
 
-def report(sweep: Config, out: Path, runs: Sequence[Run]) -> None:
+def report(sweep: Config, out: Path, runs: Sequence[Run]) -> dict[str, Any]:
     """Write the table and the plot of what is there, and print the table.
 
     Raises:
@@ -315,6 +315,7 @@ def report(sweep: Config, out: Path, runs: Sequence[Run]) -> None:
     write_text(out / "runs.json", json.dumps([asdict(result) for result in results], indent=1))
     plot({line["row"]: groups[line["row"]] for line in table}, sweep.metric or "k-NN accuracy", out)
     print(f"{_markdown(table)}\nwritten to {out}: table.md, table.csv, runs.json, curves.svg, curves.png")
+    return {"out": out, "table": table}
 
 
 def score_at(curve: Sequence[Point], key: str, x: float) -> float | None:

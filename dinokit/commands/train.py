@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit import evaluation
-from dinokit.commands import Command
+from dinokit.commands import RECIPE_KEYS, Command
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe
 
@@ -30,13 +30,28 @@ if TYPE_CHECKING:
     from dinokit.train.trainer import Evaluator
 
 MULTI_PROCESS = RESUMES = True
+SHORT = RECIPE_KEYS
+words = registry.recipe_names
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     recipe = recipe_of(command)
     source = pretrain(recipe)
     write_report(recipe)
     show_next(recipe, bool(source.classes))
+    return result_of(recipe)
+
+
+def result_of(recipe: Recipe) -> dict[str, Any]:
+    """What a run has come to, for --json: its files, its steps, and the last score of each evaluator."""
+    from dinokit.runtime.log import read_records
+
+    out = Path(recipe.run.out)
+    scores = {key: value for record in read_records(out) for key, value in record.items() if "/" in key}
+    weights, report = out / "teacher.safetensors", out / "report.html"
+    files = {"weights": weights, "report": report if report.is_file() else None}
+    done = (out / "teacher.safetensors").is_file()
+    return {"out": out, **files, "steps": recipe.optim.steps, "finished": done, "scores": scores}
 
 
 def recipe_of(command: Command) -> Recipe:

@@ -35,7 +35,7 @@ SIDE = 224  # pixels of a tile at most
 @dataclass
 class Config:
     weights: str = "???"  # whatever load_backbone() reads; a run for crops
-    out: str = ""  # the PNG; empty: PICTURE.png
+    out: str = ""  # the PNG; empty: PICTURE.png, or PICTURE_2.png, ... if that exists
     size: int = 0  # pixels of the longer side that the backbone sees; 0: as trained, or 16 patches
     count: int = 12  # images that are drawn; neighbours: 400 are searched if this is not larger
     queries: int = 6  # rows of neighbours
@@ -50,7 +50,7 @@ class Config:
             raise ValueError(f"point={list(self.point)}: across and down are shares of the image, 0 to 1.")
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     kind, *places = command.words or [""]
     if kind not in PICTURES:
         near = registry.suggest(kind, list(PICTURES))
@@ -58,7 +58,7 @@ def run(command: Command) -> None:
     cfg = Config(**section_values("commands", "viz", parse_overrides(command.settings), ""))
     from PIL import Image
 
-    from dinokit.runtime.files import atomic
+    from dinokit.runtime.files import atomic, unused
 
     if kind == "crops":
         sheet = _crops(cfg)
@@ -66,10 +66,11 @@ def run(command: Command) -> None:
         backbone = evaluation.load_evaluated(cfg.weights, None, cfg.device)
         count = max(cfg.count, 400) if kind == "neighbours" else cfg.count
         sheet = _sheet(kind, cfg, backbone, _images(places, cfg, count, backbone.channels))
-    out = cfg.out or f"{kind}.png"
+    out = cfg.out or str(unused(Path(f"{kind}.png")))
     with atomic(out) as temporary, temporary.open("wb") as file:
         Image.fromarray(sheet).save(file, "PNG")
     print(out)
+    return {"out": out}
 
 
 def _crops(cfg: Config) -> "Picture":
@@ -147,6 +148,10 @@ def _neighbours(cfg: Config, backbone: "Backbone", images: "list[ImageLike]") ->
             )
     queries = [i * len(images) // cfg.queries for i in range(min(cfg.queries, len(images)))]
     return viz.neighbours(np.stack(tiles), torch.stack(rows), queries, min(cfg.k, len(images) - 1))
+
+
+def words() -> Sequence[str]:
+    return PICTURES
 
 
 def describe(words: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ dinokit watch runs/lr/*
 
 import time
 from pathlib import Path
+from typing import Any
 
 from dinokit.commands import Command
 from dinokit.config.load import Recipe, load_recipe
@@ -15,7 +16,7 @@ from dinokit.config.load import Recipe, load_recipe
 PERIOD = 2.0  # seconds between two looks
 
 
-def run(command: Command) -> None:
+def run(command: Command) -> dict[str, Any]:
     folders = [Path(word) for word in command.words if (Path(word) / "recipe.yaml").is_file()]
     if not folders or command.settings:
         asked = " ".join([*command.words, *command.settings]) or "nothing"
@@ -31,7 +32,7 @@ def run(command: Command) -> None:
         for folder, recipe in recipes.items():
             step, text, _ = progress_of(folder, recipe)
             console.print(f"{folder}  {step / recipe.optim.steps:.0%}  {text}", markup=False)
-        return
+        return _states(recipes)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(20),
@@ -48,6 +49,16 @@ def run(command: Command) -> None:
                 bars.update(tasks[folder], completed=step, text=text)
                 running |= not ended
             time.sleep(PERIOD if running else 0)
+    return _states(recipes)
+
+
+def _states(recipes: dict[Path, Recipe]) -> dict[str, Any]:
+    states = {folder: progress_of(folder, recipe) for folder, recipe in recipes.items()}
+    runs = {
+        str(folder): {"step": step, "steps": recipes[folder].optim.steps, "text": text, "ended": ended}
+        for folder, (step, text, ended) in states.items()
+    }
+    return {"runs": runs}
 
 
 def progress_of(out: Path, recipe: Recipe) -> tuple[int, str, bool]:

@@ -1,10 +1,11 @@
 """Validates values against a dataclass: unknown keys, wrong types and missing values, named in the error."""
 
 import json
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +28,7 @@ def validated(
         ValueError: for an unknown key, a missing value or a wrong type; it names the key.
     """
     _unknown_keys(cls, values, prefix, extra_keys)
+    values = _with_lists(cls, values)
     try:
         given = OmegaConf.create(dict(values))
         merged = OmegaConf.merge(OmegaConf.structured(cls), given)
@@ -42,6 +44,36 @@ def validated(
             raise ValueError(f"{key}: it is a list and needs brackets: {key}=[...].") from None
         raise ValueError(f"{key}: {first_line(error)}.{near}") from None
     return {item.name: getattr(result, item.name) for item in fields(cls)}
+
+
+def _with_lists(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with lists where the dataclass declares them: a,b and a alone are lists there as [a, b] is."""
+    result = dict(values)
+    for item in fields(cls):
+        value, inner = result.get(item.name), _dataclass_of(item)
+        if inner is not None and isinstance(value, Mapping):
+            result[item.name] = _with_lists(inner, value)
+        elif _is_list(item.type) and isinstance(value, str) and "," in value:
+            result[item.name] = [_read(word) for word in value.split(",") if word.strip()]
+        elif _is_list(item.type) and isinstance(value, str | int | float) and value != MISSING:
+            result[item.name] = value if _has_fixed_length(item.type) else [value]
+    return result
+
+
+def _is_list(kind: object) -> bool:
+    """Whether a type is a list or tuple, or that or None."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(map(_is_list, get_args(kind))) and not {str, int, float} & {*get_args(kind)}
+    return get_origin(kind) in (list, tuple)
+
+
+def _has_fixed_length(kind: object) -> bool:
+    return get_origin(kind) is tuple and Ellipsis not in get_args(kind)
+
+
+def _read(word: str) -> Any:
+    """A word as YAML reads it, such as a number."""
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={word}"]))["value"]  # type: ignore[index, call-overload]
 
 
 def keys_without_effect(

@@ -190,7 +190,7 @@ class TrainDataset(Dataset[Sample]):
             except UNREADABLE as error:
                 name = self.source.name(index)
                 unreadable[name] = str(error).removeprefix(f"{name} cannot be read: ") or type(error).__name__
-        raise RuntimeError(
+        raise OSError(
             f"{len(unreadable)} images in a row cannot be read, the last of them "
             f"{', '.join(list(unreadable)[-3:])}: {list(unreadable.values())[-1]}"
         )

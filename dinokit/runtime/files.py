@@ -165,3 +165,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         path = path.rename(hidden)
     shutil.rmtree(path)
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with _2, _3, ... before its ending if there is such a file already."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}_{number}")
+    return candidate

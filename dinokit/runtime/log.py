@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,6 +93,9 @@ class RunLog:
         self.view.stop()
         self.trackers.end()
         if self.main:
+            if isinstance(error, Exception):
+                self._write("".join(traceback.format_exception(error)))
+                error.add_note(f"The traceback is in {self.text.name}.")
             self.text.close()
 
     def _view(self) -> Live:

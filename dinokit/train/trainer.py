@@ -36,9 +36,13 @@ MIN_SCALE = 1e-3  # of fp16's gradients: the scale halves with every overflow
 class TrainingError(RuntimeError):
     """A run that cannot continue; the message says what happened and what to try."""
 
+    exit_status = 4
+
 
 class TooManyUnreadableError(RuntimeError):
     """More images than `run.max_unreadable` allows cannot be read."""
+
+    exit_status = 4
 
 
 @dataclass

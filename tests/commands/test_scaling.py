@@ -44,7 +44,7 @@ def test_one_process_then_two_apart_then_two_together_share_the_same_batch(tmp_p
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("WATCHED", str(tmp_path / "reads"))
     watched = ["scenes_cpu", *SMALL, "data.name=watched.scenes"]
-    assert main(["scaling", *watched, "--steps", "6", "--rounds", "1"]) == 0
+    assert main(["scaling", *watched, "steps=6", "--rounds", "1"]) == 0
 
     reads = Counter(tuple(map(int, line.split())) for line in (tmp_path / "reads").read_text().splitlines())
     first, second = sorted(os.sched_getaffinity(0))[:2]
@@ -70,5 +70,5 @@ def test_speeds_of_runs_side_by_side_are_summed_after_the_warm_up(tmp_path):
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_before_training(capsys):
-    assert main(["scaling", "scenes_cpu", "optim.batch=31", "--processes", "2"]) == 2
+    assert main(["scaling", "scenes_cpu", "optim.batch=31", "processes=2"]) == 2
     assert "optim.batch=31 images cannot be divided evenly over 2 processes" in capsys.readouterr().err

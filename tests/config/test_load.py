@@ -204,7 +204,7 @@ MISTAKES = {
     "crops.globals.blur=[0,0,1]": "crops.globals.blur gives 3 probabilities for crops.globals.count=2 crops",
     "crops.locals.solarize=[0,0]": "crops.locals.solarize gives 2 probabilities for crops.locals.count=4",
     "crops.mean=[0.5]": "crops.mean has 1 channels, crops.std has 3.",
-    "crops.mean=0.5": "crops.mean: it is a list and needs brackets: crops.mean=[...].",
+    "crops.mean=0.5": "crops.mean has 1 channels, crops.std has 3.",
     "crops.blur_kernel=4": "crops.blur_kernel=4 must be odd.",
     "losses=null": "losses is empty, so there is nothing to learn from. There is: ",
     "losses.contrastive={}": "losses.contrastive compares projections, but there is no section",

@@ -29,7 +29,7 @@ def test_an_image_finds_itself_first_in_a_curation_and_in_a_store(photos, weight
     for index in (out, photos / "features"):
         sheet = photos / f"{index.name}.png"
         status, output, err = run_search(
-            capsys, f"index={index}", "k=5", f"sheet={sheet}", photo, photos / "seeds/02.png"
+            capsys, f"index={index}", "k=5", f"out={sheet}", photo, photos / "seeds/02.png"
         )
         assert status == 0, err
         lines = output.splitlines()
@@ -60,7 +60,7 @@ def test_with_separate_weights_for_duplicates_their_index_is_searched(
     curate(*two, f"pool.path={photos / 'pool'}", f"out={tmp_path / 'out'}")
     photo = photos / "pool" / "07.png"
     status, output, err = run_search(
-        capsys, f"index={tmp_path / 'out'}", f"sheet={tmp_path / 'sheet.png'}", "k=3", photo
+        capsys, f"index={tmp_path / 'out'}", f"out={tmp_path / 'sheet.png'}", "k=3", photo
     )
     assert status == 0, err
     assert float(output.splitlines()[2].split(maxsplit=2)[1]) == pytest.approx(1, abs=2e-3)
@@ -73,15 +73,15 @@ def test_errors_name_the_cause(photos, weights, curate, capsys, tmp_path_factory
     curate(f"weights={weights}", f"pool.path={photos / 'pool'}", f"out={photos / 'out'}", "seed=1")
     broken, photo = photos / "pool" / "broken.jpg", photos / "pool" / "07.png"
     status, _, error = run_search(capsys, f"index={photos / 'out'}", broken)
-    assert (status, "broken.jpg cannot be read" in error) == (2, True)
+    assert (status, "broken.jpg cannot be read" in error) == (3, True)
     status, _, error = run_search(capsys, f"index={photos / 'out'}", photo, photos / "none.jpg")
-    assert (status, f"There is no image {photos / 'none.jpg'}." in error) == (2, True)
+    assert (status, f"There is no image {photos / 'none.jpg'}." in error) == (3, True)
     status, _, error = run_search(capsys, f"index={tmp_path_factory.mktemp('empty')}", photo)
-    assert (status, "has no features: give the folder that" in error) == (2, True)
+    assert (status, "has no features: give the folder that" in error) == (3, True)
     section = {"name": "vit", "size": 32, "width": 24, "depth": 1, "heads": 2, "patch": 8}
     torch.manual_seed(5)
     save_backbone(photos / "other.safetensors", registry.build("models", section), section)
     status, _, error = run_search(
         capsys, f"index={photos / 'out'}", f"weights={photos / 'other.safetensors'}", photo
     )
-    assert (status, "not the weights that made the index" in error) == (2, True)
+    assert (status, "not the weights that made the index" in error) == (3, True)

@@ -163,7 +163,7 @@ def test_a_full_disk_is_reported_and_complete_shards_stay(vit_file, photos, tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     err = capsys.readouterr().err
-    assert status == 2
+    assert status == 3
     assert "the disk is full. 0 of 3 shards are complete and stay. Free some space; the same command" in err
     assert main(words(vit_file, folder, out)) == 0
 
@@ -194,6 +194,6 @@ def test_a_wrong_setting_is_refused_without_importing_torch(change, answer):
 
 def test_an_empty_folder_is_refused(vit_file, tmp_path, capsys):
     (tmp_path / "none").mkdir()
-    assert main(words(vit_file, tmp_path / "none", tmp_path / "out")) == 2
+    assert main(words(vit_file, tmp_path / "none", tmp_path / "out")) == 3
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,70 @@
+"""dinokit list [KIND]: losses, backbones, sources, evaluators, recipes and commands, with a line each.
+
+The names are those of settings: losses.NAME.weight=1, backbone.name=NAME, data.name=NAME, dinokit eval NAME,
+dinokit train RECIPE, dinokit curate RECIPE. A file of your own package is named in full, as mypackage.myloss.
+
+dinokit list
+dinokit list losses
+dinokit list recipes --json
+"""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from dinokit.commands import Command
+from dinokit.config import registry
+
+REGISTRIES = {
+    "losses": "losses",
+    "backbones": "models",
+    "sources": "data.sources",
+    "evaluators": "eval",
+    "dense": "data.dense",
+    "videos": "data.videos",
+    "commands": "commands",
+}
+KINDS = [*REGISTRIES, "recipes"]
+
+
+def run(command: Command) -> dict[str, Any]:
+    if command.settings:
+        raise ValueError(f"dinokit list takes one of {', '.join(KINDS)}, not '{command.settings[0]}'.")
+    if command.words and (kind := command.one_word("kind", KINDS)) not in KINDS:
+        raise LookupError(
+            f"There is no kind '{kind}'.{registry.suggest(kind, KINDS)} There is: {', '.join(KINDS)}."
+        )
+    found = {kind: entries(kind) for kind in command.words or KINDS}
+    width = max(len(name) for lines in found.values() for name in lines)
+    for kind, lines in found.items():
+        print("\n".join([f"{kind}:", *(f"    {name:<{width}}  {text}" for name, text in lines.items())]))
+    return found
+
+
+def entries(kind: str) -> dict[str, str]:
+    """The names of one of KINDS, with a line about each; no entry is imported."""
+    if kind != "recipes":
+        return {name: _purpose(REGISTRIES[kind], name) for name in registry.names(REGISTRIES[kind])}
+    return {name: _comment(name) for group in ("", "eval", "curate") for name in registry.recipe_names(group)}
+
+
+def _purpose(kind: str, name: str) -> str:
+    text = ast.get_docstring(ast.parse(registry.locate(kind, name).read_text(encoding="utf-8"))) or ""
+    first = text.split("\n\n")[0].replace("\n", " ")
+    return first.partition(": ")[2] if kind == "commands" else first
+
+
+def _comment(recipe: str) -> str:
+    """The first sentence of the comment that a recipe begins with."""
+    group = recipe.partition("_")[0] if recipe.startswith(("eval_", "curate_")) else ""
+    lines = registry.find_recipe(recipe, group).read_text(encoding="utf-8").splitlines()
+    start = [line.lstrip("# ") for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
+    return " ".join(start).partition(". ")[0].rstrip(".")
+
+
+def words() -> Sequence[str]:
+    return KINDS
+
+
+def describe(words: Sequence[str]) -> str:
+    return f"kinds: {', '.join(KINDS)}"
