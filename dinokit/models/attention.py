@@ -16,8 +16,9 @@ All kernels give the same numbers (tests/models/test_attention.py):
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -105,11 +106,17 @@ def use_kernel(network: nn.Module, kernel: Kernel, device: torch.device, dtype: 
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
-    ops = import_module("xformers.ops")
-    lengths = [tokens for images, tokens in batch.groups for _ in range(images)]
-    mask = ops.fmha.BlockDiagonalMask.from_seqlens(lengths, device=q.device)
-    out: Tensor = ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)
+    mask = _block_diagonal_mask(batch, q.device)
+    attention = import_module("xformers.ops").memory_efficient_attention
+    out: Tensor = attention(q[None], k[None], v[None], attn_bias=mask)
     return out[0]
+
+
+@lru_cache(maxsize=64)
+def _block_diagonal_mask(batch: PackedBatch, device: torch.device) -> Any:
+    # Kept, because it is made from numbers of the host: in each layer, that would wait for the device.
+    lengths = [tokens for images, tokens in batch.groups for _ in range(images)]
+    return import_module("xformers.ops").fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
