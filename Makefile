@@ -5,16 +5,19 @@ PYTHON ?= python3
 JOBS ?= 2
 PY := .venv/bin/python
 
-.PHONY: help demo test lint types python clean env
+.PHONY: help demo test gpu-check lint types python clean env
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env  ## Train a small ViT on built-in scenes, on this machine, and evaluate it (minutes)
 	$(PY) -m dinokit demo
 
 test: env  ## Every test that needs no GPU and under ten seconds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not slow and not slurm"
+
+gpu-check: env  ## On a machine with a GPU: its tests and benches in ten minutes, and a page gpu-check.md
+	$(PY) tests/gpu/check.py --out gpu-check.md
 
 lint: env types  ## ruff and mypy
 	$(PY) -m ruff check

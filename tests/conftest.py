@@ -38,6 +38,15 @@ class Golden:
         return {key.removeprefix(prefix): self[key] for key in self.arrays if key.startswith(prefix)}
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are left out where there is none; there, other libraries may warn of anything."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
 @pytest.fixture
 def golden():
     return Golden

@@ -168,7 +168,6 @@ def test_the_device_is_never_asked_for_a_value(compiled: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_gives_what_the_cpu_gives_without_being_waited_for(compiled: bool) -> None:

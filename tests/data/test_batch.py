@@ -133,7 +133,6 @@ def test_images_of_mixed_depth_keep_their_brightness_in_one_batch() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_pinned_memory_is_pinned_and_equal() -> None:
     batch = collate(samples())
     pinned = batch.pin_memory()

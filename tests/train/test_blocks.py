@@ -56,20 +56,6 @@ def test_a_step_asks_its_tensors_for_no_number(tiny, targets, precision):
     assert fetches.found == []
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
-def test_a_step_never_waits_for_the_gpu(tiny, targets):
-    recipe = tiny("run", f"losses.dino.targets={targets}", "run.precision=bf16")
-    step = Step(recipe, torch.device("cuda"))
-    first, second = (batch.pin_memory() for batch in batches(recipe, step, 2))
-    step(first)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(second)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize(
     ("words", "heads"),
     [

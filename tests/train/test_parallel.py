@@ -161,6 +161,20 @@ def test_two_gpus_do_what_one_does(tiny, recipe_file, overrides, together, nearl
     nearly_same("one", "fsdp")
 
 
+@pytest.mark.gpu
+def test_more_processes_than_gpus_are_refused(recipe_file, overrides, together):
+    more = overrides("a", "run.device=cuda", "optim.batch=48")
+    output = together(torch.cuda.device_count() + 1, "train", str(recipe_file), more, status=(1, 2))
+    assert "start as many processes as GPUs" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_named_is_refused_for_two_processes(recipe_file, overrides, together):
+    output = together(2, "train", str(recipe_file), overrides("a", "run.device=cuda:0"), status=(1, 2))
+    assert "run.device=cuda:0 is one GPU for 2 processes" in output
+
+
 def test_a_contrast_over_all_processes_is_that_of_one_with_all_images(together, tmp_path):
     z = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
     torch.save(z, tmp_path / "z.pt")

@@ -1,5 +1,6 @@
 """Runs that break at awkward moments, and recipes that leave things out."""
 
+import json
 import shutil
 
 import pytest
@@ -118,7 +119,6 @@ def test_a_head_that_no_loss_reads_is_no_trouble(tiny, records, gone):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_gpu_trains_and_goes_on(tiny, records, monkeypatch, precision):
     given = ["run.device=cuda", f"run.precision={precision}", "run.accumulate=2", "run.workers=1"]
@@ -127,4 +127,6 @@ def test_a_gpu_trains_and_goes_on(tiny, records, monkeypatch, precision):
         patch.setattr(Checkpoints, "save", lambda *a, **k: die() if a[1] == 4 else real(*a, **k))
         with pytest.raises(SystemError):
             train(tiny("a", *given))
-    assert [r["step"] for r in records(train(tiny("a", *given)))] == [1, 2, 3, 4, 5, 6]
+    out = train(tiny("a", *given))
+    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((out / "env.json").read_text())["cuda"][0] == torch.cuda.get_device_name(0)
