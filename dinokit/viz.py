@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dinokit.config.load import Recipe
 from dinokit.data.augment import Photometric
-from dinokit.data.decode import UNREADABLE, ImageLike
+from dinokit.data.decode import UNREADABLE, as_image
 from dinokit.data.loader import training_loader
 from dinokit.data.masks import BlockMasks
 from dinokit.data.sources import ImageSource
@@ -89,16 +89,14 @@ def crops(recipe: Recipe, source: ImageSource, images: int = 4, locals_: int = 4
     return grid([[column[row] for column in pictures] for row in range(images)])
 
 
-def pca(
-    backbone: Backbone, images: Sequence[ImageLike], size: int = 0, foreground: bool = False
-) -> list[Picture]:
+def pca(backbone: Backbone, images: Sequence[Any], size: int = 0, foreground: bool = False) -> list[Picture]:
     """The first three principal components of patch features as red, green and blue, a picture an image.
 
     The components are those of all images together: the same colour means similar patches in all pictures.
 
     Args:
         backbone: one with patches.
-        images: as read from a source; they are resized as fit() does.
+        images: files, Pillow images, arrays or tensors, as as_image() takes them; resized as fit() does.
         size: pixels of the longer side, 0: the backbone's, or 16 patches if that is more.
         foreground: leave the background black, and fit the colours to the rest (DINOv2, figure 1).
 
@@ -170,7 +168,7 @@ def _components(x: Tensor, count: int) -> Tensor:
 
 
 def attention(
-    backbone: Backbone, images: Sequence[ImageLike], size: int = 0, block: int = -1
+    backbone: Backbone, images: Sequence[Any], size: int = 0, block: int = -1
 ) -> list[list[Picture]]:
     """Attention of the class token over the patches, a picture for each head of each image; bright is high.
 
@@ -194,7 +192,7 @@ def attention(
 
 
 def similarity(
-    backbone: Backbone, images: Sequence[ImageLike], point: tuple[float, float] = (0.5, 0.5), size: int = 0
+    backbone: Backbone, images: Sequence[Any], point: tuple[float, float] = (0.5, 0.5), size: int = 0
 ) -> list[Picture]:
     """The cosine of every patch with the patch at `point` of the first image; black is 0 or less, white 1.
 
@@ -211,10 +209,10 @@ def similarity(
     return [enlarge(heat(f @ query), x.shape[1], x.shape[2]) for f, x in zip(features, inputs, strict=True)]
 
 
-def fit(backbone: Backbone, image: ImageLike, size: int = 0) -> Tensor:
+def fit(backbone: Backbone, image: Any, size: int = 0) -> Tensor:
     """The image (C, H, W), uint8 or in [0, 1], its longer side about `size`, both multiples of the patch."""
     size = size or max(backbone.input.size, PATCHES * backbone.patch)
-    return FitTransform("resize", size, size, backbone.patch)(image)
+    return FitTransform("resize", size, size, backbone.patch)(as_image(image, backbone.channels))
 
 
 def patch_features(backbone: Backbone, images: Sequence[Tensor]) -> list[Tensor]:

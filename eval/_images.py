@@ -21,6 +21,7 @@ from dinokit.data.sources import ImageSource, images_stamp, shared_images
 from dinokit.data.transforms import Transform
 from dinokit.eval import ImageConfig, training_settings
 from dinokit.features import Features, Pooling, cached, device_of, extract, fingerprint, load_cached, spread
+from dinokit.heads.classifier import Classifier
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import broadcast, rank
@@ -228,6 +229,16 @@ def split_images(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
             f"{held_out} to choose by: change held_out, or give more images."
         )
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def save_classifier(
+    cfg: Any, backbone: Backbone, weight: Tensor, bias: Tensor, classes: Sequence[str], pooling: Pooling,
+    several: bool = False,
+) -> None:  # fmt: skip
+    """Write the classifier that an evaluator chose to cfg.out, for `dinokit predict`."""
+    resize, size = image_sizes(cfg, backbone)
+    found = Classifier(weight, bias, list(classes), pooling, resize, size, fingerprint(backbone), several)
+    found.save(Path(cfg.out).expanduser())
 
 
 def partial_result(cfg: Any, name: str, backbone: Backbone, *depends_on: object) -> PartialResult:

@@ -109,7 +109,11 @@ class LinearGrid:
     def classifiers(self) -> Iterator[tuple[Head, Tensor, Tensor]]:
         """Head, weight (C, w), bias (C,), as nn.Linear has them."""
         for head in chain(*self.heads):
-            yield head, self._weight_of(head).T.contiguous(), self.bias[self._columns(head)].clone()
+            yield head, *self.tensors_of(head)
+
+    def tensors_of(self, head: Head) -> tuple[Tensor, Tensor]:
+        """Weight (C, w) and bias (C,) of one head."""
+        return self._weight_of(head).T.contiguous(), self.bias[self._columns(head)].clone()
 
     def logits_of(self, head: Head, x: Tensor) -> Tensor:
         """Logits of one head for rows (b, W): (b, C)."""

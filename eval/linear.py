@@ -37,6 +37,7 @@ from dinokit.eval._images import (
     read_json,
     readable_images,
     report_unreadable,
+    save_classifier,
     shared_classes,
     split_images,
 )
@@ -123,6 +124,9 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     _check_best(cfg, best, quality[best][0])
     if cfg.out and rank() == 0:
         _save_heads(Path(cfg.out).expanduser(), grid, quality)
+        weight, bias = grid.tensors_of(best)
+        pooling = Pooling(best.blocks, "mean" if best.pool else "none")
+        save_classifier(cfg, backbone, weight, bias, task.classes, pooling, task.multi_label)
     scores = task.scores(lambda x: grid.logits_of(best, x), test, y)
     scores = named_optimistic(scores, task.shared, cfg.select == "test")
     if cfg.select == "train":
@@ -340,6 +344,6 @@ def _save_heads(out: Path, grid: LinearGrid, quality: Quality) -> None:
         candidates = [(quality[head], head) for head in quality if (head.blocks, head.pool) == shape]
         if candidates:
             best = max(candidates, key=lambda pair: pair[0])[1]
-            weight, bias = next((weight, bias) for head, weight, bias in grid.classifiers() if head == best)
+            weight, bias = grid.tensors_of(best)
             with atomic(out / name) as temporary:
                 torch.save({"weight": weight.cpu(), "bias": bias.cpu()}, temporary)

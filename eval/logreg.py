@@ -28,11 +28,12 @@ from dinokit.eval._images import (
     named_optimistic,
     open_source,
     partial_result,
+    save_classifier,
     shared_classes,
     split_images,
 )
 from dinokit.eval._metrics import class_scores
-from dinokit.features import Features
+from dinokit.features import Features, Pooling
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
 from dinokit.runtime.log import watch
@@ -51,7 +52,7 @@ class Config(ClassificationConfig):
     seed: int = 0
     iterations: int = 1000  # of L-BFGS, at most
     tolerance: float = 1e-7  # of the objective per image: largest slope at which it stops
-    out: str | None = None  # folder for the results of each C, from which a stopped search resumes
+    out: str | None = None  # folder for the classifier, and the results of each C: a stopped search resumes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +100,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     best = max(range(len(grid)), key=lambda i: accuracy[i])  # of equals the strongest penalty
     weight, bias = solve(train.x, train.y, classes, grid[best], cfg.iterations, cfg.tolerance)
     partial.remove()
+    if cfg.out and rank() == 0:
+        save_classifier(cfg, backbone, weight, bias, train_source.classes, Pooling())
     scores = class_scores(test.x @ weight.T + bias, test.y)
     scores = named_optimistic(scores, shared, cfg.select == "test")
     scores |= {"held_out": accuracy[best]} if cfg.select == "train" else {}

@@ -16,14 +16,16 @@ FILES = [path.relative_to(ROOT).as_posix() for path in PYTHON]
 
 # A room is a file or folder right below dinokit/, or eval/, or slurm/. It imports those in its row alone.
 MAY_IMPORT = {
-    "__init__": "",
+    "__init__": "api embedder features viz weights",
     "__main__": "commands config runtime",
+    "api": "commands config curate data evaluation features hub models prediction results runtime weights",
     "bench": "config data features models runtime train",
-    "commands": "bench config curate data evaluation features hub models report results runtime "
+    "commands": "bench config curate data evaluation features hub models prediction report results runtime "
                 "slurm train viz weights",
     "config": "",
     "curate": "config data features models report runtime weights",
     "data": "config runtime",
+    "embedder": "api models runtime weights",
     "eval": "config data features heads models runtime weights",
     "evaluation": "config features models runtime weights",
     "features": "data models runtime",
@@ -32,6 +34,7 @@ MAY_IMPORT = {
     "losses": "config models runtime",
     "models": "config",
     "report": "config data features models results runtime viz weights",
+    "prediction": "data eval features heads models runtime",
     "results": "config",
     "runtime": "config",
     "slurm": "config runtime",
@@ -53,6 +56,7 @@ DOORS = {
     "onnxscript": "dinokit/weights/formats/onnx.py",
     "pillow_heif": "dinokit/data/decode.py",
     "pyarrow": "dinokit/*parquet.py",
+    "sklearn": "dinokit/embedder.py",
     "submitit": "slurm/submit.py",
     "tifffile": "dinokit/data/decode.py",
     "timm": "dinokit/*/timm*.py",
@@ -192,6 +196,8 @@ def test_the_training_loop_is_understood_from_few_files() -> None:
     while remaining:
         file = remaining.pop()
         reached.add(file)
+        if file == "dinokit/__init__.py":
+            continue  # its imports are for type checkers
         for name in imports(parse(file)):
             found = {names[n] for n in (name, name.rpartition(".")[0]) if n in names}
             remaining |= found - reached

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dinokit.data.sources import ImageSource
     from dinokit.models import Backbone
     from dinokit.runtime.trackers import Picture
-    from dinokit.train.trainer import Evaluator
+    from dinokit.train.trainer import Callback, Evaluator
 
 MULTI_PROCESS = RESUMES = True
 SHORT = RECIPE_KEYS
@@ -54,16 +54,18 @@ def result_of(recipe: Recipe) -> dict[str, Any]:
     return {"out": out, **files, "steps": recipe.optim.steps, "finished": done, "scores": scores}
 
 
-def recipe_of(command: Command) -> Recipe:
+def recipe_of(command: Command, given: "ImageSource | None" = None) -> Recipe:
     """The recipe that a command line names, with its settings; without a name one is chosen and printed.
+
+    `given` are the images, in place of those of data.path.
 
     Raises:
         ValueError, LookupError: as load_recipe(), or if neither a recipe nor data.path is given.
     """
     settings = [text for text in command.settings if not text.startswith("minutes=")]
     minutes = [text for text in command.settings if text not in settings]
-    given = dict(text.partition("=")[::2] for text in settings)
-    if command.words or "data.path" not in given:
+    values = dict(text.partition("=")[::2] for text in settings)
+    if command.words or ("data.path" not in values and given is None):
         if minutes and command.words:
             raise ValueError(
                 f"{minutes[0]} is for a run without a recipe; {command.words[0]} has optim.steps. "
@@ -71,10 +73,10 @@ def recipe_of(command: Command) -> Recipe:
             )
         word = command.one_word("recipe, or data.path=FOLDER to have one chosen", registry.recipe_names())
         return load_recipe(word, settings, evaluation.architecture)
-    out = given.get("run.out") or f"runs/{Path(given['data.path']).resolve().stem}"
+    out = values.get("run.out") or f"runs/{Path(values.get('data.path', 'images')).resolve().stem}"
     most = _minutes(minutes[-1].partition("=")[2]) if minutes else 0.0
     if not (Path(out) / "recipe.yaml").is_file():
-        return _chosen(settings, given, out, most)
+        return _chosen(settings, values, out, most, given)
     recipe = load_recipe(Path(out) / "recipe.yaml", settings, evaluation.architecture)
     if minutes:
         print(
@@ -95,7 +97,9 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-def _chosen(settings: list[str], given: dict[str, str], out: str, minutes: float) -> Recipe:
+def _chosen(
+    settings: list[str], given: dict[str, str], out: str, minutes: float, images: "ImageSource | None"
+) -> Recipe:
     """The recipe that dinokit.train.choose finds for the images and this machine."""
     from dinokit.runtime.distributed import launch
     from dinokit.train import choose
@@ -103,9 +107,10 @@ def _chosen(settings: list[str], given: dict[str, str], out: str, minutes: float
     if launch().world > 1:
         raise ValueError(
             f"A recipe is chosen by one process, and {launch().world} were started. Write it to a file "
-            f"first: dinokit show data.path={given['data.path']} > mine.yaml; then train mine.yaml."
+            f"first: dinokit show data.path={given.get('data.path', 'PHOTOS')} > mine.yaml; then train "
+            f"mine.yaml."
         )
-    choice, source = choose.choose(settings, given.get("run.device", "auto"))
+    choice, source = choose.choose(settings, given.get("run.device", "auto"), images)
     choice.set("run.out", out, "by the name of the images")
     choose.with_steps(choice, source, settings, minutes)
     for line in choice.lines(given):
@@ -118,12 +123,15 @@ def describe(words: Sequence[str]) -> str:
     return f"recipes: {names}\ndinokit show RECIPE prints every key with its value"
 
 
-def pretrain(recipe: Recipe) -> "ImageSource":
-    """Train a recipe on its data with its evaluators, into run.out. Returns the data."""
+def pretrain(
+    recipe: Recipe, given: "ImageSource | None" = None, callbacks: "Sequence[Callback]" = ()
+) -> "ImageSource":
+    """Train a recipe on its data, or on those given, with its evaluators, into run.out. Returns the data."""
     from dinokit.train import trainer
 
-    source: ImageSource = registry.build("data.sources", recipe.data)
-    trainer.train(recipe, source, _evaluators(recipe, source), partial(_draw, recipe, source))
+    source: ImageSource = registry.build("data.sources", recipe.data) if given is None else given
+    draw = partial(_draw, recipe, source)
+    trainer.train(recipe, source, _evaluators(recipe, source), draw, callbacks)
     return source
 
 
@@ -193,11 +201,12 @@ def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
     for name, section in recipe.evals.items():
         values = {key: value for key, value in section.items() if key != "every"}
         sources = evaluation.source_fields(name)
-        unlabelled = evaluation.needs_labels(name) and not source.classes
+        # Images in memory have no split for evaluation: these would be the images that are trained on.
+        unlabelled = evaluation.needs_labels(name) and (recipe.data["name"] == "memory" or not source.classes)
         if any(values[key] is None for key in sources) and unlabelled:
             text = (
-                f"evals.{name} is off: data.name={recipe.data['name']} gives no labels here. To evaluate "
-                f"the run, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}."
+                f"evals.{name} is off: data.name={recipe.data['name']} gives no labelled test images. "
+                f"To evaluate the run, give {' and '.join(f'evals.{name}.{key}.path' for key in sources)}."
             )
             if launch().rank == 0:
                 print(text, file=sys.stderr)

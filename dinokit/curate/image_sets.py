@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 from dinokit.config import registry
 from dinokit.curate.index import Searcher, Vectors, save
 from dinokit.curate.settings import Embed, Index, Share
-from dinokit.data.files import ImageFiles, Names
+from dinokit.data.files import Names
 from dinokit.data.sources import ImageLike, ImageSource, images_stamp
+from dinokit.data.sources.memory import as_source
 from dinokit.data.transforms import thumbnail
 from dinokit.features import Extraction, ExtractSpec, Subset, extract_to, fingerprint, open_store
 from dinokit.models import Backbone
@@ -247,8 +248,8 @@ class ImageSearch:
         """Where the weights were that made the embeddings."""
         return str(self.store.about["weights"])
 
-    def embed(self, backbone: Backbone, files: Sequence[str]) -> np.ndarray:
-        """(q, D) unit rows of image files, with the same transform as the index.
+    def embed(self, backbone: Backbone, images: Any) -> np.ndarray:
+        """(q, D) unit rows of images, as as_source() takes them, with the same transform as the index.
 
         Raises:
             LookupError: if a file does not exist.
@@ -260,11 +261,12 @@ class ImageSearch:
                 f"These are not the weights that made the index, which were {self.weights}: their features "
                 f"cannot be compared."
             )
-        missing = [file for file in files if not Path(file).is_file()]
+        listed = images if isinstance(images, list | tuple) else [images]
+        missing = [str(each) for each in listed if isinstance(each, str | Path) and not Path(each).exists()]
         if missing:
             raise LookupError(f"There is no image {', '.join(missing)}.")
-        source = ImageFiles(Path.cwd(), Names.of(files), range(len(files)), None, [], backbone.channels)
-        for number in range(len(files)):
+        source = as_source(images, backbone.channels)
+        for number in range(len(source)):
             source[number]  # raises the reader's error if it cannot be read
         transform = about["transform"]
         spec = ExtractSpec(

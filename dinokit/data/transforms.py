@@ -10,7 +10,7 @@ Letters: G global crops, L local crops, C channels, S and s their sizes in pixel
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dinokit.config.load import CropGroup, Crops
-from dinokit.data.decode import MAX_PIXELS, ImageLike, Orient, decode, jpeg_size
+from dinokit.data.decode import MAX_PIXELS, ImageLike, Orient, as_image, decode, jpeg_size
 from dinokit.data.sampler import generator
 
 ATTEMPTS = 10  # random boxes tried before the centre of the image is taken
@@ -265,6 +265,30 @@ class FitTransform:
             return resize(pixels, *(max(round(side / self.patch), 1) * self.patch for side in sides))[0]
         rows, columns = (-side % self.patch for side in sides)
         return F.pad(resize(pixels, *sides), (0, columns, 0, rows))[0]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Makes the tensor that a backbone takes of an image: resized, cut and normalised.
+
+    It can be the `transform` of a Dataset of torchvision.
+    """
+
+    fit: FitTransform
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Any) -> Tensor:
+        """A path, Pillow image, array or tensor -> (C, h, w) float32.
+
+        Raises:
+            OSError, ValueError: if it cannot be read.
+        """
+        x = self.fit(as_image(image, self.channels))
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (x - mean) / std
 
 
 def center_crop(image: ImageLike, resize_to: int, size: int) -> Tensor:

@@ -93,7 +93,7 @@ def head_entry(name: str, kind: Literal["lc", "ld", "dd", "seg"]) -> Callable[..
         from dinokit.heads.released import released_model  # noqa: PLC0415 - needs numpy
 
         options = {"hub_range_bug": changes.pop("hub_range_bug", False)} if kind != "seg" else {}
-        vit = _vit(model, pretrained, backbone_weights, changes, "backbone_weights")
+        vit = released_vit(model, pretrained, backbone_weights, changes, "backbone_weights")
 
         def file_of(path: str) -> str | Path:
             return head_weights or fetch(f"{DINOV2}/{path}", "head_weights")
@@ -153,17 +153,23 @@ def cached_path(url: str) -> Path:
 
 
 def _backbone(model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]) -> Any:
-    vit = _vit(model, pretrained, weights, changes)
+    vit = released_vit(model, pretrained, weights, changes)
     return DINOv2(vit) if model.values.get("mask_token", True) else DINO(vit)
 
 
-def _vit(
+def released_vit(
     model: Released,
     pretrained: bool,
     weights: str | Path | None,
     changes: dict[str, Any],
     key: str = "weights",
 ) -> VisionTransformer:
+    """The vit of a released model, with its weights, those of a file, or weights at random.
+
+    Raises:
+        TypeError: for a key of `changes` that is not in OFFICIAL.
+        LookupError, ValueError: if there are no such weights, or they do not fit.
+    """
     unknown = sorted(set(changes) - set(OFFICIAL))
     if unknown:
         raise TypeError(f"{model.name} takes no {', '.join(unknown)}; it takes {', '.join(OFFICIAL)}.")

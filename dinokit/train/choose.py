@@ -100,6 +100,8 @@ def choose(
         f"{len(source):,} images, shorter side {int(min(sizes))} to {int(max(sizes))} pixels, {kind} with "
         f"{os.cpu_count()} cores"
     )
+    if not hasattr(source, "stored"):
+        choice.set("crops.decode", "whole", "the images are no files that could be decoded at a smaller size")
     _choose_size(choice, side)
     _choose_batch(choice, len(source))
     choice.set("crops.mean", [round(float(x), 3) for x in mean], "of these images")

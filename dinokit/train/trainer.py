@@ -1,5 +1,6 @@
 """Trains a student and its teacher: the training loop, from a recipe and images to a run's folder."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher, block_masks
 
 Draw = Callable[[Backbone], Mapping[str, Picture]]
+Callback = Callable[[int, Mapping[str, float], Backbone], object]  # steps done, values, teacher -> stop?
 MIN_SCALE = 1e-3  # of fp16's gradients: the scale halves with every overflow
 
 
@@ -55,8 +57,9 @@ class Evaluator:
 
 
 def train(
-    recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = (), draw: Draw | None = None
-) -> Path:
+    recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = (), draw: Draw | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Path:  # fmt: skip
     """Run a recipe on a source of images, or resume the run that is in its folder. Returns the folder.
 
     Args:
@@ -64,6 +67,8 @@ def train(
         source: the images.
         evaluators: of the teacher, during the run.
         draw: pictures of the teacher for the trackers in run.log, at every evaluation.
+        callbacks: called in every process with losses and rates, when they are logged, and with scores;
+            one that returns True stops the run as Ctrl-C does.
 
     Raises:
         ValueError: before the first step, if recipe, folder and source do not fit together.
@@ -77,7 +82,7 @@ def train(
     keep_freed_memory(recipe.run)
     with process_group(device, recipe.run.timeout_minutes) as watchdog, run_lock(out):
         check_consistency(run_facts(recipe, source), out, "run.out")
-        Trainer(recipe, source, evaluators, device, watchdog, draw).fit()
+        Trainer(recipe, source, evaluators, device, watchdog, draw, callbacks).fit()
     return out
 
 
@@ -85,14 +90,9 @@ class Trainer:
     """A run, from its start or from a checkpoint to its last step."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        source: ImageSource,
-        evaluators: Sequence[Evaluator],
-        device: torch.device,
-        watchdog: Watchdog,
-        draw: Draw | None = None,
-    ) -> None:
+        self, recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator], device: torch.device,
+        watchdog: Watchdog, draw: Draw | None = None, callbacks: Sequence[Callback] = (),
+    ) -> None:  # fmt: skip
         out = Path(recipe.run.out)
         recipe = with_precision(recipe, device)
         check_installed(recipe.run.log)
@@ -107,7 +107,7 @@ class Trainer:
         self.recipe, self.out, self.source = recipe, out, source
         self.images = broadcast(image_fingerprint(source) if rank() == 0 else None)
         self.changed_images: list[str] = []  # facts about images that are others than at the checkpoint
-        self.evaluators, self.watchdog, self.draw = evaluators, watchdog, draw
+        self.evaluators, self.watchdog, self.draw, self.callbacks = evaluators, watchdog, draw, callbacks
         self.step = Step(recipe, device, micro_batches, model)
         self.start = saved.step if saved else 0
         self.loader = training_loader(
@@ -134,6 +134,7 @@ class Trainer:
         """Train until the last step, or until the run is stopped. Raises as train()."""
         run, steps = self.recipe.run, self.recipe.optim.steps
         with stop_signals() as stop, self.log, self.checkpoints:
+            self.stop = stop
             self.log_start()
             at_start = self.due_at_start()
             self.evaluate(self.start, at_start)
@@ -226,22 +227,34 @@ class Trainer:
         """Log the means of the steps since the last time, and the rates of the last step."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         schedules, names = self.step.schedules, list(self.pending[0])
+        values = {
+            **dict(zip(names, losses.mean(dim=0).tolist(), strict=True)),
+            "lr": schedules.lr(step - 1),
+            "weight_decay": schedules.weight_decay(step - 1),
+            "momentum": schedules.momentum(step - 1),
+            "teacher_temp": schedules.teacher_temp(step - 1),
+            "images_per_second": len(losses) * self.recipe.optim.batch / seconds,
+            "data_wait": self.data_wait / seconds,
+            "memory_gib": peak_memory(self.step.device),
+        }
         self.log.step(
             step,
-            {
-                **dict(zip(names, losses.mean(dim=0).tolist(), strict=True)),
-                "lr": schedules.lr(step - 1),
-                "weight_decay": schedules.weight_decay(step - 1),
-                "momentum": schedules.momentum(step - 1),
-                "teacher_temp": schedules.teacher_temp(step - 1),
-                "images_per_second": len(losses) * self.recipe.optim.batch / seconds,
-                "data_wait": self.data_wait / seconds,
-                "memory_gib": peak_memory(self.step.device),
-            },
+            values,
             shown={*self.step.model.loss_names, "crop_agreement", "feature_rank", "lr", "images_per_second"},
         )
         self.pending.clear()
+        self.call(step, values)
         self.data_wait, self.since = 0.0, time.monotonic()
+
+    def call(self, step: int, values: Mapping[str, float]) -> None:
+        """Give values after `step` steps to the callbacks; True from one of them stops the run."""
+        if not self.callbacks:
+            return
+        backbone = unsharded_backbone(self.recipe, self.step.model.ema.backbone)
+        with self.log.paused(), eager(self.recipe.run):
+            answers = [callback(step, values, backbone) for callback in self.callbacks]  # all are called
+            if any(answer is True for answer in answers):
+                self.stop.received.append(signal.SIGINT)
 
     def log_start(self) -> None:
         """Log what is trained on what."""
@@ -280,6 +293,7 @@ class Trainer:
             with self.log.paused(), eager(self.recipe.run):
                 scores = evaluator.evaluate(backbone)
             self.log.scores(step, evaluator.name, scores, time.monotonic() - begin)
+            self.call(step, {f"{evaluator.name}/{key}": value for key, value in scores.items()})
         if self.draw:
             self.log.trackers.pictures(step, partial(self.draw, backbone))
         self.since = time.monotonic()

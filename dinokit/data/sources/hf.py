@@ -73,6 +73,17 @@ class HuggingFace:
             return decode(value, name, cfg.channels, max_pixels=cfg.max_pixels, orient=cfg.orient), label
         return as_image(value, cfg.channels, name), label
 
+    def stored(self, index: int) -> bytes:
+        """The content of the image file.
+
+        Raises:
+            ValueError: if the column has arrays, or there is no image.
+        """
+        value = self._value(index)
+        if not isinstance(value, bytes):
+            raise ValueError(f"{self.name(index)} is an array and no file: set crops.decode=whole.")
+        return value
+
     def name(self, index: int) -> str:
         """The data set, the split and the row in it, counted from 0."""
         return self._name(int(self._rows[index]))

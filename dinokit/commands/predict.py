@@ -1,0 +1,87 @@
+"""dinokit predict weights=FILE_OR_RUN head=FOLDER [IMAGE ...] [key=value ...]: labels of images, as CSV.
+
+head is what `dinokit eval linear` or `dinokit eval logreg` saved in the run's folder, or in its out=FOLDER.
+labelled.path=FOLDER in its place, one sub-folder a class, lets the k nearest labelled images vote. Images are
+files, or data.path=FOLDER. The columns are file, label and probability; an image that cannot be read has
+neither of the last two. Without out=FILE.csv the table is printed.
+
+dinokit predict weights=runs/photos head=runs/photos/linear data.path=NEW out=labels.csv
+dinokit predict weights=runs/photos labelled.path=LABELLED k=10 a.jpg b.jpg
+"""
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from dinokit.commands import Command, key_lines
+from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.registry import check_at_least
+
+if TYPE_CHECKING:
+    from dinokit.prediction import Prediction
+
+
+@dataclass
+class Config:
+    weights: str = "???"  # whatever load_backbone() reads
+    head: str = ""  # a classifier that eval linear or eval logreg saved, or its folder
+    labelled: dict[str, Any] | None = field(
+        default=None, metadata={"registry": "data.sources", "split": "train"}
+    )
+    data: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources"})
+    out: str = ""  # the CSV; empty: printed
+    k: int = 20  # labelled images that vote
+    batch: int = 64  # images at a time
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
+    device: str = "auto"  # cpu, cuda, cuda:1 ...; auto: a GPU if there is one
+    workers: int = -1  # processes that load images; -1: one a core but one, 16 at most
+
+    def __post_init__(self) -> None:
+        check_at_least(self, k=1, batch=1)
+        if bool(self.head) == bool(self.labelled):
+            raise ValueError(
+                "Give either head=FILE_OR_FOLDER, which dinokit eval linear or logreg saves, or "
+                "labelled.path=FOLDER with one sub-folder a class."
+            )
+
+
+def run(command: Command) -> dict[str, Any]:
+    values = parse_overrides(command.settings)
+    if isinstance(values.get("data"), dict):
+        values["data"] = {"name": "folder", **values["data"]}
+    cfg = Config(**section_values("commands", "predict", values, ""))
+    if bool(command.words) == bool(cfg.data):
+        raise ValueError("Which images? Give files, or data.path=FOLDER, and not both.")
+    from dinokit.data.sources.memory import as_source
+    from dinokit.prediction import predict
+    from dinokit.runtime.device import pick_device
+    from dinokit.runtime.files import atomic
+    from dinokit.weights import load_backbone
+
+    backbone = load_backbone(cfg.weights).to(pick_device(cfg.device))
+    labelled = as_source(cfg.labelled, backbone.channels) if cfg.labelled else None
+    source = as_source(cfg.data or command.words, backbone.channels)
+    rows = list(predict(backbone, source, cfg.head, labelled, cfg.k, cfg.batch, cfg.workers, cfg.precision))
+    if cfg.out:
+        with atomic(Path(cfg.out)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            _write(rows, file)
+    else:
+        _write(rows, sys.stdout)
+    unreadable = sum(not row.label for row in rows)
+    where = f": {cfg.out}" if cfg.out else ""
+    print(f"{len(rows)} images, {unreadable} of them cannot be read{where}", file=sys.stderr)
+    return {"images": len(rows), "unreadable": unreadable, "out": cfg.out}
+
+
+def _write(rows: "Sequence[Prediction]", file: IO[str]) -> None:
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(["file", "label", "probability"])
+    for row in rows:
+        table.writerow([row.file, row.label, f"{row.probability:.4f}" if row.label else ""])
+
+
+def describe(words: Sequence[str]) -> str:
+    return "\n".join(["keys:", *key_lines("commands", "predict")])
