@@ -160,7 +160,7 @@ def extract(
     model: Model, images: Any, out: str | Path, tokens: str | Sequence[str] = "cls",
     layers: str | Sequence[int] = "last", fit: Fit = "crop", size: int = 0,
     dtype: Literal["float16", "float32"] = "float16", batch: int = 64, workers: int = -1,
-    precision: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
 ) -> Store:  # fmt: skip
     """Write the features of images into the folder `out`, as `dinokit extract`, or resume it. Returns it.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def predict(
     k: int = 20,
     batch: int = 64,
     workers: int = 0,
-    precision: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
 ) -> Iterator[Prediction]:
     """The label of each image, in the order of the source.
 
