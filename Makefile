@@ -5,7 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 PY := .venv/bin/python
 
-.PHONY: help demo test gpu-check lint types python clean env
+.PHONY: help demo test gpu-check lint docs types python clean env
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,11 @@ lint: env types  ## ruff and mypy
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-types:  # For mypy, links that give the files the places that they have once installed: dinokit.eval is eval/
+docs: env types  ## The documentation site in build/site; a warning is an error
+	$(PY) docs/pages.py
+	$(PY) -m zensical build --strict --clean
+
+types:  # For mypy and the documentation, links that give the files the places that they have once installed: dinokit.eval is eval/
 	@rm -rf build/types && mkdir -p build/types/dinokit
 	@for path in $(CURDIR)/dinokit/[!_.]* $(CURDIR)/dinokit/__*.py $(addprefix $(CURDIR)/,eval slurm configs); do \
 	    ln -s "$$path" build/types/dinokit/; done

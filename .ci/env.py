@@ -26,9 +26,13 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
+# tested: those of constraints.txt; lowest: the lowest of each that pyproject.toml allows; newest: any.
+VERSIONS = os.environ.get("DINOKIT_VERSIONS") or "tested"
 
 
 def main() -> None:
+    if VERSIONS not in ("tested", "lowest", "newest"):
+        sys.exit(f"DINOKIT_VERSIONS={VERSIONS}: it must be tested, lowest or newest.")
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         sys.exit(
             f"{sys.executable} cannot make virtual environments: it lacks venv or ensurepip. "
@@ -52,18 +56,22 @@ def wait_for(lock: TextIO) -> None:
 
 
 def requirements() -> list[str]:
-    """What pyproject.toml asks for: to build dinokit, to run it, and the extras that its tests need."""
+    """What pyproject.toml asks for: to build dinokit, to run it, and the extras that its tests and docs need."""
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     build, project = asked["build-system"], asked["project"]
     extras = project["optional-dependencies"]
-    return [*build["requires"], *project["dependencies"], *extras["cpu"], *extras["dev"]]
+    dependencies = project["dependencies"]
+    if VERSIONS == "lowest":
+        dependencies = [each.replace(">=", "==") for each in dependencies]
+    return [*build["requires"], *dependencies, *extras["cpu"], *extras["dev"], *extras["docs"]]
 
 
 def make_shared(cache: Path) -> Path:
     """The folder with every package but dinokit, made if it is not there."""
     asked = "\n".join(requirements())
     machine = f"{sys.implementation.cache_tag} {sys.platform} {platform.machine()}"
-    folder = cache / digest(asked, CONSTRAINTS.read_text(encoding="utf-8"), machine)
+    constraints = CONSTRAINTS.read_text(encoding="utf-8") if VERSIONS == "tested" else ""
+    folder = cache / digest(asked, constraints, machine)
     if (folder / ".complete").exists() and (folder / "bin/python").exists():
         return folder
     say(f"Installing torch and the rest into {folder}: once, for minutes, about 6 GB on Linux.")
@@ -71,7 +79,8 @@ def make_shared(cache: Path) -> Path:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(asked)
         file.flush()
-        pip(folder, "install", "--requirement", file.name, "--constraint", str(CONSTRAINTS))
+        tested = ["--constraint", str(CONSTRAINTS)] if constraints else []
+        pip(folder, "install", "--requirement", file.name, *tested)
     (folder / ".complete").touch()
     return folder
 

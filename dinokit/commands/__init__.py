@@ -29,7 +29,7 @@ import ast
 import json
 import sys
 import tokenize
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from textwrap import fill
@@ -211,15 +211,27 @@ def key_lines(kind: str, name: str, without: Collection[str] = ()) -> list[str]:
     return config_lines(registry.read_config(kind, name), without=without)
 
 
-def config_lines(config: type[Any], prefix: str = "", without: Collection[str] = ()) -> list[str]:
+def config_lines(config: type[Any], without: Collection[str] = ()) -> list[str]:
     """Lines for each field of a dataclass but those in `without`; those of a section are SECTION.KEY."""
-    texts, lines = comments(config), []
+    return [key_line(*pair) for pair in config_keys(config, without=without)]
+
+
+def config_keys(
+    config: type[Any], prefix: str = "", without: Collection[str] = (), section: Any = None
+) -> Iterator[tuple[str, str]]:
+    """`key = default` and the meaning of each field of a dataclass but those in `without`.
+
+    The defaults of a section of that dataclass are those of `section`, an instance, if it is given.
+    """
+    texts = comments(config)
     for item in fields(config):
         if is_dataclass(item.type) and isinstance(item.type, type):
-            lines += config_lines(item.type, f"{prefix}{item.name}.")
+            inner = item.default_factory() if item.default_factory is not MISSING else None
+            inner = getattr(section, item.name, inner)
+            yield from config_keys(item.type, f"{prefix}{item.name}.", section=inner)
         elif item.name not in without:
-            lines.append(key_line(prefix + _default(item), _meaning(item, texts[item.name])))
-    return lines
+            default = item.default if section is None else getattr(section, item.name)
+            yield prefix + _default(item, default), _meaning(item, texts[item.name])
 
 
 def key_line(key: str, meaning: str) -> str:
@@ -259,12 +271,12 @@ def _class_comments(path: Path, class_name: str) -> dict[str, str]:
     return result
 
 
-def _default(item: "Field[Any]") -> str:
+def _default(item: "Field[Any]", default: object) -> str:
     if item.default_factory is not MISSING:
         return item.name
-    if item.default in (MISSING, "???"):
+    if default in (MISSING, "???"):
         return f"{item.name} (must be given)"
-    return item.name if item.default is None else f"{item.name} = {json.dumps(item.default, default=tuple)}"
+    return item.name if default is None else f"{item.name} = {json.dumps(default, default=tuple)}"
 
 
 def _meaning(item: "Field[Any]", comment: str) -> str:
