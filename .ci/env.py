@@ -56,7 +56,7 @@ def wait_for(lock: TextIO) -> None:
 
 
 def requirements() -> list[str]:
-    """What pyproject.toml asks for: to build dinokit, to run it, and the extras that its tests and docs need."""
+    """What pyproject.toml asks for to build dinokit, to run it, and to make its tests and documentation."""
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     build, project = asked["build-system"], asked["project"]
     extras = project["optional-dependencies"]

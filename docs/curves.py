@@ -1,4 +1,4 @@
-"""Draw docs/recipes/RECIPE.svg for each recipe in docs/recipes/curves.csv: `python docs/curves.py [FOLDER]`."""
+"""Draw docs/recipes/RECIPE.svg for each recipe in curves.csv there: `python docs/curves.py [FOLDER]`."""
 
 import csv
 import sys

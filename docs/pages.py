@@ -1,7 +1,7 @@
 """Gather the pages of the documentation site in build/pages, for zensical.toml: `make docs`.
 
-Most pages are files of docs/ as they are. Made here: the front page out of README.md, the reference of all keys
-out of the recipe's dataclasses and the registries, the reference of the Python modules for mkdocstrings.
+Most pages are files of docs/ as they are. Made here: the front page out of README.md, the reference of all
+keys out of the recipe's dataclasses and the registries, the reference of the Python modules for mkdocstrings.
 Links to files that are no pages become plain text, because the site has no source code.
 """
 
@@ -78,8 +78,8 @@ def page_text(text: str, folder: Path) -> str:
 def keys() -> Iterator[str]:
     """The lines of the page of all keys."""
     yield "# Keys\n"
-    yield "Every key of a recipe, with its default and meaning, as `dinokit show RECIPE` prints it with values and `--help` explains"
-    yield "it. Units: durations are in optimiser steps, a batch is images over all processes, sizes are in pixels.\n"
+    yield "Every key of a recipe with its default and meaning; `dinokit show RECIPE` prints those of a recipe."
+    yield "Durations are in optimiser steps, a batch is images over all processes, sizes are in pixels.\n"
     yield from ("## Recipe\n", *table(config_keys(Recipe)))
     for kind, (title, form) in REGISTRIES.items():
         yield f"## {title}\n"

@@ -1,4 +1,4 @@
-"""The package as users get it: metadata, one version, a wheel out of the sdist, installed in a fresh environment."""
+"""The package as users get it: metadata, one version, a wheel out of the sdist in a fresh environment."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinokit import __version__
 
@@ -92,9 +93,9 @@ def test_the_wheel_works_from_an_empty_folder(built, tmp_path):
     python, program = fresh / "bin/python", fresh / "bin/dinokit"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1],
         cwd=empty)  # fmt: skip
-    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=empty).strip())
-    import torch  # the dependencies are those of this environment: only dinokit is fresh
-
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run(python, "-c", where, cwd=empty).strip())
+    # The dependencies are those of this environment: only dinokit is fresh.
     shared = Path(torch.__file__).parents[1]
     assert not (shared / "dinokit").exists()
     (packages / "shared.pth").write_text(f"import site; site.addsitedir({str(shared)!r})\n")
@@ -102,7 +103,7 @@ def test_the_wheel_works_from_an_empty_folder(built, tmp_path):
     assert Path(place).is_relative_to(packages)
     assert run(program, "--version", cwd=empty).strip() == f"dinokit {__version__}"
     assert "optim:" in run(program, "show", "scenes_cpu", cwd=empty)
-    small = ["backbone.depth=1", "optim.steps=1", "optim.batch=4", "optim.warmup=0", "evals=null", "run.workers=0",
-             "losses={dino: {}}", "data.count=8", "data.test_count=8"]  # fmt: skip
+    small = ["backbone.depth=1", "optim.steps=1", "optim.batch=4", "optim.warmup=0", "evals=null",
+             "run.workers=0", "losses={dino: {}}", "data.count=8", "data.test_count=8"]  # fmt: skip
     run(program, "train", "scenes_cpu", *small, "run.out=run", cwd=empty)
     assert "<html" in (empty / "run/report.html").read_text(encoding="utf-8")  # by the templates of the wheel

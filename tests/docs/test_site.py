@@ -1,4 +1,4 @@
-"""The documentation site: all pages, links and keys are there. `make docs` builds it with warnings as errors."""
+"""The documentation site: pages, links and keys are complete. `make docs` builds it, warnings are errors."""
 
 import csv
 import importlib.util
