@@ -27,7 +27,8 @@ REGISTRIES = {
 }
 # Modules of the Python reference, with the question that each answers.
 MODULES = {
-    "dinokit": "The shortest way in",
+    "dinokit.api": "The names of `import dinokit`",
+    "dinokit.embedder": "For scikit-learn",
     "dinokit.weights": "Load and fill backbones",
     "dinokit.features": "Features of images",
     "dinokit.viz": "Pictures of features",
@@ -78,7 +79,7 @@ def page_text(text: str, folder: Path) -> str:
 def keys() -> Iterator[str]:
     """The lines of the page of all keys."""
     yield "# Keys\n"
-    yield "Every key of a recipe with its default and meaning; `dinokit show RECIPE` prints those of a recipe."
+    yield "Every key with its default and meaning; `dinokit show RECIPE` prints those of a recipe."
     yield "Durations are in optimiser steps, a batch is images over all processes, sizes are in pixels.\n"
     yield from ("## Recipe\n", *table(config_keys(Recipe)))
     for kind, (title, form) in REGISTRIES.items():
@@ -102,8 +103,8 @@ def table(keys: Iterable[tuple[str, str]]) -> list[str]:
 
 def python_reference() -> Iterator[str]:
     """The lines of the page that mkdocstrings fills with docstrings."""
-    yield "# Python\n"
-    yield "What may be imported. Names that are not here may change without notice.\n"
+    yield "# Python, every name\n"
+    yield "Docstrings; [Python](api.md) has examples. Names that are not here may change without notice.\n"
     for module, title in MODULES.items():
         yield f"## {title}\n"
         yield f"::: {module}\n"
