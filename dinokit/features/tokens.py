@@ -50,8 +50,10 @@ def normalised(backbone: Backbone, crops: Tensor) -> Tensor:
             f"The images have {crops.shape[1]} channels, but the backbone takes {backbone.channels}: give it "
             f"images like those that it was trained on."
         )
+    # torch.tensor(v, device=...) would wait for the device.
     mean, std = (
-        torch.tensor(v, device=crops.device).view(-1, 1, 1) for v in (backbone.input.mean, backbone.input.std)
+        torch.tensor(v).to(crops.device, non_blocking=True).view(-1, 1, 1)
+        for v in (backbone.input.mean, backbone.input.std)
     )
     x = crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
     return (x - mean) / std

@@ -81,7 +81,8 @@ def unavailable_reason(kernel: Kernel, device: torch.device, dtype: torch.dtype)
         x = torch.zeros(16, 3 * 32, device=device, dtype=dtype, requires_grad=True)
         attend(x, 1, PackedBatch(((2, 8),)), kernel).sum().backward()
     except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
-        return str(error).strip().splitlines()[0]
+        first, *more = str(error).strip().splitlines()
+        return f"{first} ... {more[-1].strip()}" if more else first  # xformers gives its reason at the end
     return ""
 
 
@@ -114,7 +115,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _block_diagonal_mask(batch: PackedBatch, device: torch.device) -> Any:
-    # Kept, because it is made from numbers of the host: in each layer, that would wait for the device.
+    # Kept for the next layers and steps: it is a list of all images, made on the host and sent to the device.
     lengths = [tokens for images, tokens in batch.groups for _ in range(images)]
     return import_module("xformers.ops").fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)
 

@@ -5,6 +5,7 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import section_values
+from dinokit.features import Pooling, normalised
 from dinokit.models import Input
 from dinokit.train.health import Probe
 
@@ -73,3 +74,16 @@ def test_the_probe_of_a_run_gives_the_signals_that_it_gives_on_the_cpu(emulated,
     with emulated():
         got = Probe(source)(backbone.to(GPU))
     assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_images_are_normalised_and_seen_without_a_wait(emulated, backbone):
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    want = normalised(backbone, images)
+    with emulated() as gpu:
+        crops = images.to(GPU)
+        backbone.to(GPU)
+        gpu.waits.clear()
+        got = normalised(backbone, crops)
+        Pooling(2, "mean")(backbone, got)
+        assert gpu.waits == []
+        torch.testing.assert_close(got.cpu(), want)

@@ -9,7 +9,7 @@ from dinokit.config import registry
 from dinokit.config.load import Crops, load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
-from dinokit.models import Input
+from dinokit.models import Input, attention
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher, block_masks
 from dinokit.weights import save_backbone
@@ -146,3 +146,16 @@ def test_a_published_step_has_its_shapes_without_any_number(emulated, name, word
     assert all(x.shape == () and x.device == GPU and x.dtype == torch.float32 for x in values.values())
     trained = {n: p for n, p in model.student.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for n, p in trained.items() if "last_layer" not in n)  # DINO freezes these
+
+
+def test_a_kernel_that_does_not_work_on_the_card_is_refused_with_its_reason(emulated, monkeypatch):
+    def fail(*_):
+        raise NotImplementedError(
+            "No operator found with inputs:\n  query\n  it was built for another PyTorch"
+        )
+
+    monkeypatch.setattr(attention, "_xformers", fail)
+    with emulated():
+        layer, expected = attention.Attention(8, 2), "No operator found with inputs: ... it was built for"
+        with pytest.raises(ValueError, match=f"run.attention=xformers cannot be used here: {expected}"):
+            attention.use_kernel(layer, "xformers", GPU, torch.bfloat16)
