@@ -81,8 +81,9 @@ def unavailable_reason(kernel: Kernel, device: torch.device, dtype: torch.dtype)
         x = torch.zeros(16, 3 * 32, device=device, dtype=dtype, requires_grad=True)
         attend(x, 1, PackedBatch(((2, 8),)), kernel).sum().backward()
     except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
-        first, *more = str(error).strip().splitlines()
-        return f"{first} ... {more[-1].strip()}" if more else first  # xformers gives its reason at the end
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[-1:] if kernel == "xformers" and len(lines) > 1 else []  # it stands at the end there
+        return " ... ".join([lines[0], *(line.strip() for line in reason)])
     return ""
 
 
