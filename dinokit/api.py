@@ -11,6 +11,7 @@ b  images     C  channels     D  width     N  patches     h, w  sides in pixels
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch import Tensor
 from dinokit import evaluation, results
 from dinokit.commands import Command
 from dinokit.commands import train as train_command
+from dinokit.commands.export import Config as ExportConfig
+from dinokit.commands.export import export as export_backbone
 from dinokit.config import registry
 from dinokit.config.load import section_values
 from dinokit.curate.image_sets import ImageSearch
@@ -45,7 +48,6 @@ from dinokit.runtime.distributed import cache_folder
 from dinokit.runtime.launch import folder_lock
 from dinokit.runtime.signals import Stopped
 from dinokit.weights import load_backbone
-from dinokit.weights.formats import export as export_backbone
 
 Model = Backbone | str | Path
 Fit = Literal["crop", "pad", "resize"]
@@ -350,14 +352,14 @@ def search(
     ]
 
 
-def export(model: Model, to: str, out: str | Path, size: int = 0) -> list[str]:
+def export(model: Model, to: str, out: str | Path, **settings: Any) -> list[str]:
     """Write a backbone for timm, hf, dinov2 or onnx, as `dinokit export`.
 
     Args:
         model: see above.
         to: the format.
         out: the file or folder to write.
-        size: pixels of the images of an ONNX graph; 0: any.
+        settings: more keys of the command, such as size, licence and push.
 
     Returns:
         Sentences: the files, the largest difference of the features, how to open them.
@@ -366,7 +368,17 @@ def export(model: Model, to: str, out: str | Path, size: int = 0) -> list[str]:
         ValueError: if the format has no such backbone, or the exported one gives other features.
         RuntimeError: if a library is not installed; it says what to install.
     """
-    return list(export_backbone(_backbone(model).cpu(), to, out, size or None))
+    given, weights = None, ""
+    if isinstance(model, Backbone):
+        given = model if device_of(model).type == "cpu" else deepcopy(model).cpu()
+    elif Path(model).exists():
+        weights = str(model)
+    else:
+        given = _backbone(model).cpu()
+    values = section_values(
+        "commands", "export", {"weights": weights, "to": to, "out": str(out), **settings}, ""
+    )
+    return list(export_backbone(ExportConfig(**values), given))
 
 
 def _backbone(model: Model) -> Backbone:

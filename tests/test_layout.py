@@ -49,6 +49,7 @@ DOORS = {
     "datasets": "dinokit/data/sources/hf.py",
     "pydicom": "dinokit/data/dicom.py",
     "faiss": "dinokit/curate/index.py",
+    "huggingface_hub": "dinokit/commands/_card.py",
     "jinja2": "dinokit/report/__init__.py",
     "matplotlib": "dinokit/viz.py dinokit/commands/sweep.py",
     "omegaconf": "dinokit/config/*.py",

@@ -6,9 +6,12 @@ to=dinov2   out=X.pth: the layout of the official files, of DINO's for a vit wit
 to=onnx     out=X.onnx: a graph from images to cls and patches; size=N fixes the images' size
 
 The command loads the new file with that library, compares the features and prints the largest difference.
-It replaces an older file at out only after that.
+It replaces an older file at out only after that. Folders get a model card, README.md, with recipe, results,
+licence and limits; push=USER/NAME uploads the folder to Hugging Face. A run of a timm_vit can be written for
+timm and onnx.
 
 dinokit export weights=runs/photos to=timm out=photos_timm
+dinokit export weights=runs/photos to=hf out=photos_hf push=marie/photos-vits16 licence=apache-2.0
 dinokit export weights=runs/photos to=onnx out=photos.onnx
 """
 
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinokit.commands import Command, key_lines
+from dinokit.commands import Command, _card, key_lines
 from dinokit.config import registry
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import check_at_least, suggest
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 COMPARED = 24  # images whose preprocessing is compared
 TARGETS = ["timm", "hf", "dinov2", "onnx"]
+FOLDERS = ["timm", "hf"]  # that have a model card
 
 
 @dataclass
@@ -41,6 +45,9 @@ class Config:
     size: int = 0  # pixels of the images, for to=onnx; 0: any multiple of the patch
     images: str = ""  # folder of photographs to compare preprocessing on; empty: training data
     heads: int = 0  # of attention, if the file does not say
+    push: str = ""  # USER/NAME on the hub of Hugging Face, for a folder of hf or timm
+    public: bool = False  # whether a new repository can be seen by everybody
+    licence: str = ""  # for the model card, as the hub spells it, such as apache-2.0
 
     def __post_init__(self) -> None:
         check_at_least(self, size=0, heads=0)
@@ -49,28 +56,59 @@ class Config:
             raise ValueError(f"There is no format to={self.to}.{near} There is: {', '.join(TARGETS)}.")
         if self.size and self.to != "onnx":
             raise ValueError(f"size={self.size} is for to=onnx; to={self.to} writes a model of any size.")
+        if self.push and (self.to not in FOLDERS or self.out.endswith(".safetensors")):
+            raise ValueError("push= uploads a folder: to=hf, or to=timm with a folder as out.")
 
 
 def run(command: Command) -> dict[str, Any]:
     command.no_words(" Give weights=FILE to=FORMAT out=PATH.")
     cfg = Config(**section_values("commands", "export", parse_overrides(command.settings), ""))
+    lines = []
+    for line in export(cfg):
+        print(line)
+        lines.append(line)
+    return {"out": cfg.out, "to": cfg.to, "notes": lines}
+
+
+def export(cfg: Config, given: "Backbone | None" = None) -> Iterator[str]:
+    """Write the backbone of cfg.weights, or the given one, and the model card; yields sentences about it."""
     out = Path(cfg.out)
     file = cfg.to in ("dinov2", "onnx") or (cfg.to == "timm" and out.suffix == ".safetensors")
     if out.is_dir() if file else out.is_file():
         have, new = ("folder", "file") if file else ("file", "folder")
         raise ValueError(f"out={out} is a {have}, but to={cfg.to} writes a {new}: give another out.")
+    if cfg.push:
+        _card.check_push(cfg.push)
     from dinokit.runtime.launch import locked, refuse_locked
-    from dinokit.weights import load_backbone
-    from dinokit.weights.formats import export
+    from dinokit.weights import formats, load_backbone
 
-    backbone = load_backbone(cfg.weights, heads=cfg.heads or None)
+    backbone = given if given is not None else load_backbone(cfg.weights, heads=cfg.heads or None)
     with locked([(out.absolute().with_name(f".{out.name}.lock"), False)]) as who:
         refuse_locked(f"out={out}", who)
-        lines = []
-        for line in export(backbone, cfg.to, out, cfg.size or None, _images(cfg, backbone)):
-            print(line)
-            lines.append(line)
-    return {"out": cfg.out, "to": cfg.to, "notes": lines}
+        yield from formats.export(backbone, cfg.to, out, cfg.size or None, _images(cfg, backbone))
+        if cfg.to in FOLDERS and not file:
+            yield _write_card(cfg, backbone, given is None)
+        if cfg.push:
+            yield f"Uploaded: {_card.push(out, cfg.push, cfg.public)}"
+
+
+def _write_card(cfg: Config, backbone: "Backbone", has_file: bool) -> str:
+    from dinokit import results
+    from dinokit.hub import LICENCE
+    from dinokit.runtime.files import write_text
+    from dinokit.weights import describe
+
+    about = {"format": "in memory", "recipe": ""}
+    lines: list[dict[str, Any]] = []
+    if has_file:
+        about = describe(cfg.weights, heads=cfg.heads or None)
+        folder = Path(cfg.weights)
+        lines = results.read([folder], needed=False)[0] if folder.is_dir() else []
+    released = about["format"].startswith(("DINO,", "DINOv2"))
+    licence = cfg.licence or (LICENCE.lower() if released else "")
+    path = Path(cfg.out) / "README.md"
+    write_text(path, _card.card(cfg.to, cfg.push or cfg.out, backbone, about, lines, licence))
+    return f"Model card: {path}" + ("" if licence else "; it states no licence: licence=NAME adds one.")
 
 
 def _images(cfg: Config, backbone: "Backbone") -> Iterator[tuple["Image.Image", "Tensor"]]:
@@ -83,12 +121,16 @@ def _images(cfg: Config, backbone: "Backbone") -> Iterator[tuple["Image.Image", 
 
     if backbone.channels != 3:
         return
-    section: Any = {"name": "folder", "path": cfg.images}
-    if not cfg.images:
-        section = {"name": "scenes", "size": 96, "count": COMPARED}
+    source = None
+    if cfg.images:
+        source = registry.build("data.sources", {"name": "folder", "path": cfg.images})
+    elif cfg.weights:
         with suppress(ValueError, LookupError):  # the data are elsewhere, or of a package that is not trusted
-            section = evaluation.training_data(cfg.weights) or section
-    source, size = registry.build("data.sources", section), backbone.input.size
+            section = evaluation.training_data(cfg.weights)
+            source = registry.build("data.sources", section) if section else None
+    if source is None:
+        source = registry.build("data.sources", {"name": "scenes", "size": 96, "count": COMPARED})
+    size = backbone.input.size
     for i in range(min(COMPARED, len(source))):
         image = source[i * len(source) // min(COMPARED, len(source))][0]
         if isinstance(image, Image.Image):

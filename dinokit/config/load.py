@@ -33,7 +33,7 @@ from dinokit.config.values import first_line, join_key, key_list, keys_without_e
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
     "keys_without_effect", "load_recipe", "merge_settings", "parse_overrides", "read_data_section",
-    "read_mapping", "run_dir_of", "section_values", "to_yaml",
+    "read_mapping", "read_text_mapping", "run_dir_of", "section_values", "to_yaml",
 ]  # fmt: skip
 DEEPEST = 100  # levels of YAML
 DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
@@ -84,6 +84,15 @@ def load_recipe(
 def run_dir_of(path: Path) -> Path | None:
     """The folder of the run whose recipe this file is; None for a file that belongs to no run."""
     return path.parent if path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir() else None
+
+
+def read_text_mapping(text: str) -> dict[str, Any]:
+    """The values of a recipe in a file of weights, unchecked and with ${...} as it stands; {} if damaged."""
+    with suppress(Exception):  # as in parse_overrides
+        check_nesting(text)
+        values: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        return values if isinstance(values, dict) else {}
+    return {}
 
 
 def read_data_section(text: str, path: str | Path) -> dict[str, Any]:

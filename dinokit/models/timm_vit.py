@@ -36,7 +36,7 @@ class TimmViT(Backbone):
         self.input = Input(cfg.size, (0.5,) * cfg.channels, (0.5,) * cfg.channels)
         if cfg.mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, self.width))
-        self.net = net
+        self.net, self.model = net, cfg.model
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]

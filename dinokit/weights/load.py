@@ -100,8 +100,8 @@ def load_backbone(
     return backbone
 
 
-def describe(source: str | Path) -> dict[str, Any]:
-    """Describe a file, or the one in a folder, without reading tensors.
+def describe(source: str | Path, *, heads: int | None = None) -> dict[str, Any]:
+    """Describe a file, or the one in a folder, without reading tensors. `heads` is as for load_backbone.
 
     Returns:
         `dinokit`, the version that wrote it, or ''; `format`, its name; `backbone`, the section of a recipe;
@@ -110,7 +110,7 @@ def describe(source: str | Path) -> dict[str, Any]:
     Raises:
         LookupError, ValueError: as `load_backbone`.
     """
-    _, stored = read(source, values=False)
+    _, stored = read(source, heads=heads, values=False)
     return {
         "dinokit": stored.version,
         "format": stored.format,

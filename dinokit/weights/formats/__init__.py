@@ -9,7 +9,7 @@ inferred, it raises ValueError with the second half of a sentence that starts wi
 
 One that can be written defines
 
-    write(vit: VisionTransformer, out: Path, size: int | None) -> Exported
+    write(vit: VisionTransformer, out: Path, size: int | None) -> Exported   (timm and onnx: a TimmViT too)
 
 It writes to `out`, which does not exist, and opens the result with the library of the format. `size` is for
 ONNX: the pixels of the images, or None for any multiple of the patch. It raises RuntimeError if a library is
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def export(
     An existing `out` is replaced after the new one was opened and compared, and stays if anything fails.
 
     Args:
-        backbone: a vit, in eval mode.
+        backbone: a vit, or a timm_vit for timm and onnx, in eval mode.
         to: timm, hf, dinov2 or onnx.
         out: a file to write; for hf, and for timm unless it ends in .safetensors, a folder.
         size: pixels of the images that an ONNX graph takes; None: any multiple of the patch.
@@ -80,14 +80,24 @@ def export(
             these are compared with those of what the other library's own preprocessing makes.
 
     Raises:
-        ValueError: if the backbone is no vit, the format has no such vit, or the exported one gives other
-            features; it is then in the folder `out`.wrong.
+        ValueError: if the backbone is another one, the format has no such vit, or the exported one gives
+            other features; it is then in the folder `out`.wrong.
         RuntimeError: if a library is not installed; it says what to install.
         OSError: if the files cannot be written.
     """
     if not isinstance(backbone, VisionTransformer):
-        raise ValueError(f"Only a `vit` can be exported, and this backbone is a {type(backbone).__name__}.")
-    if isinstance(backbone.patch_embed, ConvStem) and to != "onnx":
+        from dinokit.models.timm_vit import TimmViT
+
+        if not isinstance(backbone, TimmViT):
+            kind = type(backbone).__name__
+            raise ValueError(f"A `vit` or a `timm_vit` can be exported, and this backbone is a {kind}.")
+        if to not in ("timm", "onnx"):
+            raise ValueError(
+                f"A timm_vit ({backbone.model}) can be exported with to=timm and to=onnx, not {to}."
+            )
+        if to == "onnx":
+            size = size or _stored_size(backbone)
+    elif isinstance(backbone.patch_embed, ConvStem) and to != "onnx":
         raise ValueError(
             f"No model of to={to} has convolutions before the blocks (backbone.stem=conv). Export it with "
             "to=onnx, or train with backbone.stem=linear."
@@ -110,7 +120,7 @@ def export(
     yield f"Open it with: {exported.command.replace('PATH', str(out))}"
 
 
-def _compare(vit: VisionTransformer, exported: Exported, sizes: list[int]) -> Iterator[str]:
+def _compare(vit: Backbone, exported: Exported, sizes: list[int]) -> Iterator[str]:
     for size in sizes:
         gap, largest = _difference(vit, exported, size)
         text = f"Largest difference at {size} x {size} pixels: {gap:.1e} (values up to {largest:.2g})."
@@ -123,7 +133,7 @@ def _compare(vit: VisionTransformer, exported: Exported, sizes: list[int]) -> It
 
 
 def _compare_preprocessing(
-    vit: VisionTransformer, exported: Exported, images: "Iterable[tuple[Image.Image, Tensor]]"
+    vit: Backbone, exported: Exported, images: "Iterable[tuple[Image.Image, Tensor]]"
 ) -> Iterator[str]:
     cosines = []
     if exported.prepare is None:
@@ -142,14 +152,19 @@ def _compare_preprocessing(
         )
 
 
-def _two_sizes(vit: VisionTransformer) -> list[int]:
+def _two_sizes(vit: Backbone) -> list[int]:
     """Pixels: the size of the stored grid, where positions are not resampled, and another."""
-    stored = vit.side * vit.patch
+    stored = _stored_size(vit)
     shown = vit.input.size if vit.input.size % vit.patch == 0 else stored
-    return [stored, shown if shown != stored else vit.patch * max(round(0.7 * vit.side), 1)]
+    return [stored, shown if shown != stored else vit.patch * max(round(0.7 * stored / vit.patch), 1)]
 
 
-def _difference(vit: VisionTransformer, other: Exported, size: int) -> tuple[float, float]:
+def _stored_size(vit: Any) -> int:
+    """Pixels of an image whose grid the positional embedding stores."""
+    return vit.side * vit.patch if isinstance(vit, VisionTransformer) else vit.net.patch_embed.img_size[0]
+
+
+def _difference(vit: Backbone, other: Exported, size: int) -> tuple[float, float]:
     """The largest difference of class tokens and patches, and the largest value, on two random images."""
     images = torch.randn(2, vit.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

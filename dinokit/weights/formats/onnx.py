@@ -15,14 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinokit.models import Backbone
 from dinokit.models.vit import VisionTransformer
 from dinokit.weights.formats import Exported, metadata_of
 
 MAX_BYTES = 2**31 - 2**20  # of one protobuf file, less space for the graph; larger weights go to another file
 
 
-def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
+def write(vit: Any, out: Path, size: int | None = None) -> Exported:
     """Write one file for any number of images, and `*.data` beside it for more than two gigabytes of weights.
+
+    `vit` is a VisionTransformer of ours, or a TimmViT with a `size`.
 
     Raises:
         ValueError: if the size is not a multiple of the patch.
@@ -34,6 +37,8 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ModuleNotFoundError as error:
         raise RuntimeError(f"to=onnx needs {error.name}: pip install -e '.[onnx]'") from None
+    ours = isinstance(vit, VisionTransformer)
+    graph: nn.Module = Graph(vit) if ours else TokenGraph(vit)
     side = size or vit.patch * (vit.side + 1)
     dynamic = {0: torch.export.Dim("batch")}
     if size is None:
@@ -41,11 +46,11 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
     images = torch.zeros(2, vit.channels, side, side + (vit.patch if size is None else 0))
     with torch.no_grad():  # with gradients, layers save more than inference needs
         program = torch.onnx.export(
-            Graph(vit).eval(), (images,), dynamo=True, verbose=False, dynamic_shapes={"images": dynamic},
+            graph.eval(), (images,), dynamo=True, verbose=False, dynamic_shapes={"images": dynamic},
             input_names=["images"], output_names=["cls", "patches"],
         )  # fmt: skip
     assert program is not None
-    program.model.metadata_props.update(metadata_of(vit))
+    program.model.metadata_props.update(metadata_of(vit) if ours else {})
     program.save(out, external_data=sum(p.numel() * 4 for p in vit.parameters()) > MAX_BYTES)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
 
@@ -57,6 +62,19 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
     notes = [f"It takes images (batch, {vit.channels}, h, w) in [0, 1] minus {mean}, divided by {std}."]
     command = "onnxruntime.InferenceSession('PATH').run(['cls', 'patches'], {'images': images})"
     return Exported(command, forward, every_size=True, notes=notes)
+
+
+class TokenGraph(nn.Module):
+    """Any backbone, for images of one size."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, C, h, w) -> class tokens (b, D), patches (b, N, D)."""
+        tokens = self.backbone([images], [None])[0]
+        return tokens.cls, tokens.patches
 
 
 class Graph(nn.Module):

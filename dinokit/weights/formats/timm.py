@@ -50,18 +50,21 @@ def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
-    """Write a folder for timm.create_model('local-dir:...'), or only a file if `out` is a .safetensors."""
+def write(vit: Any, out: Path, size: int | None = None) -> Exported:
+    """Write a folder for timm.create_model('local-dir:...'), or only a file if `out` is a .safetensors.
+
+    `vit` is a VisionTransformer of ours or a TimmViT.
+    """
     try:
         import timm
     except ModuleNotFoundError:
         raise RuntimeError("to=timm needs timm: pip install timm") from None
-    name, args = _model(vit)
+    ours = isinstance(vit, VisionTransformer)
+    name, args = _model(vit) if ours else _own_model(vit)
+    tensors = to_timm(vit.state_dict() if ours else vit.net.state_dict())
     model: Any
     only_file = out.suffix == ".safetensors"
-    write_tensors(
-        out if only_file else out / "model.safetensors", to_timm(vit.state_dict()), metadata_of(vit)
-    )
+    write_tensors(out if only_file else out / "model.safetensors", tensors, metadata_of(vit) if ours else {})
     if only_file:
         model = timm.create_model(name, **args)
         model.load_state_dict(read_safetensors(out)[0], strict=True)
@@ -75,7 +78,7 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         rows = model.forward_features(images)
-        return rows[:, 0], rows[:, 1 + vit.registers :]
+        return rows[:, 0], rows[:, model.num_prefix_tokens :]
 
     notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
     if only_file:
@@ -97,6 +100,15 @@ def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): t
         for name, t in renamed.items()
     }
+
+
+def _own_model(vit: Any) -> tuple[str, dict[str, Any]]:
+    """The model of timm that a TimmViT is, and its arguments."""
+    size = vit.net.patch_embed.img_size[0]
+    return vit.model, {
+        "num_classes": 0, "in_chans": vit.channels, "img_size": size, "dynamic_img_size": True,
+        "global_pool": "token",
+    }  # fmt: skip
 
 
 def _model(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
@@ -126,7 +138,7 @@ def _model(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
     return name, args
 
 
-def _config(vit: VisionTransformer, name: str, args: dict[str, Any]) -> dict[str, Any]:
+def _config(vit: Any, name: str, args: dict[str, Any]) -> dict[str, Any]:
     side = vit.input.size
     return {
         "architecture": name,
