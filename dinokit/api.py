@@ -136,9 +136,8 @@ def encode(
                 raise ValueError(f"{loaded.errors[0]} dinokit.extract() goes on without such images.")
             rows: dict[str, list[Any]] = {name: [None] * len(loaded.labels) for name in names}
             for pixels, places in loaded.groups:
-                layer_tokens = forward_blocks(
-                    backbone, [normalised(backbone, pixels.to(device_of(backbone)))], blocks
-                )[0]
+                x = normalised(backbone, pixels.to(device_of(backbone)))
+                layer_tokens = forward_blocks(backbone, [x], blocks)[0]
                 for name in names:
                     values = token_rows(name, layer_tokens).float().cpu()
                     for place, row in zip(places.tolist(), values, strict=True):
@@ -291,10 +290,8 @@ def evaluate(
     scores = evaluation.run_evaluator(evaluator, values, backbone)
     if out is not None:
         values |= {key: {"name": "memory"} for key, section in plain.items() if section is None}
-        about = {
-            **evaluation.describe_evaluated(path, backbone),
-            "transform": evaluation.transform_of(values, backbone),
-        }
+        about = evaluation.describe_evaluated(path, backbone)
+        about["transform"] = evaluation.transform_of(values, backbone)
         results.append(out, results.record(evaluator, path or "in memory", scores, values, about))
     return scores
 
@@ -344,8 +341,8 @@ def search(
         For each image the names of those found, with their cosines, largest first.
     """
     opened = ImageSearch(Path(index))
-    backbone = _backbone(model if model is not None else opened.weights)
-    similarity, found = opened.search(opened.embed(backbone, images), k)
+    queries = opened.embed(_backbone(opened.weights if model is None else model), images)
+    similarity, found = opened.search(queries, k)
     return [
         [(opened.name(n), value) for n, value in zip(numbers, values, strict=True) if n >= 0]
         for numbers, values in zip(found.tolist(), similarity.tolist(), strict=True)
@@ -365,8 +362,7 @@ def export(model: Model, to: str, out: str | Path, **settings: Any) -> list[str]
         Sentences: the files, the largest difference of the features, how to open them.
 
     Raises:
-        ValueError: if the format has no such backbone, or the exported one gives other features.
-        RuntimeError: if a library is not installed; it says what to install.
+        ValueError, RuntimeError: if the format has no such backbone, or a library is missing, which is named.
     """
     given, weights = None, ""
     if isinstance(model, Backbone):
