@@ -1,6 +1,6 @@
 """What `make gpu-check` runs: the tests that need a GPU, then benches, and a page of their results.
 
-    python tests/gpu/check.py [--out PAGE] [--minutes 10] [--device cpu]
+    python tests/gpu/check.py [--out PAGE] [--minutes 9.5] [--device cpu]
 
 Without a GPU it says so and ends with status 2. With --device cpu it takes the same way on small networks,
 so that this file itself can be tried anywhere. Status 1: a test failed, or a bench did not end.
@@ -9,6 +9,7 @@ so that this file itself can be tried anywhere. Status 1: a test failed, or a be
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,10 +68,7 @@ class Check:
             self.lines.append(f"- {what}: left out, there was no time")
             return None
         print(f"{what} ...", flush=True)
-        try:
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=left)
-        except subprocess.TimeoutExpired:
-            done = None
+        done = finish(words, left)
         if done is not None and done.returncode == 0:
             return done.stdout
         self.failed.append(what)
@@ -95,6 +93,20 @@ class Check:
                 for row in cells
             ]
             self.lines += ["", f"## {title}", "", *text]
+
+
+def finish(words: list[str], seconds: float) -> subprocess.CompletedProcess[str] | None:
+    """Run a command; None, with all its processes ended, if it takes longer than `seconds`."""
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return None
+    return subprocess.CompletedProcess(words, process.returncode, output, errors)
 
 
 def main() -> int:
@@ -143,14 +155,11 @@ def tests(check: Check) -> None:
         # The session ends between two tests, so that there is a report.
         options = ["-q", "-p", "no:cacheprovider", f"--session-timeout={limit:.0f}", f"--junitxml={report}"]
         words = [sys.executable, "-m", "pytest", *options, *chosen]
-        try:
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1.5 * limit)
-            status, said = done.returncode, (done.stdout or done.stderr).strip().splitlines()[-1:]
-        except subprocess.TimeoutExpired:
-            status, said = -1, [f"stopped after {1.5 * limit:.0f} s"]
-        if status:
+        done = finish(words, 1.5 * limit)
+        if done is None or done.returncode:
+            output = f"stopped after {1.5 * limit:.0f} s" if done is None else done.stdout or done.stderr
             check.failed.append("tests")
-            check.lines.append(f"- tests: {' '.join(said)}")
+            check.lines.append(f"- tests: {' '.join(output.strip().splitlines()[-1:])}")
         if not report.exists():
             return
         cases = ET.parse(report).getroot().iter("testcase")
