@@ -120,7 +120,9 @@ def test_what_goes_to_the_device_in_a_step_is_the_batch_and_its_colours(emulated
     [
         ("dinov2_vitl16_short", ["losses.dino.targets=sinkhorn"]),
         ("dinov2_vitl16_short", ["run.attention=varlen"]),
-        ("dinov1_vits16_in1k", ["run.accumulate=2", "run.compile=colour"]),
+        pytest.param(
+            "dinov1_vits16_in1k", ["run.accumulate=2", "run.compile=colour"], marks=pytest.mark.slow
+        ),
         pytest.param(
             "dinov2_vitl14", ["run.checkpointing=selective", "run.tokens=all"], marks=pytest.mark.slow
         ),
