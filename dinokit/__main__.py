@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -54,8 +55,11 @@ def command() -> NoReturn:
     """The entry point of the program `dinokit`: main(), then exit.
 
     After main() the process ignores stop signals: a job whose process dies of a signal while it exits would
-    be started again for nothing.
+    be started again for nothing. Modules in the working folder can be named in settings, as with `python -m
+    dinokit`; they come last, so that no file there takes the place of a library.
     """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     status = main()
     if _outcome.reader_has_left():
         status = 0

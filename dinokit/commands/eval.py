@@ -192,7 +192,7 @@ def describe(words: Sequence[str]) -> str:
     have = registry.names("eval")
     if words and words[0] == "all":
         return f"recipes: {', '.join(registry.recipe_names('eval'))}"
-    if not words or words[0] not in have:
+    if not words or (words[0] not in have and "." not in words[0]):
         return f"evaluators: {', '.join(have)}, or all; dinokit eval NAME --help lists the keys"
     own = [key_line(key, meaning) for key, meaning in OWN.items()]
     return "\n".join([f"keys of {words[0]}:", *own, *key_lines("eval", words[0], without=tuple(OWN))])

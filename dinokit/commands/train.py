@@ -12,16 +12,16 @@ dinokit train small_photos data.path=PHOTOS run.out=runs/photos
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit import evaluation
-from dinokit.commands import RECIPE_KEYS, Command
+from dinokit.commands import RECIPE_KEYS, Command, key_lines
 from dinokit.config import registry
-from dinokit.config.load import Recipe, load_recipe
+from dinokit.config.load import Recipe, load_recipe, read_mapping
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageSource
@@ -120,7 +120,23 @@ def _chosen(
 
 def describe(words: Sequence[str]) -> str:
     names = ", ".join(registry.recipe_names())
-    return f"recipes: {names}\ndinokit show RECIPE prints every key with its value"
+    lines = [f"recipes: {names}", "dinokit show RECIPE prints every key with its value"]
+    for word in words:
+        lines += _keys_of_modules(read_mapping(registry.find_recipe(word)))
+    return "\n".join(lines)
+
+
+def _keys_of_modules(values: Mapping[str, Any]) -> list[str]:
+    """The keys of the modules of other packages that a recipe names."""
+    sections = [("losses", name) for name in values.get("losses") or {}]
+    sections += [("eval", name) for name in values.get("evals") or {}]
+    for key, kind in (("backbone", "models"), ("data", "data.sources")):
+        sections.append((kind, str((values.get(key) or {}).get("name", ""))))
+    lines = []
+    for kind, name in sections:
+        if "." in name:
+            lines += [f"keys of {name}:", *key_lines(kind, name)]
+    return lines
 
 
 def pretrain(

@@ -77,8 +77,37 @@ def load_recipe(
     run_dir, run = run_dir_of(path), values.get("run") or {}
     if run_dir is not None and "out" in run and Path(run["out"]).resolve() != run_dir.resolve():
         values["run"] = {**run, "out": str(run_dir)}
-    _merge(values, parse_overrides(overrides), "")
+    _merge(values, _with_module_names(parse_overrides(overrides), values), "")
     return _complete(values, read_architecture)
+
+
+def _with_module_names(changes: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides in which losses.my_package.spread.weight=1 is a key of the loss my_package.spread."""
+    result = dict(changes)
+    for section, kind in (("losses", "losses"), ("evals", "eval")):
+        if isinstance(given := result.get(section), Mapping):
+            known = {*registry.names(kind), *(values.get(section) or {})}
+            result[section] = _joined(kind, given, known)
+    return result
+
+
+def _joined(kind: str, section: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        inner = {}
+        if name not in known and not ("." in name and _is_module(kind, name)) and isinstance(value, Mapping):
+            inner = _joined(kind, value, known, f"{name}.")
+        found = [each for each in inner if each in known or _is_module(kind, each)]
+        result |= inner if found else {name: value}
+    return result
+
+
+def _is_module(kind: str, name: str) -> bool:
+    try:
+        return "." in name and registry.locate(kind, name).is_file()
+    except LookupError:
+        return False
 
 
 def run_dir_of(path: Path) -> Path | None:
