@@ -70,6 +70,12 @@ def with_data(name: str, values: Mapping[str, Any], data: Mapping[str, Any] | No
                 raise ValueError(
                     f"{key}.path (a folder with {FOLDER_LAYOUTS[kinds[key]]}) or {key}.name must be given."
                 )
+            if data.get("labels") == "none" and needs_labels(name):
+                here = f"{data['name']}, {data['path']}" if data.get("path") else data["name"]
+                raise ValueError(
+                    f"{name} needs labels, and the images of the training ({here}) were read without any. "
+                    f"Give train.path=FOLDER and test.path=FOLDER with {FOLDER_LAYOUTS[kinds[key]]}."
+                )
             keys = {f.name for f in fields(registry.read_config(kinds[key], data["name"]))} | {"name"}
             result[key] = {key: value for key, value in {**data, "split": split}.items() if key in keys}
     return result

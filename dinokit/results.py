@@ -13,12 +13,14 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dinokit.config import registry
 from dinokit.config.load import read_mapping
 
 NAME, METRICS = "results.jsonl", "metrics.jsonl"
@@ -27,6 +29,7 @@ MACHINE = ("batch", "cache", "out", "overlap", "save_every", "workers")  # setti
 SET = ("channels", "target")  # keys of a source that the evaluator sets, whatever their value
 NOT_SCORES = "eval", "weights", "about", "file"  # keys of a line
 LOWER = ("abs_rel", "sq_rel", "rmse", "log10", "log_10", "silog")  # scores of which less is better
+COUNTS = "images", "queries", "classes", "blocks"  # beginnings of scores that are numbers of things
 PLAIN = "queries", "blocks", "pool", "lr", "C", "held_out"  # numbers that inform, but do not rank
 
 
@@ -43,12 +46,19 @@ def record(
         for role, section in settings.items()
         if isinstance(section, dict) and "name" in section
     }
-    rest = {key: value for key, value in settings.items() if key not in (*sources, *MACHINE)}
+    unused: list[str] = []
+    with suppress(LookupError):  # an evaluator that is not here
+        unused = [
+            item.name
+            for item in fields(registry.read_config("eval", name))
+            if not registry.is_used(item, settings)
+        ]
+    rest = {key: value for key, value in settings.items() if key not in (*sources, *MACHINE, *unused)}
     software = {package: _version(package) for package in PACKAGES}
     return {
         "eval": name,
         "weights": weights,
-        **scores,
+        **{key: _count_or_score(key, value) for key, value in scores.items()},
         "about": {
             **about,
             "data": sources,
@@ -58,6 +68,11 @@ def record(
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     }
+
+
+def _count_or_score(key: str, value: float) -> float:
+    """A number of things is an integer; evaluators return all numbers as they come."""
+    return int(value) if key.startswith(COUNTS) and float(value).is_integer() else value
 
 
 def append(folder: str | Path, line: Mapping[str, Any]) -> Path:

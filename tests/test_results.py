@@ -284,7 +284,8 @@ def test_a_list_is_evaluated_printed_and_saved(recipe, tmp_path, capsys):
         f"cache={tmp_path / 'cache'}",
     ]
     assert main(["eval", "all", *words]) == 0
-    printed = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    shown = capsys.readouterr().out.splitlines()
+    printed = [json.loads(text) for text in shown if text.startswith("{")]
     assert [each["eval"] for each in printed] == ["knn", "linear", "retrieval"]
     saved, _ = results.read([tmp_path / "out"])
     assert [{**each, "file": ""} for each in saved] == [{**each, "file": ""} for each in printed]
@@ -300,6 +301,9 @@ def test_a_failed_evaluator_does_not_stop_the_others(recipe, tmp_path, capsys):
     words = ["backbone.name=pixels", f"recipe={recipe}", f"out={tmp_path / 'out'}", "cache=null"]
     assert main(["eval", "all", *words, "grid.blocks=[2]"]) == 3
     output = capsys.readouterr()
-    assert [json.loads(text)["eval"] for text in output.out.splitlines()] == ["knn", "retrieval"]
+    assert [json.loads(text)["eval"] for text in output.out.splitlines() if text.startswith("{")] == [
+        "knn",
+        "retrieval",
+    ]
     assert "grid: 2 blocks were asked for, but Pixels has none" in output.err
     assert "1 of 3 evaluators failed: grid" in output.err

@@ -38,6 +38,7 @@ from dinokit.models import fused
 from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, unavailable_reason
 from dinokit.models.fused import attend
 from dinokit.runtime.device import DTYPES, keep_freed_memory, peak_memory
+from dinokit.runtime.log import watch
 from dinokit.train.plan import tokens_per_crop
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher, block_masks, build_backbone
@@ -109,7 +110,8 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
             pipes.append(ours)
             children.append(child)
             _receive(ours)  # it has warmed up: one after another
-        for pipe in [pipe for _ in range(rounds) for pipe in pipes]:
+        order = [pipe for _ in range(rounds) for pipe in pipes]
+        for pipe in watch(order, len(order), "rounds"):
             pipe.send("round")
             _receive(pipe)
         reports = []

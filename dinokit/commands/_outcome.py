@@ -22,7 +22,6 @@ from dinokit.config import registry
 
 UNEXPECTED, USAGE, DATA, STOPPED, MEMORY, INTERRUPTED = 1, 2, 3, 4, 5, 130
 READERS = (
-    "curate",
     "data",
     "features",
     "hub",

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit import evaluation, results
 from dinokit.commands import COMMON, Command, FailedError, _outcome, key_line, key_lines
+from dinokit.commands._sentence import sentence
 from dinokit.config import registry
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.evaluation import EvalJob
@@ -47,6 +48,7 @@ def words() -> list[str]:
     return [*registry.names("eval"), "all"]
 
 
+FAR = 3  # times the trained size, above which a warning is printed
 PATIENCE = 60.0  # minutes that a process waits for the others
 
 
@@ -143,6 +145,8 @@ def _evaluate_all(
             print(f"dinokit: {job.label}: {error}", file=sys.stderr)
             continue
         if rank() == 0:
+            if text := sentence(job.name, job.values, lines[job.label], backbone.channels):
+                print(text)
             print(json.dumps(lines[job.label]))
     if failed:
         raise FailedError(
@@ -165,6 +169,7 @@ def evaluate_job(
     from dinokit.runtime.device import pick_precision
     from dinokit.runtime.distributed import cache_folder, rank
     from dinokit.runtime.launch import run_lock
+    from dinokit.runtime.log import info
 
     keys, start = {f.name for f in fields(registry.read_config("eval", job.name))}, time.monotonic()
     if "cache" in keys and job.values["cache"] is None and cache:
@@ -173,6 +178,12 @@ def evaluate_job(
         # Many files may have their results in one folder, as a run's teachers do, but each has its own heads.
         file = f"{Path(name).stem}_" if Path(name).is_file() else ""
         job.values["out"] = str(folder / f"{file}{job.label}")
+    trained, asked = backbone.input.size, int(job.values.get("size") or 0)
+    if isinstance(trained, int) and asked > FAR * trained:
+        info(
+            f"{job.label}: size={asked}, but the backbone was trained on {trained} pixels: its "
+            f"features may be poor at this size, and it takes long. To compare: size={trained}"
+        )
     held = job.values.get("out") if "out" in keys else None
     with run_lock(Path(held), "out") if held else nullcontext():
         scores = evaluation.run_evaluator(job.name, job.values, backbone)

@@ -122,13 +122,16 @@ class Screen:
         for text in names[: max(SHOWN - self.unreadable, 0)]:
             self.progress.console.print(printable(text), markup=False, soft_wrap=True)
         self.unreadable += len(names)
-        speed = f"{self.speed()['images_per_second']:.4g} images/s"
+        speed = f"{self.speed().get('images_per_second', 0):.4g} images/s"
         self.progress.update(self.task, completed=self.done, speed=speed)
         if self.progress.disable and time.monotonic() - self.printed_at > 30:
             self.printed_at = time.monotonic()
             print(f"{self.done} of {self.images} images, {speed}", flush=True)
 
     def speed(self) -> dict[str, float]:
+        """Images a second; nothing if all features were there already."""
+        if self.done == self.first:
+            return {}
         seconds = max(time.monotonic() - self.begun, 1e-9)
         return {"images_per_second": round((self.done - self.first) / seconds, 2)}
 

@@ -18,15 +18,18 @@ from typing import Any
 from dinokit.commands import RECIPE_KEYS, Command
 from dinokit.commands.train import recipe_of
 from dinokit.config import registry
-from dinokit.config.load import to_yaml
+from dinokit.config.load import read_mapping, to_yaml
 
 SHORT = RECIPE_KEYS
 words = registry.recipe_names
+OTHERS = "curate_", "eval_"
 CLUSTER = {"nodes": int, "gpus": int, "images_per_second": float, "gpu_gib": float, "gpu_gbyte": float,
            "node_gbit": float}  # fmt: skip
 
 
 def run(command: Command) -> dict[str, Any]:
+    if command.words and command.words[0].startswith(OTHERS):
+        return _show_other(command)
     given = [text for text in command.settings if text.partition("=")[0] in CLUSTER]
     rest = [text for text in command.settings if text not in given]
     recipe = recipe_of(replace(command, settings=rest))
@@ -40,8 +43,23 @@ def run(command: Command) -> dict[str, Any]:
     return {"recipe": asdict(recipe), "plan": lines}
 
 
+def _show_other(command: Command) -> dict[str, Any]:
+    """Print a recipe of `dinokit curate` or `dinokit eval all`, with its comments."""
+    name = command.one_word("recipe")
+    kind = name.partition("_")[0]
+    path = registry.find_recipe(name, kind)
+    if command.settings:
+        raise ValueError(f"{command.settings[0]}: give settings to the command: dinokit {kind} --help.")
+    print(path.read_text(encoding="utf-8"))
+    print(
+        "# every key with its meaning: dinokit help " + ("curate" if kind == "curate" else "eval EVALUATOR")
+    )
+    return {"recipe": read_mapping(path)}
+
+
 def describe(words: Sequence[str]) -> str:
-    return f"recipes: {', '.join(registry.recipe_names())}"
+    every = [name for kind in ("", "eval", "curate") for name in registry.recipe_names(kind)]
+    return f"recipes: {', '.join(every)}"
 
 
 def _number(text: str) -> tuple[str, Any]:

@@ -141,6 +141,10 @@ def read_data_section(text: str, path: str | Path) -> dict[str, Any]:
 
 
 def _complete(values: dict[str, Any], read_architecture: ReadArchitecture | None) -> Recipe:
+    for key in ("backbone", "data"):
+        if isinstance(given := values.get(key), str):
+            inside = "path" if key == "data" else "name"
+            raise ValueError(f"{key}={given}: it is a section. Give {key}.{inside}={given}")
     values = {**values, **{key: values.get(key) or {} for key in ("backbone", "losses", "data", "evals")}}
     recipe = Recipe(**validated(Recipe, values, ""))
     recipe.backbone = _backbone(values["backbone"], read_architecture)
@@ -205,6 +209,11 @@ def section_values(
         ValueError, LookupError: as load_recipe(), and for a key that has no effect.
     """
     cls = registry.read_config(kind, name)
+    for item in fields(cls):
+        if "registry" in item.metadata and isinstance(given := values.get(item.name), str):
+            key = join_key(prefix, item.name)
+            inside = f"{key}.NAME" if "many" in item.metadata else key
+            raise ValueError(f"{key}={given}: it is a section. Give {inside}.path={given}")
     result = validated(cls, values, prefix, extra_keys)
     _refuse_without_effect(keys_without_effect(cls, values, prefix, extra_keys), prefix)
     for item in fields(cls):
@@ -334,10 +343,24 @@ def _section(kind: str, values: Any, prefix: str) -> dict[str, Any]:
         raise ValueError(f"{prefix}.name must be given; there is: {', '.join(registry.names(kind))}.")
     rest = {key: value for key, value in values.items() if key != "name"}
     name = str(values["name"])
+    _refuse_path(kind, name, rest, prefix)
     try:
         return {"name": name, **section_values(kind, name, rest, prefix)}
     except LookupError as error:
         raise LookupError(f"{prefix}.name: {error}") from None
+
+
+def _refuse_path(kind: str, name: str, values: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a path for a source that reads no files, such as the built-in scenes of a recipe."""
+    if "path" not in values or kind != "data.sources" or name not in registry.names(kind):
+        return
+    with_path = [n for n in registry.names(kind) if hasattr(registry.read_config(kind, n), "path")]
+    if name not in with_path:
+        others = [each for each in with_path if each != "folder"]
+        raise ValueError(
+            f"{prefix}.path={values['path']}: the recipe has {prefix}.name={name}, which reads no files. Add "
+            f"{prefix}.name=folder for a folder of images, or {prefix}.name= one of {', '.join(others)}."
+        )
 
 
 def _eval_section(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import Field, field
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.resources import files
@@ -66,6 +66,16 @@ def source_field(kind: str, split: str, **more: bool) -> Any:
             labels=False for images that need no labels.
     """
     return field(default=None, metadata={"registry": kind, "split": split, **more})
+
+
+def is_used(item: "Field[Any]", values: Mapping[str, Any]) -> bool:
+    """Whether a field of a Config has an effect beside the other `values`, as only_if() says."""
+    for other, condition in item.metadata.get("only_if", {}).items():
+        if other in values:
+            value = values[other]
+            if not (bool(value) is condition if isinstance(condition, bool) else value in condition):
+                return False
+    return True
 
 
 def condition_text(other: str, condition: bool | tuple[str, ...]) -> str:

@@ -118,7 +118,7 @@ def hierarchical_kmeans(
     levels: list[np.ndarray] = []
     first_distance: np.ndarray | None = None
     points = vectors
-    for number, k in enumerate(cfg.levels):
+    for number, k in enumerate(cfg.levels_of(len(vectors))):
         file = folder / f"level{number}.npz"
         if not file.exists():
             log(f"level {number + 1}: {k} clusters of {len(points)}")
@@ -195,8 +195,9 @@ def balanced_sample(
         ValueError: if there are fewer images than `total`.
     """
     sizes = [np.ones(len(levels[0]), np.int64)]  # images under each node, level by level
-    for cluster in levels:
-        sizes.append(np.bincount(cluster, sizes[-1], int(cluster.max(initial=0)) + 1).astype(np.int64))
+    counts = [*map(len, levels[1:]), int(levels[-1].max(initial=0)) + 1]  # the last ones may be empty
+    for cluster, count in zip(levels, counts, strict=True):
+        sizes.append(np.bincount(cluster, sizes[-1], count).astype(np.int64))
     quotas = even_quotas(sizes[-1], total, rng)
     for cluster, size in zip(levels[:0:-1], sizes[-2:0:-1], strict=True):
         members, starts = sort_by_cluster(cluster, len(quotas))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinokit.curate import retrieve
+from dinokit.curate.browse import write_clusters
 from dinokit.curate.dedup import (
     Status,
     group_duplicates,
@@ -246,9 +247,14 @@ class Curation:
         return write_manifest(self.out, selected, self.pool, self.seeds, included, self.rules)
 
     def report(self, folder: Path) -> Figures:
-        """report.html."""
+        """report.html, clusters.csv and the sheets of clusters."""
         data = ReportData(self.cfg, self.sets, retrieve.origins(self.rules), self.figures, self.folders)
-        return write_report(self.out / "report.html", data)
+        cluster = np.load(self.folders["clusters"] / "clusters.npz")["cluster"]
+        selected = np.load(self.folders["retrieve"] / "selection.npy")["image"]
+        embedded = self.embeddings("pool")
+        search = len(embedded.images) <= self.cfg.index.exact_below
+        sheets = write_clusters(self.out, self.pool, embedded, self.status, cluster, selected, search)
+        return {**write_report(self.out / "report.html", data), **sheets}
 
     def embeddings(self, label: str, role: str = "") -> Embeddings:
         """The embeddings of a set, for retrieval, or for finding duplicates (role COPIES)."""

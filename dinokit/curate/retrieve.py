@@ -178,7 +178,9 @@ def _balanced(cfg: Config, pool: CleanPool, folder: Path, log: Callable[[str], N
     if cfg.balance.images > len(clean.images):
         raise ValueError(
             f"balance.images={cfg.balance.images}, but {len(clean.images)} are left to draw from: "
-            f"{removed_in_words(pool.status)}. Ask for fewer, or change the threshold that removed them."
+            f"{removed_in_words(pool.status)}. Ask for fewer, or change "
+            f"what removed them: dedup.similarity={cfg.dedup.similarity:g}, "
+            f"dedup.against={cfg.dedup.against:g} or hash.bits={cfg.hash.bits}."
         )
     levels, distance = hierarchical_kmeans(clean.vectors, cfg.balance, cfg.index.gpu, cfg.seed, folder, log)
     central = distance if cfg.balance.draw == "central" else None

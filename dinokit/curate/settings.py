@@ -15,6 +15,8 @@ STAGES = (
 SHARED = ("hash", "embed", "neighbours", "search")  # stages that several machines may share
 OLD_STAGES = {"survivors": "clean_index"}  # earlier names, which stage= still accepts
 
+FIT = 200, 50  # clusters of the two levels of a pool that is large enough
+
 # By section: the least value of each number, or of each number in a list.
 LEAST = {
     "embed": {"size": 0, "batch": 1, "workers": -1},
@@ -107,22 +109,39 @@ class Balance:
     """Images drawn evenly over hierarchical clusters of the pool (Vo et al. 2024, arXiv 2405.15613)."""
 
     images: int = 0  # 0: none are drawn
-    levels: tuple[int, ...] = (1000, 300)  # clusters, from the finest level up
+    levels: tuple[int, ...] = ()  # clusters, from the finest level up; empty: two levels that fit the images
     resample: tuple[int, ...] = (1, 10)  # resampling steps of each level
     nearest: tuple[int, ...] = (15, 2)  # members a cluster that a resampling step learns from
     draw: Literal["random", "central"] = "random"  # within a cluster of the finest level
     kmeans: KMeans = field(default_factory=KMeans)
 
     def __post_init__(self) -> None:
-        if not len(self.levels) == len(self.resample) == len(self.nearest):
+        levels = len(self.levels) or len(FIT)
+        if not levels == len(self.resample) == len(self.nearest):
             raise ValueError(
-                f"balance.levels, .resample and .nearest have {len(self.levels)}, {len(self.resample)} and "
+                f"balance.levels, .resample and .nearest have {levels}, {len(self.resample)} and "
                 f"{len(self.nearest)} values, but each needs one value a level."
             )
         if list(self.levels) != sorted(self.levels, reverse=True):
             raise ValueError(
                 f"balance.levels={list(self.levels)}: each level must have fewer clusters than the last."
             )
+
+    def levels_of(self, images: int) -> tuple[int, ...]:
+        """The clusters of each level; if none are given, a fifth of the images and a quarter of that, or FIT.
+
+        Raises:
+            ValueError: if there are more clusters than images.
+        """
+        if not self.levels:
+            first = max(min(FIT[0], images // 5), 1)
+            return first, max(min(FIT[1], first // 4), 1)
+        if self.levels[0] > images:
+            raise ValueError(
+                f"balance.levels={list(self.levels)}: {self.levels[0]} clusters of {images} images. "
+                f"Give fewer, such as balance.levels={images // 5 or 1},{images // 20 or 1}, or leave it out."
+            )
+        return self.levels
 
 
 @dataclass

@@ -32,6 +32,7 @@ from dinokit.runtime.trackers import Trackers
 T = TypeVar("T")
 
 BARS = "▁▂▃▄▅▆▇█"
+LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 CURVE = 12  # scores shown of a curve, the last ones
 
 
@@ -207,7 +208,7 @@ def first_and_last_scores(out: Path) -> list[str]:
 
 
 def watch(items: Iterable[T], total: int, text: str, done: int = 0, together: bool = False) -> Iterator[T]:
-    """Iterate over items with a progress bar on standard error, if that is a terminal.
+    """Iterate over items with a progress bar on standard error; a line every half minute in a pipe or file.
 
     All processes call it, each with its own items. Inside stop_signals(between_items=True) a stop signal ends
     it with Stopped in all processes: after the current item in a process that received it, after their last
@@ -225,8 +226,15 @@ def watch(items: Iterable[T], total: int, text: str, done: int = 0, together: bo
     """
     console = Console(stderr=True)
     hidden = rank() > 0 or not console.is_terminal
-    for item in track(items, text, total, done, console=console, disable=hidden, transient=True):
+    printed = begun = time.monotonic()
+    shown = track(items, text, total, done, console=console, disable=hidden, transient=True)
+    for number, item in enumerate(shown, done + 1):
         yield item
+        now = time.monotonic()
+        if hidden and now - printed > LINE_EVERY and number < total:
+            left = (now - begun) / (number - done) * (total - number)
+            info(f"{text}: {number} of {total}, left {clock(left)}")
+            printed = now
         if should_stop(together):
             break
     if should_stop(together=True):

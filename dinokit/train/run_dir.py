@@ -54,9 +54,11 @@ def open_run(recipe: Recipe) -> Path:
     if saved.exists():
         changes = differences(load_recipe(saved, of_run=True), recipe)
         if changes:
+            longer = any(change.startswith("optim.steps ") for change in changes)
             raise ValueError(
                 f"run.out={out} has a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
                 f"or give the old values to resume that run."
+                + (f" To train on: backbone.weights={out} and another run.out." if longer else "")
             )
     elif out.exists() and any(not path.match(TEMPORARY) and path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"run.out={out} is not empty and is not a run. Choose another run.out.")

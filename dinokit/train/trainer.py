@@ -271,6 +271,11 @@ class Trainer:
             )
         if self.start:
             self.log.info(f"resumes after step {self.start}")
+        if self.start >= self.recipe.optim.steps:
+            self.log.info(
+                f"all {self.start} steps were done before. The schedules end there; to train on, begin "
+                f"another run from these weights: backbone.weights={self.out} run.out=ANOTHER_FOLDER"
+            )
         if self.changed_images:
             self.log.info(f"images changed since the checkpoint: {', '.join(self.changed_images)}")
 

@@ -141,7 +141,7 @@ def test_a_stopped_list_resumes_after_its_finished_evaluators(words, folder, cap
     out, err = capfd.readouterr()
     assert "dinokit: resumes after knn; to evaluate these again, delete out/.list_" in err
     assert out.startswith(first)
-    lines = [json.loads(line) for line in out.splitlines()]
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert [line["eval"] for line in lines] == ["knn", "linear"]
     assert [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()] == lines
     assert not list(Path("out").glob(".list_*"))

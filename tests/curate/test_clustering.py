@@ -161,3 +161,8 @@ def test_entropy_is_one_for_equal_clusters_and_zero_for_one():
     assert entropy(np.array([5, 5, 5])) == pytest.approx(1)
     assert entropy(np.array([5, 0, 0])) == 0
     assert entropy(np.array([2, 1, 1])) == pytest.approx(1.5 * np.log(2) / np.log(3))
+
+
+def test_a_sample_is_drawn_where_the_last_cluster_is_empty():
+    levels = [np.array([0, 0, 1, 1, 1]), np.array([0, 0, 1])]  # three clusters, the last one empty
+    assert list(balanced_sample(levels, None, 5, np.random.default_rng(0))) == [0, 1, 2, 3, 4]

@@ -68,9 +68,21 @@ def _labels(names: Names, depth: int, root: Path) -> tuple[list[str], np.ndarray
             where = "a folder of its class below train/ or test/" if depth else "a folder of its class"
             raise ValueError(
                 f"labels=folders, but {root / name} is not in {where}. Move it, or set labels=none."
+                f"{_too_deep(root)}"
             )
         folders.add(path[depth])
     return class_ids(folders.codes, folders.words)
+
+
+def _too_deep(root: Path) -> str:
+    """A sentence if the folder looks like that of one class, beside those of others."""
+    beside = sorted(path.name for path in root.resolve().parent.iterdir() if path.is_dir())
+    if len(beside) < 2 or any(path.is_dir() for path in root.iterdir()):
+        return ""
+    return (
+        f" Is {root} the folder of one class? Then give the folder above it, {root.parent}, which has: "
+        f"{', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''}."
+    )
 
 
 def _images(
