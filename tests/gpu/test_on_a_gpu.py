@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dinokit.__main__ import main
+from dinokit.api import export
 from dinokit.bench import wait
 from dinokit.bench.step import bench_attention, bench_steps, plain
 from dinokit.config import registry
@@ -229,6 +230,16 @@ def test_an_extraction_is_that_of_the_cpu(backbone, tmp_path, processes):
         assert main(["extract", *words]) == 0
         stores.append(np.asarray(open_store(tmp_path / device)["cls"][:]))
     np.testing.assert_allclose(stores[1], stores[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_backbone_on_the_card_is_exported_and_stays_there(backbone, tmp_path):
+    want = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert export(backbone.to(GPU), "dinov2", tmp_path / "vit.pth")
+    assert all(p.is_cuda for p in backbone.parameters())
+    got = torch.load(tmp_path / "vit.pth", weights_only=True)
+    for name in want.keys() & got.keys():
+        assert torch.equal(got[name], want[name])
+    assert len(want.keys() & got.keys()) > 20
 
 
 def test_a_bench_measures_the_card():
