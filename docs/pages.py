@@ -59,6 +59,8 @@ def page_text(text: str, folder: Path) -> str:
     """The text of a page in `folder`, with the links that it needs in build/pages."""
 
     def link(match: re.Match[str]) -> str:
+        if match["label"] is None:  # a block of code
+            return match[0]
         label, target, anchor = match["label"], match["target"], match["anchor"] or ""
         path = (folder / target).resolve()
         if not path.exists():
@@ -72,8 +74,8 @@ def page_text(text: str, folder: Path) -> str:
             return f"{label}({relative.as_posix()}{anchor})"
         return label[1:-1]
 
-    pattern = r"(?P<label>!?\[[^\]]*\])\((?P<target>(?!https?:|#)[^)#\s]+)(?P<anchor>#[^)]*)?\)"
-    return re.sub(pattern, link, text)
+    pattern = r"^```.*?^```|(?P<label>!?\[[^\]]*\])\((?P<target>(?!https?:|#)[^)#\s]+)(?P<anchor>#[^)]*)?\)"
+    return re.sub(pattern, link, text, flags=re.M | re.S)
 
 
 def keys() -> Iterator[str]:
