@@ -195,11 +195,13 @@ def show_next(recipe: Recipe, has_labels: bool) -> None:
         return
     out, data = recipe.run.out, recipe.data
     images = [f"data.{key}={data[key]}" for key in ("name", "path") if data.get(key)]
+    conv = recipe.backbone.get("stem") == "conv"  # which no model of timm has
+    export = ["to=onnx", f"out={out}/backbone.onnx"] if conv else ["to=timm", f"out={out}/timm"]
     labelled = ["train.path=LABELLED/train", "test.path=LABELLED/test"]  # one sub-folder a class
     commands = [
         ["eval", "knn", f"weights={out}", *([] if "split" in data and has_labels else labelled)],
         ["extract", f"weights={out}", *images, f"out={out}/features"],
-        ["export", f"weights={out}", "to=timm", f"out={out}/timm"],
+        ["export", f"weights={out}", *export],
         ["report", out],
     ]
     print("What next:")
