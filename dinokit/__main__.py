@@ -47,7 +47,7 @@ def _report(error: Exception, as_json: bool) -> int:
     text = "\n".join([text, *getattr(error, "__notes__", ())])
     print("dinokit: " + "\n    ".join(map(printable, text.splitlines())), file=sys.stderr)
     if as_json:
-        print(_outcome.as_json({"error": text, "status": status}))
+        print(_outcome.as_json({**getattr(error, "result", {}), "error": text, "status": status}))
     return status
 
 

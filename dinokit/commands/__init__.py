@@ -81,11 +81,12 @@ class FailedError(RuntimeError):
     Args:
         text: for the user.
         exit_status: of the program, as in dinokit.commands._outcome; by default of a training that stopped.
+        result: what the command has found, which --json prints beside the error.
     """
 
-    def __init__(self, text: str, exit_status: int = 4) -> None:
+    def __init__(self, text: str, exit_status: int = 4, result: Mapping[str, Any] | None = None) -> None:
         super().__init__(text)
-        self.exit_status = exit_status
+        self.exit_status, self.result = exit_status, result or {}
 
 
 @dataclass
