@@ -22,6 +22,8 @@ def open_regular(path: str | Path) -> BufferedReader:
     Raises:
         OSError: if it is none, or cannot be opened; the message names it.
     """
+    if "\0" in str(path):
+        raise OSError(f"{str(path)!r} has a NUL, which no file name has: the list that names it is damaged.")
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}

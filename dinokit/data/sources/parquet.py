@@ -11,6 +11,7 @@ random row costs reading its whole row group.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -200,7 +201,8 @@ def read_columns(path: Path, image: str, label: str, split: str) -> Columns:
     schema = file.schema_arrow
     _check(path, schema, image, label, split)
     names = [name for name in (label, split) if name in schema.names]
-    table = file.read(columns=names, use_threads=False)
+    with _damage_named(path):
+        table = file.read(columns=names, use_threads=False)
     classes = _classes(schema, label) if label in names else None
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     leaf = _leaf(schema, image)
@@ -215,9 +217,27 @@ def read_columns(path: Path, image: str, label: str, split: str) -> Columns:
 
 
 def read_images(path: Path, group: int, image: str) -> "pa.ChunkedArray":
-    """The images of one row group, as a chunked array of bytes or of structs with a field `bytes`."""
+    """The images of one row group, as a chunked array of bytes or of structs with a field `bytes`.
+
+    Raises:
+        ValueError: if the row group is damaged.
+    """
     file = _open(path)
-    return file.read_row_group(group, columns=[_leaf(file.schema_arrow, image)], use_threads=False).column(0)
+    column = _leaf(file.schema_arrow, image)
+    with _damage_named(path):
+        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Name the file in pyarrow's errors, which do not."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} cannot be read or is damaged: {reason}. Copy or download it again."
+        ) from None
 
 
 def read_metadata(path: Path) -> tuple[list[str], dict[str, Any]]:
@@ -245,7 +265,9 @@ def _open(path: Path) -> "pq.ParquetFile":
     parquet = _arrow("pyarrow.parquet")
     try:
         return parquet.ParquetFile(path, memory_map=True)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # missing or forbidden, which names the file
+            raise
         if path.suffix.lower() != ".parquet":
             raise wrong_kind(path, "a .parquet file") from None
         raise ValueError(f"{path} is damaged or no Parquet file: {error}") from None

@@ -108,3 +108,9 @@ def test_a_folder_is_sent_to_its_reader(folder: Path) -> None:
 def test_another_process_sees_the_same(folder: Path, numbers_elsewhere: Numbers) -> None:
     source = opened(folder / "t.csv", "path,label\n" + "\n".join(f"{n}.png,{n % 3}" for n in range(10)))
     assert numbers_elsewhere(source) == [[(n, n % 3) for n in range(10)]] * 3
+
+
+def test_a_nul_in_a_list_is_named_as_damage(folder: Path) -> None:
+    source = opened(folder / "mine.txt", "3.png\n1\0.png\n")
+    with pytest.raises(OSError, match=r"1\\x00.png' has a NUL"):
+        source[1]
