@@ -71,7 +71,7 @@ def run(command: Command) -> dict[str, Any]:
         print(f"{'not installed':<16}{line}")
     found = machine_findings(cfg.out)
     scans = {}
-    sections = [*command.words, *([cfg.data] if cfg.data else [])]
+    sections: list[Any] = [*command.words, *([cfg.data] if cfg.data else [])]
     for images in sections:
         name = images if isinstance(images, str) else str(images.get("path", images["name"]))
         result = scan(as_source(images, cfg.channels), cfg.sample)

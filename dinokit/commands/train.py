@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit import evaluation
-from dinokit.commands import RECIPE_KEYS, Command, key_lines
+from dinokit.commands import RECIPE_KEYS, Command, FailedError, key_lines
+from dinokit.commands._outcome import MEMORY, exit_status
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, read_mapping
 
@@ -31,15 +32,35 @@ if TYPE_CHECKING:
 
 MULTI_PROCESS = RESUMES = True
 SHORT = RECIPE_KEYS
+FLAGS = {"--dry-run": "check everything, time a few steps, print what the run will be, and write nothing"}
 words = registry.recipe_names
 
 
 def run(command: Command) -> dict[str, Any]:
     recipe = recipe_of(command)
+    if "--dry-run" in command.flags:
+        return _dry_run(recipe)
     source = pretrain(recipe)
     write_report(recipe)
     show_next(recipe, bool(source.classes))
     return result_of(recipe)
+
+
+def _dry_run(recipe: Recipe) -> dict[str, Any]:
+    from dinokit.runtime.device import pick_device
+    from dinokit.train import fit
+    from dinokit.train.run_dir import with_precision
+
+    source: ImageSource = registry.build("data.sources", recipe.data)
+    device = pick_device(recipe.run.device)
+    recipe = with_precision(recipe, device)
+    warnings = fit.warning(recipe, len(source), device)
+    print("A few steps are timed; nothing is written.", file=sys.stderr)
+    lines = fit.dry_run(recipe, source, device)
+    for key, value in lines.items():
+        print(f"{key}: {value}")
+    print("\n".join(warnings))
+    return {"plan": lines, "warnings": warnings}
 
 
 def result_of(recipe: Recipe) -> dict[str, Any]:
@@ -143,11 +164,22 @@ def pretrain(
     recipe: Recipe, given: "ImageSource | None" = None, callbacks: "Sequence[Callback]" = ()
 ) -> "ImageSource":
     """Train a recipe on its data, or on those given, with its evaluators, into run.out. Returns the data."""
-    from dinokit.train import trainer
+    from dinokit.runtime.device import pick_device
+    from dinokit.runtime.distributed import launch
+    from dinokit.train import fit, trainer
+    from dinokit.train.run_dir import with_precision
 
     source: ImageSource = registry.build("data.sources", recipe.data) if given is None else given
-    draw = partial(_draw, recipe, source)
-    trainer.train(recipe, source, _evaluators(recipe, source), draw, callbacks)
+    draw, device = partial(_draw, recipe, source), pick_device(recipe.run.device)
+    if launch().rank == 0:
+        for line in fit.warning(with_precision(recipe, device), len(source), device):
+            print(line, file=sys.stderr)
+    try:
+        trainer.train(recipe, source, _evaluators(recipe, source), draw, callbacks)
+    except (RuntimeError, MemoryError) as error:
+        if exit_status(error) != MEMORY:
+            raise
+        raise FailedError(fit.out_of_memory(recipe, device, error), MEMORY) from error
     return source
 
 

@@ -95,6 +95,13 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, str]:
     return lines | cluster_estimate(recipe, student, cluster, activation_memory(recipe, at_once)[1])
 
 
+def state_memory(recipe: Recipe) -> float:
+    """GiB for weights, gradients, AdamW and teacher in one process that keeps all of them."""
+    with torch.device("meta"):
+        student = Network(recipe)
+    return sum(p.numel() for p in student.parameters()) * STATE_BYTES / GIB
+
+
 def activation_memory(recipe: Recipe, images: int) -> tuple[int, float]:
     """Student tokens of one forward pass over `images`, and GiB that its backward pass needs: an estimate."""
     with torch.device("meta"):

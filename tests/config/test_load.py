@@ -227,7 +227,7 @@ def test_every_number_of_a_recipe_has_a_range():
     numbers = {
         key
         for key, value in settings_of(recipe)
-        if isinstance(value, int | float | tuple) and not isinstance(value, bool)
+        if isinstance(value, int | float | tuple) and not isinstance(value, bool) and value != ()
     }
     assert {key for key in numbers if range_of(key) is None} == set()
     used = {key for key in RANGES if any(fnmatch(number, key) for number in numbers)}
