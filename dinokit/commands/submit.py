@@ -288,6 +288,8 @@ def _check(words: Sequence[str], profile: Config, tasks: int) -> set[str]:
         The dotted names of modules in the command.
     """
     name, rest = words[0], words[1:]
+    if "--dry-run" in rest:
+        raise ValueError(f"A dry run needs no job.{_hint_before(rest)}")
     module = registry.find("commands", name)
     try:
         command = read_command(name, rest)

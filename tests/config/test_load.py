@@ -191,7 +191,7 @@ MISTAKES = {
     "data.name=null": "data.name must be given; there is: ",
     "data=null": "data.name must be given; there is: ",
     "backbone=null": "backbone.name must be given; there is: ",
-    "backbone=vit": "backbone: Cannot assign str",
+    "backbone=vit": "backbone=vit: it is a section. Give backbone.name=vit",
     "evals.knn.every=null": "evals.knn.every must be given: the number of steps between two evaluations",
     "optim.steps=???": "optim.steps must be given, as in optim.steps=VALUE.",
     "teacher.frozen=???": "teacher.frozen must be given, as in teacher.frozen=VALUE.",

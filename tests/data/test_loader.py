@@ -219,7 +219,7 @@ def test_an_image_of_other_channels_counts_as_unreadable() -> None:
 
 @pytest.mark.parametrize(("count", "tried"), [(1, "1"), (3, "3"), (200, "2[01]")])
 def test_a_set_without_readable_images_stops_the_run_with_names(count: int, tried: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"^{tried} images in a row .*images/\d+\.jpg: damaged"):
+    with pytest.raises(OSError, match=rf"^{tried} images in a row .*images/\d+\.jpg: damaged"):
         run(Plain(count, bad=range(count)))
 
 

@@ -44,7 +44,11 @@ def test_features_are_made_once_a_view_or_online_in_every_step(colours, mean, va
 
 def test_the_best_heads_of_the_released_shapes_are_written_as_those_are(colours, mean, tmp_path):
     evaluate(config(**colours, out=str(tmp_path / "heads")), mean)
-    assert sorted(p.name for p in (tmp_path / "heads").iterdir()) == ["linear4_head.pth", "linear_head.pth"]
+    assert sorted(p.name for p in (tmp_path / "heads").iterdir()) == [
+        "classifier.safetensors",  # for dinokit predict
+        "linear4_head.pth",
+        "linear_head.pth",
+    ]
     for name, blocks in {"linear_head.pth": 1, "linear4_head.pth": 4}.items():
         head = torch.load(tmp_path / "heads" / name, weights_only=True)
         assert {key: tuple(value.shape) for key, value in head.items()} == {

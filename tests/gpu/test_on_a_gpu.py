@@ -11,6 +11,7 @@ from dinokit.__main__ import main
 from dinokit.api import export
 from dinokit.bench import wait
 from dinokit.bench.step import bench_attention, bench_steps, plain
+from dinokit.commands.doctor import machine
 from dinokit.config import registry
 from dinokit.config.load import load_recipe, section_values
 from dinokit.data.augment import Photometric
@@ -20,6 +21,7 @@ from dinokit.models import Input
 from dinokit.models.attention import unavailable_reason
 from dinokit.runtime.device import memory_share, peak_memory, pick_device, pick_precision
 from dinokit.train.choose import choose, measure
+from dinokit.train.fit import memory_available
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher
 from dinokit.weights import save_backbone
@@ -166,6 +168,21 @@ def test_the_memory_that_is_reported_is_that_of_the_card():
     assert 1 <= peak_memory(GPU) <= torch.cuda.mem_get_info()[1] / 2**30
     assert 0 < memory_share(GPU) <= 1
     del block
+
+
+def test_the_memory_that_is_free_is_that_of_the_card():
+    free = memory_available(GPU)
+    assert 0 < free <= torch.cuda.mem_get_info()[1] / 2**30
+    block = torch.ones(2**30, device=GPU)  # 4 GiB
+    assert memory_available(GPU) < free - 3
+    del block
+
+
+def test_doctor_names_the_card(tmp_path):
+    facts = machine(str(tmp_path))
+    assert torch.cuda.get_device_name(0) in facts["GPU 0"]
+    assert facts["driver"] != "none"
+    assert facts["CUDA"] == torch.version.cuda
 
 
 def test_a_run_without_a_recipe_takes_the_one_for_gpus(tmp_path):
