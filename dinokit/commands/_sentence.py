@@ -16,7 +16,9 @@ UNITS = {
 }
 
 
-def sentence(name: str, values: Mapping[str, Any], line: Mapping[str, Any], channels: int) -> str:
+def sentence(
+    name: str, values: Mapping[str, Any], line: Mapping[str, Any], channels: int, processes: int = 1
+) -> str:
     """What an evaluator found; "" if it has no score that a sentence is known for.
 
     Args:
@@ -24,6 +26,8 @@ def sentence(name: str, values: Mapping[str, Any], line: Mapping[str, Any], chan
         values: its settings.
         line: its line in results.jsonl.
         channels: of the images.
+        processes: that share the work. Of several only the first makes a sentence, so raw pixels are not
+            evaluated then: the others would not take part.
     """
     accuracy = _accuracy(line)
     if not accuracy:
@@ -31,11 +35,11 @@ def sentence(name: str, values: Mapping[str, Any], line: Mapping[str, Any], chan
     images = f"{line['images_test']:,.0f} images" if "images_test" in line else "the images"
     which = f" (by {accuracy.partition('@')[2]} neighbours)" if "@" in accuracy else ""
     against = []
-    with suppress(ValueError, LookupError, OSError):
+    with suppress(ValueError, LookupError, OSError, ZeroDivisionError):
         classes = len(registry.build("data.sources", values["test"]).classes)
         against.append(f"guessing among {classes} classes {_percent(1 / classes)}")
         count = line.get("images_train", FEW) + line.get("images_test", FEW)
-        if name == "knn" and count <= FEW and line["weights"] != "backbone.name=pixels":
+        if name == "knn" and processes == 1 and count <= FEW and line["weights"] != "backbone.name=pixels":
             section = {"name": "pixels", "channels": channels}
             pixels = evaluation.load_evaluated(None, section, "cpu")
             plain = evaluation.run_evaluator(name, {**values, "cache": None, "few_shot": ()}, pixels)

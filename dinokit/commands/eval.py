@@ -145,7 +145,8 @@ def _evaluate_all(
             print(f"dinokit: {job.label}: {error}", file=sys.stderr)
             continue
         if rank() == 0:
-            if text := sentence(job.name, job.values, lines[job.label], backbone.channels):
+            line = lines[job.label]
+            if text := sentence(job.name, job.values, line, backbone.channels, world_size()):
                 print(text)
             print(json.dumps(lines[job.label]))
     if failed:

@@ -194,7 +194,7 @@ def test_runs_are_made_once_and_a_changed_row_is_refused(sweep, tmp_path, capfd)
 @pytest.mark.slow
 def test_a_failed_row_does_not_stop_the_others(sweep, tmp_path, capfd):
     broken = "data={name: folder, path: /nowhere}"
-    assert sweep(f"recipe: tiny.yaml\nrows: {{broken: ['{broken}'], base: []}}") == 2
+    assert sweep(f"recipe: tiny.yaml\nrows: {{broken: ['{broken}'], base: []}}") == 4
     caught = capfd.readouterr()
     assert "1 of 2 runs failed: broken (dinokit: " in caught.err
     assert "| base   | 1/1" in caught.out
