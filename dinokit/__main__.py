@@ -76,7 +76,7 @@ def _run(argv: Sequence[str]) -> None:
         flags = parse("", argv, [*OPTIONS, *LETTERS]).flags
         print(f"dinokit {__version__}" if flags.keys() & {"--version", "-V"} else _overview())
         return
-    name, available = argv[0], registry.names("commands")
+    name, available = argv[0].replace("_", "-"), registry.names("commands")
     if name not in available:
         near = registry.suggest(name, available)
         raise LookupError(f"There is no command '{name}'.{near} Commands are: {', '.join(available)}.")

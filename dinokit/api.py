@@ -38,19 +38,20 @@ from dinokit.data.transforms import Preprocessing
 from dinokit.features import Extraction, ExtractSpec, Store, device_of, frozen, normalised, open_store
 from dinokit.features.extract_store import forward_blocks, select_blocks, select_fit, token_rows
 from dinokit.hub import RELEASED
-from dinokit.hub.entry import fetch, released_vit
+from dinokit.hub.entry import fetch, released_backbone
 from dinokit.models import Backbone
 from dinokit.models import build as build_backbone
 from dinokit.prediction import Prediction
 from dinokit.prediction import predict as predict_labels
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
-from dinokit.runtime.distributed import cache_folder
+from dinokit.runtime.distributed import cache_folder, gather_objects
 from dinokit.runtime.launch import folder_lock
 from dinokit.runtime.signals import Stopped
 from dinokit.weights import load_backbone
 
 Model = Backbone | str | Path
 Fit = Literal["crop", "pad", "resize"]
+AutoPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -76,7 +77,7 @@ def create_model(name: str, pretrained: bool = False, **settings: Any) -> Backbo
         ValueError, TypeError: for wrong settings, or if `pretrained` is asked of one without weights.
     """
     if name in RELEASED:
-        return released_vit(RELEASED[name], pretrained, None, settings).eval()
+        return released_backbone(RELEASED[name], pretrained, None, settings).eval()
     if name not in registry.names("models") and "." not in name:
         near = registry.suggest(name, list_models())
         raise LookupError(f"There is no model '{name}'.{near} There is: {', '.join(list_models())}.")
@@ -103,7 +104,7 @@ def transform(model: Model, size: int = 0, fit: Fit = "crop", resize: int = 0) -
 
 def encode(
     model: Model, images: Any, tokens: str | Sequence[str] = "cls", layers: str | Sequence[int] = "last",
-    fit: Fit = "crop", size: int = 0, batch: int = 64, workers: int = 0,
+    fit: Fit = "crop", size: int = 0, batch: int = 64, workers: int = 0, precision: AutoPrecision = "auto",
 ) -> Any:  # fmt: skip
     """Features of images, in memory and in their order.
 
@@ -116,6 +117,7 @@ def encode(
         size: as for transform().
         batch: images at a time.
         workers: processes that load images; -1: one a core but one.
+        precision: of the backbone: fp32, bf16, fp16, or auto, as in training.
 
     Returns:
         (b, D) float32 on the CPU; (b, N, D) for patch and registers; by name if `tokens` is a list.
@@ -128,6 +130,7 @@ def encode(
     names = (tokens,) if isinstance(tokens, str) else tuple(tokens)
     spec = ExtractSpec(names, layers, fit, size)
     blocks, cut = select_blocks(layers, backbone), select_fit(spec, backbone)
+    device, dtype = device_of(backbone), DTYPES[pick_precision(precision, device_of(backbone))]
     loader = image_loader(source, cut, RangeSampler([range(len(source))], batch), workers)
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     with frozen(backbone), torch.inference_mode():
@@ -136,8 +139,9 @@ def encode(
                 raise ValueError(f"{loaded.errors[0]} dinokit.extract() goes on without such images.")
             rows: dict[str, list[Any]] = {name: [None] * len(loaded.labels) for name in names}
             for pixels, places in loaded.groups:
-                x = normalised(backbone, pixels.to(device_of(backbone)))
-                layer_tokens = forward_blocks(backbone, [x], blocks)[0]
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    x = normalised(backbone, pixels.to(device))
+                    layer_tokens = forward_blocks(backbone, [x], blocks)[0]
                 for name in names:
                     values = token_rows(name, layer_tokens).float().cpu()
                     for place, row in zip(places.tolist(), values, strict=True):
@@ -161,7 +165,7 @@ def extract(
     model: Model, images: Any, out: str | Path, tokens: str | Sequence[str] = "cls",
     layers: str | Sequence[int] = "last", fit: Fit = "crop", size: int = 0,
     dtype: Literal["float16", "float32"] = "float16", batch: int = 64, workers: int = -1,
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    precision: AutoPrecision = "auto",
 ) -> Store:  # fmt: skip
     """Write the features of images into the folder `out`, as `dinokit extract`, or resume it. Returns it.
 
@@ -176,9 +180,8 @@ def extract(
     about: dict[str, Any] = {"weights": "" if isinstance(model, Backbone) else str(model)}
     about |= {"data": _section(images), "precision": precision}
     with folder_lock(Path(out), ""):
-        work = Extraction(
-            Path(out), backbone, source, ExtractSpec(names, layers, fit, size, dtype=dtype), about
-        )
+        spec = ExtractSpec(names, layers, fit, size, dtype=dtype)
+        work = Extraction(Path(out), backbone, source, spec, about)
         work.run(batch, workers, DTYPES[pick_precision(precision, device_of(backbone))])
     return open_store(out)
 
@@ -198,6 +201,7 @@ def train(
         minutes: of training, where the recipe is chosen.
         callbacks: functions that get the steps done, values by name (losses when they are logged, scores as
             'knn/top1@20'), and the teacher. The run stops if one returns True, and the same call resumes it.
+            Of several processes each calls them, with equal losses and scores; True in one stops all.
 
     Raises:
         ValueError, LookupError: for wrong settings or images.
@@ -221,14 +225,14 @@ def train(
 
     def watched(step: int, numbers: Mapping[str, float], backbone: Backbone) -> bool:
         answers = [callback(step, numbers, backbone) for callback in callbacks]  # all are called
-        if any(answer is True for answer in answers):
+        if any(gather_objects(any(answer is True for answer in answers))):  # in any process
             stopped_at.append(step)
         return bool(stopped_at)
 
     texts = [f"{key}={_text(value)}" for key, value in _flat(values)]
-    checked = train_command.recipe_of(Command(words, texts), given)
+    checked, seconds = train_command.recipe_and_speed(Command(words, texts), given)
     try:
-        train_command.pretrain(checked, given, [watched] if callbacks else [])
+        train_command.pretrain(checked, given, [watched] if callbacks else [], seconds)
     except Stopped:
         if not stopped_at:
             raise
@@ -371,10 +375,8 @@ def export(model: Model, to: str, out: str | Path, **settings: Any) -> list[str]
         weights = str(model)
     else:
         given = _backbone(model).cpu()
-    values = section_values(
-        "commands", "export", {"weights": weights, "to": to, "out": str(out), **settings}, ""
-    )
-    return list(export_backbone(ExportConfig(**values), given))
+    values = {"weights": weights, "to": to, "out": str(out), **settings}
+    return list(export_backbone(ExportConfig(**section_values("commands", "export", values, "")), given))
 
 
 def _backbone(model: Model) -> Backbone:
@@ -392,8 +394,5 @@ def _section(images: Any, labels: bool = False) -> dict[str, Any] | None:
     if not isinstance(images, str | Path) or Path(images).suffix.lower() in IMAGE_SUFFIXES:
         return None
     name = reader_of(str(images))
-    return {
-        "name": name,
-        "path": str(images),
-        **({"labels": "folders"} if labels and name == "folder" else {}),
-    }
+    by_folder = {"labels": "folders"} if labels and name == "folder" else {}
+    return {"name": name, "path": str(images), **by_folder}

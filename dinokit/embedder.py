@@ -1,6 +1,6 @@
 """A backbone as a transformer of scikit-learn: images in, one feature vector each out."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -8,6 +8,8 @@ from dinokit.api import encode
 from dinokit.models import Backbone
 from dinokit.runtime.device import pick_device
 from dinokit.weights import load_backbone
+
+PARAMETERS = ("weights", "tokens", "size", "batch", "device", "unit", "precision")
 
 
 class Embedder:
@@ -25,14 +27,15 @@ class Embedder:
         batch: images at a time.
         device: cpu, cuda, or auto.
         unit: scale vectors to length 1.
+        precision: as of dinokit.encode().
     """
 
     def __init__(
         self, weights: Any = "", tokens: str = "cls", size: int = 0, batch: int = 64, device: str = "auto",
-        unit: bool = False,
+        unit: bool = False, precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     ) -> None:  # fmt: skip
         self.weights, self.tokens, self.size = weights, tokens, size
-        self.batch, self.device, self.unit = batch, device, unit
+        self.batch, self.device, self.unit, self.precision = batch, device, unit, precision
 
     def fit(self, images: Any = None, labels: Any = None) -> Self:
         """Load the weights. Neither images nor labels are used.
@@ -53,7 +56,9 @@ class Embedder:
         """
         if not hasattr(self, "backbone_"):
             self.fit()
-        x = encode(self.backbone_, images, self.tokens, size=self.size, batch=self.batch)
+        x = encode(
+            self.backbone_, images, self.tokens, size=self.size, batch=self.batch, precision=self.precision
+        )
         x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) if self.unit else x
         return np.asarray(x.numpy(), np.float32)
 
@@ -63,7 +68,7 @@ class Embedder:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of the constructor."""
-        return {key: getattr(self, key) for key in ("weights", "tokens", "size", "batch", "device", "unit")}
+        return {key: getattr(self, key) for key in PARAMETERS}
 
     def set_params(self, **params: Any) -> Self:
         """Set arguments of the constructor; the weights are loaded again when they are needed.

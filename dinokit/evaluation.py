@@ -26,6 +26,10 @@ FOLDER_LAYOUTS = {  # of a source that is given by its path alone
     "data.sources": "one sub-folder a class",
     "data.dense": "images/ and masks/ or depth/",
     "data.videos": "JPEGImages/ and Annotations/",
+    "data.clips": "one sub-folder a class, with videos or folders of frames",
+    "data.pairs": "JPEGImages/, PairAnnotation/ and Layout/",
+    "data.captions": "images, each with a text file of captions beside it",
+    "data.objects": "images, each with a JSON file of masks beside it",
 }
 
 
@@ -36,6 +40,12 @@ def source_fields(name: str) -> dict[str, str]:
         f for f in fields(config) if "split" in f.metadata and not {"optional", "many"} & set(f.metadata)
     ]
     return {f.name: f.metadata["split"] for f in required}
+
+
+def registries(name: str) -> set[str]:
+    """The registries that an evaluator's sources are of, such as data.sources."""
+    config = registry.read_config("eval", name)
+    return {f.metadata.get("registry", "") for f in fields(config) if "split" in f.metadata}
 
 
 def needs_labels(name: str) -> bool:
@@ -111,7 +121,8 @@ def load_evaluated(weights: str | None, section: Mapping[str, Any] | None, devic
 
     Args:
         weights: a file or a run; or None, and then:
-        section: the section `backbone` of one that is built with the weights that its code gives it, seed 0.
+        section: the section `backbone` of one with the weights that its code gives it, seed 0, or that the
+            section names.
         device: as run.device.
 
     Raises:
@@ -119,21 +130,15 @@ def load_evaluated(weights: str | None, section: Mapping[str, Any] | None, devic
     """
     import torch
 
-    from dinokit import models
     from dinokit.runtime.device import pick_device
-    from dinokit.weights import load_backbone
+    from dinokit.weights import build_section, load_backbone
 
     target = pick_device(device)
     if weights is not None:
         return load_backbone(weights).to(target)
     assert section is not None
-    if "name" not in section:
-        raise ValueError(f"backbone.name must be given; there is: {', '.join(registry.names('models'))}.")
-    name = section["name"]
-    rest = {key: value for key, value in section.items() if key != "name"}
     torch.manual_seed(0)
-    checked = {"name": name, **section_values("models", name, rest, "backbone")}
-    return models.build(checked).to(target).eval()
+    return build_section(section).to(target)
 
 
 def describe_evaluated(weights: str | None, backbone: "Backbone") -> dict[str, Any]:
@@ -157,9 +162,19 @@ def transform_of(values: Mapping[str, Any], backbone: "Backbone") -> dict[str, A
 
 
 def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") -> dict[str, float]:
-    """The scores of a backbone by evaluator `name`."""
+    """The scores of a backbone by evaluator `name`, on images with as many channels as it takes."""
     module = registry.find("eval", name)
-    return module.evaluate(module.Config(**values), backbone)
+    given = dict(values)
+    for item in fields(module.Config):
+        if "registry" in item.metadata and given.get(item.name):
+            section, many = given[item.name], "many" in item.metadata
+            sections = section if many else {"": section}
+            new = {
+                key: {**each, "channels": backbone.channels} if "channels" in each else each
+                for key, each in sections.items()
+            }
+            given[item.name] = new if many else new[""]
+    return module.evaluate(module.Config(**given), backbone)
 
 
 @dataclass

@@ -21,16 +21,26 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.config import registry
-from dinokit.config.load import read_mapping
+from dinokit.config.load import read_mapping, unresolved
+from dinokit.runtime.files import DiskFullError, fits, json_record, read_regular
 
 NAME, METRICS = "results.jsonl", "metrics.jsonl"
 PACKAGES = ("dinokit", "torch", "torchvision", "numpy", "pillow")
 MACHINE = ("batch", "cache", "out", "overlap", "save_every", "workers")  # settings that do not change a score
 SET = ("channels", "target")  # keys of a source that the evaluator sets, whatever their value
 NOT_SCORES = "eval", "weights", "about", "file"  # keys of a line
-LOWER = ("abs_rel", "sq_rel", "rmse", "log10", "log_10", "silog")  # scores of which less is better
-COUNTS = "images", "queries", "classes", "blocks"  # beginnings of scores that are numbers of things
-PLAIN = "queries", "blocks", "pool", "lr", "C", "held_out"  # numbers that inform, but do not rank
+# Beginnings of scores of which less is better.
+LOWER = ("abs_rel", "sq_rel", "rmse", "log10", "log_10", "silog", "NoC", "failed", "quality", "other")
+COUNTS = (
+    "images",
+    "objects",
+    "queries",
+    "classes",
+    "blocks",
+    "clips",
+    "steps",
+)  # beginnings of scores that are numbers of things
+PLAIN = "queries", "blocks", "pool", "lr", "C", "held_out", "steps"  # numbers that inform, but do not rank
 
 
 def record(
@@ -61,8 +71,8 @@ def record(
         **{key: _count_or_score(key, value) for key, value in scores.items()},
         "about": {
             **about,
-            "data": sources,
-            "settings": rest,
+            "data": unresolved(sources),
+            "settings": unresolved(rest),
             "seed": settings.get("seed", 0),
             "software": {"python": platform.python_version(), **software},
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -85,19 +95,26 @@ def append(folder: str | Path, line: Mapping[str, Any]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(line) + "\n"
-        with path.open("a+b") as file:  # in one write at the end: two commands may add at the same time
+        # In one write at the end: two commands may add at the same time.
+        with fits(path), path.open("a+b") as file:
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 text = text if file.read(1) == b"\n" else "\n" + text  # after a line that was cut short
             file.write(text.encode())
     except OSError as error:
-        raise OSError(f"The result could not be added to {path}: {error}. Set out=ANOTHER_FOLDER.") from None
+        why = error.fact if isinstance(error, DiskFullError) else error
+        scores = json.dumps({key: value for key, value in line.items() if key not in NOT_SCORES})
+        raise OSError(
+            f"The result could not be added to {path}: {why}. Set out=ANOTHER_FOLDER. It is: {scores}"
+        ) from None
     return path
 
 
 def read(folders: Iterable[str | Path], needed: bool = True) -> tuple[list[dict[str, Any]], list[str]]:
     """All lines of the results in some folders and below them, oldest first.
+
+    Lines of a file stay in its order, also if the clock was set back between them; files are merged by time.
 
     Returns:
         The lines, each with `file`; and the places of lines that are not results, as text.
@@ -105,34 +122,38 @@ def read(folders: Iterable[str | Path], needed: bool = True) -> tuple[list[dict[
     Raises:
         LookupError: if a folder does not exist, or if results are `needed` and there is none.
     """
-    lines, broken = [], []
+    lines: list[tuple[datetime, dict[str, Any]]] = []
+    broken = []
     for folder in map(Path, folders):
         if not folder.exists():
             raise LookupError(f"There is no folder {folder} (looked from {Path.cwd()}).")
         for file in sorted(folder.rglob(NAME)) if folder.is_dir() else [folder]:
-            for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            latest = datetime.min.replace(tzinfo=UTC)
+            for number, text in enumerate(read_regular(file).decode("utf-8", "replace").splitlines(), 1):
                 line = _line(text)
                 if line is None:
                     broken.append(f"{file}, line {number}")
                 else:
-                    lines.append({**line, "file": str(file)})
+                    latest = max(latest, _moment(line))
+                    lines.append((latest, {**line, "file": str(file)}))
     if not lines and needed:
         where = ", ".join(map(str, folders))
         raise LookupError(f"There is no {NAME} in {where} or below. dinokit eval makes it.")
-    return sorted(lines, key=_moment), broken
+    return [line for _, line in sorted(lines, key=lambda each: each[0])], broken
 
 
 def _line(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
+    line = json_record(text)
+    if line is None or not isinstance(line.get("about"), dict):
         return None
-    complete = isinstance(line, dict) and {"eval", "weights", "about"} <= set(line)
-    return line if complete and isinstance(line["about"], dict) else None
+    sections = [line["about"].get(key, {}) for key in ("settings", "data")]
+    sections += sections[1].values() if isinstance(sections[1], dict) else []
+    mappings = all(isinstance(each, dict) for each in sections)
+    return line if mappings and all(isinstance(line.get(key), str) for key in ("eval", "weights")) else None
 
 
 def _moment(line: Mapping[str, Any]) -> datetime:
-    """When it was evaluated; lines without a time come first."""
+    """When it was evaluated, as the line says; long ago without a time."""
     try:
         moment = datetime.fromisoformat(str(line["about"].get("time", "")))
     except ValueError:
@@ -208,11 +229,10 @@ def training_tables(folders: Iterable[str | Path]) -> list[Table]:
 def _by_evaluator(file: Path) -> dict[str, list[tuple[int, dict[str, float]]]]:
     """Steps and scores of each evaluator."""
     result: dict[str, list[tuple[int, dict[str, float]]]] = {}
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(text)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+    for text in read_regular(file).decode("utf-8", "replace").splitlines():
+        record = json_record(text) or {}
+        step = record.get("step")
+        if type(step) is not int:
             continue
         by_name: dict[str, dict[str, float]] = {}
         for key, value in record.items():
@@ -234,14 +254,17 @@ def _data_of_run(run: Path, name: str) -> str:
     """The data of an evaluator inside a run: its own test images, or those of the run."""
     if not (run / "recipe.yaml").is_file():
         return "unknown data"
-    recipe: dict[str, Any] = read_mapping(run / "recipe.yaml")
-    section = ((recipe.get("evals") or {}).get(name) or {}).get("test") or recipe.get("data") or {}
-    return str(section.get("path") or section.get("name", "nothing"))
+    recipe: Any = read_mapping(run / "recipe.yaml")
+    try:
+        section = ((recipe.get("evals") or {}).get(name) or {}).get("test") or recipe.get("data") or {}
+        return str(section.get("path") or section.get("name", "nothing"))
+    except AttributeError:
+        raise ValueError(f"{run / 'recipe.yaml'} is damaged: its evals or data are no sections.") from None
 
 
 def lower_is_better(score: str) -> bool:
     """Whether a lower score is better: an error, and not an accuracy."""
-    return score.split(maxsplit=1)[0].removesuffix("_optimistic").startswith(LOWER)
+    return next(iter(score.split()), "").removesuffix("_optimistic").startswith(LOWER)
 
 
 def best(column: str, values: Sequence[float]) -> float | None:
@@ -255,9 +278,8 @@ def sort_key(column: str, value: float | None) -> float:
 
 
 def _is_score(key: str, value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and key not in (*NOT_SCORES, *PLAIN) and not key.startswith("images_")
-    )
+    counts = key.startswith(("images_", "objects_", "clips_"))
+    return isinstance(value, int | float) and key not in (*NOT_SCORES, *PLAIN) and not counts
 
 
 def _settings(line: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -22,7 +22,11 @@ REGISTRIES = {
     "losses": ("Losses", "losses.NAME.KEY=VALUE"),
     "data.sources": ("Sources of images", "data.name=NAME data.KEY=VALUE"),
     "data.dense": ("Sources of images with maps", "train.name=NAME train.KEY=VALUE"),
+    "data.objects": ("Sources of images with masks of objects", "test.name=NAME test.KEY=VALUE"),
+    "data.captions": ("Sources of images with captions", "data.name=NAME data.KEY=VALUE, or test.name=NAME"),
     "data.videos": ("Sources of videos", "test.name=NAME test.KEY=VALUE"),
+    "data.pairs": ("Sources of pairs of images with points", "test.name=NAME test.KEY=VALUE"),
+    "data.clips": ("Sources of clips with classes", "test.name=NAME test.KEY=VALUE"),
     "eval": ("Evaluators", "dinokit eval NAME KEY=VALUE, or evals.NAME.KEY=VALUE in a recipe"),
 }
 # Modules of the Python reference, with the question that each answers.
@@ -33,6 +37,9 @@ MODULES = {
     "dinokit.features": "Features of images",
     "dinokit.viz": "Pictures of features",
     "dinokit.heads": "Segmentation and depth heads",
+    "dinokit.segment.predictor": "Masks of objects by prompts",
+    "dinokit.language.aligned": "Images and texts in one space",
+    "dinokit.segment.by_example": "Masks of what examples show",
     "dinokit.models": "The base class of backbones",
     "dinokit.losses": "What a loss sees",
     "dinokit.data.batch": "Batches",

@@ -16,6 +16,7 @@ A Config may inherit from a base class below, which has the common fields. This 
 settings are checked before torch is loaded. `_*.py` are helpers.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -66,13 +67,26 @@ class DenseConfig:
     max_test: int = 0  # images, drawn evenly from the set; 0: all
     overlap: Literal["refuse", "allow"] = "refuse"  # test images among those of train; allowed: _optimistic
     resize: int = 0  # pixels of the shorter side, for training and test; 0: as stored
-    out: str = ""  # folder for the trained head, and for an unfinished training, which resumes
+    # folder for the trained head, a few predictions, and an unfinished training, which resumes
+    out: str = ""
     seed: int = 0
     workers: int = -1  # loader processes; -1: one a core but one, 16 at most
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the backbone; auto: as in training
 
     def __post_init__(self) -> None:
         check_at_least(self, max_train=0, max_test=0, resize=0, seed=0)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse templates without a place for the class.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        what = f"'{wrong[0]}' has no {{}}" if wrong else "there is none"
+        raise ValueError(f"templates: {what}. One is a text with {{}} in place of the class, as 'a {{}}'.")
 
 
 def training_settings(cfg: Any) -> dict[str, Any]:

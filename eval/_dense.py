@@ -38,17 +38,22 @@ Batch = tuple[list[Map], Tensor]  # of a training step: feature maps of each blo
 Window = tuple[int, int, int, int]  # top, left, bottom, right
 
 
-class HeadSettings(Protocol):
-    """Settings of a head's training, in every Config that has one."""
+class AdamWSettings(Protocol):
+    """Settings of train_head()."""
 
-    augment: bool  # random crops, which the backbone sees anew in every step; else windows, seen once
-    resize: int  # pixels of the shorter side; 0: as stored
     steps: int
-    batch: int
     lr: float  # peak
     weight_decay: float  # of matrices and kernels alone
     warmup: float  # share of the steps
     save_every: int  # steps
+
+
+class HeadSettings(AdamWSettings, Protocol):
+    """Settings of a head's training on maps, in every Config that has one."""
+
+    augment: bool  # random crops, which the backbone sees anew in every step; else windows, seen once
+    resize: int  # pixels of the shorter side; 0: as stored
+    batch: int
     cache_gib: float  # memory that features of windows may take
     seed: int
     workers: int
@@ -291,8 +296,8 @@ def _warmup(step: int, warmup: int, ratio: float) -> float:
 
 
 def train_head(
-    cfg: HeadSettings, head: nn.Module, batches: Callable[[int], Iterator[Batch]],
-    loss: Callable[[list[Map], Tensor, int], Tensor], schedule: Callable[[int, int, int], float],
+    cfg: AdamWSettings, head: nn.Module, batches: Callable[[int], Iterator[tuple[Any, Tensor]]],
+    loss: Callable[[Any, Tensor, int], Tensor], schedule: Callable[[int, int, int], float],
     partial: PartialResult, clip: float = 0.0,
 ) -> None:  # fmt: skip
     """Train `head` in place by AdamW, and leave it in eval mode.
@@ -301,7 +306,7 @@ def train_head(
         cfg: how it is trained.
         head: on the device to compute on, equal in all processes.
         batches: of this process, from the given step on.
-        loss: of maps and truth at a step, (); it calls the head.
+        loss: of maps, or what else `batches` gives, and truth at a step, (); it calls the head.
         schedule: factor of the learning rate, from the step, all steps and those of the warm-up.
         partial: the state to resume from; it stays until the scores are computed.
         clip: largest gradient norm; 0 is off.

@@ -20,7 +20,17 @@ from dinokit.config.registry import suggest
 from dinokit.data.sources import ImageSource, images_stamp, shared_images
 from dinokit.data.transforms import Transform
 from dinokit.eval import ImageConfig, training_settings
-from dinokit.features import Features, Pooling, cached, device_of, extract, fingerprint, load_cached, spread
+from dinokit.features import (
+    AllPatches,
+    Features,
+    Pooling,
+    cached,
+    device_of,
+    extract,
+    fingerprint,
+    load_cached,
+    spread,
+)
 from dinokit.heads.classifier import Classifier
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
@@ -129,7 +139,7 @@ def image_features(
     key: str,
     backbone: Backbone,
     source: ImageSource,
-    pooling: Pooling | None = None,
+    pooling: Pooling | AllPatches | None = None,
     transform: Transform | None = None,
     draw: int = 0,
     labelled: bool = True,
@@ -192,7 +202,7 @@ def report_unreadable(key: str, names: Sequence[str], count: int, most: float) -
 
 
 def _from_linear_grid(
-    folder: str, depends_on: tuple[Any, ...], backbone: Backbone, pooling: Pooling
+    folder: str, depends_on: tuple[Any, ...], backbone: Backbone, pooling: Pooling | AllPatches
 ) -> Features | None:
     """Class tokens of the last block, from cached features of the linear grid; None if not cached."""
     if pooling != Pooling():

@@ -19,6 +19,7 @@ from torch import Tensor
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import DenseSource
 from dinokit.data.dense_transforms import DepthTransform, resize_image, shorter_side_to
+from dinokit.data.predictions import Sampler
 from dinokit.eval import DenseConfig
 from dinokit.eval._dense import (
     DenseBackbone,
@@ -222,9 +223,10 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
     border = protocol.border if cfg.protocol == "kitti" else "none"  # NYU is tested with its border
     sums: dict[str, float] = {}
     with_depth = without_depth = 0
+    samples = Sampler(cfg.out, len(test), test.classes)
     for pair in read_pairs(test, cfg.workers, "test images", share=True):
-        image, truth = cut_and_resize(pair.image, pair.target, border, 0)
-        image = image.float() / 255
+        stored, truth = cut_and_resize(pair.image, pair.target, border, 0)
+        image = stored.float() / 255
         if any(protocol.size):
             image = resize_image(image, *protocol.size)
         elif cfg.resize:
@@ -233,12 +235,14 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
         if cfg.flip:
             predicted = (predicted + predict(image.flip(-1)).flip(-1)) / 2
         predicted = to_size(predicted[None, None], truth.shape[0], truth.shape[1])[0, 0]
+        samples.add(pair.index, test.name(pair.index), stored, truth, predicted)
         errors = depth_errors(predicted, truth.to(device), cfg.min_depth, cfg.max_depth, protocol.evaluated)
         if errors is None:
             without_depth += 1
             continue
         with_depth += 1
         sums = {key: sums.get(key, 0.0) + value for key, value in errors.items()}
+    samples.save()
     names = ["rmse", "abs_rel", "log_10", "a1", "a2", "a3", "rmse_log", "sq_rel", "silog"]
     numbers = [*(sums.get(name, 0.0) for name in names), with_depth, without_depth]
     *totals, count, missing = all_reduce_sum(torch.tensor(numbers).double()).tolist()

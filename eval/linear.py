@@ -345,5 +345,6 @@ def _save_heads(out: Path, grid: LinearGrid, quality: Quality) -> None:
         if candidates:
             best = max(candidates, key=lambda pair: pair[0])[1]
             weight, bias = grid.tensors_of(best)
-            with atomic(out / name) as temporary:
-                torch.save({"weight": weight.cpu(), "bias": bias.cpu()}, temporary)
+            # Into an open file: one that torch opens gets its own name written into it, here a temporary one.
+            with atomic(out / name) as temporary, temporary.open("wb") as file:
+                torch.save({"weight": weight.cpu(), "bias": bias.cpu()}, file)

@@ -9,7 +9,7 @@ seconds to minutes; `majority` gives every pixel the most frequent class of the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import SegmentationTransform, resize_image, resize_map, shorter_side_to
+from dinokit.data.predictions import Sampler
 from dinokit.eval import DenseConfig
 from dinokit.eval._dense import (
     DenseBackbone,
@@ -34,11 +35,12 @@ from dinokit.eval._dense import (
 from dinokit.eval._images import count_shared, named_optimistic, partial_result
 from dinokit.eval._metrics import Confusion
 from dinokit.features import Map, device_of, frozen, last_blocks
+from dinokit.features.extract import check_finite
 from dinokit.features.tokens import padding
 from dinokit.heads import LinearSegmenter, to_size
 from dinokit.heads.released import load_segmenter, save_head
 from dinokit.models import Backbone
-from dinokit.runtime.distributed import rank
+from dinokit.runtime.distributed import all_reduce_sum, rank
 from dinokit.runtime.log import watch
 from dinokit.runtime.partial import PartialResult
 
@@ -68,6 +70,8 @@ class Config(DenseConfig):
     k: int = only_if(30, method=("knn",))  # neighbours
     temp: float = only_if(0.02, method=("knn",))  # a vote weighs softmax(cosine / temp)
     bank: int = only_if(100_000, method=("knn", "logreg"))  # training patches
+    # further sizes of the test images, times `resize`, each scored alone: robustness to resolution
+    sizes: tuple[float, ...] = only_if((), method=("knn",))
     # values of C, compared on a tenth of the training images
     c: tuple[float, ...] = only_if((1e-4, 1e-3, 1e-2, 1e-1, 1.0), method=("logreg",))
     # file of a trained head, ours or a released one; nothing is trained
@@ -86,9 +90,11 @@ class Config(DenseConfig):
         )
         self.ratio = tuple(self.ratio) or ((1.0, 3.0) if ms else (0.5, 2.0))
         self.scales = tuple(self.scales) or ((1, 1.32, 1.73, 2.28, 3.0) if ms else (1.0,))
-        check_at_least(self, crop=1, stride=1, steps=1, batch=1, k=1, bank=1, save_every=1)
+        check_at_least(self, crop=1, stride=1, steps=1, batch=1, k=1, bank=1, save_every=1, sizes=1e-2)
         if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio={list(self.ratio)}: give two numbers above 0, the smaller one first.")
+        if not all(size <= 16 for size in self.sizes):  # nor nan
+            raise ValueError(f"sizes={list(self.sizes)}: they are multiples of `resize`, 16 at most.")
         if min(self.scales) <= 0 or self.temp <= 0 or not self.c or min(self.c) <= 0:
             raise ValueError("scales, temp and c must be above 0, and c have at least one number.")
         if self.stride > self.crop:
@@ -100,7 +106,9 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
 
     Returns:
         'mIoU' (mean over the classes that are true or predicted somewhere), 'mean accuracy' over classes,
-        'pixel accuracy', 'iou NAME' for each class; 'images_train', 'images_test'; for logreg 'c'.
+        'pixel accuracy', 'iou NAME' for each class; 'images_train', 'images_test'; for logreg 'c'; with
+        sizes=[2] 'mIoU x2', of test images of twice the size, and 'cosine x2', of their patches with those
+        at `resize`.
 
     Raises:
         ValueError, LookupError: if the data do not fit; the message names the key to set.
@@ -124,6 +132,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         else:
             predict, more = _with_patch_bank(cfg, backbone, train)
         scores = _scores(cfg, predict, test, device_of(backbone))
+        for size in cfg.sizes:
+            scores |= _at_another_size(cfg, backbone, predict, test, size)
     partial.remove()
     return {**named_optimistic(scores, shared), **more, "images_train": len(train), "images_test": len(test)}
 
@@ -212,6 +222,7 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
     confusion = Confusion(len(test.classes), device)
     flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
     several = len(cfg.scales) * len(flips) > 1
+    samples = Sampler(cfg.out, len(test), test.classes)
     for pair in read_pairs(test, cfg.workers, "test images", share=True):
         image = pair.image.float() / 255
         total = torch.zeros((), device=device)
@@ -221,8 +232,39 @@ def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.devi
                 logits = predict(resized.flip(-1) if flip else resized)
                 logits = to_size((logits.flip(-1) if flip else logits)[None], *pair.target.shape)[0]
                 total = total + (logits.softmax(dim=0) if several else logits)
-        confusion.add(total.argmax(dim=0), pair.target.to(device))
+        predicted = total.argmax(dim=0)
+        confusion.add(predicted, pair.target.to(device))
+        samples.add(pair.index, test.name(pair.index), pair.image, pair.target, predicted)
+    samples.save()
     return confusion.scores(test.classes)
+
+
+def _at_another_size(
+    cfg: Config, backbone: Backbone, predict: Predict, test: DenseSource, size: float
+) -> dict[str, float]:
+    """The mIoU of test images of `size` times cfg.resize, and the mean cosine of patches at the two sizes.
+
+    For the cosine, sides are rounded to multiples of the patch; the larger grid is interpolated to the other.
+    """
+    other = replace(cfg, scales=(size,), out="")
+    miou = _scores(other, predict, test, device_of(backbone))["mIoU"]
+    dense, sums = _dense_backbone(cfg, backbone), torch.zeros(2, dtype=torch.float64)
+    for pair in read_pairs(test, cfg.workers, "test images at two sizes", share=True):
+        image, maps = pair.image.float() / 255, []
+        for scale in (1.0, size):
+            sides = shorter_side_to(image, round(cfg.resize * scale))
+            h, w = (max(1, round(side / backbone.patch)) * backbone.patch for side in sides)
+            maps.append(dense(resize_image(image, h, w)[None])[0].patches)
+        sums += torch.tensor([float(cosines_on_one_grid(*maps).mean()), 1.0], dtype=torch.float64)
+    total, count = all_reduce_sum(sums).tolist()
+    return {f"mIoU x{size:g}": miou, f"cosine x{size:g}": total / count}
+
+
+def cosines_on_one_grid(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines (b, h, w) of two maps (b, D, ., .) of the same images, on the smaller of the two grids."""
+    grid = min(a.shape[2:], b.shape[2:])
+    a, b = (F.interpolate(x, grid, mode="bilinear", antialias=True) for x in (a, b))
+    return F.cosine_similarity(a, b, dim=1)
 
 
 # Segmentation without a trained decoder: patches of training images with the classes of their pixels.
@@ -262,6 +304,7 @@ def fill_bank(
     x, shares, image = (torch.cat(column) for column in zip(*rows, strict=True))
     if not len(x):
         raise ValueError("No pixel of the training images is labelled: check `ignore` and the masks' ids.")
+    check_finite(x, dense.precision, "patches")
     return PatchBank(x, shares, image)
 
 

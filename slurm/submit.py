@@ -53,7 +53,7 @@ def exec_dinokit(command: Sequence[str]) -> NoReturn:
 
 
 def batch_script(request: JobRequest, profile: Config, folder: Path) -> str:
-    """The text of the batch script; needs no SLURM."""
+    """The text of the batch script; needs no SLURM. Raises ValueError as submit_jobs()."""
     executor = _executor(request, profile, folder)
     if len(request.commands) > 1:
         executor.parameters["map_count"] = len(request.commands)
@@ -92,6 +92,7 @@ def submit_jobs(request: JobRequest, profile: Config, folder: Path) -> list[str]
     """Submit a job, or an array of jobs, to SLURM. Returns their numbers.
 
     Raises:
+        ValueError: if the name of the folder has a character that SLURM or the script reads otherwise.
         RuntimeError: if SLURM refuses; with its message.
     """
     try:
@@ -147,6 +148,11 @@ class _OfflineExecutor(SlurmExecutor):
 
 
 def _executor(request: JobRequest, profile: Config, folder: Path) -> SlurmExecutor:
+    if not str(folder).isprintable() or "%" in str(folder):
+        raise ValueError(
+            f"The folder of the jobs would be {str(folder)!r}. A control character would become a line of "
+            f"the batch script, and SLURM replaces % in its logs. Submit from a folder with another name."
+        )
     python = shlex.quote(f"{Path(profile.venv).expanduser()}/bin/python" if profile.venv else sys.executable)
     if profile.container:
         python = f"apptainer exec --nv {shlex.quote(profile.container)} python3"

@@ -1,4 +1,4 @@
-"""What the tests share: one thread, the recorded numbers, small vits."""
+"""What the tests share: one thread, the recorded numbers, small vits, images of noise."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dinokit.models.vit import Config, VisionTransformer
 from dinokit.runtime.signals import STOP_SIGNALS
@@ -15,6 +16,12 @@ from dinokit.runtime.signals import STOP_SIGNALS
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 GOLDEN = Path(os.environ.get("DINOKIT_GOLDEN", Path(__file__).parent / "golden"))
+
+
+def pytest_configure(config):
+    """With other versions of the packages than those of constraints.txt, their warnings are no errors."""
+    if os.environ.get("DINOKIT_VERSIONS", "tested") != "tested":
+        config.addinivalue_line("filterwarnings", "default")
 
 
 class Golden:
@@ -55,6 +62,22 @@ def golden():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def write_images():
+    """write_images(folder, names, kinds, size, seed): images of noise, in a sub-folder for each kind."""
+
+    def write(folder, names=("0.png", "1.png"), kinds=("red", "blue"), size=20, seed=0):
+        rng = np.random.default_rng(seed)
+        for kind in kinds:
+            (folder / kind).mkdir(parents=True)
+            for name in names:
+                pixels = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / kind / name)
+        return folder
+
+    return write
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`import dinokit`: its names, and what they do with images in memory and on disk."""
 
 import ast
+import json
 import pickle
 import re
 import subprocess
@@ -113,12 +114,13 @@ def test_encode_gives_the_tokens_of_the_backbone(weights):
     raw = dinokit.transform(backbone).fit(picture(40, 0))
     assert torch.equal(prepared, normalised(backbone, raw[None])[0])
     expected = backbone([prepared[None]], [None])[0]
-    found = dinokit.encode(backbone, picture(40, 0), tokens=["cls", "mean", "patch", "registers"])
+    tokens = ["cls", "mean", "patch", "registers"]
+    found = dinokit.encode(backbone, picture(40, 0), tokens=tokens, precision="fp32")
     torch.testing.assert_close(found["cls"], expected.cls)
     torch.testing.assert_close(found["mean"], expected.patches.mean(dim=1))
     torch.testing.assert_close(found["patch"], expected.patches)
     torch.testing.assert_close(found["registers"], expected.registers)
-    layers = dinokit.encode(backbone, [picture(40, 0)] * 3, layers="last2", batch=2)
+    layers = dinokit.encode(backbone, [picture(40, 0)] * 3, layers="last2", batch=2, precision="fp32")
     assert layers.shape == (3, 2, 64)
     torch.testing.assert_close(layers[2, 1], expected.cls[0])
 
@@ -145,13 +147,13 @@ def test_an_unreadable_image_and_different_grids_are_refused(weights, tmp_path):
 
 
 def test_extract_search_and_evaluate_from_a_folder(weights, labelled, tmp_path):
+    exact = {"precision": "fp32"}
     store = dinokit.extract(
-        weights, labelled / "train", tmp_path / "out", dtype="float32", workers=0, precision="fp32"
+        weights, labelled / "train", tmp_path / "out", dtype="float32", workers=0, **exact
     )
     assert store["cls"].shape == (12, 64)
-    torch.testing.assert_close(
-        torch.from_numpy(store["cls"][:]), dinokit.encode(weights, labelled / "train"), rtol=1e-4, atol=1e-5
-    )
+    found = dinokit.encode(weights, labelled / "train", **exact)
+    torch.testing.assert_close(torch.from_numpy(store["cls"][:]), found, rtol=1e-4, atol=1e-5)
     query = files(labelled / "train")[3]
     (found,) = dinokit.search(tmp_path / "out", query, k=2)
     assert found[0][0] == query
@@ -162,6 +164,18 @@ def test_extract_search_and_evaluate_from_a_folder(weights, labelled, tmp_path):
     )
     assert scores["images_test"] == 6
     assert 0 <= scores["top1@3"] <= 1
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_encode_extract_and_the_embedder_compute_in_one_precision(weights, labelled, tmp_path, precision):
+    images, same = labelled / "train", {"precision": precision}
+    store = dinokit.extract(weights, images, tmp_path / "out", dtype="float32", workers=0, **same)
+    found = dinokit.encode(weights, images, **same)
+    assert torch.equal(torch.from_numpy(store["cls"][:]), found)
+    assert np.array_equal(dinokit.Embedder(weights, **same).transform(images), found.numpy())
+    exact = dinokit.encode(weights, images, precision="fp32")
+    assert precision == "auto" or not torch.equal(exact, found)
+    torch.testing.assert_close(exact, found, rtol=0.05, atol=0.05)
 
 
 class Shades(torch.utils.data.Dataset):
@@ -216,6 +230,45 @@ def test_train_takes_a_dataset_and_functions_and_is_stopped_and_resumed_by_them(
     assert dinokit.encode(backbone, images).shape == (16, 64)
     with pytest.raises(ValueError, match="no file holds them"):
         dinokit.train(None, run / "recipe.yaml", {"optim.steps": 8, "run.out": str(tmp_path / "other")})
+
+
+TOGETHER = """
+import json, sys
+from pathlib import Path
+
+import dinokit
+from dinokit.runtime.distributed import rank
+
+out, settings, seen = Path(sys.argv[1]), json.loads(sys.argv[2]), []
+
+
+def note(step, values, backbone):
+    scores = {key: value for key, value in values.items() if key == "contrastive" or "/" in key}
+    seen.append([step, scores, backbone.width])
+    (out / f"rank{rank()}.json").write_text(json.dumps(seen))
+    return rank() == 1 and step == 3
+
+
+assert dinokit.train(None, "laptop", settings, out=out / "run", callbacks=[note]) == out / "run"
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_call_the_callbacks_with_the_same_scores_and_one_of_them_stops_both(tmp_path):
+    settings = {**TINY, "data.name": "scenes", "data.size": 32, "data.count": 40, "data.test_count": 20,
+                "crops.decode": "whole"}  # fmt: skip
+    (tmp_path / "script.py").write_text(TOGETHER)
+    words = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *words, tmp_path / "script.py", tmp_path, json.dumps(settings)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert max(step for step, *_ in first) in (3, 4)
+    assert any("knn/top1@20" in scores for _, scores, _ in first)
+    assert any("contrastive" in scores for _, scores, _ in first)
 
 
 def test_a_recipe_is_chosen_for_a_folder_as_on_the_command_line(labelled, tmp_path):

@@ -75,8 +75,10 @@ def test_help_is_given_at_once(words, answer):
             "optim.lrr: there is no key 'lrr' in 'optim'. Did you mean 'lr",
         ),
         (["train", "scenes_cpu", "crops.globals.sise=1"], "crops.globals.sise: there is no key 'sise'"),
-        (["train", "scenes_cpu", "optim.steps=many"], "optim.steps: Value 'many'"),
+        (["train", "scenes_cpu", "optim.steps=many"], "optim.steps: 'many' is not a whole number."),
         (["train", "scenes_cpu", "losses.kolo.weight=1"], "Did you mean 'koleo'?"),
+        (["train", "scenes_cpu", "losses.kolo=null"], "Did you mean 'koleo'?"),
+        (["train", "scenes_cpu", "evals.kn=null"], "Did you mean 'knn'?"),
         (["train", "scenes_cpu", "losses.koleo.wieght=1"], "losses.koleo.wieght: there is no key 'wieght'"),
         (["train", "scenes_cpu", "data.name=foldr"], "Did you mean 'folder'?"),
         (["train", "scenes_cpu", "data.name=folder"], "data.path must be given"),
@@ -98,7 +100,7 @@ def test_help_is_given_at_once(words, answer):
         (
             ["eval", "segmentation", "weights=x", "method=majority", "k=7", "lr=0.1", "steps=3"],
             "dinokit: k: only with method=knn, and here method=majority; lr, steps: only with method=linear "
-            "or method=ms, and here method=majority. Remove the keys that have no effect",
+            "or ms, and here method=majority. Remove the keys that have no effect",
         ),
         (["eval", "segmentation", "weights=x", "cache_gib=9"], "only without augment, and here augment=true"),
         (["eval", "depth", "weights=x", "head=f", "steps=3"], "steps: only without head, and here head=f."),
@@ -113,7 +115,7 @@ def test_help_is_given_at_once(words, answer):
         ),
         (
             ["eval", "all", "weights=x", "recipe=eval_scenes", "depth.method=mean", "depth.lr=1"],
-            "depth.lr: only with method=linear or method=dpt, and here depth.method=mean.",
+            "depth.lr: only with method=linear or dpt, and here depth.method=mean.",
         ),
         (["eval", "all", "weights=x"], "recipe must be given"),
         (["eval", "all", "weights=x", "recipe=eval_scene"], "Did you mean 'eval_scenes'?"),
@@ -236,6 +238,7 @@ def test_the_last_line_of_an_evaluation_is_json(capsys):
     assert last["about"]["precision"] in ("fp32", "bf16")  # what it came to here
 
 
+@pytest.mark.slow
 def test_heads_of_two_files_in_one_folder_do_not_meet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     section = {"name": "vit", "width": 8, "depth": 1, "heads": 1, "size": 16, "patch": 8}

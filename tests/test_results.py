@@ -28,6 +28,14 @@ def test_a_line_says_what_was_found_and_how():
     assert about["time"]
 
 
+def test_numbers_of_clips_and_steps_are_no_scores():
+    """The evaluator of clips returns how many clips and steps there were, as floats."""
+    found = line(name="clips", accuracy=0.5, clips_train=240.0, clips_test=60.0, steps=400.0, lr=1e-3)
+    assert [type(found[key]) for key in ("clips_train", "clips_test", "steps")] == [int] * 3
+    (table,) = results.tables([found])
+    assert [values for _, _, values in table.rows] == [[0.5]]
+
+
 def test_old_lines_call_the_fingerprint_weights_hash():
     old = results.record("knn", "runs/a", {"top1": 0.1}, {}, {"weights_hash": "aa"})
     new = results.record("knn", "runs/a", {"top1": 0.2}, {}, {"fingerprint": "aa"})
@@ -114,7 +122,7 @@ def test_other_training_images_make_another_row():
     ]
 
 
-def test_the_last_line_is_the_last_by_the_clock_of_no_zone(tmp_path):
+def test_the_last_line_of_several_files_is_the_last_by_the_clock_of_no_zone(tmp_path):
     times = {
         "2026-11-24T09:00:00+0900": 0.2,
         "2026-11-24T01:00:00+0000": 0.3,
@@ -124,11 +132,22 @@ def test_the_last_line_is_the_last_by_the_clock_of_no_zone(tmp_path):
     del old["about"]["time"]
     for when, top1 in times.items():
         found = line(top1=top1)
-        results.append(tmp_path, {**found, "about": {**found["about"], "time": when}})
+        (tmp_path / str(top1)).mkdir()
+        results.append(tmp_path / str(top1), {**found, "about": {**found["about"], "time": when}})
     results.append(tmp_path, old)
     lines, _ = results.read([tmp_path])
     assert [each["top1"] for each in lines] == [0.0, 0.1, 0.2, 0.3]
     assert results.tables(lines)[0].rows == [("runs/a", "", [0.3])]
+
+
+def test_the_line_that_was_added_last_counts_though_the_clock_was_set_back(tmp_path):
+    line = {"eval": "knn", "weights": "w", "about": {}}
+    for score, when in ((0.1, "2026-05-01T00:00:00+0000"), (0.2, "2026-04-01T00:00:00+0000")):
+        results.append(tmp_path, {**line, "top1@20": score, "about": {"time": when}})
+    other = {**line, "top1@20": 0.15, "about": {"time": "2026-04-15T00:00:00+0000"}}
+    (tmp_path / "other").mkdir()
+    results.append(tmp_path / "other", other)
+    assert [each["top1@20"] for each in results.read([tmp_path])[0]] == [0.15, 0.1, 0.2]
 
 
 def test_two_checkpoints_in_one_place_are_two_rows():

@@ -7,16 +7,21 @@ still right.
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial, wraps
 from importlib import import_module
+from io import StringIO
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from dinokit.bench import (
     SyntheticImages,
@@ -38,10 +43,11 @@ from dinokit.models import fused
 from dinokit.models.attention import KERNELS, Attention, Kernel, PackedBatch, unavailable_reason
 from dinokit.models.fused import attend
 from dinokit.runtime.device import DTYPES, keep_freed_memory, peak_memory
-from dinokit.runtime.log import watch
+from dinokit.runtime.log import RunLog, watch
+from dinokit.train.networks import block_masks, build_backbone
 from dinokit.train.plan import tokens_per_crop
 from dinokit.train.step import Step
-from dinokit.train.student_teacher import StudentTeacher, block_masks, build_backbone
+from dinokit.train.student_teacher import StudentTeacher
 
 # Every switch of `run` that is there for speed or memory, at its plainest.
 PLAIN: dict[str, Any] = {
@@ -49,6 +55,8 @@ PLAIN: dict[str, Any] = {
     "keep_memory": False,
 }  # fmt: skip
 WARM_UP = 2  # steps
+# Of each step: no signals of health; signals; these in metrics.jsonl and in the trackers of run.log as well.
+Records = Literal["nothing", "signals", "all"]
 
 
 @dataclass
@@ -65,6 +73,7 @@ class StepReport:
     matmul_bf16: float
     matmul_fp16: float  # 0: not measured, as the run is in another precision
     seconds: list[float]  # of each round
+    cpu_seconds: list[float]  # of each round, of this process on all its cores
 
 
 def plain(recipe: Recipe) -> Recipe:
@@ -80,13 +89,16 @@ def plain(recipe: Recipe) -> Recipe:
     return replace(recipe, run=replace(recipe.run, **{**PLAIN, **kernel}))
 
 
-def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[StepReport]:
+def bench_steps(
+    recipes: Sequence[Recipe], rounds: int, real: bool, records: Sequence[Records] = ()
+) -> list[StepReport]:
     """Every recipe's step, in turn.
 
     Args:
         recipes: one a form.
         rounds: steps a form that count.
         real: whether to load images of the recipe's data; else two batches of synthetic images, in turn.
+        records: what is recorded of a form's steps; without it, signals.
 
     Raises:
         ValueError: for a recipe with teacher.frozen, whose step has other phases.
@@ -101,10 +113,10 @@ def bench_steps(recipes: Sequence[Recipe], rounds: int, real: bool) -> list[Step
     context = get_context("spawn")
     pipes, children = [], []
     try:
-        for recipe in recipes:
+        for recipe, kept in zip(recipes, records or ["signals"] * len(recipes), strict=True):
             ours, theirs = context.Pipe()
             # No daemon, for these may have no loader processes. It ends when our end of the pipe is gone.
-            child = context.Process(target=_serve, args=(theirs, recipe, rounds, real))
+            child = context.Process(target=_serve, args=(theirs, recipe, rounds, real, kept))
             child.start()
             theirs.close()
             pipes.append(ours)
@@ -135,10 +147,10 @@ def _receive(pipe: Connection) -> Any:
     return reply
 
 
-def _serve(pipe: Connection, recipe: Recipe, rounds: int, real: bool) -> None:
+def _serve(pipe: Connection, recipe: Recipe, rounds: int, real: bool, records: Records) -> None:
     """A child process: warm up, run a round at each request, then send the report."""
     try:
-        form = Form(recipe, rounds, real)
+        form = Form(recipe, rounds, real, records)
         form.warm_up()
         pipe.send(None)
         while pipe.recv() == "round":
@@ -154,16 +166,19 @@ def _serve(pipe: Connection, recipe: Recipe, rounds: int, real: bool) -> None:
 class Form:
     """One form of a step, its input, and what was measured of it."""
 
-    def __init__(self, recipe: Recipe, rounds: int, real: bool) -> None:
+    def __init__(self, recipe: Recipe, rounds: int, real: bool, records: Records = "signals") -> None:
         self.recipe = settled(recipe)
         self.device = torch.device(self.recipe.run.device)
         self.idle = peak_memory(self.device)
         keep_freed_memory(recipe.run)
         torch.manual_seed(recipe.run.seed)
         self.step = Step(self.recipe, self.device)
+        self.step.model.has_signals = records != "nothing"
+        self.log = _Log(recipe.run.log, rounds) if records == "all" else None
         steps = WARM_UP + rounds + 2  # FLOPs are counted on one more, and phases timed on another
         self.batches = _batches(self.recipe, self.step, steps, real)
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.rates: list[dict[str, float]] = []
 
     def warm_up(self) -> None:
@@ -173,14 +188,24 @@ class Form:
 
     def round(self) -> None:
         """One step that counts, and the machine's rate beside it."""
-        self.seconds.append(once(lambda: self.step(next(self.batches)), self.device))
+        begin = time.process_time()
+        self.seconds.append(once(self.work, self.device))
+        self.cpu_seconds.append(time.process_time() - begin)
         rates = {**matmul_rates(self.device), "matmul_fp16": 0.0}
         if self.recipe.run.precision == "fp16":
             rates["matmul_fp16"] = matmul_rate(torch.float16, self.device)
         self.rates.append(rates)
 
+    def work(self) -> None:
+        """One step, and its records."""
+        values = self.step(next(self.batches))
+        if self.log is not None:
+            self.log(values)
+
     def report(self) -> StepReport:
         """Of the rounds so far."""
+        if self.log is not None:
+            self.log.end()
         peak = peak_memory(self.device)
         elapsed, images = median(self.seconds), self.recipe.optim.batch
         rates = medians(self.rates)
@@ -194,6 +219,7 @@ class Form:
             model_flops=flops,
             share_of_matmul=flops / elapsed / rate,
             seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
             **rates,
         )
 
@@ -209,6 +235,28 @@ class Form:
             clock.watch(owner, name, phase)
         clock.timed(step, "optimiser")(batch)
         return {phase: 1000 * seconds for phase, seconds in clock.seconds.items()}
+
+
+class _Log:
+    """metrics.jsonl and trackers of a run that writes them after each step, in a temporary folder."""
+
+    def __init__(self, trackers: Sequence[str], steps: int) -> None:
+        self.folder = TemporaryDirectory()
+        # The values go to files and trackers as in a run, and not to this terminal.
+        with redirect_stdout(StringIO()):
+            self.log = RunLog(Path(self.folder.name), steps, 0, trackers)
+        self.log.console.quiet = True
+        self.steps = 0
+
+    def __call__(self, values: Mapping[str, Tensor]) -> None:
+        self.steps += 1
+        row = torch.stack([value.float() for value in values.values()]).cpu().tolist()
+        self.log.step(self.steps, dict(zip(values, row, strict=True)))
+
+    def end(self) -> None:
+        self.log.trackers.end()
+        self.log.text.close()
+        self.folder.cleanup()
 
 
 class Clock:

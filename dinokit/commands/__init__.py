@@ -186,7 +186,31 @@ def _present_name(text: str, renamed: Mapping[str, str], short: Mapping[str, str
     if key in renamed:
         print(f"dinokit: {key}= is now called {renamed[key]}=.", file=sys.stderr)
         key = renamed[key]
+    return full_key(f"{key}{equals}{value}", short)
+
+
+def full_key(text: str, short: Mapping[str, str] = RECIPE_KEYS) -> str:
+    """`key=value` with the key in full, as in a recipe, where it is short for one."""
+    key, equals, value = text.partition("=")
     return f"{short.get(key, key)}{equals}{value}"
+
+
+def image_files(words: Sequence[str]) -> Sequence[str]:
+    """The files that `words` name, with those of a folder, and of the folders in it, in its place.
+
+    Raises:
+        ValueError, LookupError: if a folder has no image.
+    """
+    files = []
+    for word in words:
+        if Path(word).is_dir():
+            from dinokit.data.sources import folder
+
+            source: Any = folder.build(folder.Config(path=word))
+            files += [str(source.file(index)) for index in range(len(source))]
+        else:
+            files.append(word)
+    return files
 
 
 def parse_part(text: str) -> tuple[int, int]:

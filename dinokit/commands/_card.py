@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit import results
 from dinokit.config.load import read_text_mapping
+from dinokit.runtime.files import printable
 
 if TYPE_CHECKING:
     from dinokit.models import Backbone
@@ -50,7 +51,7 @@ def card(to: str, repo: str, backbone: "Backbone", about: Mapping[str, Any], lin
         f"# {repo.rstrip('/').rpartition('/')[2]}",
         f"An image backbone: {sum(p.numel() for p in backbone.parameters()):,} parameters, patches of "
         f"{backbone.patch} pixels, {backbone.width} numbers a feature, {backbone.channels} channels. "
-        f"Source of the weights: {about['format']}.",
+        f"Source of the weights: {printable(about['format'])}.",
         "" if licence else "\nThe author has not stated a licence: ask before you use or share the weights.",
     ]
     parts = [
@@ -83,14 +84,20 @@ def _training(recipe: Mapping[str, Any]) -> str:
     """The recipe without places on the author's disk."""
     if not recipe:
         return "The file does not say how it was trained."
-    optim, losses = recipe.get("optim") or {}, recipe.get("losses") or {}
+    optim, losses, data = (  # out of a file that may have anything there
+        dict(section) if isinstance(section := recipe.get(key), Mapping) else {}
+        for key in ("optim", "losses", "data")
+    )
     text = json.dumps(_without_places(recipe), indent=1)
     count = f"{optim.get('steps')} steps of {optim.get('batch')} images"
-    kind = (recipe.get("data") or {}).get("name")
+    name, kind = (
+        printable(str(each)).replace("`", "'") for each in (recipe.get("name", ""), data.get("name"))
+    )
+    used = ", ".join(map(printable, map(str, losses)))
     return (
-        f"Recipe `{recipe.get('name', '')}` of dinokit: {count} from a source of the kind `{kind}`, losses "
-        f"{', '.join(losses)}.\n\n<details><summary>All settings</summary>\n\n```json\n{text}\n```\n\n"
-        f"</details>"
+        f"Recipe `{name}` of dinokit: {printable(count)} from a source of the kind `{kind}`, losses {used}."
+        "\n\n"
+        f"<details><summary>All settings</summary>\n\n```json\n{text}\n```\n\n</details>"
     )
 
 

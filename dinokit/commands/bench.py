@@ -4,6 +4,7 @@ The rate of matrix products, measured in the same run, is printed beside the res
 and data read the data of the recipe; with input=synthetic they need none.
 
 dinokit bench step heads.cls.prototypes=65536 batch=8 --against plain
+dinokit bench step scenes_cpu --against losses.ibot=null,masks=null
 dinokit bench data
 dinokit bench data input=data data.path=PHOTOS
 dinokit bench attention dinov2_vitl16_short batch=2
@@ -11,7 +12,7 @@ dinokit bench attention dinov2_vitl16_short batch=2
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dinokit.commands import RECIPE_KEYS, Command, key_lines
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 SHORT = {key: full for key, full in RECIPE_KEYS.items() if key not in ("batch", "steps")}
 FLAGS = {
-    "--against=": "plain: run the step with every switch at its plainest in turn, and print the ratio",
+    "--against=": "plain: run the step with every switch at its plainest in turn, and print the ratio; "
+    "silent: run it without signals, metrics.jsonl and the trackers of run.log in turn; "
+    "KEY=VALUE[,KEY=VALUE]: run it with these settings in turn",
 }
 KINDS = "step", "data", "attention", "eval"
 READING = "step", "data"  # of these, those that images are read for
@@ -46,11 +49,14 @@ def run(command: Command) -> dict[str, Any]:
     kind, recipe, cfg = _read_settings(command)
     rounds, real = cfg.rounds, cfg.input == "data"
     against = command.flags.get("--against")
-    if against not in (None, "plain") or (against and kind != "step"):
-        raise ValueError("--against takes `plain`, and only with `dinokit bench step`.")
+    if (against not in (None, "plain", "silent") and "=" not in str(against)) or (against and kind != "step"):
+        raise ValueError(
+            "--against takes `plain`, `silent` or KEY=VALUE, and only with `dinokit bench step`."
+        )
     about = {"bench": kind, "recipe": recipe.name, "batch": recipe.optim.batch, "rounds": rounds}
     if kind == "step":
-        return _step(about, recipe, real, bool(against))
+        other = _read_settings(_with(command, against))[1] if against and "=" in against else None
+        return _step(about, recipe, real, against, other)
     if kind == "data":
         from dinokit.bench import bench_data
 
@@ -87,6 +93,22 @@ def _read_settings(command: Command) -> tuple[str, Recipe, Config]:
     return kind, load_recipe(cfg.recipe, [*settings, f"optim.batch={batch}"]), cfg
 
 
+def _with(command: Command, settings: str) -> Command:
+    """The command with further settings. A comma divides them where KEY= follows it, in brackets too.
+
+    Raises:
+        ValueError: for a key of bench itself, which holds for both forms.
+    """
+    more = re.split(r",(?=[\w.]+=)", settings)
+    for text in more:
+        if text.partition("=")[0] in {item.name for item in fields(Config)}:
+            raise ValueError(
+                f"--against {text}: this is a key of bench, not of a recipe, and holds for both that are "
+                f"compared: give {text} outside of --against."
+            )
+    return replace(command, settings=[*command.settings, *more])
+
+
 def _check_input(kind: str, asked: str, about_data: Sequence[str]) -> None:
     """Refuse settings of images that would not be read."""
     unread = ["input=data"] if asked == "data" else about_data
@@ -108,15 +130,27 @@ def describe(words: Sequence[str]) -> str:
     return "\n".join([recipes, "keys, besides those of the recipe:", *key_lines("commands", "bench")])
 
 
-def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool) -> dict[str, Any]:
+def _step(
+    about: dict[str, Any], recipe: Recipe, real: bool, against: str | None, other: Recipe | None
+) -> dict[str, Any]:
+    """Measure a step as given, and in turn with it what `against` says; `other` is the recipe of settings."""
     from dinokit.bench import measured_on, settled
-    from dinokit.bench.step import bench_steps, plain
+    from dinokit.bench.step import Records, bench_steps, plain
+    from dinokit.runtime.trackers import check_installed
 
     recipe = settled(recipe)  # here, for both forms: each process might find another precision the faster one
     about = {**about, **measured_on(recipe.run.device, recipe.run.precision)}
-    forms = {"as given": recipe, **({"plain": plain(recipe)} if against else {})}
-    reports = dict(zip(forms, bench_steps(list(forms.values()), about["rounds"], real), strict=True))
-    ratio = _ratio(reports) if against else {}
+    forms, records = {"as given": recipe}, list[Records]()
+    if against == "plain":
+        forms["plain"] = plain(recipe)
+    elif against == "silent":
+        check_installed(recipe.run.log)
+        forms["silent"], records = recipe, ["all", "nothing"]
+    elif against and other:
+        forms[against] = settled(other)
+    found = bench_steps(list(forms.values()), about["rounds"], real, records)
+    reports = dict(zip(forms, found, strict=True))
+    ratio = _share(reports) if against == "silent" else _ratio(reports, against) if against else {}
     results = {name: asdict(report) for name, report in reports.items()}
     print(_first_line({**about, **results["as given"]}))
     for name, report in reports.items():
@@ -127,18 +161,36 @@ def _step(about: dict[str, Any], recipe: Recipe, real: bool, against: bool) -> d
             f"{100 * report.share_of_matmul:.0f} % of the matmul rate\n    ms: {phases}"
         )
     for what, value in ratio.items():
-        print(f"{what.replace('_', ' ')}: {value:.2f}")
+        print(f"{what.replace('_', ' ')}: {value:.3g}")
     return {**about, **ratio, **results}
 
 
-def _ratio(reports: "dict[str, StepReport]") -> dict[str, float]:
+def _ratio(reports: "dict[str, StepReport]", against: str) -> dict[str, float]:
     from statistics import median
 
     ours, theirs = reports.values()
     pairs = zip(ours.seconds, theirs.seconds, strict=True)
+    name = against if against == "plain" else "other"
     return {
-        "speed_against_plain": median(slow / fast for fast, slow in pairs),
-        "memory_against_plain": ours.peak_gib / theirs.peak_gib,
+        f"speed_against_{name}": median(slow / fast for fast, slow in pairs),
+        f"memory_against_{name}": ours.peak_gib / theirs.peak_gib,
+    }
+
+
+def _share(reports: "dict[str, StepReport]") -> dict[str, float]:
+    """How many times as long a step with all records takes, by the clock and in time of the CPU.
+
+    Other programs change the latter less.
+    """
+    from statistics import median
+
+    ours, theirs = reports.values()
+    clocks = ("seconds", "cpu_seconds")
+    return {
+        f"{name}_against_silent": median(
+            a / b for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True)
+        )
+        for name in clocks
     }
 
 
@@ -156,12 +208,12 @@ def _count(number: int, things: str) -> str:
 
 
 def _lines(values: dict[str, Any], prefix: str = "") -> list[str]:
+    from dinokit.runtime.log import short
+
     lines = []
     for key, value in values.items():
         if isinstance(value, dict):
             lines += _lines(value, f"{prefix}{key}: ")
         else:
-            lines.append(
-                f"{prefix}{key} {value:,.4g}" if isinstance(value, float) else f"{prefix}{key} {value}"
-            )
+            lines.append(f"{prefix}{key} {short(value)}")
     return lines

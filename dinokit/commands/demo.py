@@ -104,7 +104,7 @@ def _untrained_knn(recipe: Recipe, trained: "Backbone") -> float:
     import torch
 
     from dinokit.features import device_of
-    from dinokit.train.student_teacher import build_backbone
+    from dinokit.train.networks import build_backbone
 
     torch.manual_seed(recipe.run.seed)
     untrained = build_backbone(recipe).to(device_of(trained)).eval()

@@ -10,34 +10,37 @@ dinokit doctor
 dinokit doctor PHOTOS sample=2000
 """
 
-import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from dinokit.commands import Command, FailedError, key_lines
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import check_at_least
+from dinokit.runtime.files import printable
 
 if TYPE_CHECKING:
-    from dinokit.curate.scan import Finding, Scan
+    from dinokit.data.scan import Finding, Scan
 
-EXTRAS = {  # packages, the command that installs them, and what they add
-    "faiss": ("faiss-cpu", "pip install 'dinokit[cpu]'", "dinokit curate and fast search in many images"),
-    "pyarrow": ("pyarrow", "pip install 'dinokit[cpu]'", "images in Parquet files"),
-    "xformers": ("xformers", "pip install 'dinokit[gpu]'", "faster attention on a GPU"),
-    "onnx": ("onnx", "pip install 'dinokit[onnx]'", "dinokit export to=onnx"),
-    "transformers": ("transformers", "pip install 'dinokit[huggingface]'", "dinokit export to=hf"),
-    "datasets": ("datasets", "pip install 'dinokit[datasets]'", "data sets of Hugging Face"),
-    "pydicom": ("pydicom", "pip install 'dinokit[dicom]'", "DICOM images"),
-    "tifffile": ("tifffile", "pip install 'dinokit[tiff]'", "TIFF with many bands"),
-    "pillow_heif": ("pillow-heif", "pip install 'dinokit[heic]'", "HEIC photos of phones"),
-    "tensorboard": ("tensorboard", "pip install 'dinokit[track]'", "run.log=[tensorboard]"),
+EXTRAS = {  # packages, the command that installs them (in the clone), and what they add
+    "faiss": ("faiss-cpu", "pip install '.[cpu]'", "dinokit curate and fast search in many images"),
+    "pyarrow": ("pyarrow", "pip install '.[cpu]'", "images in Parquet files"),
+    "xformers": ("xformers", "pip install '.[gpu]'", "faster attention on a GPU"),
+    "onnx": ("onnx", "pip install '.[onnx]'", "dinokit export to=onnx"),
+    "transformers": ("transformers", "pip install '.[huggingface]'", "dinokit export to=hf"),
+    "datasets": ("datasets", "pip install '.[datasets]'", "data sets of Hugging Face"),
+    "pydicom": ("pydicom", "pip install '.[dicom]'", "DICOM images"),
+    "tifffile": ("tifffile", "pip install '.[tiff]'", "TIFF with many bands"),
+    "pillow_heif": ("pillow-heif", "pip install '.[heic]'", "HEIC photos of phones"),
+    "av": ("av", "pip install '.[video]'", "videos"),
+    "tensorboard": ("tensorboard", "pip install '.[track]'", "run.log=[tensorboard]"),
 }
 ALSO = {"faiss": "faiss-gpu"}  # another distribution of the same package
 LEAST_DISK, LEAST_SHARED = 2.0, 0.5  # GiB: checkpoints of a small run; batches between loader processes
@@ -60,7 +63,8 @@ def run(command: Command) -> dict[str, Any]:
     if isinstance(values.get("data"), dict):
         values["data"] = {"name": "folder", **values["data"]}
     cfg = Config(**section_values("commands", "doctor", values, ""))
-    from dinokit.curate.scan import findings, scan
+    from dinokit.curate.hashing import scan_with_near_duplicates
+    from dinokit.data.scan import findings
     from dinokit.data.sources.memory import as_source
 
     facts = machine(cfg.out)
@@ -74,11 +78,11 @@ def run(command: Command) -> dict[str, Any]:
     sections: list[Any] = [*command.words, *([cfg.data] if cfg.data else [])]
     for images in sections:
         name = images if isinstance(images, str) else str(images.get("path", images["name"]))
-        result = scan(as_source(images, cfg.channels), cfg.sample)
-        print(f"\n{name}")
+        result = scan_with_near_duplicates(as_source(images, cfg.channels), cfg.sample)
+        print(f"\n{printable(name)}")
         for line in lines(result):
             print(line)
-        scans[name] = {**vars(result), "histogram": result.histogram()}
+        scans[name] = result.facts()
         found += findings(result)
     print("\n" + ("\n".join(map(_sentence, found)) or "No problem was found."))
     report = {
@@ -94,7 +98,7 @@ def run(command: Command) -> dict[str, Any]:
 
 
 def _sentence(found: "Finding") -> str:
-    return f"{'problem' if found.problem else 'note'}: {found.text}"
+    return printable(f"{'problem' if found.problem else 'note'}: {found.text}")
 
 
 def machine(out: str) -> dict[str, str]:
@@ -145,7 +149,7 @@ def packages() -> dict[str, str]:
     missing = {}
     for package, (name, install, adds) in EXTRAS.items():
         if not any(map(_installed, filter(None, [name, ALSO.get(package)]))):
-            missing[package] = f"{package}, for {adds}: {install}"
+            missing[package] = f"{package}, for {adds}: {install} in the clone of dinokit"
     return missing
 
 
@@ -160,7 +164,7 @@ def machine_findings(out: str) -> list["Finding"]:
     """What of this machine would make a training fail or slow."""
     import torch
 
-    from dinokit.curate.scan import Finding
+    from dinokit.data.scan import Finding
 
     found = []
     if (free := _free(out)) < LEAST_DISK:
@@ -170,13 +174,42 @@ def machine_findings(out: str) -> list["Finding"]:
     if Path("/dev/shm").is_dir() and (free := _free("/dev/shm")) < LEAST_SHARED:
         text = f"Only {free:.2f} GiB of shared memory: use run.workers=0, or docker run --shm-size=8g."
         found.append(Finding("shared memory", True, text))
-    if driver() != "none" and not torch.cuda.is_available():
-        text = (
-            "There is a driver of NVIDIA, but torch cannot use a GPU: install torch for CUDA (pytorch.org)."
-        )
+    if not torch.cuda.is_available() and (text := _unused_gpu(torch.version.cuda)):
         found.append(Finding("GPU", False, text))
-    if not os.access(_existing(out), os.W_OK):
-        found.append(Finding("out", True, f"{out} cannot be written; choose another run.out."))
+    try:
+        with TemporaryFile(dir=_existing(out)):
+            pass
+    except OSError as error:
+        text = f"{out} cannot be written ({error.strerror}); choose another run.out."
+        found.append(Finding("out", True, text))
+    return found
+
+
+def _unused_gpu(cuda: str | None) -> str:
+    """Why torch, which is built for this CUDA, cannot use a GPU of NVIDIA; "" if there is none."""
+    if driver() == "none":
+        if not _nvidia_gpus():
+            return ""
+        return (
+            "There is a GPU of NVIDIA but no driver for it, so torch computes on the CPU: install the driver "
+            "(nvidia.com/drivers)."
+        )
+    if cuda is None:
+        return "There is a driver of NVIDIA, but torch is built without CUDA: install another (pytorch.org)."
+    return (
+        f"There is a driver of NVIDIA, but torch for CUDA {cuda} cannot use a GPU. In a container: docker "
+        f"run --gpus all. Else the driver may be too old or damaged: nvidia-smi says."
+    )
+
+
+def _nvidia_gpus() -> int:
+    """GPUs of NVIDIA on the PCI bus, with or without a driver."""
+    devices = Path("/sys/bus/pci/devices")
+    found = 0
+    for device in devices.iterdir() if devices.is_dir() else ():
+        with suppress(OSError):
+            kind, vendor = ((device / name).read_text().strip() for name in ("class", "vendor"))
+            found += vendor == "0x10de" and kind.startswith("0x03")
     return found
 
 

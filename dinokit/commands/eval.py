@@ -31,6 +31,7 @@ from dinokit.commands._sentence import sentence
 from dinokit.config import registry
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.evaluation import EvalJob
+from dinokit.runtime.files import printable
 
 if TYPE_CHECKING:
     from dinokit.models import Backbone
@@ -101,6 +102,14 @@ def _jobs(name: str, values: dict[str, Any]) -> tuple[list[EvalJob], str]:
     return evaluation.read_list(str(recipe), values), str(recipe)
 
 
+def _named(section: Mapping[str, Any]) -> str:
+    """A backbone without a file, in results: its name, and its model or its parts."""
+    parts = [_named(each).removeprefix("backbone.name=") for each in section.get("of") or []]
+    more = f"({', '.join(parts)})" if parts else f":{section['model']}" if section.get("model") else ""
+    own = section.get("name") or section.get("weights")
+    return f"backbone.name={own}{more}"
+
+
 def _folder_of(weights: str | None) -> Path | None:
     """Where results of these weights go: their run, or the folder of their file."""
     if weights is None:
@@ -121,7 +130,7 @@ def _evaluate_all(
     weights, section = own["weights"], own["backbone"]
     backbone = evaluation.load_evaluated(weights, section, device)
     about = {**evaluation.describe_evaluated(weights, backbone), "eval_recipe": recipe}
-    name = weights or f"backbone.name={(section or {})['name']}"
+    name = weights or _named(section or {})
     from dinokit.features import device_of
     from dinokit.runtime.distributed import rank, world_size
     from dinokit.runtime.log import info
@@ -142,7 +151,7 @@ def _evaluate_all(
             if len(jobs) == 1 or world_size() > 1:  # the other processes may not have failed, and would wait
                 raise
             failed[job.label] = error
-            print(f"dinokit: {job.label}: {error}", file=sys.stderr)
+            print(printable(f"dinokit: {job.label}: {error}"), file=sys.stderr)
             continue
         if rank() == 0:
             line = lines[job.label]

@@ -3,12 +3,13 @@
 to=timm     out=FOLDER: timm.create_model('local-dir:FOLDER', pretrained=True); or out=X.safetensors
 to=hf       out=FOLDER: AutoModel.from_pretrained(FOLDER), AutoImageProcessor.from_pretrained(FOLDER)
 to=dinov2   out=X.pth: the layout of the official files, of DINO's for a vit without LayerScale
+to=dinov3   out=X.pth: the layout of DINOv3's official files, for a backbone dinov3
 to=onnx     out=X.onnx: a graph from images to cls and patches; size=N fixes the images' size
 
 The command loads the new file with that library, compares the features and prints the largest difference.
 It replaces an older file at out only after that. Folders get a model card, README.md, with recipe, results,
 licence and limits; push=USER/NAME uploads the folder to Hugging Face. A run of a timm_vit can be written for
-timm and onnx.
+timm and onnx, one of a dinov3 for timm, hf and dinov3, one of a timm_convnext for timm and hf.
 
 dinokit export weights=runs/photos to=timm out=photos_timm
 dinokit export weights=runs/photos to=hf out=photos_hf push=marie/photos-vits16 licence=apache-2.0
@@ -33,14 +34,14 @@ if TYPE_CHECKING:
     from dinokit.models import Backbone
 
 COMPARED = 24  # images whose preprocessing is compared
-TARGETS = ["timm", "hf", "dinov2", "onnx"]
+TARGETS = ["timm", "hf", "dinov2", "dinov3", "onnx"]
 FOLDERS = ["timm", "hf"]  # that have a model card
 
 
 @dataclass
 class Config:
     weights: str = "???"  # a file, or a folder of a run, of Hugging Face or of timm
-    to: str = "???"  # timm, hf, dinov2 or onnx
+    to: str = "???"  # timm, hf, dinov2, dinov3 or onnx
     out: str = "???"  # the file or folder to write
     size: int = 0  # pixels of the images, for to=onnx; 0: any multiple of the patch
     images: str = ""  # folder of photographs to compare preprocessing on; empty: training data
@@ -73,7 +74,7 @@ def run(command: Command) -> dict[str, Any]:
 def export(cfg: Config, given: "Backbone | None" = None) -> Iterator[str]:
     """Write the backbone of cfg.weights, or the given one, and the model card; yields sentences about it."""
     out = Path(cfg.out)
-    file = cfg.to in ("dinov2", "onnx") or (cfg.to == "timm" and out.suffix == ".safetensors")
+    file = cfg.to in ("dinov2", "dinov3", "onnx") or (cfg.to == "timm" and out.suffix == ".safetensors")
     if out.is_dir() if file else out.is_file():
         have, new = ("folder", "file") if file else ("file", "folder")
         raise ValueError(f"out={out} is a {have}, but to={cfg.to} writes a {new}: give another out.")
@@ -105,7 +106,7 @@ def _write_card(cfg: Config, backbone: "Backbone", has_file: bool) -> str:
         folder = Path(cfg.weights)
         lines = results.read([folder], needed=False)[0] if folder.is_dir() else []
     released = about["format"].startswith(("DINO,", "DINOv2"))
-    licence = cfg.licence or (LICENCE.lower() if released else "")
+    licence = cfg.licence or backbone.licence or (LICENCE.lower() if released else "")
     path = Path(cfg.out) / "README.md"
     write_text(path, _card.card(cfg.to, cfg.push or cfg.out, backbone, about, lines, licence))
     return f"Model card: {path}" + ("" if licence else "; it states no licence: licence=NAME adds one.")

@@ -118,11 +118,13 @@ class Screen:
         self.task = self.progress.add_task("", total=images, completed=done, speed="")
 
     def __call__(self, images: int, names: Sequence[str]) -> None:
+        from dinokit.runtime.log import short
+
         self.done += images
         for text in names[: max(SHOWN - self.unreadable, 0)]:
             self.progress.console.print(printable(text), markup=False, soft_wrap=True)
         self.unreadable += len(names)
-        speed = f"{self.speed().get('images_per_second', 0):.4g} images/s"
+        speed = f"{short(self.speed().get('images_per_second', 0.0))} images/s"
         self.progress.update(self.task, completed=self.done, speed=speed)
         if self.progress.disable and time.monotonic() - self.printed_at > 30:
             self.printed_at = time.monotonic()
@@ -169,7 +171,8 @@ def _compute(config: Config, on_progress: OnProgress) -> None:
 
 def _end(config: Config) -> dict[str, Any]:
     """Write the names of unreadable images to OUT/unreadable.txt. Returns a summary of the store."""
-    from dinokit.features.store import missing_shards, open_store, unreadable_names
+    from dinokit.features.store import missing_shards, open_store
+    from dinokit.features.store_parquet import unreadable_names
     from dinokit.runtime.distributed import launch
 
     out = Path(config.out)

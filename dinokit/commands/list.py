@@ -21,7 +21,10 @@ REGISTRIES = {
     "sources": "data.sources",
     "evaluators": "eval",
     "dense": "data.dense",
+    "objects": "data.objects",
     "videos": "data.videos",
+    "pairs": "data.pairs",
+    "clips": "data.clips",
     "commands": "commands",
 }
 KINDS = [*REGISTRIES, "recipes"]
@@ -45,7 +48,8 @@ def entries(kind: str) -> dict[str, str]:
     """The names of one of KINDS, with a line about each; no entry is imported."""
     if kind != "recipes":
         return {name: _purpose(REGISTRIES[kind], name) for name in registry.names(REGISTRIES[kind])}
-    return {name: _comment(name) for group in ("", "eval", "curate") for name in registry.recipe_names(group)}
+    groups = "", *(each.rstrip("_") for each in registry.KINDS)
+    return {name: _comment(name) for group in groups for name in registry.recipe_names(group)}
 
 
 def _purpose(kind: str, name: str) -> str:
@@ -56,7 +60,7 @@ def _purpose(kind: str, name: str) -> str:
 
 def _comment(recipe: str) -> str:
     """The first sentence of the comment that a recipe begins with."""
-    group = recipe.partition("_")[0] if recipe.startswith(("eval_", "curate_")) else ""
+    group = recipe.partition("_")[0] if recipe.startswith(registry.KINDS) else ""
     lines = registry.find_recipe(recipe, group).read_text(encoding="utf-8").splitlines()
     start = [line.lstrip("# ") for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
     return " ".join(start).partition(". ")[0].rstrip(".")

@@ -1,11 +1,11 @@
-"""dinokit predict weights=FILE_OR_RUN head=FOLDER [IMAGE ...] [key=value ...]: labels of images, as CSV.
+"""dinokit predict weights=FILE_OR_RUN head=FOLDER [IMAGE_OR_FOLDER ...] [key=value ...]: labels, as CSV.
 
 head is what `dinokit eval linear` or `dinokit eval logreg` saved in the run's folder, or in its out=FOLDER.
 labelled.path=FOLDER in its place, one sub-folder a class, lets the k nearest labelled images vote. Images are
-files, or data.path=FOLDER. The columns are file, label and probability; an image that cannot be read has
-neither of the last two. Without out=FILE.csv the table is printed.
+files and folders, or data.path, data.name and what that takes. The columns are file, label and probability;
+an image that cannot be read has neither of the last two. Without out=FILE.csv the table is printed.
 
-dinokit predict weights=runs/photos head=runs/photos/linear data.path=NEW out=labels.csv
+dinokit predict weights=runs/photos head=runs/photos/linear NEW out=labels.csv
 dinokit predict weights=runs/photos labelled.path=LABELLED k=10 a.jpg b.jpg
 """
 
@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from dinokit.commands import Command, key_lines
+from dinokit.commands import Command, image_files, key_lines
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import check_at_least
+from dinokit.runtime.files import atomic, file_cell, printable, text_cell
 
 if TYPE_CHECKING:
     from dinokit.prediction import Prediction
@@ -54,22 +55,26 @@ def run(command: Command) -> dict[str, Any]:
         values["data"] = {"name": "folder", **values["data"]}
     cfg = Config(**section_values("commands", "predict", values, ""))
     if bool(command.words) == bool(cfg.data):
-        raise ValueError("Which images? Give files, or data.path=FOLDER, and not both.")
+        raise ValueError("Which images? Give files or folders, or data.path, and not both.")
     from dinokit.data.sources.memory import as_source
     from dinokit.prediction import predict
     from dinokit.runtime.device import pick_device
-    from dinokit.runtime.files import atomic
     from dinokit.weights import load_backbone
 
     backbone = load_backbone(cfg.weights).to(pick_device(cfg.device))
     labelled = as_source(cfg.labelled, backbone.channels) if cfg.labelled else None
-    source = as_source(cfg.data or command.words, backbone.channels)
+    source = as_source(cfg.data or image_files(command.words), backbone.channels)
     rows = list(predict(backbone, source, cfg.head, labelled, cfg.k, cfg.batch, cfg.workers, cfg.precision))
     if cfg.out:
-        with atomic(Path(cfg.out)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            atomic(Path(cfg.out)) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             _write(rows, file)
     else:
-        _write(rows, sys.stdout)
+        _write(
+            [row._replace(file=printable(row.file), label=printable(row.label)) for row in rows], sys.stdout
+        )
     unreadable = sum(not row.label for row in rows)
     where = f": {cfg.out}" if cfg.out else ""
     print(f"{len(rows)} images, {unreadable} of them cannot be read{where}", file=sys.stderr)
@@ -80,7 +85,9 @@ def _write(rows: "Sequence[Prediction]", file: IO[str]) -> None:
     table = csv.writer(file, lineterminator="\n")
     table.writerow(["file", "label", "probability"])
     for row in rows:
-        table.writerow([row.file, row.label, f"{row.probability:.4f}" if row.label else ""])
+        table.writerow(
+            [file_cell(row.file), text_cell(row.label), f"{row.probability:.4f}" if row.label else ""]
+        )
 
 
 def describe(words: Sequence[str]) -> str:

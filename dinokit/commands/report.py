@@ -11,6 +11,7 @@ dinokit report runs/photos runs/try out=both.html
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dinokit.commands import Command, key_lines
@@ -26,7 +27,9 @@ class Config:
 def run(command: Command) -> dict[str, Any]:
     cfg = Config(**section_values("commands", "report", parse_overrides(command.settings), ""))
     if not command.words:
-        raise ValueError("Which run? Give one or more folders of runs: dinokit report runs/photos")
+        found = sorted(str(file.parent) for file in Path("runs").glob("*/recipe.yaml"))
+        there = f" Here is: {', '.join(found)}." if found else ""
+        raise ValueError(f"Which run? Give one or more folders of runs: dinokit report runs/photos.{there}")
     from dinokit.report import write_report
 
     out = write_report(command.words, cfg.out or None, cfg.device)

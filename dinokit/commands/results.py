@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit import results
 from dinokit.commands import Command
+from dinokit.runtime.files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +41,7 @@ def run(command: Command) -> dict[str, Any]:
 def _show(console: "Console", table: results.Table) -> None:
     from rich.table import Table
 
-    shown = Table(title=table.title, title_justify="left")
+    shown = Table(title=_plain(table.title), title_justify="left")
     with_settings = any(settings for _, settings, _ in table.rows)
     shown.add_column("weights", overflow="fold", min_width=LEAST)
     if with_settings:
@@ -51,13 +52,20 @@ def _show(console: "Console", table: results.Table) -> None:
     for number, column in enumerate(table.columns):
         longest = max(len(_number(values[number])) for _, _, values in table.rows)
         shown.add_column(
-            column, justify="right", overflow="fold", min_width=max(longest, min(len(column), 8))
+            _plain(column), justify="right", overflow="fold", min_width=max(longest, min(len(column), 8))
         )
     for (weights, settings, _), scores in zip(table.rows, cells, strict=True):
-        shown.add_row(weights, *([settings] if with_settings else []), *scores)
+        shown.add_row(_plain(weights), *([_plain(settings)] if with_settings else []), *scores)
     wide = console.options.update(max_width=10_000)
     least = console.measure(shown, options=wide).minimum
     console.print(shown, width=max(console.width, least), crop=False)  # a score is never cut short
+
+
+def _plain(text: str) -> str:
+    """A text out of a file, for a table: without control characters, and with [ ] as they stand."""
+    from rich.markup import escape
+
+    return escape(printable(text))
 
 
 def _cell(value: float | None, best: float | None) -> str:

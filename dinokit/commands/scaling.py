@@ -11,7 +11,7 @@ the steps after the first three; `ratio` and `ceiling`, how many times as fast a
 together and apart; `reached`, ratio over ceiling.
 
 dinokit scaling scenes_cpu
-dinokit scaling scenes_cpu processes=2 optim.batch=32
+dinokit scaling scenes_cpu processes=2 batch=32 precision=fp32
 """
 
 import json
@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinokit.commands import Command, FailedError, key_lines
+from dinokit import evaluation
+from dinokit.commands import RECIPE_KEYS, Command, FailedError, full_key, key_lines
 from dinokit.config import registry
 from dinokit.config.load import load_recipe, parse_overrides, section_values
 from dinokit.config.registry import check_at_least
@@ -36,6 +37,11 @@ RENAMED = {"--processes": "processes", "--steps": "steps", "--rounds": "rounds"}
 words = registry.recipe_names
 WARM_UP = 3  # steps
 OWN = ("processes", "steps", "rounds")
+SHORT = {key: RECIPE_KEYS[key] for key in ("weights", "batch", "precision", "seed")}
+FIXED = (  # of every training here
+    "evals=null", "optim.warmup=0", "run.device=cpu", "run.workers=0", "run.log_every=1",
+    "run.checkpoint_every=1_000_000_000", "run.report=false",
+)  # fmt: skip
 
 
 @dataclass
@@ -54,11 +60,13 @@ def run(command: Command) -> dict[str, Any]:
     given = [text for text in command.settings if text not in own]
     cfg = Config(**section_values("commands", "scaling", parse_overrides(own), ""))
     world, steps, rounds = cfg.processes, cfg.steps, cfg.rounds
-    settings = [
-        *given, "evals=null", f"optim.steps={steps}", "optim.warmup=0", "run.device=cpu",
-        "run.workers=0", "run.log_every=1", "run.checkpoint_every=1_000_000_000", "run.report=false",
-    ]  # fmt: skip
-    recipe = load_recipe(name, settings)
+    settings = [*given, *FIXED, f"optim.steps={steps}"]
+    fixed = {text.partition("=")[0] for text in (*FIXED, "optim.steps=", "run.out=")}
+    for text in given:
+        key = full_key(text).partition("=")[0]
+        if key in fixed or key.partition(".")[0] in fixed:
+            raise ValueError(f"{text}: scaling sets {key} itself. Leave it out; steps=N is for the steps.")
+    recipe = load_recipe(name, settings, evaluation.architecture)
     accumulation(recipe, world)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < world:

@@ -1,18 +1,22 @@
-"""dinokit search index=FEATURES_OR_CURATION IMAGE ... [k=12]: similar images, as a table and a picture.
+"""dinokit search index=FEATURES_OR_CURATION IMAGE_OR_FOLDER ...: similar images, as a table and a picture.
 
 index is a folder that `dinokit extract` or `dinokit curate` wrote. The picture is out=nearest.png: a row
 for each image, the query first. weights=FILE_OR_RUN says where the weights are now, if they were moved.
 
+With align=RUN of `dinokit align` the queries are texts, and the images are those of data.path=FOLDER, or of
+data.name and what that takes: each is encoded once for all texts of the command.
+
 dinokit search index=curated photo.jpg
 dinokit search weights=runs/photos index=features k=30 out=found.png a.jpg b.jpg
+dinokit search weights=runs/photos align=runs/aligned data.path=PHOTOS "a red disc" "a cross above a square"
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinokit.commands import Command, key_lines
+from dinokit.commands import Command, image_files, key_lines
 from dinokit.config.load import parse_overrides, section_values
 from dinokit.config.registry import check_at_least
 
@@ -25,46 +29,107 @@ RENAMED = {"sheet": "out"}
 
 @dataclass
 class Config:
-    index: str = "???"  # a folder that `dinokit extract` or `dinokit curate` wrote
+    index: str = ""  # a folder that `dinokit extract` or `dinokit curate` wrote
     weights: str = ""  # empty: the path that the index names
-    k: int = 12  # images found for each image
+    align: str = ""  # a run of dinokit align on these weights: the words of the command are texts
+    # with align: the images to find
+    data: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources"})
+    k: int = 12  # images found for each image or text
     out: str = ""  # the picture; empty: nearest.png, or nearest_2.png, ... if that exists
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 
     def __post_init__(self) -> None:
         check_at_least(self, k=1)
+        if self.align and not (self.weights and self.data):
+            raise ValueError("align=RUN needs the weights=FILE_OR_RUN of its training and data.path=FOLDER.")
+        if bool(self.align) == bool(self.index) or (self.index and self.data):
+            raise ValueError(
+                "Give index=FOLDER, which dinokit extract or dinokit curate wrote, and images; or align=RUN, "
+                "data.path=FOLDER and texts."
+            )
 
 
 def run(command: Command) -> dict[str, Any]:
-    cfg = Config(**section_values("commands", "search", parse_overrides(command.settings), ""))
+    values = parse_overrides(command.settings)
+    if isinstance(values.get("data"), dict):
+        values["data"] = {"name": "folder", **values["data"]}
+    cfg = Config(**section_values("commands", "search", values, ""))
     if not command.words:
-        raise ValueError("Which image? Give one or more files: dinokit search index=FOLDER photo.jpg")
-    from PIL import Image, ImageOps
+        kind, example = ("text", '"a red disc"') if cfg.align else ("image", "index=FOLDER photo.jpg")
+        raise ValueError(f"Which {kind}? Give one or several: dinokit search ... {example}")
+    return _by_text(cfg, command.words) if cfg.align else _by_image(cfg, command.words)
 
-    from dinokit.curate.image_sets import ImageSearch, contact_sheet
+
+def _by_image(cfg: Config, words: list[str]) -> dict[str, Any]:
+    from dinokit.curate.image_sets import ImageSearch
+    from dinokit.data.sources.memory import as_source
     from dinokit.runtime.device import pick_device
-    from dinokit.runtime.files import atomic, unused
+    from dinokit.runtime.files import printable
     from dinokit.weights import load_backbone
 
-    index = ImageSearch(Path(cfg.index))
+    files, index = image_files(words), ImageSearch(Path(cfg.index))
     backbone = load_backbone(cfg.weights or index.weights).to(pick_device(cfg.device))
-    similarity, found = index.search(index.embed(backbone, command.words), cfg.k)
+    similarity, found = index.search(index.embed(backbone, files), cfg.k)
+    source = as_source(files, backbone.channels)
     tiles: list[tuple[ImageLike | None, str]] = []
     result: dict[str, list[dict[str, Any]]] = {}
-    for file, values, numbers in zip(command.words, similarity.tolist(), found.tolist(), strict=True):
-        print(f"{file}\n rank  similarity  image")
-        tiles.append((ImageOps.exif_transpose(Image.open(file)), Path(file).name))
+    for i, (file, values, numbers) in enumerate(zip(files, similarity.tolist(), found.tolist(), strict=True)):
+        print(f"{printable(file)}\n rank  similarity  image")
+        tiles.append((source[i][0], printable(Path(file).name)))
         hits = [(value, number) for value, number in zip(values, numbers, strict=True) if number >= 0]
         result[file] = [{"image": index.name(number), "similarity": value} for value, number in hits]
         for rank, (value, number) in enumerate(hits, 1):
-            print(f"{rank:5}  {value:10.4f}  {index.name(number)}")
+            print(f"{rank:5}  {value:10.4f}  {printable(index.name(number))}")
             tiles.append((index.picture(number), f"{rank}: {value:.4f}"))
         tiles += [(None, "")] * (cfg.k - len(hits))
+    out = _save(cfg, tiles)
+    print(json.dumps({"images": len(files), "out": out}))
+    return {"out": out, "found": result}
+
+
+def _by_text(cfg: Config, texts: list[str]) -> dict[str, Any]:
+    """The images whose vectors are nearest to each text."""
+    import torch
+
+    from dinokit.data.sources.memory import as_source
+    from dinokit.language.aligned import BATCH, load_aligned
+    from dinokit.runtime.files import printable
+    from dinokit.runtime.log import watch
+
+    aligned = load_aligned(cfg.align, cfg.weights, cfg.device)
+    source = as_source(cfg.data, aligned.frozen_tokens.backbone.channels)
+    starts = range(0, len(source), BATCH)
+    rows = [
+        aligned.image([source[i][0] for i in range(start, min(start + BATCH, len(source)))])
+        for start in watch(starts, len(starts), "images")
+    ]
+    cosine = aligned.text(texts) @ torch.cat(rows).T
+    tiles: list[tuple[ImageLike | None, str]] = []
+    result: dict[str, list[dict[str, Any]]] = {}
+    for text, row in zip(texts, cosine, strict=True):
+        found = row.topk(min(cfg.k, len(source)))
+        hits = [*zip(found.values.tolist(), found.indices.tolist(), strict=True)]
+        print(f"{printable(text)}\n rank  similarity  image")
+        tiles.append((None, text))
+        result[text] = [{"image": source.name(number), "similarity": value} for value, number in hits]
+        for rank, (value, number) in enumerate(hits, 1):
+            print(f"{rank:5}  {value:10.4f}  {printable(source.name(number))}")
+            tiles.append((source[number][0], f"{rank}: {value:.4f}"))
+        tiles += [(None, "")] * (cfg.k - len(hits))
+    out = _save(cfg, tiles)
+    print(json.dumps({"texts": len(texts), "images": len(source), "out": out}))
+    return {"out": out, "found": result}
+
+
+def _save(cfg: Config, tiles: "list[tuple[ImageLike | None, str]]") -> str:
+    """The picture of queries and what was found."""
+    from dinokit.curate.image_sets import contact_sheet
+    from dinokit.runtime.files import atomic, unused
+
     out = cfg.out or str(unused(Path("nearest.png")))
     with atomic(out) as temporary, temporary.open("wb") as picture:
         contact_sheet(tiles, columns=cfg.k + 1).save(picture, "PNG")
-    print(json.dumps({"images": len(command.words), "out": out}))
-    return {"out": out, "found": result}
+    return out
 
 
 def describe(words: list[str]) -> str:

@@ -18,17 +18,17 @@ from typing import Any
 from dinokit.commands import RECIPE_KEYS, Command
 from dinokit.commands.train import recipe_of
 from dinokit.config import registry
-from dinokit.config.load import read_mapping, to_yaml
+from dinokit.config.load import read_mapping, to_yaml, unresolved
 
 SHORT = RECIPE_KEYS
 words = registry.recipe_names
-OTHERS = "curate_", "eval_"
+COMMANDS = {"eval": "eval EVALUATOR", "head": "train-head"}  # of kinds that have not the name of theirs
 CLUSTER = {"nodes": int, "gpus": int, "images_per_second": float, "gpu_gib": float, "gpu_gbyte": float,
            "node_gbit": float}  # fmt: skip
 
 
 def run(command: Command) -> dict[str, Any]:
-    if command.words and command.words[0].startswith(OTHERS):
+    if command.words and command.words[0].startswith(registry.KINDS):
         return _show_other(command)
     given = [text for text in command.settings if text.partition("=")[0] in CLUSTER]
     rest = [text for text in command.settings if text not in given]
@@ -40,25 +40,24 @@ def run(command: Command) -> dict[str, Any]:
     print(to_yaml(recipe, template=True))
     for key, value in lines.items():
         print(f"# {key}: {value}")
-    return {"recipe": asdict(recipe), "plan": lines}
+    return {"recipe": unresolved(asdict(recipe)), "plan": lines}
 
 
 def _show_other(command: Command) -> dict[str, Any]:
-    """Print a recipe of `dinokit curate` or `dinokit eval all`, with its comments."""
+    """Print a recipe of another command than `dinokit train`, with its comments."""
     name = command.one_word("recipe")
     kind = name.partition("_")[0]
-    path = registry.find_recipe(name, kind)
+    path, its = registry.find_recipe(name, kind), COMMANDS.get(kind, kind)
     if command.settings:
-        raise ValueError(f"{command.settings[0]}: give settings to the command: dinokit {kind} --help.")
+        raise ValueError(f"{command.settings[0]}: give settings to the command: dinokit {its} --help.")
     print(path.read_text(encoding="utf-8"))
-    print(
-        "# every key with its meaning: dinokit help " + ("curate" if kind == "curate" else "eval EVALUATOR")
-    )
+    print(f"# every key with its meaning: dinokit help {its}")
     return {"recipe": read_mapping(path)}
 
 
 def describe(words: Sequence[str]) -> str:
-    every = [name for kind in ("", "eval", "curate") for name in registry.recipe_names(kind)]
+    kinds = "", *(kind.rstrip("_") for kind in registry.KINDS)
+    every = [name for kind in kinds for name in registry.recipe_names(kind)]
     return f"recipes: {', '.join(every)}"
 
 

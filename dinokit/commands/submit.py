@@ -107,6 +107,7 @@ def submit_commands(
     modules = set[str]().union(*(_check(words, profile, tasks) for words in commands))
     from dinokit.slurm import submit
 
+    title = re.sub(r"[^\w.+-]+", "-", title)  # a newline would begin another line of the batch script
     request = submit.JobRequest(title, commands, tasks, after, resumes)
     if dry_run:
         script = submit.batch_script(request, profile, (slurm.JOBS / f"DATE-{title}").absolute())

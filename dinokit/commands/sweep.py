@@ -16,8 +16,8 @@ FILE is a YAML file:
 
 The runs are made one after another, each by `dinokit train` into a folder of its own below `out`, with its
 output in a .log beside it. The same command skips finished runs and resumes an interrupted one. Settings
-behind FILE are added to `set`. At the end, and with --table at any time, `out` gets table.md, table.csv,
-runs.json, curves.svg and curves.png: the accuracy against the images seen and against minutes of training.
+behind FILE are added to `set`; out= replaces `out`. At the end, and with --table at any time, `out` gets
+table.md, table.csv, runs.json, curves.svg and curves.png: the accuracy against the images seen and minutes.
 
 dinokit sweep sweep.yaml
 dinokit sweep sweep.yaml --slurm gpu
@@ -31,30 +31,32 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from math import inf
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from dinokit.commands import Command, FailedError
+from dinokit import evaluation
+from dinokit.commands import RECIPE_KEYS, Command, FailedError, full_key
+from dinokit.commands._sweep_table import Point, Result, markdown, plot, table_of
 from dinokit.config.load import Recipe, load_recipe, read_mapping
 from dinokit.config.values import validated
 from dinokit.results import lower_is_better
+from dinokit.runtime.files import printable, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 RESUMES = True
+SHORT = {key: full for key, full in RECIPE_KEYS.items() if key != "out"}  # `out` is the sweep's own folder
 FLAGS = {
     "--table": "make the table and the plot of the runs that are there, and train nothing",
     "--slurm=": "submit the unfinished runs as an array of jobs, with this profile (docs/slurm.md)",
     "--dry-run": "print the commands, or with --slurm the batch script, and run nothing",
 }
 POLL = 0.5  # seconds between two looks at a run
-EARLIER = 3  # columns of the table before the last score
-LINES = "-", "--", ":", "-."  # of curves, after the ten colours
 
 
 @dataclass
@@ -81,34 +83,14 @@ class Run:
     recipe: Recipe
 
 
-@dataclass
-class Point:
-    """A score of a run."""
-
-    images: int  # seen so far
-    minutes: float  # of training so far, without evaluations
-    score: float
-
-
-@dataclass
-class Result:
-    """What a run has come to."""
-
-    row: str
-    seed: int | None
-    out: str
-    state: str  # finished, unfinished, not begun
-    curve: list[Point]
-    verdict: str  # what is wrong with it, by train/health.py
-
-
 def run(command: Command) -> dict[str, Any]:
     path = Path(command.one_word("file", sorted(str(p) for p in Path().glob("*sweep*.yaml"))))
     if not path.is_file():
         raise ValueError(f"There is no file {path}. dinokit sweep --help shows what it holds.")
     sweep = Config(**validated(Config, read_mapping(path, "sweep", Config), ""))
-    sweep.set += command.settings
-    out = Path(sweep.out or f"runs/{path.stem}")
+    outs = [text for text in command.settings if text.startswith("out=")]
+    sweep.set += [text for text in command.settings if text not in outs]
+    out = Path("".join(outs[-1:]).removeprefix("out=") or sweep.out or f"runs/{path.stem}")
     runs = plan(sweep, out)
     if "--table" in command.flags:
         return report(sweep, out, runs)
@@ -122,10 +104,11 @@ def run(command: Command) -> dict[str, Any]:
         print("\n".join(commands))
         return {"commands": commands}
     failed = _train_all(runs, remaining)
-    result = report(sweep, out, runs)
-    if failed:
-        raise FailedError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
-    return result
+    if not failed:
+        return report(sweep, out, runs)
+    with suppress(OSError, ValueError):  # as without a score, or on a full disk: the failed runs say why
+        report(sweep, out, runs)
+    raise FailedError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
 
 def plan(sweep: Config, out: Path) -> list[Run]:
@@ -142,18 +125,17 @@ def plan(sweep: Config, out: Path) -> list[Run]:
     for seed in seeds:
         for row, settings in rows.items():
             name = re.sub(r"[^\w.+-]+", "-", row).strip("-") + ("" if seed is None else f"-seed{seed}")
+            if not name.strip("."):
+                raise ValueError(f"Row '{row}' has no letter or digit, and its name is that of a folder.")
             if owners.setdefault(name, row) != row:
-                raise ValueError(
-                    f"Rows '{row}' and '{owners[name]}' would share the folder {name}: rename one."
-                )
-            given = [
-                *sweep.set,
-                *settings,
-                *([] if seed is None else [f"run.seed={seed}"]),
-                f"run.out={out / name}",
-            ]
+                raise ValueError(f"Rows '{row}', '{owners[name]}' would share the folder {name}: rename one.")
+            given = [full_key(text, SHORT) for text in (*sweep.set, *settings)]
+            given += [] if seed is None else [f"run.seed={seed}"]
+            if placed := [text for text in given if text.startswith(("out=", "run.out="))]:
+                raise ValueError(f"{placed[0]}: a sweep chooses the folder of each run; its own is `out`.")
+            given.append(f"run.out={out / name}")
             try:
-                recipe = load_recipe(sweep.recipe, given)
+                recipe = load_recipe(sweep.recipe, given, evaluation.architecture)
             except (ValueError, LookupError) as error:
                 raise type(error)(f"row '{row}': {error.args[0]}") from None
             runs.append(Run(row, seed, out / name, ["train", sweep.recipe, *given], recipe))
@@ -174,8 +156,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
 
 def is_finished(each: Run) -> bool:
     """Whether a run has done all its steps and its last evaluation."""
-    log = each.out / "run.log"
-    return log.exists() and "  finished: " in log.read_text(encoding="utf-8", errors="replace")[-2000:]
+    return "  finished: " in _text(each.out / "run.log")[-2000:]
 
 
 def _refuse_another_recipe(each: Run) -> None:
@@ -203,33 +184,32 @@ def _train_all(runs: Sequence[Run], remaining: Sequence[Run]) -> list[str]:
     from dinokit.runtime.signals import Stopped
 
     console, failed = Console(highlight=False, soft_wrap=True), []
-    if len(remaining) < len(runs):
-        console.print(f"{len(runs) - len(remaining)} of {len(runs)} runs are finished already")
-    for number, each in enumerate(remaining, len(runs) - len(remaining) + 1):
+    if done := len(runs) - len(remaining):
+        console.print(f"{done} of {len(runs)} runs are finished already")
+    for number, each in enumerate(remaining, done + 1):
         console.print(f"run {number} of {len(runs)}: {each.out}", markup=False)
         log = each.out.with_name(f"{each.out.name}.log")
         status = _train(each, log, console)
         if status == 130:
             raise Stopped
         if status:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
-                f"status {status}"
-            ]
-            failed.append(f"{each.row} ({lines[-1]}; see {log})")
-            console.print(f"  failed: {lines[-1]}", markup=False)
+            last = _error(log) or f"status {status}"
+            failed.append(f"{each.row} ({last}; see {log})")
+            console.print(f"  failed: {printable(last)}", markup=False)
     return failed
 
 
 def _train(each: Run, log: Path, console: "Console") -> int:
     """Train a run in a child process, which gets stop signals too. Returns its exit status, or 130."""
-    from dinokit.runtime.signals import stop_signals
+    from dinokit.runtime.signals import end_with_parent, stop_signals
 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, stop_signals() as stop, console.status("starts") as line:
         # In a session of its own: Ctrl-C reaches it once, from here, and it saves before it ends.
         child = subprocess.Popen(
-            [sys.executable, "-m", "dinokit", *each.words], stdout=file, stderr=file, start_new_session=True
-        )
+            [sys.executable, "-m", "dinokit", *each.words], stdout=file, stderr=file,
+            start_new_session=True, preexec_fn=end_with_parent,
+        )  # fmt: skip
         try:
             while child.poll() is None:
                 if stop.received:
@@ -245,9 +225,20 @@ def _train(each: Run, log: Path, console: "Console") -> int:
     return child.returncode
 
 
+def _error(log: Path) -> str:
+    """The last line of a log that is an error's; else the last."""
+    lines = _text(log).strip().splitlines()
+    return next(
+        (line for line in reversed(lines) if line.startswith("dinokit: ")), lines[-1] if lines else ""
+    )
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+
 def _last_line(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.exists() else ""
-    steps = re.findall(r"(step \d+/\d+).*?(left [\d:]+)", text)
+    steps = re.findall(r"(step \d+/\d+).*?(left [\d:]+)", _text(log)[-2000:])
     return "  ".join(steps[-1]) if steps else "starts"
 
 
@@ -265,27 +256,37 @@ def _submit(remaining: Sequence[Run], title: str, command: Command) -> dict[str,
     return submit_commands(f"sweep-{title}", commands, load_profile(name, {}), given, dry_run=dry)
 
 
+def choose_metric(runs: Sequence[Run]) -> str:
+    """The metric where Config.metric is empty: of several the one that most runs have; without any, ''."""
+    from dinokit.runtime.log import read_records
+
+    found: Counter[str] = Counter()
+    for each in runs:
+        keys = dict.fromkeys(key for record in read_records(each.out) for key in record)
+        found.update([key for key in keys if "/" in key and not key.startswith("health/")])
+    knn = Counter({key: count for key, count in found.items() if key.startswith("knn/top1@")})
+    return next((key for key, _ in (knn or found).most_common(1)), "")
+
+
 def read_result(each: Run, metric: str) -> Result:
     """What a run has come to, from its metrics.jsonl.
 
     Args:
         each: the run.
-        metric: as Config.metric.
+        metric: a key of metrics.jsonl.
     """
     from dinokit.runtime.log import read_records
 
     records, batch = read_records(each.out), each.recipe.optim.batch
-    scores = [key for record in records for key in record if "/" in key and not key.startswith("health/")]
-    knn = [key for key in scores if key.startswith("knn/top1@")]
-    metric = metric or next(iter([*knn, *scores]), "")
     curve, minutes, last, verdict = [], 0.0, 0, ""
     for record in records:
-        if record.get("images_per_second"):
-            minutes += (record["step"] - last) * batch / record["images_per_second"] / 60
+        speed = record.get("images_per_second")
+        if isinstance(speed, int | float) and speed > 0:
+            minutes += (record["step"] - last) * batch / speed / 60
             last, verdict = record["step"], ""
-        if record.get(metric) is not None:
+        if isinstance(record.get(metric), int | float):
             curve.append(Point(record["step"] * batch, minutes, record[metric]))
-        verdict = record.get("verdict", verdict)
+        verdict = str(record.get("verdict", verdict))
     state = "finished" if is_finished(each) else "unfinished" if each.out.exists() else "not begun"
     return Result(each.row, each.seed, str(each.out), state, curve, verdict)
 
@@ -296,105 +297,23 @@ def report(sweep: Config, out: Path, runs: Sequence[Run]) -> dict[str, Any]:
     Raises:
         ValueError: if no run has a score yet.
     """
-    from dinokit.runtime.files import write_text
-
-    results = [read_result(each, sweep.metric) for each in runs]
+    metric = sweep.metric or choose_metric(runs)
+    results = [read_result(each, metric) for each in runs]
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.row, []).append(result)
     if not any(result.curve for result in results):
-        name = sweep.metric or "an evaluator"
+        name = metric or "an evaluator"
         raise ValueError(f"No run in {out} has a score of {name} yet. Does the recipe have `evals`?")
-    table = _table(groups, less_is_better=lower_is_better(sweep.metric.rpartition("/")[2] or "knn"))
-    write_text(out / "table.md", _markdown(table))
+    table = table_of(groups, less_is_better=lower_is_better(metric.rpartition("/")[2]))
+    write_text(out / "table.md", markdown(table))
     text = io.StringIO()
     writer = csv.DictWriter(text, table[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     write_text(out / "table.csv", text.getvalue())
     write_text(out / "runs.json", json.dumps([asdict(result) for result in results], indent=1))
-    plot({line["row"]: groups[line["row"]] for line in table}, sweep.metric or "k-NN accuracy", out)
-    print(f"{_markdown(table)}\nwritten to {out}: table.md, table.csv, runs.json, curves.svg, curves.png")
+    plot({line["row"]: groups[line["row"]] for line in table}, metric, out)
+    print(f"{markdown(table)}\nthe score is {metric}")
+    print(f"written to {out}: table.md, table.csv, runs.json, curves.svg, curves.png")
     return {"out": out, "table": table}
-
-
-def score_at(curve: Sequence[Point], key: str, x: float) -> float | None:
-    """The score at so many images or minutes, linear between two evaluations; None outside of the curve."""
-    for a, b in itertools.pairwise(curve):
-        left, right = getattr(a, key), getattr(b, key)
-        if left <= x <= right:
-            return a.score + (b.score - a.score) * ((x - left) / (right - left) if right > left else 1.0)
-    return None
-
-
-def _table(groups: Mapping[str, Sequence[Result]], less_is_better: bool) -> list[dict[str, str]]:
-    """A line for each row, the best last score first; means over the finished seeds, if there are any."""
-    scored = {}
-    for row, group in groups.items():
-        begun = [result for result in group if result.curve]
-        scored[row] = [result for result in begun if result.state == "finished"] or begun
-    ends = [result.curve[-1] for group in scored.values() for result in group]
-    images, minutes = max(end.images for end in ends), min(end.minutes for end in ends)
-    lines = []
-    for row, group in groups.items():
-        curves = [result.curve for result in scored[row]]
-        last = [curve[-1].score for curve in curves]
-        line = {"row": row, "runs": f"{sum(r.state == 'finished' for r in group)}/{len(group)}"}
-        line |= {"score": _mean(last), "spread": f"{stdev(last):.3f}" if len(last) > 1 else ""}
-        line["at first"] = _mean([curve[0].score for curve in curves])
-        for x in sorted({round(images * part / (EARLIER + 1)) for part in range(1, EARLIER + 1)}):
-            line[f"at {x:,} images"] = _mean([score_at(curve, "images", x) for curve in curves])
-        line[f"at {minutes:.1f} min"] = _mean([score_at(curve, "minutes", minutes) for curve in curves])
-        line["images"] = f"{fmean([c[-1].images for c in curves]):,.0f}" if curves else ""
-        line["minutes"] = f"{fmean([c[-1].minutes for c in curves]):.1f}" if curves else ""
-        line["verdict"] = ", ".join(dict.fromkeys(r.verdict for r in group if r.verdict))
-        lines.append(line)
-    sign = 1 if less_is_better else -1
-    return sorted(lines, key=lambda line: sign * float(line["score"] or sign * inf))  # without a score: last
-
-
-def _mean(values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{fmean(known):.3f}" if known else ""
-
-
-def _markdown(table: Sequence[Mapping[str, str]]) -> str:
-    rows = [list(table[0]), *(list(line.values()) for line in table)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [" | ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def plot(groups: Mapping[str, Sequence[Result]], metric: str, out: Path) -> None:
-    """Two plots side by side, as SVG and PNG: the score against images seen, and against minutes.
-
-    Args:
-        groups: the results of every row, in the order of the legend; a line is the mean over seeds, as far as
-            all of them are, and the band is from the smallest to the largest.
-        metric: the label.
-        out: the folder.
-    """
-    from matplotlib.figure import Figure
-
-    from dinokit.runtime.files import atomic
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for number, (row, group) in enumerate(groups.items()):
-        steps = list(zip(*(result.curve for result in group if result.curve), strict=False))
-        scores = [[point.score for point in points] for points in steps]
-        style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": LINES[number // 10 % len(LINES)]}
-        for axis, key in zip(axes, ("images", "minutes"), strict=True):
-            x = [fmean(getattr(point, key) for point in points) for points in steps]
-            axis.plot(x, [fmean(each) for each in scores], marker=".", label=row, **style)
-            low, high = [min(each) for each in scores], [max(each) for each in scores]
-            axis.fill_between(x, low, high, alpha=0.15, linewidth=0, color=style["color"])
-    for axis, label in zip(axes, ("images seen", "minutes of training, without evaluations"), strict=True):
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(metric)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    for ending in ("svg", "png"):
-        with atomic(out / f"curves.{ending}") as temporary:
-            figure.savefig(temporary, format=ending, dpi=120)

@@ -5,14 +5,19 @@ of steps are chosen for the images in data.path and for this machine, in as many
 (60 on a CPU, 120 on a GPU); each choice is printed with its reason, and what you give stays. The same command
 resumes an interrupted run.
 
+With replay=STEP it trains nothing: it repeats that step of the run in run.out from the checkpoint before it,
+and says which images made its losses or gradients not finite.
+
 dinokit train data.path=PHOTOS minutes=60
 dinokit train small_photos data.path=PHOTOS run.out=runs/photos
+dinokit train small_photos data.path=PHOTOS run.out=runs/photos replay=1234
 """
 
 import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -37,13 +42,30 @@ words = registry.recipe_names
 
 
 def run(command: Command) -> dict[str, Any]:
-    recipe = recipe_of(command)
+    replays = [text for text in command.settings if text.startswith("replay=")]
+    command.settings = [text for text in command.settings if text not in replays]
+    recipe, seconds = recipe_and_speed(command)
+    if replays:
+        return _replay(recipe, replays[-1].partition("=")[2])
     if "--dry-run" in command.flags:
         return _dry_run(recipe)
-    source = pretrain(recipe)
+    source = pretrain(recipe, seconds=seconds)
     write_report(recipe)
     show_next(recipe, bool(source.classes))
     return result_of(recipe)
+
+
+def _replay(recipe: Recipe, number: str) -> dict[str, Any]:
+    from dinokit.runtime.distributed import launch
+    from dinokit.runtime.files import printable
+    from dinokit.train.not_finite import replay
+
+    if not number.isdecimal():
+        raise ValueError(f"replay={number}: it is the number of a step, from 1, as run.log names it.")
+    found = replay(recipe, registry.build("data.sources", recipe.data), int(number))
+    if launch().rank == 0:
+        print("\n".join(map(printable, found.lines())))
+    return asdict(found)
 
 
 def _dry_run(recipe: Recipe) -> dict[str, Any]:
@@ -54,7 +76,7 @@ def _dry_run(recipe: Recipe) -> dict[str, Any]:
     source: ImageSource = registry.build("data.sources", recipe.data)
     device = pick_device(recipe.run.device)
     recipe = with_precision(recipe, device)
-    warnings = fit.warning(recipe, len(source), device)
+    warnings = fit.warning(recipe, source, device)
     print("A few steps are timed; nothing is written.", file=sys.stderr)
     lines = fit.dry_run(recipe, source, device)
     for key, value in lines.items():
@@ -76,9 +98,15 @@ def result_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_of(command: Command, given: "ImageSource | None" = None) -> Recipe:
+    """As recipe_and_speed(), without the speed."""
+    return recipe_and_speed(command, given)[0]
+
+
+def recipe_and_speed(command: Command, given: "ImageSource | None" = None) -> tuple[Recipe, float]:
     """The recipe that a command line names, with its settings; without a name one is chosen and printed.
 
-    `given` are the images, in place of those of data.path.
+    `given` are the images, in place of those of data.path. The second value is the seconds of a step, if they
+    were measured to choose the number of steps, else 0.
 
     Raises:
         ValueError, LookupError: as load_recipe(), or if neither a recipe nor data.path is given.
@@ -93,7 +121,7 @@ def recipe_of(command: Command, given: "ImageSource | None" = None) -> Recipe:
                 f"Leave one of the two out."
             )
         word = command.one_word("recipe, or data.path=FOLDER to have one chosen", registry.recipe_names())
-        return load_recipe(word, settings, evaluation.architecture)
+        return load_recipe(word, settings, evaluation.architecture), 0.0
     out = values.get("run.out") or f"runs/{Path(values.get('data.path', 'images')).resolve().stem}"
     most = _minutes(minutes[-1].partition("=")[2]) if minutes else 0.0
     if not (Path(out) / "recipe.yaml").is_file():
@@ -102,10 +130,10 @@ def recipe_of(command: Command, given: "ImageSource | None" = None) -> Recipe:
     if minutes:
         print(
             f"{out} was begun with optim.steps={recipe.optim.steps}, which stays; {minutes[-1]} is not used. "
-            f"For a new run, give another run.out.",
+            f"For a new run, give another run.out; with weights={out} it begins where that one is.",
             file=sys.stderr,
         )
-    return recipe
+    return recipe, 0.0
 
 
 def _minutes(text: str) -> float:
@@ -120,8 +148,8 @@ def _minutes(text: str) -> float:
 
 def _chosen(
     settings: list[str], given: dict[str, str], out: str, minutes: float, images: "ImageSource | None"
-) -> Recipe:
-    """The recipe that dinokit.train.choose finds for the images and this machine."""
+) -> tuple[Recipe, float]:
+    """The recipe that dinokit.train.choose finds for the images and this machine, and seconds of a step."""
     from dinokit.runtime.distributed import launch
     from dinokit.train import choose
 
@@ -131,12 +159,14 @@ def _chosen(
             f"first: dinokit show data.path={given.get('data.path', 'PHOTOS')} > mine.yaml; then train "
             f"mine.yaml."
         )
+    print("Looking at the images, then timing a few steps ...", file=sys.stderr)
     choice, source = choose.choose(settings, given.get("run.device", "auto"), images)
     choice.set("run.out", out, "by the name of the images")
     choose.with_steps(choice, source, settings, minutes)
     for line in choice.lines(given):
         print(line, file=sys.stderr)
-    return load_recipe(choice.recipe, [*choice.settings(), *settings], evaluation.architecture)
+    recipe = load_recipe(choice.recipe, [*choice.settings(), *settings], evaluation.architecture)
+    return recipe, choice.seconds
 
 
 def describe(words: Sequence[str]) -> str:
@@ -161,21 +191,31 @@ def _keys_of_modules(values: Mapping[str, Any]) -> list[str]:
 
 
 def pretrain(
-    recipe: Recipe, given: "ImageSource | None" = None, callbacks: "Sequence[Callback]" = ()
+    recipe: Recipe,
+    given: "ImageSource | None" = None,
+    callbacks: "Sequence[Callback]" = (),
+    seconds: float = 0.0,
 ) -> "ImageSource":
-    """Train a recipe on its data, or on those given, with its evaluators, into run.out. Returns the data."""
+    """Train a recipe on its data, or on those given, with its evaluators, into run.out. Returns the data.
+
+    `seconds` of a step, if they were measured, become part of the plan in the run's folder.
+    """
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.distributed import launch
     from dinokit.train import fit, trainer
+    from dinokit.train.checkpoint import last_good
     from dinokit.train.run_dir import with_precision
 
     source: ImageSource = registry.build("data.sources", recipe.data) if given is None else given
     draw, device = partial(_draw, recipe, source), pick_device(recipe.run.device)
-    if launch().rank == 0:
-        for line in fit.warning(with_precision(recipe, device), len(source), device):
+    plan = None
+    if launch().rank == 0 and not last_good(Path(recipe.run.out) / "checkpoints"):
+        resolved = with_precision(recipe, device)
+        plan = fit.planned(resolved, device, seconds)
+        for line in fit.warning(resolved, source, device):
             print(line, file=sys.stderr)
     try:
-        trainer.train(recipe, source, _evaluators(recipe, source), draw, callbacks)
+        trainer.train(recipe, source, _evaluators(recipe, source), draw, callbacks, plan)
     except (RuntimeError, MemoryError) as error:
         if exit_status(error) != MEMORY:
             raise
@@ -230,6 +270,9 @@ def show_next(recipe: Recipe, has_labels: bool) -> None:
     conv = recipe.backbone.get("stem") == "conv"  # which no model of timm has
     export = ["to=onnx", f"out={out}/backbone.onnx"] if conv else ["to=timm", f"out={out}/timm"]
     labelled = ["train.path=LABELLED/train", "test.path=LABELLED/test"]  # one sub-folder a class
+    names = [*recipe.losses, *recipe.evals, recipe.backbone["name"], data["name"]]
+    own = sorted({name.partition(".")[0] for name in names if "." in name})  # packages that are not dinokit's
+    trust = [f"--trust={','.join(own)}"] if own else []
     commands = [
         ["eval", "knn", f"weights={out}", *([] if "split" in data and has_labels else labelled)],
         ["extract", f"weights={out}", *images, f"out={out}/features"],
@@ -237,9 +280,10 @@ def show_next(recipe: Recipe, has_labels: bool) -> None:
         ["report", out],
     ]
     print("What next:")
-    print(f"  from dinokit.weights import load_backbone; backbone = load_backbone({out!r})  # in Python")
+    arguments = f"{out!r}, trust={own}" if own else repr(out)
+    print(f"  from dinokit.weights import load_backbone; backbone = load_backbone({arguments})  # in Python")
     for words in commands:
-        print(f"  dinokit {shlex.join(words)}")
+        print(f"  dinokit {shlex.join([*words, *trust])}")
 
 
 def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
@@ -262,6 +306,8 @@ def _evaluators(recipe: Recipe, source: "ImageSource") -> list["Evaluator"]:
                 print(text, file=sys.stderr)
             continue
         values = evaluation.with_data(name, values, recipe.data)
+        if {"data.dense", "data.objects"} & evaluation.registries(name) and values.get("out") == "":
+            values["out"] = f"{recipe.run.out}/{name}"  # the report shows predictions
         if "max_unreadable" in values:  # an evaluator allows what the run allows
             values["max_unreadable"] = max(values["max_unreadable"], recipe.run.max_unreadable)
         if recipe.backbone.get("weights"):

@@ -23,7 +23,7 @@ def run(command: Command) -> dict[str, Any]:
         raise ValueError(
             f"Give folders of runs, which have a recipe.yaml: dinokit watch runs/NAME, not {asked}."
         )
-    recipes = {folder: load_recipe(folder / "recipe.yaml") for folder in folders}
+    recipes = {folder: load_recipe(folder / "recipe.yaml", of_run=True) for folder in folders}
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 

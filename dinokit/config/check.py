@@ -6,7 +6,7 @@ from math import inf
 from typing import Any
 
 from dinokit.config import registry
-from dinokit.config.recipe import Recipe
+from dinokit.config.recipe import GramTeacher, Recipe
 
 # Smallest and largest value of each number, or of each number in a tuple. `*` is any section.
 RANGES: dict[str, tuple[float, float]] = {
@@ -19,12 +19,16 @@ RANGES: dict[str, tuple[float, float]] = {
     "teacher.temp": (1e-3, inf),
     "teacher.temp_warmup": (0, inf),
     "teacher.temp_every": (1, inf),
+    "teacher.gram.refresh_from": (0, inf),
+    "teacher.gram.refresh_every": (0, inf),
+    "teacher.gram.refreshes": (1, inf),
     "crops.*.count": (0, inf),
     "crops.*.size": (1, inf),
     "crops.*.scale": (0, 1),
     "crops.*.blur": (0, 1),
     "crops.*.solarize": (0, 1),
     "crops.ratio": (0.01, inf),
+    "crops.gram_size": (0, inf),
     "crops.flip": (0, 1),
     "crops.vertical_flip": (0, 1),
     "crops.transpose": (0, 1),
@@ -64,6 +68,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.keep_every": (0, inf),
     "run.timeout_minutes": (0.05, inf),
     "run.max_unreadable": (0, 1),
+    "run.max_skipped": (0, inf),
 }
 
 
@@ -117,6 +122,12 @@ def _check_crops(recipe: Recipe) -> None:
         raise ValueError(
             "crops: with one global crop and no local crop there is nothing to compare; add crops."
         )
+    for i, (share, large, small, gram) in enumerate(crops.mixed):
+        if share <= 0 or min(large, small) < 1 or gram < 0 or bool(gram) != bool(crops.gram_size):
+            raise ValueError(
+                f"crops.mixed[{i}]=[{share:g}, {large}, {small}, {gram}]: give a probability above 0, pixels "
+                "of global, of local and of the Gram teacher's crops; the last is 0 where crops.gram_size is."
+            )
     ordered = ("crops.globals.scale", "crops.locals.scale", "crops.ratio", "crops.blur_sigma")
     for key, value in settings_of(recipe):
         if key in ordered and value[0] > value[1]:
@@ -163,6 +174,48 @@ def _check_steps(recipe: Recipe) -> None:
         )
 
 
+def _check_gram(recipe: Recipe) -> None:
+    """Check losses.gram, teacher.gram and crops.gram_size against each other, before the first step."""
+    given = recipe.teacher.gram
+    readers = [n for n in recipe.losses if "gram" in getattr(registry.read_config("losses", n), "uses", ())]
+    if readers and given is None:
+        raise ValueError(
+            f"losses.{readers[0]} needs a Gram teacher: teacher.gram.weights=RUN_OR_FILE, or "
+            "teacher.gram={} for the moving average itself."
+        )
+    if given is not None and not readers:
+        raise ValueError("`teacher.gram` is given, but no loss reads it; remove it with teacher.gram=null.")
+    if recipe.crops.gram_size and (given is None or not given.weights):
+        raise ValueError(
+            f"crops.gram_size={recipe.crops.gram_size} is for a Gram teacher with weights of its own: give "
+            "teacher.gram.weights=RUN_OR_FILE, or crops.gram_size=0."
+        )
+    if given is not None and given.refresh_every and not given.weights:
+        raise ValueError(
+            "teacher.gram.refresh_every copies the moving average, and without teacher.gram.weights the Gram "
+            "teacher is the moving average: set teacher.gram.refresh_every=0."
+        )
+    if given is not None and not given.refresh_every:
+        for key in ("refresh_from", "refreshes"):
+            if getattr(given, key) != getattr(GramTeacher, key):
+                raise ValueError(
+                    f"teacher.gram.{key} has no effect without teacher.gram.refresh_every, which needs "
+                    f"teacher.gram.weights: give these, or leave {key} out."
+                )
+    if given is not None and given.refresh_every and not given.refresh_from:
+        raise ValueError(
+            "teacher.gram.refresh_from=0 would replace teacher.gram.weights before a step has used them: "
+            "give the number of steps before the first copy, or teacher.gram.refresh_every=0."
+        )
+    if recipe.teacher.start and (recipe.backbone.get("weights") or recipe.teacher.frozen):
+        raise ValueError(
+            "teacher.start takes backbone and heads from a run, so it does not go with backbone.weights or "
+            "teacher.frozen: give one of them."
+        )
+    if given is not None and recipe.teacher.frozen:
+        raise ValueError("teacher.gram anchors to an earlier self: it does not go with teacher.frozen.")
+
+
 def _check_losses(recipe: Recipe) -> None:
     if not recipe.losses:
         available = ", ".join(registry.names("losses"))
@@ -170,6 +223,7 @@ def _check_losses(recipe: Recipe) -> None:
     configs = {name: registry.read_config("losses", name) for name in recipe.losses}
     masked = [name for name, cls in configs.items() if "masks" in getattr(cls, "uses", ())]
     _check_masks(recipe, masked)
+    _check_gram(recipe)
     _check_phases(recipe)
     projected = [name for name, cls in configs.items() if "projection" in getattr(cls, "uses", ())]
     if projected and recipe.heads.projector is None:

@@ -33,15 +33,17 @@ from dinokit.config.values import first_line, join_key, key_list, keys_without_e
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
     "keys_without_effect", "load_recipe", "merge_settings", "parse_overrides", "read_data_section",
-    "read_mapping", "read_text_mapping", "run_dir_of", "section_values", "to_yaml",
+    "read_mapping", "read_text_mapping", "run_dir_of", "section_values", "to_yaml", "unresolved",
 ]  # fmt: skip
 DEEPEST = 100  # levels of YAML
 DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
-        "data.videos": {"name": "davis"}}  # fmt: skip
+        "data.videos": {"name": "davis"}, "data.objects": {"name": "sa1b"},
+        "data.captions": {"name": "folder"}, "data.pairs": {"name": "spair"},
+        "data.clips": {"name": "folders"}}  # fmt: skip
 
 
-# Texts with ${...} by their place in a recipe and the value they gave: what is written keeps them unresolved.
-_unresolved: dict[tuple[tuple[object, ...], str], str] = {}
+# Texts with ${...} by their key and the value they gave: what is written keeps them unresolved.
+_unresolved: dict[tuple[str, str], str] = {}
 
 # From weights (a file or run) to the section `backbone` of their model.
 ReadArchitecture = Callable[[str], Mapping[str, Any]]
@@ -71,14 +73,26 @@ def load_recipe(
     values = read_mapping(path)
     if of_run:
         keys = [{"name": key} for section in ("losses", "evals") for key in values.get(section) or {}]
-        named = [{"name": (values.get(key) or {}).get("name", "")} for key in ("backbone", "data")]
+        # Names alone: of what it says about images, nothing is read, and a run may have its own from a hub.
+        sections = [values.get(key) for key in ("backbone", "data", "evals")]
+        named = [{"name": text} for key, text in registry.texts(sections) if key == "name"]
         registry.check_from_file([*keys, *named], path, "them")
     values.setdefault("name", path.stem)
     run_dir, run = run_dir_of(path), values.get("run") or {}
     if run_dir is not None and "out" in run and Path(run["out"]).resolve() != run_dir.resolve():
         values["run"] = {**run, "out": str(run_dir)}
-    _merge(values, _with_module_names(parse_overrides(overrides), values), "")
+    changes = _with_module_names(parse_overrides(overrides), values)
+    _forget_old_weights(values.get("backbone"), changes.get("backbone"))
+    _merge(values, changes, "")
     return _complete(values, read_architecture)
+
+
+def _forget_old_weights(section: Any, changes: Any) -> None:
+    """Remove the fingerprint of a recipe's initial weights from `section` if `changes` has other weights."""
+    if isinstance(section, dict) and isinstance(changes, Mapping):
+        old = section.get("weights")
+        if changes.get("weights", old) != old:
+            section.pop("fingerprint", None)
 
 
 def _with_module_names(changes: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,6 +113,8 @@ def _joined(kind: str, section: Mapping[str, Any], known: set[str], prefix: str 
         if name not in known and not ("." in name and _is_module(kind, name)) and isinstance(value, Mapping):
             inner = _joined(kind, value, known, f"{name}.")
         found = [each for each in inner if each in known or _is_module(kind, each)]
+        if inner and not found and all(isinstance(each, Mapping) for each in inner.values()):
+            found = registry.modules(name)  # inner names one that is not there
         result |= inner if found else {name: value}
     return result
 
@@ -149,6 +165,9 @@ def _complete(values: dict[str, Any], read_architecture: ReadArchitecture | None
     recipe = Recipe(**validated(Recipe, values, ""))
     recipe.backbone = _backbone(values["backbone"], read_architecture)
     recipe.data = _section("data.sources", values.get("data"), "data")
+    for kind, sections in (("losses", recipe.losses), ("eval", recipe.evals)):
+        for name in sections:
+            registry.locate(kind, name)  # also of one that is null: a typo would leave the loss in the recipe
     recipe.losses = {
         name: section_values("losses", name, section or {}, f"losses.{name}")
         for name, section in recipe.losses.items()
@@ -168,26 +187,27 @@ def _complete(values: dict[str, Any], read_architecture: ReadArchitecture | None
             source["channels"] = recipe.backbone["channels"]
     recipe.run.out = recipe.run.out or f"runs/{recipe.name}"
     check(recipe)
-    _remember(values, asdict(recipe), ())
+    _remember(values, asdict(recipe))
     return recipe
 
 
-def _remember(values: object, resolved: Any, place: tuple[object, ...]) -> None:
-    """Keep the texts with ${...} of a recipe, for to_yaml()."""
+def _remember(values: object, resolved: Any, key: str = "") -> None:
+    """Keep the texts with ${...} in `values`, for unresolved(). The elements of a list have its key."""
     if isinstance(values, str) and "${" in values:
-        _unresolved[place, str(resolved)] = values
+        _unresolved[key, str(resolved)] = values
     elif isinstance(values, Mapping | list):
-        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        for place, value in values.items() if isinstance(values, Mapping) else enumerate(values):
             with suppress(KeyError, IndexError, TypeError):
-                _remember(value, resolved[key], (*place, key))
+                _remember(value, resolved[place], str(place) if isinstance(values, Mapping) else key)
 
 
-def _unresolve(values: Any, place: tuple[object, ...] = ()) -> Any:
+def unresolved(values: Any, key: str = "") -> Any:
+    """`values` as they were given, with ${...} in place of what it stood for: for what is written or sent."""
     if isinstance(values, Mapping):
-        return {key: _unresolve(value, (*place, key)) for key, value in values.items()}
+        return {name: unresolved(value, str(name)) for name, value in values.items()}
     if isinstance(values, list | tuple):
-        return [_unresolve(value, (*place, i)) for i, value in enumerate(values)]
-    return _unresolved.get((place, str(values)), values)
+        return [unresolved(value, key) for value in values]
+    return _unresolved.get((key, str(values)), values)
 
 
 def section_values(
@@ -222,6 +242,7 @@ def section_values(
             sections = result[item.name] if many else {"": result[item.name]}
             checked = {label: _source(item, each, join_key(key, label)) for label, each in sections.items()}
             result[item.name] = checked if many else checked[""]
+    _remember(values, result)
     return result
 
 
@@ -249,6 +270,11 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         if "=" not in text:
             raise ValueError(f"'{text}' is not of the form key=value.")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"{text}: settings are UTF-8, and this has other bytes. Rename the file or folder, or make a "
+                f"link to it with another name."
+            )
     try:
         result: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:  # errors of the YAML reader have no common base class in OmegaConf
@@ -259,13 +285,14 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def to_yaml(recipe: Recipe, template: bool = False) -> str:
-    """The whole recipe with every default; load_recipe() reads it.
+def to_yaml(recipe: Any, template: bool = False) -> str:
+    """The whole recipe, a dataclass with a section `run`, with every default; load_recipe() reads a Recipe.
 
     A template has no name, and no run.out if that follows from the name, so that a copy gets its own.
     """
-    values = _unresolve(asdict(recipe))
-    values["run"] |= {"resume": "auto", "images": "same"}  # choices of one command, not of all that resume
+    values = unresolved(asdict(recipe))
+    once = {"resume": "auto", "images": "same"}  # choices of one command, not of all that resume
+    values["run"] |= {key: value for key, value in once.items() if key in values["run"]}
     if template and values["run"]["out"] == f"runs/{values.pop('name')}":
         del values["run"]["out"]
     return OmegaConf.to_yaml(OmegaConf.create(values))

@@ -4,7 +4,7 @@ Units: durations are in optimizer steps, a batch is images over all processes, s
 [a, b] of a schedule is a cosine from a to b.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 MISSING: Any = "???"  # OmegaConf's mark for "must be given"
@@ -23,6 +23,7 @@ class Head:
     bottleneck: int = 256
     layers: int = 3  # linear layers before the prototypes
     norm_last_layer: bool = False  # keep the norm of every prototype at 1
+    standardize: bool = False  # features to mean 0 and deviation 1 over the rows of a forward pass, first
 
 
 @dataclass
@@ -38,7 +39,19 @@ class Projector:
 class Heads:
     cls: Head = field(default_factory=Head)
     patch: Head | None = None  # none: masked patches use the head of the class token
-    projector: Projector | None = None  # for losses.contrastive
+    projector: Projector | None = None  # for losses.contrastive or lejepa
+
+
+@dataclass
+class GramTeacher:
+    """The network whose patch similarities losses.gram anchors (DINOv3, arXiv 2508.10104)."""
+
+    # A run or file of the backbone's architecture. Empty: the teacher itself, the moving average.
+    weights: str = ""
+    # Steps done after which it becomes a copy of the moving average: the first, how often, how many times.
+    refresh_from: int = 0
+    refresh_every: int = 0  # steps; 0: never
+    refreshes: int = 3
 
 
 @dataclass
@@ -51,6 +64,9 @@ class Teacher:
     temp_warmup: int = 0  # steps
     temp_every: int = 1  # steps between two changes of the temperature; DINO: an epoch
     frozen: str = ""  # weights or run of a frozen teacher; the moving average is then kept beside it
+    # A run whose moving average student and teacher begin as, heads included: the next stage of training.
+    start: str = ""
+    gram: GramTeacher | None = None  # for losses.gram
 
 
 @dataclass
@@ -72,6 +88,11 @@ class Crops:
     # How a JPEG is decoded: whole; or reduced to 1/2, 1/4 or 1/8 if every crop is still shrunk to half or
     # less. That is faster for large photos and changes pixels a little (docs/performance.md).
     decode: Literal["whole", "reduced"] = "whole"
+    # Pixels of the Gram teacher's copies of the global crops, without colour; 0: it sees the same crops.
+    gram_size: int = 0
+    # Sizes of which each step draws one, for all processes the same: [probability, globals.size, locals.size,
+    # gram_size]. Empty: always those of the sections.
+    mixed: tuple[tuple[float, int, int, int], ...] = ()
     flip: float = 0.5  # probability
     vertical_flip: float = 0.0  # probability
     transpose: float = 0.0  # probability; with both flips all eight symmetries of a square
@@ -87,6 +108,19 @@ class Crops:
     solarize_threshold: float = 128 / 255  # in [0, 1]
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # for each channel, in [0, 1]
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def variants(self) -> "list[Crops]":
+        """The settings with the sizes of each entry of `mixed`; without any, themselves."""
+        return [
+            replace(
+                self,
+                globals=replace(self.globals, size=int(large)),
+                locals=replace(self.locals, size=int(small)),
+                gram_size=int(gram),
+            )
+            for _, large, small, gram in self.mixed
+        ] or [self]
 
 
 @dataclass
@@ -111,7 +145,8 @@ class Optim:
     lr_rule: Literal["none", "sqrt", "linear"] = "sqrt"
     head_warmup: int = 0  # steps in which only the heads learn; `warmup` starts after them
     warmup: int = 0  # steps of a linear rise of the learning rate
-    min_lr: float = 1e-6
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after its warm-up
+    min_lr: float = 1e-6  # at the end of a cosine
     weight_decay: tuple[float, float] = (0.04, 0.4)
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 3.0  # largest gradient norm; 0 is off
@@ -156,6 +191,7 @@ class Run:
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # of several processes; auto: ddp if it fits
     timeout_minutes: float = 30.0  # without progress, before the run ends with an error
     max_unreadable: float = 0.01  # largest share of unreadable images; more stop the run
+    max_skipped: int = 5  # steps in a row with losses or gradients that are not finite; more stop the run
     log: tuple[str, ...] = ()  # trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio
     report: bool = True  # write report.html at the end, as dinokit report does
 

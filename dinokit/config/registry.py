@@ -10,6 +10,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import Field, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -22,6 +23,8 @@ from typing import Any
 
 # What an entry of a registry defines at its top level; its helpers define none of these.
 ENTRY = re.compile(r"^(build = |def (build|evaluate|run)\()", re.MULTILINE)
+# What the names of recipes begin with that train no backbone.
+KINDS = ("eval_", "curate_", "head_", "align_", "instruct_")
 _trusted: set[str] = set()  # packages that a recipe or command of the user names, or that trust() does
 
 
@@ -54,16 +57,16 @@ def only_if(default: Any, **others: bool | tuple[str, ...]) -> Any:
     return field(default=default, metadata={"only_if": others})
 
 
-def source_field(kind: str, split: str, **more: bool) -> Any:
+def source_field(kind: str, split: str, **more: Any) -> Any:
     """A field of an evaluator's Config that is a section of the registry `kind`; None by default.
 
     Inside a training run, a section that is not given is that split of the training data.
 
     Args:
-        kind: data.sources, data.dense or data.videos.
+        kind: data.sources, data.dense, data.objects, data.pairs, data.videos or data.clips.
         split: "train" or "test".
         more: optional=True for a section that may be missing, many=True for a mapping of sections by name,
-            labels=False for images that need no labels.
+            labels=False for images that need no labels, only_if={...} as only_if() takes it.
     """
     return field(default=None, metadata={"registry": kind, "split": split, **more})
 
@@ -82,7 +85,7 @@ def condition_text(other: str, condition: bool | tuple[str, ...]) -> str:
     """A condition of only_if() as text: 'with method=knn', 'without head'."""
     if isinstance(condition, bool):
         return f"{'with' if condition else 'without'} {other}"
-    return f"with {' or '.join(f'{other}={value}' for value in condition)}"
+    return f"with {other}={' or '.join(condition)}"
 
 
 def trust(*packages: str) -> None:
@@ -96,7 +99,7 @@ def trusted() -> set[str]:
 
 
 def check_from_file(values: object, path: str | Path, what: str) -> None:
-    """Refuse settings out of a file that would import a module, which runs its code, or read the environment.
+    """Refuse settings out of a file that would run code, read the environment, or download anything.
 
     Args:
         values: a section, or several; every `name` in it is checked.
@@ -104,9 +107,20 @@ def check_from_file(values: object, path: str | Path, what: str) -> None:
         what: the user can give in its place, for the error.
 
     Raises:
-        ValueError: for a dotted name, unless the user has named its package, and for ${...}.
+        ValueError: for a dotted name, unless the user has named its package; for ${...}; and for a data set
+            that would be downloaded.
     """
-    for key, text in _texts(values):
+    for section in _sections(values):
+        place = str(section.get("path") or "")
+        hub = section.get("name") == "hf" and not Path(place).expanduser().is_dir()
+        if section.get("download") or (hub and place.partition("/")[0] not in _trusted):
+            raise ValueError(
+                f"{path} names the images '{place}', which would be downloaded: give {what} yourself."
+                + (f" Or, if you trust them, give --trust={place.partition('/')[0]}." if hub else "")
+            )
+        if section.get("pretrained"):
+            raise ValueError(f"{path} names a model whose weights would be downloaded: give {what} yourself.")
+    for key, text in texts(values):
         package = text.partition(".")[0]
         if key == "name" and "." in text and package not in _trusted:
             raise ValueError(
@@ -119,21 +133,32 @@ def check_from_file(values: object, path: str | Path, what: str) -> None:
             )
 
 
-def _texts(values: object, key: str = "") -> Iterator[tuple[str, str]]:
+def _sections(values: object) -> Iterator[Mapping[str, Any]]:
+    """Every section in nested settings."""
+    if isinstance(values, Mapping):
+        yield values
+        values = list(values.values())
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        for value in values:
+            yield from _sections(value)
+
+
+def texts(values: object, key: str = "") -> Iterator[tuple[str, str]]:
     """Every text in nested settings, with the nearest key."""
     if isinstance(values, Mapping):
         for name, value in values.items():
-            yield from _texts(value, str(name))
+            yield from texts(value, str(name))
     elif isinstance(values, Sequence) and not isinstance(values, str):
         for value in values:
-            yield from _texts(value, key)
+            yield from texts(value, key)
     elif isinstance(values, str):
         yield key, values
 
 
 def names(kind: str) -> list[str]:
-    """The entries of a registry, sorted. Imports none of them."""
-    return sorted(path.stem for path in _folder(kind).glob("*.py") if _is_entry(path))
+    """The entries of a registry, sorted. Imports none of them. Names of commands have dashes."""
+    found = sorted(path.stem for path in _folder(kind).glob("*.py") if _is_entry(path))
+    return [name.replace("_", "-") for name in found] if kind == "commands" else found
 
 
 def _is_entry(path: Path) -> bool:
@@ -147,7 +172,7 @@ def find(kind: str, name: str) -> ModuleType:
         LookupError: if there is none; it lists the entries.
     """
     locate(kind, name)
-    return import_module(name if "." in name else f"dinokit.{kind}.{name}")
+    return import_module(name if "." in name else f"dinokit.{kind}.{name.replace('-', '_')}")
 
 
 def build(kind: str, section: Mapping[str, Any]) -> Any:
@@ -158,11 +183,11 @@ def build(kind: str, section: Mapping[str, Any]) -> Any:
 
 
 def recipe_names(kind: str = "") -> list[str]:
-    """The recipes in configs/, sorted: for training, or those that start with `kind`: eval, curate."""
+    """The recipes in configs/, sorted: for training, or those of a `kind`, such as eval."""
     have = [
         p.name.removesuffix(".yaml") for p in files("dinokit.configs").iterdir() if p.name.endswith(".yaml")
     ]
-    kinds = {name: name.partition("_")[0] if name.startswith(("eval_", "curate_")) else "" for name in have}
+    kinds = {name: name.partition("_")[0] if name.startswith(KINDS) else "" for name in have}
     return sorted(name for name in have if kinds[name] == kind)
 
 
@@ -265,6 +290,15 @@ def _folder(kind: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def modules(package: str) -> list[str]:
+    """The names of the modules in a package that is not imported for it; none if there is no such package."""
+    with suppress(ModuleNotFoundError, ValueError):
+        spec = find_spec(package)
+        places = (spec and spec.submodule_search_locations) or ()
+        return sorted(path.stem for place in places for path in Path(place).glob("[!_]*.py"))
+    return []
+
+
 def locate(kind: str, name: str) -> Path:
     """The file behind a name.
 
@@ -279,8 +313,13 @@ def locate(kind: str, name: str) -> Path:
             raise LookupError(f"'{name}' (for the registry '{kind}') cannot be imported: {error}.") from None
         if spec is not None and spec.origin and Path(spec.origin).is_file():
             return Path(spec.origin)
+        package, _, module = name.rpartition(".")
+        if have := modules(package):
+            raise LookupError(
+                f"There is no '{module}' in {package}, which has: {', '.join(have)}.{suggest(module, have)}"
+            )
     else:
-        path = _folder(kind) / f"{name}.py"
+        path = _folder(kind) / f"{name.replace('-', '_')}.py"
         if path.is_file() and (_is_entry(path) or "\nclass Config" in path.read_text(encoding="utf-8")):
             return path
     have = names(kind)

@@ -3,9 +3,12 @@
 import json
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin
+from dataclasses import Field, asdict, fields, is_dataclass
+from enum import EnumType
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,10 +19,11 @@ from dinokit.config import registry
 def validated(
     cls: type[Any], values: Mapping[str, Any], prefix: str, extra_keys: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """All fields of the dataclass `cls`, from `values` and the defaults.
+    """All fields of the dataclass `cls`, from `values` and the defaults, with the types that it declares.
 
     Args:
-        cls: the dataclass.
+        cls: the dataclass. Its fields are int, float, str, bool, Path, Literal, Enum, lists, tuples, dicts,
+            other dataclasses, Any, or one of these or None; fields of other types are not checked.
         values: some of its fields, as read from YAML.
         prefix: the key of the section that these values are from, for errors.
         extra_keys: further keys to list in the error for an unknown key.
@@ -28,47 +32,134 @@ def validated(
         ValueError: for an unknown key, a missing value or a wrong type; it names the key.
     """
     _unknown_keys(cls, values, prefix, extra_keys)
-    values = _with_lists(cls, values)
     try:
-        given = OmegaConf.create(dict(values))
-        merged = OmegaConf.merge(OmegaConf.structured(cls), given)
-        # merge() replaces a missing value of `given` by the default, so both are searched.
-        absent = sorted({str(key) for config in (given, merged) for key in OmegaConf.missing_keys(config)})
-        if absent:
-            keys = [join_key(prefix, key) for key in absent]
-            raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
-        result = OmegaConf.to_object(merged)
+        merged = OmegaConf.create(_over(_defaults(cls), values))
+        plain: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        key, near = _find_invalid(cls, values, prefix)
-        if "is not a TupleConfig" in str(error):  # OmegaConf names its own class
-            raise ValueError(f"{key}: it is a list and needs brackets: {key}=[...].") from None
-        raise ValueError(f"{key}: {first_line(error)}.{near}") from None
+        key = join_key(prefix, str(error.full_key or ""))
+        raise ValueError(f"{key or 'The values'}: {first_line(error)}.") from None
+    given = _fields(cls, plain, prefix)
+    absent = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+    if absent:
+        keys = [join_key(prefix, key) for key in absent]
+        raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
+    result = cls(**given)
     return {item.name: getattr(result, item.name) for item in fields(cls)}
 
 
-def _with_lists(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with lists where the dataclass declares them: a,b and a alone are lists there as [a, b] is."""
-    result = dict(values)
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    """The defaults of a dataclass as plain values; MISSING where there is none."""
+    values: dict[str, Any] = {}
     for item in fields(cls):
-        value, inner = result.get(item.name), _dataclass_of(item)
-        if inner is not None and isinstance(value, Mapping):
-            result[item.name] = _with_lists(inner, value)
-        elif _is_list(item.type) and isinstance(value, str) and "," in value:
-            result[item.name] = [_read(word) for word in value.split(",") if word.strip()]
-        elif _is_list(item.type) and isinstance(value, str | int | float) and value != MISSING:
-            result[item.name] = value if _has_fixed_length(item.type) else [value]
+        default: Any = item.default if item.default_factory is NO_DEFAULT else item.default_factory()
+        if is_dataclass(default) and not isinstance(default, type):
+            default = asdict(default)
+        values[item.name] = MISSING if default is NO_DEFAULT else default
+    return values
+
+
+def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over `defaults`, inside of sections too."""
+    result = {**defaults, **values}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping):
+            result[key] = _over(defaults[key], value)
     return result
 
 
-def _is_list(kind: object) -> bool:
-    """Whether a type is a list or tuple, or that or None."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(map(_is_list, get_args(kind))) and not {str, int, float} & {*get_args(kind)}
-    return get_origin(kind) in (list, tuple)
+def _fields(cls: type[Any], values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    kinds = get_type_hints(cls)
+    names = [item.name for item in fields(cls) if item.name in values]
+    return {name: _converted(kinds[name], values[name], join_key(prefix, name)) for name in names}
 
 
-def _has_fixed_length(kind: object) -> bool:
-    return get_origin(kind) is tuple and Ellipsis not in get_args(kind)
+def _converted(kind: Any, value: Any, key: str) -> Any:
+    """`value`, as YAML reads it, as a value of the type `kind`; a number or word alone is a list too.
+
+    Raises:
+        ValueError: if it is none; it begins with `key`.
+    """
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in inside:
+            return None
+        options = [each for each in inside if each is not types.NoneType]
+        return _first_that_fits(options, value, key)
+    if value == MISSING:
+        return value
+    if value is None and (kind in WORDS or origin is not None or is_dataclass(kind)):
+        raise ValueError(f"{key}: it cannot be null.")
+    if origin is Literal:
+        return _literal(inside, value, key)
+    if isinstance(kind, EnumType):
+        return value if isinstance(value, kind) else kind[_literal([*kind.__members__], value, key)]
+    if origin in (list, tuple):
+        return _list(origin, inside, value, key)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return kind(**validated(kind, value, key))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key}={value}: it is a section, as in {key}.KEY=VALUE.")
+        return {name: _converted(inside[1], each, join_key(key, str(name))) for name, each in value.items()}
+    return _plain(kind, value, key) if kind in WORDS else value
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", Path: "a path"}
+YES, NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+def _plain(kind: Any, value: Any, key: str) -> Any:
+    text = str(value).strip().lower()
+    fits = isinstance(value, str | int | float) or (kind in (str, Path) and isinstance(value, Path))
+    if isinstance(value, bool) and kind not in (bool, str):
+        fits = False  # to Python true is the number 1
+    if kind is bool and text in YES | NO:
+        return text in YES
+    with suppress(ValueError):
+        if fits and kind is not bool and not (kind is int and isinstance(value, float)):
+            return kind(str(value) if kind in (str, Path) else value)
+    raise ValueError(f"{key}: {_shown(value)} is not {WORDS[kind]}.")
+
+
+def _literal(allowed: Sequence[Any], value: Any, key: str) -> Any:
+    # YAML reads a word as a number if it can, and yes and no, on and off as booleans.
+    texts = (YES if value else NO) if isinstance(value, bool) else {str(value)}
+    for word in allowed:
+        if word is value or (str(word) in texts and not (isinstance(value, bool) and type(word) is int)):
+            return word
+    # Of short words, few are similar by accident.
+    near = registry.suggest(str(value), [str(word) for word in allowed], cutoff=0.7)
+    raise ValueError(f"{key}: {_shown(value)} is not one of {', '.join(map(str, allowed))}.{near}")
+
+
+def _list(origin: Any, inside: Sequence[Any], value: Any, key: str) -> Any:
+    length = len(inside) if origin is tuple and Ellipsis not in inside else None
+    if isinstance(value, str) and "," in value:
+        value = [_read(word) for word in value.split(",") if word.strip()]
+    elif isinstance(value, str | int | float) and length is None:
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{key}: it is a list and needs brackets: {key}=[...].")
+    if length is not None and len(value) != length:
+        raise ValueError(f"{key}={json.dumps(value)}: it needs {length} values, not {len(value)}.")
+    kinds = inside if length is not None else [inside[0] if inside else Any] * len(value)
+    return origin(_converted(kind, each, key) for kind, each in zip(kinds, value, strict=True))
+
+
+def _first_that_fits(options: Sequence[Any], value: Any, key: str) -> Any:
+    """The value as the one of several types that it has already, or else as the first that it can be."""
+    same = [each for each in options if each is type(value) or get_origin(each) is type(value)]
+    failed: list[ValueError] = []
+    for option in [*same, *options]:
+        try:
+            return _converted(option, value, key)
+        except ValueError as error:
+            failed.append(error)
+    raise failed[-1]
+
+
+def _shown(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _read(word: str) -> Any:
@@ -107,34 +198,11 @@ def keys_without_effect(
     return reasons
 
 
-def _find_invalid(cls: type[Any], values: Mapping[str, Any], prefix: str) -> tuple[str, str]:
-    """The key with the invalid value, which OmegaConf does not always name, and a suggestion."""
-    for item in fields(cls):
-        if item.name in values:
-            key, value = join_key(prefix, item.name), values[item.name]
-            try:
-                OmegaConf.merge(OmegaConf.structured(cls), {item.name: value})
-            except OmegaConfBaseException:
-                inner = _dataclass_of(item)
-                if inner and isinstance(value, Mapping):
-                    return _find_invalid(inner, value, key)
-                return key, registry.suggest(
-                    str(value), _literals(item.type), cutoff=0.7
-                )  # of short words, few are similar by accident
-    return prefix, ""
-
-
-def _literals(kind: object) -> list[str]:
-    """The strings that a Literal type allows, also inside a union or tuple."""
-    parts = getattr(kind, "__args__", ())
-    return [word for part in parts for word in ([part] if isinstance(part, str) else _literals(part))]
-
-
 def _unknown_keys(cls: type[Any], values: object, prefix: str, extra_keys: Sequence[str] = ()) -> None:
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix}={values}: it is a section with the keys: {key_list(cls) or 'nothing'}.")
-    known = {item.name: item for item in fields(cls)}
-    for key, value in values.items():
+    known = [item.name for item in fields(cls)]
+    for key in values:
         if key not in known:
             inside = f" in '{prefix}'" if prefix else ""
             near = registry.suggest(str(key), [*extra_keys, *known])
@@ -143,14 +211,6 @@ def _unknown_keys(cls: type[Any], values: object, prefix: str, extra_keys: Seque
                 f"{join_key(prefix, str(key))}: there is no key '{key}'{inside}.{near} "
                 f"There is: {have or 'nothing to set'}."
             )
-        inner = _dataclass_of(known[key])
-        if inner is not None and value is not None:
-            _unknown_keys(inner, value, join_key(prefix, key))
-
-
-def _dataclass_of(item: "Field[Any]") -> type[Any] | None:
-    options = getattr(item.type, "__args__", (item.type,))
-    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def key_list(cls: type[Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from dinokit.curate.dedup import Status
 from dinokit.curate.image_sets import Embeddings, ImageSet, contact_sheet
 from dinokit.curate.index import CHUNK, exact_search
-from dinokit.runtime.files import atomic
+from dinokit.runtime.files import atomic, file_cell
 
 NEIGHBOURS = 5  # of each image in clusters.csv
 SHEETS, ON_SHEET = 100, 36  # the largest clusters that get a sheet, and images on it
@@ -53,7 +53,9 @@ def write_clusters(
             near = _neighbours(pool, embedded, queries, images) if search else [[] for _ in images]
             for image, beside in zip(images.tolist(), near, strict=True):
                 why = Status(status[image]).name.lower()
-                table.writerow([pool.name(image), cluster[image], why, int(chosen[image]), *beside])
+                table.writerow(
+                    [file_cell(pool.name(image)), cluster[image], why, int(chosen[image]), *beside]
+                )
     return {"sheets": _sheets(out / "clusters", pool, cluster) if pool.source is not None else 0}
 
 
@@ -66,7 +68,9 @@ def _neighbours(
     for image, values, numbers in zip(images, similarity, rows, strict=True):
         found = [(embedded.images[n], v) for n, v in zip(numbers, values, strict=True) if n >= 0]
         others = [(number, value) for number, value in found if number != image][:NEIGHBOURS]
-        result.append([text for number, value in others for text in (pool.name(int(number)), f"{value:.4f}")])
+        result.append(
+            [text for number, value in others for text in (file_cell(pool.name(int(number))), f"{value:.4f}")]
+        )
     return result
 
 

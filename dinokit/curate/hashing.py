@@ -8,7 +8,6 @@ bits, so that two of a million different images do not have a similar hash by ch
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from PIL import Image
 from dinokit.curate.dedup import Components, Status, representatives
 from dinokit.curate.image_sets import ImageSet
 from dinokit.curate.index import save, shard_files
-from dinokit.curate.settings import Config, Share
+from dinokit.curate.settings import Config, Hash, Share
+from dinokit.data.scan import Scan, pixel_digest, scan
 from dinokit.data.sources import ImageLike, ImageSource
+from dinokit.data.transforms import size_of
 from dinokit.runtime.files import write_text
 
 SHARD = 4096  # images whose hashes are written to one file
@@ -107,6 +108,23 @@ def find_duplicates(
     exact = (exact_of == exact_of[keeper]) | (exact_of != np.arange(n))
     status[duplicate] = np.where(exact, Status.EXACT, Status.NEAR)[duplicate]
     return status, keeper, np.unique(np.concatenate(across_sets), axis=0)
+
+
+def scan_with_near_duplicates(source: ImageSource, sample: int) -> Scan:
+    """scan(), with the near duplicates of images within the sample."""
+    names, records = [], []
+
+    def visit(name: str, picture: ImageLike) -> None:
+        names.append(name)
+        records.append(hash_image(picture))
+
+    result, table = scan(source, sample, visit=visit), np.zeros(len(names), RECORD)
+    for row, record in enumerate(records):
+        table[row] = record
+    status, keeper, _ = find_duplicates(table, len(table), Hash().bits, largest=False)
+    near = np.flatnonzero(status == Status.NEAR).tolist()
+    result.near = [(names[i], names[keeper[i]]) for i in near]
+    return result
 
 
 def near_pairs(hashes: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -200,11 +218,8 @@ def hash_images(source: ImageSource, images: range) -> tuple[np.ndarray, list[st
 
 def hash_image(picture: ImageLike) -> tuple[np.ndarray, np.ndarray, int, bool]:
     """The RECORD of one image."""
-    array = np.asarray(picture)
-    digest = blake2b(f"{array.shape} {array.dtype}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(array).data)
-    pixels = array.shape[0] * array.shape[1]
-    return np.frombuffer(digest.digest(), "<u8"), perceptual_hash(picture), pixels, True
+    width, height = size_of(picture)
+    return np.frombuffer(pixel_digest(picture), "<u8"), perceptual_hash(picture), width * height, True
 
 
 def perceptual_hash(picture: ImageLike) -> np.ndarray:

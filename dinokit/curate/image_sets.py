@@ -18,7 +18,15 @@ from dinokit.data.files import Names
 from dinokit.data.sources import ImageLike, ImageSource, images_stamp
 from dinokit.data.sources.memory import as_source
 from dinokit.data.transforms import thumbnail
-from dinokit.features import Extraction, ExtractSpec, Subset, extract_to, fingerprint, open_store
+from dinokit.features import (
+    Extraction,
+    ExtractSpec,
+    Subset,
+    device_of,
+    extract_to,
+    fingerprint,
+    open_store,
+)
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_device, pick_precision
 from dinokit.weights import load_backbone
@@ -277,8 +285,9 @@ class ImageSearch:
             transform["resize"] or 0,
             "float32",
         )
+        precision = DTYPES[pick_precision(about.get("precision", "auto"), device_of(backbone))]
         with TemporaryDirectory() as folder:
-            features = extract_to(folder, backbone, source, spec)[self.token][:]
+            features = extract_to(folder, backbone, source, spec, precision=precision)[self.token][:]
         return Vectors([features]).chunk(0, len(features))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -109,8 +109,9 @@ class Vectors:
 
     def _normalised(self, x: np.ndarray) -> np.ndarray:
         if self.unit:
-            length = np.sqrt(np.einsum("ij,ij->i", x, x))[:, None]
-            x /= np.where(length > 0, length, 1)
+            with np.errstate(invalid="ignore", over="ignore"):  # rows of without_direction()
+                length = np.sqrt(np.einsum("ij,ij->i", x, x))[:, None]
+                x /= np.where(length > 0, length, 1)
         return x
 
 
@@ -124,7 +125,7 @@ def import_faiss() -> Any:
     Raises:
         ValueError: if it is not installed, or broken because two of its packages were installed.
     """
-    extra = "-e '.[cpu]' in the clone, or -e '.[gpu]' on Linux with CUDA"
+    extra = "'.[cpu]' in the clone, or '.[gpu]' on Linux with CUDA"
     try:
         faiss = import_module("faiss")
     except ModuleNotFoundError:

@@ -11,7 +11,6 @@ changed settings start a new folder for this stage and the stages that depend on
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -44,7 +43,7 @@ from dinokit.curate.image_sets import (
 from dinokit.curate.index import Searcher, build_index, measure_recall, recall_of_pairs
 from dinokit.curate.report import ReportData, in_words, write_manifest, write_report
 from dinokit.curate.settings import OLD_STAGES, STAGES, WHOLE, Config, Seeds, Share
-from dinokit.runtime.files import TEMPORARY, write_text
+from dinokit.runtime.files import TEMPORARY, remove, write_text
 
 Sections = Mapping[str, tuple[Mapping[str, Any] | None, str]]  # by label: a source's section, embeddings
 Figures = dict[str, Any]  # of a stage; a sentence under the key `note` is printed on a line of its own
@@ -288,6 +287,8 @@ class Curation:
             share = f"part {self.share.number} of {self.share.of}" if self.share.of > 1 else ""
             start = time.monotonic()
             folder.mkdir(parents=True, exist_ok=True)
+            if stage.output is not None:  # it is replaced: no other settings may pass for finished by it
+                self._remove_old(stage.name, folder)
             self.log(f"{stage.name} ... {share}")
             figures = stage.compute(folder)
             if share:
@@ -310,6 +311,6 @@ class Curation:
         for each in (name, *(old for old, new in OLD_STAGES.items() if new == name)):
             for folder in current.parent.glob(f"{each}.*"):
                 if folder != current:
-                    shutil.rmtree(folder)
-        for temporary in current.rglob(TEMPORARY):
-            temporary.unlink(missing_ok=True)
+                    remove(folder)
+        for temporary in (*current.parent.glob(TEMPORARY), *current.rglob(TEMPORARY)):
+            remove(temporary)

@@ -17,8 +17,8 @@ from dinokit.curate.retrieve import ALL, BALANCE, origins
 from dinokit.curate.settings import Config, Seeds
 from dinokit.data.transforms import thumbnail
 from dinokit.report import render
-from dinokit.report.pictures import Tile, data_uri
-from dinokit.runtime.files import atomic, write_text
+from dinokit.report.tiles import Tile, data_uri
+from dinokit.runtime.files import atomic, file_cell, write_text
 
 HEADER = ("path", "from", "rule", "query", "rank", "similarity", "cluster")
 SIDE = 112  # pixels of a picture
@@ -61,7 +61,8 @@ def write_manifest(
             rule = rules[name].rule if name in rules else name
             path = files["pool"].path(image)
             if query >= 0:
-                row = [f"seeds.{name}", rule, seeds[name].name(query), rank, f"{similarity:.4f}", cluster]
+                seed = file_cell(seeds[name].name(query))
+                row = [f"seeds.{name}", rule, seed, rank, f"{similarity:.4f}", cluster]
             else:
                 row = ["pool", rule, "", "", "", cluster]
             table.writerow([path, *row])

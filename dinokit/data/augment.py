@@ -105,6 +105,10 @@ class Photometric:
         """
         return self._run(crops, params)
 
+    def normalise(self, crops: Tensor) -> Tensor:
+        """Crops (b, C, S, S), uint8 or float in [0, 1], as float32 without any colour augmentation."""
+        return self._normalise(crops / 255 if crops.dtype == torch.uint8 else crops.float().clone())
+
     def _apply_where_drawn(self, crops: Tensor, params: Tensor) -> Tensor:
         """Each operation on the crops that drew it, in place."""
         coloured = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)

@@ -7,7 +7,7 @@ Letters: B images in this batch on this process, G global crops, L local crops, 
 P columns of colour parameters, M masked patches.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import CropBoxes, MultiCrop, decode_reduced, size_of
 
 CROPS, COLOUR, MASKS = range(3)  # streams of random numbers of one place
+SIZES = 3  # the stream of one step
 ATTEMPTS = 20  # images tried for one place before the run stops with an error
 
 
@@ -39,6 +40,7 @@ class Sample:
     local_colour: Tensor  # (L, P)
     masks: Tensor | None  # (G, N) bool
     unreadable: dict[str, str] = field(default_factory=dict)  # images replaced by this one: name -> reason
+    gram_crops: Tensor | None = None  # (G, C, Z, Z): the global crops at crops.gram_size
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Batch:
     masked: Tensor  # (M,) int64: indices of the masked patches in the flattened masks
     mask_weight: Tensor  # (M,) float32: 1 / number of masked patches in the same crop
     unreadable: dict[str, str] = field(default_factory=dict)  # name -> reason
+    gram_crops: Tensor | None = None  # (G*B, C, Z, Z): the global crops at another size, without colour
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its pixels and masks on `device`; does not wait if its memory is pinned."""
@@ -94,6 +97,7 @@ class Batch:
             global_colour=take(self.global_colour), local_colour=take(self.local_colour),
             masks=masks, masked=masked, mask_weight=weight,
             unreadable=self.unreadable if start == 0 else {},  # reported once
+            gram_crops=None if self.gram_crops is None else take(self.gram_crops),
         )  # fmt: skip
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -104,6 +108,7 @@ class Batch:
             masks=None if self.masks is None else change(self.masks),
             masked=change(self.masked),
             mask_weight=change(self.mask_weight),
+            gram_crops=None if self.gram_crops is None else change(self.gram_crops),
         )
 
 
@@ -112,6 +117,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     masks = [sample.masks for sample in samples if sample.masks is not None]
     stacked = _crop_major(masks) if masks else None
     masked, weight = _masked_patches(stacked)
+    gram = [sample.gram_crops for sample in samples if sample.gram_crops is not None]
     return Batch(
         step=samples[0].step,
         images=len(samples),
@@ -123,6 +129,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         masked=masked,
         mask_weight=weight,
         unreadable={name: reason for sample in samples for name, reason in sample.unreadable.items()},
+        gram_crops=_crop_major(gram) if gram else None,
     )
 
 
@@ -164,12 +171,19 @@ class TrainDataset(Dataset[Sample]):
                 f"crops.decode=reduced decodes JPEG files, but the source {type(source).__name__} has images "
                 f"without files. Set crops.decode=whole, or give the source a method stored(index) -> bytes."
             )
-        self.source, self.crops, self.masks, self.seed, self.batch = source, crops, masks, seed, batch
-        self.multi_crop = MultiCrop(crops)
+        self.source, self.crops, self.seed, self.batch = source, crops, seed, batch
+        self.multi_crops = [MultiCrop(variant) for variant in crops.variants]
+        self.multi_crop = self.multi_crops[0]  # of the step that is made
+        self.masks: list[BlockMasks | None] = [None] * len(self.multi_crops)
+        if masks is not None:
+            patch = crops.globals.size // masks.grid[0]  # pixels
+            sides = [variant.globals.size // patch for variant in crops.variants]
+            self.masks = [BlockMasks(masks.cfg, (side, side)) for side in sides] if crops.mixed else [masks]
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         step, place = key
-        (global_crops, local_crops), unreadable = self._crops(step, place)
+        self.multi_crop = self.multi_crops[self.variant(step)]
+        (global_crops, local_crops, gram_crops), unreadable = self._crops(step, place)
         rng = generator(self.seed, step, place, COLOUR)
         return Sample(
             step=step,
@@ -179,14 +193,23 @@ class TrainDataset(Dataset[Sample]):
             local_colour=self._colour(self.crops.locals, rng),
             masks=self._masks(step, place),
             unreadable=unreadable,
+            gram_crops=gram_crops,
         )
 
-    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
+    def variant(self, step: int) -> int:
+        """Which of crops.variants a step has: a function of (seed, step), also after a resume."""
+        shares = np.cumsum([entry[0] for entry in self.crops.mixed] or [1.0])
+        drawn = generator(self.seed, step, 0, SIZES).random() if self.crops.mixed else 0.0
+        return int(np.searchsorted(shares, drawn * shares[-1], side="right"))
+
+    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, str]]:
         unreadable: dict[str, str] = {}
-        for index in self._candidates(step, place):
+        for index in candidates(len(self.source), self.seed, step, place, self.batch):
             try:
                 rng = generator(self.seed, step, place, CROPS)
-                return self.multi_crop(*self.read_image(index, rng)), unreadable
+                image, boxes = self.read_image(index, rng)
+                gram = self.multi_crop.gram(image, boxes) if self.multi_crop.cfg.gram_size else None
+                return (*self.multi_crop(image, boxes), gram), unreadable
             except UNREADABLE as error:
                 name = self.source.name(index)
                 unreadable[name] = str(error).removeprefix(f"{name} cannot be read: ") or type(error).__name__
@@ -206,16 +229,6 @@ class TrainDataset(Dataset[Sample]):
         image, _ = self.source[index]
         return image, self.multi_crop.draw(*size_of(image), rng)
 
-    def _candidates(self, step: int, place: int) -> Iterator[int]:
-        """The image of this place, then other images in case it is unreadable; none twice."""
-        n = len(self.source)
-        first = image_at(self.seed, step * self.batch + place, n)
-        yield first
-        for attempt in range(min(ATTEMPTS, n)):
-            other = permute(attempt, n, hash_key(self.seed, step, place))
-            if other != first:
-                yield other
-
     def _colour(self, group: CropGroup, rng: np.random.Generator) -> Tensor:
         rows = np.zeros((group.count, augment.COLUMNS), dtype=np.float32)
         for crop in range(group.count):
@@ -223,9 +236,37 @@ class TrainDataset(Dataset[Sample]):
         return torch.from_numpy(rows)
 
     def _masks(self, step: int, place: int) -> Tensor | None:
-        if self.masks is None:
+        masks = self.masks[self.variant(step)]
+        if masks is None:
             return None
         total = self.crops.globals.count * self.batch
         numbers = range(place, total, self.batch)  # crop-major, as in a batch
-        rows = [self.masks(self.seed, step, j, total, generator(self.seed, step, j, MASKS)) for j in numbers]
+        rows = [masks(self.seed, step, j, total, generator(self.seed, step, j, MASKS)) for j in numbers]
         return torch.from_numpy(np.stack(rows))
+
+
+def candidates(images: int, seed: int, step: int, place: int, batch: int) -> Iterator[int]:
+    """The image of a place, of `images`, then other images in case it is unreadable; none twice."""
+    first = image_at(seed, step * batch + place, images)
+    yield first
+    for attempt in range(min(ATTEMPTS, images)):
+        other = permute(attempt, images, hash_key(seed, step, place))
+        if other != first:
+            yield other
+
+
+def names_of_step(
+    source: ImageSource, seed: int, step: int, batch: int, unreadable: Container[str]
+) -> list[str]:
+    """The names of the images of a step, one a place of the batch over all processes.
+
+    Args:
+        source: the images.
+        seed: of the run.
+        step: from 0.
+        batch: images in a step over all processes.
+        unreadable: names of images that others take the place of.
+    """
+    places = (candidates(len(source), seed, step, place, batch) for place in range(batch))
+    names = (map(source.name, indices) for indices in places)
+    return [next((name for name in each if name not in unreadable), "") for each in names]

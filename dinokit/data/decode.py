@@ -7,6 +7,7 @@ its PNG reader crashes on a damaged file (0.29.1).
 
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -36,6 +37,8 @@ SUFFIXES: tuple[str, ...] = (
     ".ppm", ".npy",
 )  # fmt: skip
 
+# What Pillow may read, whatever a file's name is: of EPS, for one, it would run the program inside.
+FORMATS = "JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM", "HEIF"
 MAX_PIXELS = 89_478_485  # of an image: where Pillow warns, a quarter of a GiB in RGB
 
 LIMIT = "max_pixels={}. Make it smaller, or raise the limit (data.max_pixels in a recipe)."
@@ -61,14 +64,8 @@ _TURNS: dict[int, Image.Transpose | None] = {
 }
 # The same for arrays: quarter turns to the left, then whether to mirror left and right.
 _NUMPY_TURNS = {
-    2: (0, True),
-    3: (2, False),
-    4: (2, True),
-    5: (3, True),
-    6: (3, False),
-    7: (1, True),
-    8: (1, False),
-}
+    2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False),
+}  # fmt: skip
 _RGB = 2  # TIFF photometric interpretation
 
 
@@ -81,7 +78,7 @@ def suffix(name: str) -> str:
 def jpeg_size(data: bytes, orient: Orient = "exif") -> tuple[int, int] | None:
     """Width and height of a JPEG, from its header, as decode() gives it; None for others and damaged ones."""
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=("JPEG", "MPO"))
     except Exception:  # as in decode(), which then raises an error that says what is wrong
         return None
     if not isinstance(image, JpegImageFile):
@@ -131,7 +128,7 @@ def decode(
         if dicom.is_dicom(data):
             _check_pixels(*dicom.header_size(data), max_pixels)
             return _colour(dicom.pixels(data), channels, alpha=False)
-        image = _open(data, max_pixels)
+        image = open_image(data, max_pixels)
         stored = image.tile[0].args if image.format == "PNG" and image.tile else None
         if stored in ("LA;16B", "RGB;16B", "RGBA;16B"):
             result: ImageLike = _deep_png(data, str(stored), channels)
@@ -189,10 +186,11 @@ def _upright(image: ImageLike, orientation: int) -> ImageLike:
     if turn is None:
         return image
     if isinstance(image, Image.Image):
-        return image.transpose(turn)
+        upright = image.transpose(turn)
+        upright.info = {}  # Pillow keeps the orientation there: whoever reads it would turn the image again
+        return upright
     rotations, mirrored = _NUMPY_TURNS[orientation]
-    turned = np.rot90(image, rotations)
-    return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
+    return np.ascontiguousarray(np.rot90(image, rotations)[:, :: -1 if mirrored else 1])
 
 
 @contextmanager
@@ -208,18 +206,33 @@ def _named_errors(data: bytes, name: str) -> Iterator[None]:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def _open(data: bytes, max_pixels: int) -> ImageFile:
-    """The image with its header read, of no more pixels than that."""
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
+    """The image with its header read; a ValueError for one of more pixels, and for a damaged PNG."""
     if max_pixels > (Image.MAX_IMAGE_PIXELS or max_pixels):
         Image.MAX_IMAGE_PIXELS = max_pixels
     if data[4:8] == b"ftyp" and find_spec("pillow_heif") is not None:
         import_module("pillow_heif").register_heif_opener()
+    Image.init()
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data), formats=[each for each in FORMATS if each in Image.OPEN])
     except Image.DecompressionBombError:
         raise ValueError(f"it has far more pixels than {LIMIT.format(max_pixels)}") from None
     _check_pixels(*image.size, max_pixels)
+    if image.format == "PNG":
+        _check_png(memoryview(data))
     return image
+
+
+def _check_png(data: memoryview) -> None:
+    """Compare the checksums of the chunks that decide pixels: Pillow passes over a wrong one."""
+    place = 8
+    while place + 12 <= len(data):
+        size, kind = struct.unpack(">I4s", data[place : place + 8])
+        end = place + 8 + size
+        wrong = zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big")
+        if wrong and kind in (b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"IEND"):
+            raise ValueError(f"it is damaged: the checksum of its chunk {kind.decode()} does not match.")
+        place = end + 4
 
 
 def _check_pixels(width: int, height: int, most: int) -> None:
@@ -253,7 +266,7 @@ def decode_map(data: bytes, name: str) -> np.ndarray:
         if data.startswith(_NPY):
             array, jpeg = _npy(data, MAX_PIXELS), False
         else:
-            image = _open(data, MAX_PIXELS)
+            image = open_image(data, MAX_PIXELS)
             array, jpeg = np.array(image), image.format == "JPEG"
     if jpeg:
         raise ValueError(f"{name} is a JPEG, whose compression changes numbers: store maps as PNG.")
@@ -303,14 +316,14 @@ def _deep_png(data: bytes, stored: str, channels: int) -> np.ndarray:
 
 
 def _planes(data: bytes, order: str) -> np.ndarray:
-    image = Image.open(BytesIO(data))
+    image = Image.open(BytesIO(data), formats=("PNG",))
     image.tile = [image.tile[0]._replace(args=order)]
     return np.array(image)  # (H, W, C) uint8
 
 
 def _tiff(data: bytes, channels: int, max_pixels: int) -> ImageLike:
     try:
-        image = _open(data, max_pixels)
+        image = open_image(data, max_pixels)
     except UnidentifiedImageError:
         return _many_bands(data, channels, max_pixels)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
@@ -325,7 +338,7 @@ def _many_bands(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
         tifffile = import_module("tifffile")
     except ModuleNotFoundError:
         raise ValueError(
-            "TIFF files with many bands or 16-bit colour need: pip install -e '.[tiff]'"
+            "TIFF files with many bands or 16-bit colour need: pip install '.[tiff]' in the clone"
         ) from None
     with tifffile.TiffFile(BytesIO(data)) as file:
         series = file.series[0]

@@ -9,6 +9,7 @@ import numpy as np
 
 SUFFIXES = (".dcm", ".dicom")
 INSTALL = "pip install pydicom"
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax whose data set is compressed as a whole
 
 
 def is_dicom(data: bytes) -> bool:
@@ -46,6 +47,8 @@ def header_size(data: bytes) -> tuple[int, int]:
     """Width and height in pixels, as the header says, without reading the pixels; 0, 0 if it does not."""
     if not installed():
         return 0, 0
+    if DEFLATED in data:  # wherever: what stands before the transfer syntax may be of any length
+        raise ValueError("it is a deflated DICOM file, which may be of any size: store it without deflation")
     dataset: Any = import_module("pydicom").dcmread(BytesIO(data), stop_before_pixels=True)
     return int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0)
 

@@ -241,6 +241,16 @@ def existing(path: str) -> Path:
     )
 
 
+def check_below(name: str, file: Path) -> None:
+    """Refuse the name of an image in a file of annotations that leads out of the folder of images.
+
+    Raises:
+        ValueError: with the name and the file.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{file} names the image {name!r}, which is not below the folder of images.")
+
+
 def reader_of(path: str) -> str:
     """The source that reads a path: by its suffix, else a folder."""
     return _READERS.get(Path(path).suffix.lower(), "folder")
@@ -254,13 +264,13 @@ def wrong_kind(path: Path, expected: str) -> ValueError:
     return ValueError(f"path='{path}' is {kind}, but this source reads {expected}.{hint}")
 
 
-def report_left_out(path: Path | str, others: Counter[str]) -> None:
-    """Say once how many files of which other suffixes a source leaves out."""
+def report_left_out(path: Path | str, others: Counter[str], wanted: str = "images") -> None:
+    """Say once how many files of which other suffixes a source leaves out. `wanted`: what it reads."""
     found = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(12))
-    text = f"path='{path}': left out, because they are no images that dinokit reads: {found}"
-    if any(suffix in HEIC for suffix in others):
+    text = f"path='{path}': left out, because they are no {wanted} that dinokit reads: {found}"
+    if wanted == "images" and any(suffix in HEIC for suffix in others):
         text += ". To read HEIC: pip install pillow-heif"
-    if any(suffix in dicom.SUFFIXES for suffix in others):
+    if wanted == "images" and any(suffix in dicom.SUFFIXES for suffix in others):
         text += f". To read DICOM: {dicom.INSTALL}"
     if found and text not in _reported:
         _reported.add(text)

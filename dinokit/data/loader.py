@@ -127,10 +127,16 @@ def training_loader(
     places = process_places(batch, rank, world, accumulation, "optim.batch")
     if not len(source):
         raise ValueError("the data source has no images.")
-    pixels = sum(group.count * group.size**2 for group in (crops.globals, crops.locals)) * len(crops.mean)
+    pixels = max(pixels_of(variant) for variant in crops.variants) * len(crops.mean)
     dataset = TrainDataset(source, crops, masks, seed, batch)
     sampler = StepSampler(start_step, steps, places)
     return build_loader(dataset, sampler, collate, workers, pin, batch_bytes=pixels * len(places))
+
+
+def pixels_of(crops: Crops) -> int:
+    """Pixels of all crops of an image, of one channel."""
+    large, small = crops.globals, crops.locals
+    return large.count * (large.size**2 + crops.gram_size**2) + small.count * small.size**2
 
 
 @dataclass

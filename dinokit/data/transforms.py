@@ -91,6 +91,10 @@ class MultiCrop:
         cfg = self.cfg
         return _cut(pixels, cfg.globals.size, boxes.globals), _cut(pixels, cfg.locals.size, boxes.locals)
 
+    def gram(self, image: ImageLike, boxes: CropBoxes) -> Tensor:
+        """The global crops at `crops.gram_size`, (G, C, Z, Z); __call__ checks the image."""
+        return _cut(to_tensor(image), self.cfg.gram_size, boxes.globals)
+
 
 def _cut(pixels: Tensor, size: int, boxes: list[Box]) -> Tensor:
     crops = torch.empty(len(boxes), pixels.shape[1], size, size, dtype=pixels.dtype)
@@ -137,10 +141,9 @@ def decode_reduced(
 
 def largest_reduction(boxes: CropBoxes, cfg: Crops) -> int:
     """The factor, 8, 4, 2 or 1, by which the sides may be reduced with every crop still made smaller."""
+    sizes = max(cfg.globals.size, cfg.gram_size), cfg.locals.size
     least = min(
-        min(box.width, box.height) / group.size
-        for group, drawn in zip((cfg.globals, cfg.locals), boxes, strict=True)
-        for box in drawn
+        min(box.width, box.height) / size for size, drawn in zip(sizes, boxes, strict=True) for box in drawn
     )
     return next((factor for factor in (8, 4, 2) if least >= LEAST_RESIZE * factor), 1)
 

@@ -28,9 +28,10 @@ from dinokit.data.loader import image_loader
 from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageLike, ImageSource, images_stamp
 from dinokit.data.transforms import CenterCrop, Transform
-from dinokit.features.tokens import Pooling, device_of, frozen, normalised
+from dinokit.features.tokens import AllPatches, Pooling, device_of, frozen, normalised
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_max, all_reduce_sum, rank, world_size
+from dinokit.runtime.files import TEMPORARY
 from dinokit.runtime.log import watch
 from dinokit.runtime.partial import PartialResult
 from dinokit.runtime.signals import Stopped
@@ -39,7 +40,10 @@ CLASS_TOKEN = Pooling()
 SAVE_SECONDS = 60.0  # between two saves of unfinished work
 LAYOUT = 2  # of an entry; increase it whenever the meaning of features changes
 LIMIT = 20 * 2**30  # bytes of all entries
-FILES = (".features_*.pt", ".unfinished_*.pt", "*.safetensors")  # in the folder; the last are of old versions
+CHECKED = 4096  # rows of features that are checked at a time
+WRITING = 3600.0  # seconds since its last change in which an unfinished file may belong to a living process
+# In the folder; safetensors are of old versions, and the last are of processes that were killed.
+FILES = (".features_*.pt", ".unfinished_*.pt", "*.safetensors", TEMPORARY)
 
 
 @dataclass
@@ -87,10 +91,15 @@ def spread(source: ImageSource, count: int) -> ImageSource:
     A fixed step could select one class only, where classes alternate. 0, or more than the source has, selects
     all images.
     """
-    n, draw = len(source), random.Random(0)
+    return Subset(source, spread_places(len(source), count)) if 0 < count < len(source) else source
+
+
+def spread_places(n: int, count: int) -> list[int]:
+    """The places among `n` that spread() selects."""
     if not 0 < count < n:
-        return source
-    return Subset(source, [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)])
+        return [*range(n)]
+    draw = random.Random(0)
+    return [draw.randrange(i * n // count, (i + 1) * n // count) for i in range(count)]
 
 
 def extract(
@@ -101,7 +110,7 @@ def extract(
     batch: int = 256,
     workers: int = 0,
     precision: torch.dtype | None = None,
-    pooling: Pooling = CLASS_TOKEN,
+    pooling: Pooling | AllPatches = CLASS_TOKEN,
     cut: Transform | None = None,
     draw: int = 0,
     partial: PartialResult | None = None,
@@ -198,7 +207,8 @@ class _Rows:
         if len(unreadable) == len(source):
             raise ValueError(f"None of the {len(source)} images can be read{_first_reason(source)}.")
         x, y = (x[valid], y[valid]) if unreadable else (x, y)
-        _check_finite(x, precision)
+        for rows in x.split(CHECKED):  # a copy of all of them may not fit into memory
+            check_finite(rows, precision)
         return Features(x, y, unreadable)
 
     def _set(self, indices: Tensor, x: Tensor, y: Tensor) -> None:
@@ -206,12 +216,13 @@ class _Rows:
         self.x[indices], self.y[indices], self.valid[indices] = x.to(device), y.to(device), 1
 
 
-def _check_finite(x: Tensor, precision: torch.dtype | None) -> None:
-    broken = int((~x.isfinite()).any(dim=1).sum())
+def check_finite(x: Tensor, precision: torch.dtype | None, what: str = "images") -> None:
+    """Raise ValueError if features (n, ...) of n images, or of n of `what`, are not finite."""
+    broken = int((~x.flatten(1).isfinite()).any(dim=1).sum())
     if broken:
         hint = " or float16 is too narrow for them: try precision=bf16" if precision == torch.float16 else ""
         raise ValueError(
-            f"Features of {broken} of {len(x)} images are not finite: the weights are broken{hint}."
+            f"Features of {broken} of {len(x)} {what} are not finite: the weights are broken{hint}."
         )
 
 
@@ -272,13 +283,18 @@ def _result(folder: str | Path, name: str, depends_on: object, device: torch.dev
 
 
 def _delete_unused(newest: PartialResult) -> None:
-    """Delete the files that were unused for longest until all are below LIMIT; `newest` stays."""
+    """Delete the files that were unused for longest until all are below LIMIT; `newest` stays.
+
+    Other processes write and delete here too: a file may vanish, and one that is being written stays.
+    """
     assert newest.path is not None
-    files = [file for pattern in FILES for file in newest.path.parent.glob(pattern) if file != newest.path]
-    room = LIMIT - newest.path.stat().st_size
-    for status, file in sorted(
-        ((file.stat(), file) for file in files), key=lambda each: -each[0].st_mtime_ns
-    ):
+    found: dict[Path, os.stat_result] = {}
+    for file in (file for pattern in FILES for file in newest.path.parent.glob(pattern)):
+        with suppress(FileNotFoundError):
+            found[file] = file.stat()
+    room, now = LIMIT, time.time()
+    for file, status in sorted(found.items(), key=lambda each: (each[0] != newest.path, -each[1].st_mtime)):
         room -= status.st_size
-        if room < 0:
+        written = file.match(TEMPORARY) and now - status.st_mtime < WRITING
+        if room < 0 and file != newest.path and not written:
             file.unlink(missing_ok=True)

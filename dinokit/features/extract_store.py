@@ -6,7 +6,6 @@ a run that was killed, or that is shared by several processes, writes the same b
 g  images of one shape     L  blocks     D  width     C  channels
 """
 
-import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -32,14 +31,15 @@ from dinokit.features.store import (
     missing_shards,
     npy_shard,
     open_store,
-    parquet_shard,
     prepare_folder,
     shard_count,
     shard_range,
     shard_size,
 )
+from dinokit.features.store_parquet import parquet_shard
 from dinokit.features.tokens import block_tokens, device_of, fingerprint, frozen, normalised
 from dinokit.models import Backbone, Tokens
+from dinokit.runtime.files import DiskFullError
 
 OnProgress = Callable[[int, Sequence[str]], None]  # number of new images, and what is wrong with some of them
 
@@ -344,8 +344,8 @@ def _check_finite(array: np.ndarray, token: str) -> None:
 
 def _write_error(error: OSError, out: Path, complete: int, shards: int) -> OSError:
     """An error of writing, with what is saved and how to continue."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    why = "the disk is full" if full else str(error)
+    full = isinstance(error, DiskFullError)
+    why = error.fact if isinstance(error, DiskFullError) else str(error)
     return OSError(
         f"A shard of features could not be written to {out}: {why}. {complete} of {shards} shards are "
         f"complete and stay. {'Free some space' if full else 'Correct that'}; the same command then resumes."

@@ -23,7 +23,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from dinokit.runtime.files import TEMPORARY, atomic, write_text
+from dinokit.runtime.files import TEMPORARY, atomic, json_record, read_regular, write_text
 
 FORMAT = "dinokit features 1"
 TOKENS = ("cls", "mean", "patch", "registers")
@@ -74,15 +73,33 @@ def missing_shards(out: Path, about: dict[str, Any]) -> list[int]:
 class Column:
     """One token of all images: (images, ...), row i is image i.
 
-    Shards are memory-mapped when they are read.
+    Shards are memory-mapped when they are read; `flat` ones have any number of rows, as PatchColumn has them.
     """
 
-    def __init__(self, out: Path, token: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
-        self.shape, self.dtype, self.size = shape, dtype, size
-        self._shard = lru_cache(OPEN)(lambda number: np.load(shard_path(out, token, number), mmap_mode="r"))
+    def __init__(
+        self, out: Path, token: str, shape: tuple[int, ...], dtype: np.dtype, size: int, flat: bool = False
+    ) -> None:
+        self.shape, self.dtype, self.size, self._flat = shape, dtype, size, flat
+        self._out, self._token = out, token
+        self._shard = lru_cache(OPEN)(self._open)
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def _open(self, number: int) -> np.ndarray:
+        path = shard_path(self._out, self._token, number)
+        try:
+            array: np.ndarray = np.load(path, mmap_mode="r")
+        except Exception as error:  # a damaged header fails in many ways
+            raise ValueError(f"{path} is damaged: {error}. Extract the features again.") from None
+        rows = len(array) if self._flat and array.ndim else len(shard_range(number, self.size, len(self)))
+        shape = (rows, *self.shape[1:])
+        if array.shape != shape or array.dtype != self.dtype:
+            raise ValueError(
+                f"{path} is damaged: it has the shape {array.shape} and the type {array.dtype}, and by "
+                f"store.json it has {shape} and {self.dtype}. Extract the features again."
+            )
+        return array
 
     def shards(self) -> Iterator[np.ndarray]:
         """The shards in order, each mapped read-only until the next one is asked for."""
@@ -144,7 +161,7 @@ class Store:
         for token, entry in about["tokens"].items():
             differ = entry["shape"][1] is None
             shape = (images, *(entry["shape"][2:] if differ else entry["shape"][1:]))
-            column = Column(out, token, shape, np.dtype(entry["dtype"]), size)
+            column = Column(out, token, shape, np.dtype(entry["dtype"]), size, differ)
             self._columns[token] = PatchColumn(column, self._images) if differ else column
 
     def __len__(self) -> int:
@@ -182,14 +199,24 @@ class Store:
 
     @property
     def names(self) -> list[str]:
-        """The names of all images in the source; iter_names() keeps only one in memory."""
+        """The names of all images in the source; iter_names() keeps only one in memory. Raises as that."""
         return list(self.iter_names())
 
     def iter_names(self) -> Iterator[str]:
-        """The names one by one."""
-        with (self.out / "names.txt").open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            for line in file:
+        """The names one by one.
+
+        Raises:
+            ValueError: behind the last one, if they are not as many as the images.
+        """
+        path, count = self.out / "names.txt", 0
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            for count, line in enumerate(file, 1):  # noqa: B007 - read below
                 yield line.removesuffix("\n")
+        if count != len(self):
+            raise ValueError(
+                f"{path} is damaged: it has {count} names, and the store {len(self)} images. Extract the "
+                f"features again."
+            )
 
 
 def open_store(out: str | Path) -> Store:
@@ -202,20 +229,49 @@ def open_store(out: str | Path) -> Store:
     out = Path(out)
     if not (out / "store.json").is_file():
         raise LookupError(f"{out} contains no features: it has no store.json.")
-    about = json.loads((out / "store.json").read_text(encoding="utf-8"))
+    about = json_record(read_regular(out / "store.json").decode("utf-8", "replace"))
+    if about is None:
+        raise ValueError(f"{out / 'store.json'} is damaged: it is no object of JSON.")
     if about.get("format") != FORMAT:
         raise ValueError(f"{out} has the format '{about.get('format')}'; this version reads '{FORMAT}'.")
+    _check(out / "store.json", about)
     if about["files"] != "npy":
         raise ValueError(
             f"{out} contains {about['files']} files: read them with pyarrow, pandas or datasets."
         )
-    missing = missing_shards(out, about)
+    absent = shard_count(about) - len([*(out / "images").glob("*.npy")])
+    # Counted first: a damaged number of images could be one of billions of shards.
+    missing = absent if absent > 0 else len(missing_shards(out, about))
     if missing:
         raise ValueError(
-            f"{out} is not complete: {len(missing)} of {shard_count(about)} shards are missing. Run the "
+            f"{out} is not complete: {missing} of {shard_count(about)} shards are missing. Run the "
             f"command that made it again: it resumes where it stopped."
         )
     return Store(out, about)
+
+
+def _check(path: Path, about: dict[str, Any]) -> None:
+    """Refuse a store.json whose values are not those that dinokit writes.
+
+    Raises:
+        ValueError: for the first one.
+    """
+    try:
+        good = {"tokens": set(about["tokens"]) <= set(TOKENS)}  # they are names of folders
+        good |= {key: type(about[key]) is int and about[key] > 0 for key in ("images", "shard")}
+        good |= {
+            "files": about["files"] in ("npy", "parquet"),
+            "data": isinstance(about.get("data"), dict | None),
+        }
+        for token, entry in about["tokens"].items():
+            shape, kind = entry["shape"], np.dtype(entry["dtype"]).kind
+            numbers = [shape[0], *shape[2:], *(shape[1:2] if token != "patch" else ())]
+            good[token] = kind == "f" and len(shape) > 1 and all(type(n) is int for n in numbers)
+        wrong = [key for key in good if not good[key]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise ValueError(f"{path} is damaged, at: {', '.join(wrong)}. Extract the features again.")
 
 
 def patch_counts(records: np.ndarray) -> np.ndarray:
@@ -333,60 +389,3 @@ def npy_shard(out: Path, number: int, rows: dict[str, tuple[tuple[int, ...], np.
                 arrays[token](array)
 
         yield append
-
-
-@contextmanager
-def parquet_shard(out: Path, number: int, about: str) -> Iterator[Append]:
-    """OUT/00000.parquet: name, label, valid, rows, columns, and for each token a flat list of numbers.
-
-    The metadata `dinokit` is the content of store.json, which has the shapes of the lists. Yields
-    append(rows of each token, records, names), which writes one row group.
-    """
-    arrow, parquet = _arrow("pyarrow"), _arrow("pyarrow.parquet")
-    writer: Any = None
-
-    def append(tokens: dict[str, np.ndarray], records: np.ndarray, names: list[str]) -> None:
-        nonlocal writer
-        columns = {"name": arrow.array(names, arrow.string())}
-        columns |= {key: arrow.array(records[key]) for key in RECORD.names or ()}
-        columns |= {token: _lists(arrow, array, records, token) for token, array in tokens.items()}
-        table = arrow.table(columns).replace_schema_metadata({"dinokit": about})
-        if writer is None:
-            writer = parquet.ParquetWriter(temporary, table.schema, use_dictionary=["name"])
-        writer.write_table(table)
-
-    with atomic(out / f"{number:05d}.parquet") as temporary:
-        try:
-            yield append
-        finally:
-            if writer is not None:
-                writer.close()
-
-
-def _lists(arrow: Any, array: np.ndarray, records: np.ndarray, token: str) -> Any:
-    flat, numbers = arrow.array(array.reshape(-1)), int(np.prod(array.shape[1:]))
-    if len(array) == len(records) and token != "patch":
-        return arrow.FixedSizeListArray.from_arrays(flat, numbers)
-    sizes = np.full(len(records), array.size // max(len(records), 1))
-    if len(array) != len(records):  # concatenated patches
-        sizes = patch_counts(records) * numbers
-    return arrow.LargeListArray.from_arrays(arrow.array(np.cumsum([0, *sizes])), flat)
-
-
-def unreadable_names(out: Path) -> Iterator[str]:
-    """Names of the unreadable images in all Parquet shards of a folder, in order."""
-    parquet = _arrow("pyarrow.parquet")
-    for path in sorted(out.glob("*.parquet")):
-        table = parquet.read_table(path, columns=["name", "valid"])
-        valid = table["valid"].to_numpy()
-        yield from table["name"].take(np.flatnonzero(~valid)).to_pylist()
-
-
-def _arrow(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise ValueError(
-            "format=parquet needs pyarrow, which is not installed: pip install -e '.[cpu]', or "
-            "'.[gpu]' on a machine with CUDA; or take format=npy."
-        ) from None

@@ -73,7 +73,14 @@ def block_tokens(backbone: Backbone, crops: Tensor, blocks: Sequence[int], norm:
     """
     if list(blocks) == last_blocks(backbone, 1) and norm:
         return backbone([crops], [None])
-    return backbone.layers(crops, blocks, norm)
+    layers = backbone.layers(crops, blocks, norm)
+    widths = [tokens.cls.shape[1] for tokens in layers]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"Blocks {list(blocks)} of {type(backbone).__name__} differ in their widths, {widths}, as the "
+            f"stages of a CNN do: ask for its last block, or for one at a time."
+        )
+    return layers
 
 
 def last_layers(backbone: Backbone, crops: Tensor, count: int) -> list[Tokens]:
@@ -115,6 +122,27 @@ class Pooling:
                 raise ValueError(f"{type(backbone).__name__} gives no patches that could be pooled.")
             columns.append(patches.mean(dim=1) if self.pool == "mean" else generalised_mean(patches))
         return torch.cat(columns, dim=1)
+
+
+@dataclass(frozen=True)
+class AllPatches:
+    """All patches of the last block, one after another, instead of a vector that sums them up."""
+
+    size: int = 224  # pixels, the side of the crops
+
+    def width(self, backbone: Backbone) -> int:
+        """Numbers in the row of an image: N * D."""
+        return (self.size // backbone.patch) ** 2 * patch_width(backbone)
+
+    def __call__(self, backbone: Backbone, crops: Tensor) -> Tensor:
+        """Normalised crops (b, C, size, size) -> (b, N * D) float32, row after row of the grid.
+
+        Raises:
+            ValueError: if the backbone does not give one feature for each patch.
+        """
+        maps = block_tokens(backbone, crops, last_blocks(backbone, 1))[0].patches
+        _check_grid(backbone, maps, (self.size // backbone.patch,) * 2)
+        return maps.float().flatten(1)
 
 
 def generalised_mean(patches: Tensor) -> Tensor:
@@ -193,12 +221,7 @@ def dense(
         grid = (x.shape[2] // backbone.patch, x.shape[3] // backbone.patch)
         with torch.autocast(x.device.type, precision, enabled=precision is not None):
             tokens = block_tokens(backbone, x, blocks, norm)
-    if tokens[0].patches.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
-            f"{type(backbone).__name__} gives {tokens[0].patches.shape[1]} patch features for a grid of "
-            f"{grid[0]} x {grid[1]}: maps need one for each patch. For pixels as a baseline take "
-            f"backbone.name=raw_patches."
-        )
+    _check_grid(backbone, tokens[0].patches, grid)
     return [_map(t, grid) for t in tokens]
 
 
@@ -220,10 +243,20 @@ def patch_width(backbone: Backbone) -> int:
     Raises:
         ValueError: as `dense`.
     """
-    side = backbone.patch * max(1, 32 // backbone.patch)
+    # A model that is only read may take a single size.
+    side = backbone.input.size if backbone.frozen_only else backbone.patch * max(1, 32 // backbone.patch)
     blank = torch.zeros(1, backbone.channels, side, side, device=device_of(backbone))
     with frozen(backbone):
         return dense(backbone, blank, last_blocks(backbone, 1))[0].patches.shape[1]
+
+
+def _check_grid(backbone: Backbone, patches: Tensor, grid: tuple[int, int]) -> None:
+    if patches.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"{type(backbone).__name__} gives {patches.shape[1]} patch features for a grid of "
+            f"{grid[0]} x {grid[1]}: maps need one for each patch. For pixels as a baseline take "
+            f"backbone.name=raw_patches."
+        )
 
 
 def _map(tokens: Tokens, grid: tuple[int, int]) -> Map:
@@ -239,8 +272,8 @@ def _map(tokens: Tokens, grid: tuple[int, int]) -> Map:
 def attention(backbone: Backbone, crops: Tensor, block: int = -1) -> Tensor:
     """Softmax attention of the class token over all tokens, in one block.
 
-    Attention kernels do not return their weights. So a hook records the queries and keys of one block during
-    a normal forward pass, and only the row of the class token is computed from them: O(T * D).
+    Attention kernels do not return their weights. So a hook records the input of one block's attention during
+    a normal forward pass, and only the row of the class token is computed from it: O(T * D).
     The last N of T are the patches, row by row: attention(...)[..., -N:].unflatten(2, (h, w)) are H maps.
     DINO uses the last block (arXiv 2104.14294, figure 1).
 
@@ -267,7 +300,9 @@ def attention(backbone: Backbone, crops: Tensor, block: int = -1) -> Tensor:
             f"`attn.qkv`, so its weights cannot be computed."
         )
     recorded: list[Tensor] = []
-    handle = qkv.register_forward_hook(lambda _, __, out: recorded.append(out))
+    # Ours projects with the positions of its tokens; timm's has a linear layer for it.
+    project = getattr(layer, "project", lambda x, *_: qkv(x))
+    handle = layer.register_forward_pre_hook(lambda _, inputs: recorded.append(project(*inputs)))
     try:
         with frozen(backbone):
             backbone([crops], [None])

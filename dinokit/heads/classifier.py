@@ -12,6 +12,7 @@ from torch import Tensor
 from dinokit.features import Pooling, fingerprint
 from dinokit.models import Backbone
 from dinokit.weights.checkpoint import read_safetensors, write_tensors
+from dinokit.weights.formats.native import LARGEST
 
 NAME = "classifier.safetensors"
 KEY = "dinokit_classifier"  # of its metadata
@@ -69,7 +70,12 @@ def load_classifier(path: str | Path, backbone: Backbone) -> Classifier:
             tensors["weight"], tensors["bias"], list(about["classes"]), pooling, int(about["resize"]),
             int(about["size"]), about["fingerprint"], bool(about["several"]),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        count, sizes = len(result.classes), (result.size, result.resize)
+        if tuple(result.weight.shape[:1]) != (count,) or tuple(result.bias.shape) != (count,):
+            raise ValueError(f"it has {count} classes")  # noqa: TRY301 - named below
+        if not all(0 < side <= LARGEST for side in sizes) or not all(type(c) is str for c in result.classes):
+            raise ValueError(f"sizes {sizes}, or classes without names")  # noqa: TRY301
+    except (KeyError, OverflowError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{file} is no classifier that dinokit eval linear or logreg saved: {error}."
         ) from None

@@ -26,9 +26,10 @@ CLASSES = {"ADE20K": 150, "VOC2012": 21}  # of released segmentation heads
 
 def save_head(path: Path, head: nn.Module) -> None:
     """Write a dense head in the layout of the released files, atomically."""
-    with atomic(path) as temporary:
-        tensors = {PREFIX + key: value.detach().cpu() for key, value in head.state_dict().items()}
-        torch.save({"state_dict": tensors}, temporary)
+    tensors = {PREFIX + key: value.detach().cpu() for key, value in head.state_dict().items()}
+    # Into an open file: one that torch opens gets its own name written into it, here a temporary one.
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        torch.save({"state_dict": tensors}, file)
 
 
 def load_segmenter(path: str | Path, backbone: Backbone) -> tuple[LinearSegmenter, list[int]]:

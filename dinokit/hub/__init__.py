@@ -1,4 +1,4 @@
-"""The models that DINO and DINOv2 released: names, sizes and URLs. Importing it is fast."""
+"""The models that DINO, DINOv2 and DINOv3 released: names, sizes and URLs. Importing it is fast."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 DINO = "https://dl.fbaipublicfiles.com/dino"
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 LICENCE = "Apache-2.0"  # of the code and of the weights, in both projects
+DINOV3_LICENCE = "DINOv3 License"  # Meta's own; it is no open-source licence
 
 
 @dataclass(frozen=True)
@@ -14,15 +15,16 @@ class Released:
 
     name: str  # of the entry point
     parameters: int  # of the backbone
-    url: str  # of its file
-    size: str  # a key of SIZES in dinokit.models.vit
+    url: str  # of its file; only its name for DINOv3, whose files are given to who accepts its licence
+    size: str  # a key of SIZES in dinokit.models.vit or .dinov3; for `timm_convnext` the name of timm
     values: Mapping[str, object] = field(default_factory=dict)  # more fields of the vit's Config
     licence: str = LICENCE
+    backbone: str = "vit"  # its name in a recipe
 
     @property
     def patch(self) -> object:
         """Pixels."""
-        return self.values["patch"]
+        return self.values.get("patch", 16)
 
     def linear_url(self, layers: int) -> str:
         """The URL of the linear classifier on 1 or 4 blocks; only DINOv2 has them."""
@@ -54,6 +56,14 @@ def _dinov2(letter: str, registers: int, parameters: int) -> Released:
     return Released(name, parameters, f"{DINOV2}/{folder}/{folder}{suffix}_pretrain.pth", size, values)
 
 
+def _dinov3(architecture: str, parameters: int, file: str) -> Released:
+    name, file = f"dinov3_{architecture}", f"dinov3_{architecture}_pretrain_lvd1689m-{file}.pth"
+    if architecture.startswith("convnext"):
+        values = {"patch": 32}
+        return Released(name, parameters, file, architecture, values, DINOV3_LICENCE, "timm_convnext")
+    return Released(name, parameters, file, architecture, {}, DINOV3_LICENCE, "dinov3")
+
+
 RELEASED = {
     model.name: model
     for model in (
@@ -69,5 +79,16 @@ RELEASED = {
         _dinov2("b", 4, 86_583_552),
         _dinov2("l", 4, 304_372_736),
         _dinov2("g", 4, 1_136_486_912),
+        _dinov3("vits16", 21_601_152, "08c60483"),
+        _dinov3("vits16plus", 28_697_472, "4057cbaa"),
+        _dinov3("vitb16", 85_669_632, "73cec8be"),
+        _dinov3("vitl16", 303_154_176, "8aa4cbdd"),
+        _dinov3("vitl16plus", 403_915_776, "46503df0"),
+        _dinov3("vith16plus", 840_633_600, "7c1da9a5"),
+        _dinov3("vit7b16", 6_716_043_264, "a955f4ea"),
+        _dinov3("convnext_tiny", 27_820_128, "21b726bb"),
+        _dinov3("convnext_small", 49_454_688, "296db49d"),
+        _dinov3("convnext_base", 87_566_464, "801f2ba9"),
+        _dinov3("convnext_large", 196_230_336, "61fa432d"),
     )
 }

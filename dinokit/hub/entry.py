@@ -8,17 +8,24 @@ one does the same to the other. Only torch is needed, until a safetensors file i
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dinokit.hub import DINOV2, RELEASED, Released
+from dinokit.hub import DINOV2, DINOV3_LICENCE, RELEASED, Released
+from dinokit.hub.dinov3 import ConvNeXt, DINOv3
+from dinokit.models import Backbone, dinov3
+from dinokit.models import build as build_backbone
 from dinokit.models.vit import SIZES, Config, VisionTransformer
 from dinokit.weights import fill, load_backbone
 from dinokit.weights.architecture import MEAN, STD
 from dinokit.weights.checkpoint import open_checkpoint
 from dinokit.weights.load import read
+
+if TYPE_CHECKING:
+    from dinokit.language.aligned import Aligned
+    from dinokit.segment.predictor import Predictor
 
 # The official names of fields of our Config.
 OFFICIAL = {
@@ -31,7 +38,8 @@ OFFICIAL = {
 }
 # Ends of the docstrings of entry points.
 BACKBONE_FILES = """\
-    pretrained=True downloads the released file once; pretrained=False initialises weights at random.
+    pretrained=True downloads the released file once (of DINOv3 it takes the file that you put into the cache
+    of torch.hub); pretrained=False initialises weights at random.
     weights=PATH reads a local file of any format that dinokit reads."""
 HEAD_FILES = """\
     backbone_weights=PATH and head_weights=PATH read local files; other files are downloaded once, or
@@ -55,7 +63,12 @@ HEADS = {
     weights="ADE20K" (150 classes) or "VOC2012" (21) and layers=1 ("linear") or 4 ("ms") select the head.""",
     ),
 }
-TRAINED_ON = ("LVD142M", "IMAGENET1K", "NONE")  # values of `weights` in official code, besides a path
+TRAINED_ON = (
+    "LVD142M",
+    "LVD1689M",
+    "IMAGENET1K",
+    "NONE",
+)  # values of `weights` in official code, besides a path
 
 
 def backbone_entry(name: str) -> Callable[..., nn.Module]:
@@ -118,15 +131,49 @@ def _classifier(backbone: "DINOv2", layers: int, file: str | Path | None, name: 
 
 
 def dinokit_backbone(weights: str | Path, heads: int | None = None) -> nn.Module:
-    """A backbone of your own, or of any file that dinokit reads, with the API of DINOv2's models.
+    """A backbone of your own, or of any file that dinokit reads, with the official API of its kind.
 
     weights: a file, or the folder of a run, of Hugging Face or of timm.
     heads: the number of attention heads, for a file that does not contain it.
     """
-    vit = load_backbone(weights, heads=heads)
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"{weights} contains a {type(vit).__name__}; only a vit has the official API.")
-    return DINOv2(vit.requires_grad_(True)).eval()
+    vit = load_backbone(weights, heads=heads).requires_grad_(True)
+    return _official(vit, f"{weights} contains").eval()
+
+
+def dinokit_predictor(weights: str | Path, head: str | Path = "", device: str = "auto") -> "Predictor":
+    """Masks of objects from points, boxes and masks: dinokit.segment.predictor.Predictor. It needs numpy.
+
+    weights: a file or folder that dinokit reads; without a head, a folder of Hugging Face with a SAM.
+    head: the file of a head that dinokit train-head trained on these weights, or the folder of its run.
+    device: cpu, cuda, cuda:1 ...; auto: a GPU if there is one.
+    """
+    from dinokit.segment.predictor import Predictor  # noqa: PLC0415 - needs numpy
+
+    return Predictor.load(weights, head, device)
+
+
+def dinokit_aligned(weights: str | Path, align: str | Path, device: str = "auto") -> "Aligned":
+    """Images and texts in one space: dinokit.language.aligned.Aligned. It needs numpy and transformers.
+
+    weights: a file or folder that dinokit reads.
+    align: the folder of a run of dinokit align on these weights.
+    device: cpu, cuda, cuda:1 ...; auto: a GPU if there is one.
+    """
+    from dinokit.language.aligned import load_aligned  # noqa: PLC0415 - needs numpy
+
+    return load_aligned(align, weights, device)
+
+
+def _official(backbone: Backbone, subject: str) -> nn.Module:
+    """A backbone with the official API of its kind."""
+    if isinstance(backbone, VisionTransformer):
+        return DINOv2(backbone)
+    if isinstance(backbone, dinov3.DINOv3):
+        return DINOv3(backbone)
+    if type(backbone).__name__ == "TimmConvNeXt":  # not imported: it needs timm
+        return ConvNeXt(backbone)
+    kind = type(backbone).__name__
+    raise ValueError(f"{subject} a {kind}; only vit, dinov3 and timm_convnext have the official API.")
 
 
 def fetch(url: str, key: str = "weights") -> Path:
@@ -136,6 +183,12 @@ def fetch(url: str, key: str = "weights") -> Path:
         OSError: if the download fails; the message names the argument for a local file.
     """
     path = cached_path(url)
+    if "://" not in url and not path.is_file():
+        raise LookupError(
+            f"{url} is not at {path}. It stands under the {DINOV3_LICENCE}: Meta gives it to who accepts "
+            f"that, on its own pages or on Hugging Face's hub, and dinokit downloads none. Put it there, or "
+            f"give {key}=PATH."
+        )
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -153,8 +206,40 @@ def cached_path(url: str) -> Path:
 
 
 def _backbone(model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]) -> Any:
+    if model.backbone != "vit":
+        return _official(released_backbone(model, pretrained, weights, changes), model.name)
     vit = released_vit(model, pretrained, weights, changes)
     return DINOv2(vit) if model.values.get("mask_token", True) else DINO(vit)
+
+
+def released_backbone(
+    model: Released, pretrained: bool, weights: str | Path | None, changes: dict[str, Any]
+) -> Backbone:
+    """The backbone of a released model, with its weights, those of a file, or weights at random.
+
+    Raises:
+        TypeError: for a key of `changes` that the backbone does not have.
+        LookupError, ValueError: if there are no such weights, or they do not fit.
+    """
+    if model.backbone == "vit":
+        return released_vit(model, pretrained, weights, changes)
+    allowed = {key: value for key, value in OFFICIAL.items() if value in ("size", "channels", "drop_path")}
+    unknown = sorted(set(changes) - set(allowed))
+    if unknown:
+        raise TypeError(f"{model.name} takes no {', '.join(unknown)}; it takes {', '.join(allowed)}.")
+    values = {allowed[key]: value for key, value in changes.items()}
+    if model.backbone == "dinov3":
+        backbone: Backbone = dinov3.DINOv3(dinov3.Config(**{**dinov3.SIZES[model.size], **values}))
+    else:
+        backbone = build_backbone({"name": model.backbone, "model": model.size, **values})
+    if backbone.channels == len(MEAN):
+        backbone.input = replace(backbone.input, mean=MEAN, std=STD)
+    file = None if weights is None or str(weights) in TRAINED_ON else weights
+    if file is not None or pretrained:
+        file = file or fetch(model.url)
+        fill(backbone, file, tolerate=["mask_token", "local_cls_norm.*"])
+        backbone.input = replace(read(file, values=False)[1].input, size=backbone.input.size)
+    return backbone
 
 
 def released_vit(

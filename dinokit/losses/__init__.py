@@ -9,14 +9,16 @@ The module has `weight: float` and `forward(views: Views) -> Tensor` of shape ()
 `end_of_step()`, which the trainer calls in every process after each optimiser step: there it updates its
 statistics.
 
-`Config` may have three more:
+`Config` may have four more:
 
     phase: tuple[float, float]  the part of the run in which the loss counts, as shares of its steps;
                                 without it, the whole run
     uses: ClassVar[frozenset]   what the loss reads besides class features: "heads" (logits of student and
                                 teacher), "masks" (the logits of masked patches), "projection" (of
-                                `heads.projector`); without it, {"heads"}. What no loss of a step reads is
-                                not computed.
+                                `heads.projector`), "gram" (all patches of global crops, and those of the
+                                Gram teacher); without it, {"heads"}. What no loss of a step reads is not
+                                computed.
+    ramp: int                   steps over which the loss's weight rises from 0
     least_images: ClassVar[int] the smallest number of images that the loss can compare
 
 Letters: B images in this forward pass on this process, G global crops, L local crops, D width, K prototypes,
@@ -49,13 +51,18 @@ class Views:
     student_cls: LazyLogits  # (G+L, B, K) of the class token, global crops first
     teacher_cls: LazyLogits  # (G, B, K)
     student_feature: Tensor  # (G, B, D) class token of the backbone, after its final norm
-    student_patch: LazyLogits  # (M, K') of masked patches; M may be 0
+    student_patch: LazyLogits  # (M, K') of masked patches, or of all (losses.ibot.patches); M may be 0
     teacher_patch: LazyLogits  # (M, K') of the same patches in the unmasked crops
-    mask_weight: Tensor  # (M,) one over the number of masked patches in the same crop
+    mask_weight: Tensor  # (M,) one over the number of these patches in the same crop
     teacher_temp: float
     whole_logits: bool = False  # compute losses from all logits at once, as the papers write them
+    seed: int = 0  # of this step, the same in all processes: for random draws that they share
     # (G+L, B, P) of the class token by `heads.projector`, global crops first; empty if no loss reads it
     student_projection: Tensor = field(default_factory=lambda: torch.empty(0))
+    # All patches of the global crops after the final norm, (G*B, N, D), of the student and of the Gram
+    # teacher, on the student's grid; empty if no loss reads them.
+    student_patches: Tensor = field(default_factory=lambda: torch.empty(0))
+    gram_patches: Tensor = field(default_factory=lambda: torch.empty(0))
     # What the DINO loss compared with, for train/health.py: slices (G*B, k) of the targets, once it ran.
     class_targets: Sequence[Tensor] = ()
     # Heads whose targets some loss of this step balances: they share the collectives of one computation.

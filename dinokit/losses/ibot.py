@@ -1,7 +1,7 @@
 """iBOT: the student predicts the teacher's output for a masked patch, which the teacher sees.
 
 Zhou et al. 2021 (arXiv 2111.07832); normalised as in DINOv2 (arXiv 2304.07193): by all global crops, masked
-or not.
+or not. With `patches=all` visible patches count like masked ones, as in TIPSv2 (iBOT++, arXiv 2604.12012).
 """
 
 from collections.abc import Mapping
@@ -24,15 +24,17 @@ class Config:
     targets: Literal["sinkhorn", "centering"] = "sinkhorn"
     student_temp: float = 0.1
     center_momentum: float = 0.9  # of the centre, with targets=centering
+    # Which patches StudentTeacher gives the loss. all: of every global crop, each by 1 / their number.
+    patches: Literal["masked", "all"] = "masked"
 
 
 def ibot(student: Tensor, teacher: Tensor, weight: Tensor, crops: int, temperature: float) -> Tensor:
     """Cross-entropy of masked patches: the mean in each crop, summed, over the number of crops. Returns ().
 
     Args:
-        student: (M, K) logits of the masked patches.
+        student: (M, K) logits of the masked patches, or of all.
         teacher: (M, K) probabilities, no gradient.
-        weight: (M,), one over the number of masked patches in the same crop.
+        weight: (M,), one over the number of these patches in the same crop.
         crops: global crops in the batch, those without a mask included.
         temperature: of the student.
     """

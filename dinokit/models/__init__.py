@@ -52,6 +52,8 @@ class Backbone(nn.Module):
     channels: int
     blocks: nn.ModuleList  # in the order of depth
     input: Input  # set by whoever made the backbone for a purpose
+    frozen_only: str = ""  # why it cannot be trained, as half a sentence; empty if it can
+    licence: str = ""  # of the weights, where the file that they come from names one: exports carry it
 
     def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
         """One Tokens for each group of crops (b, C, h, w) with its mask (b, N), True is hidden, or None."""

@@ -15,7 +15,7 @@ All kernels give the same numbers (tests/models/test_attention.py):
     varlen    torch's varlen_attn over all rows; CUDA, bf16 or fp16
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -30,6 +30,8 @@ class PackedBatch:
     """Which of the rows (T, D) are one image: groups of images with equally many tokens."""
 
     groups: tuple[tuple[int, int], ...]  # (images, tokens per image) of each group
+    # For each group cosine and sine of the angles of its tokens, (2, tokens, d); () without rotary positions.
+    rotations: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Rows (T, D) as (images, tokens, D) for each group; views, no copies."""
@@ -108,7 +110,7 @@ def use_kernel(network: nn.Module, kernel: Kernel, device: torch.device, dtype: 
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
-    mask = _block_diagonal_mask(batch, q.device)
+    mask = _block_diagonal_mask(PackedBatch(batch.groups), q.device)
     attention = import_module("xformers.ops").memory_efficient_attention
     out: Tensor = attention(q[None], k[None], v[None], attn_bias=mask)
     return out[0]
@@ -134,19 +136,70 @@ def split_heads(group: Tensor, count: int, heads: int) -> Tensor:
     return group.unflatten(2, (count, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
+def rotate(qkv: Tensor, heads: int, batch: PackedBatch) -> Tensor:
+    """Rotary positions (Su et al., arXiv 2104.09864): queries and keys turned by the angles of their tokens.
+
+    Channel c of a head is turned together with channel c + d / 2. Values stay as they are.
+
+    Args:
+        qkv: (T, 3 * D), as for attend().
+        heads: H.
+        batch: with rotations; those in float32 turn half precision in float32.
+
+    Returns:
+        (T, 3 * D).
+    """
+    rotated = []
+    for group, (cos, sin) in zip(batch.split(qkv), batch.rotations, strict=True):
+        qk, v = group.unflatten(2, (3, heads, -1)).split([2, 1], dim=2)  # (images, tokens, 2 or 1, H, d)
+        first, second = qk.chunk(2, dim=-1)
+        qk = qk * cos[:, None, None] + torch.cat([-second, first], dim=-1) * sin[:, None, None]
+        rotated.append(torch.cat([qk.to(v.dtype), v], dim=2).flatten(2).flatten(0, 1))
+    return torch.cat(rotated)
+
+
+class MaskedBiasLinear(nn.Linear):
+    """The projection to queries, keys and values, with a bias for queries and values alone (DINOv3).
+
+    The bias keeps its 3 * D numbers, as in the released files; `bias_mask` is 0 for those of the keys.
+    """
+
+    bias_mask: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+        ones, zeros = torch.ones(width), torch.zeros(width)
+        self.register_buffer("bias_mask", torch.cat([ones, zeros, ones]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, 3 * D)."""
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+QkvBias = Literal["all", "no_keys", "none"]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of the released files (qkv, proj)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qkv_bias: QkvBias = "all") -> None:
         super().__init__()
         self.heads = heads
         self.kernel: Kernel = "auto"
-        self.qkv = nn.Linear(width, 3 * width)
+        if qkv_bias == "no_keys":
+            self.qkv: nn.Linear = MaskedBiasLinear(width)
+        else:
+            self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias == "all")
         self.proj = nn.Linear(width, width)
+
+    def project(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        """Queries, keys and values of rows (T, D), rotated if the batch has rotations: (T, 3 * D)."""
+        qkv = self.qkv(x)
+        return rotate(qkv, self.heads, batch) if batch.rotations else qkv
 
     def forward(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """(T, D) -> (T, D)."""
-        return self.proj(attend(self.qkv(x), self.heads, batch, self.kernel))
+        return self.proj(attend(self.project(x, batch), self.heads, batch, self.kernel))
 
 
 class LayerScale(nn.Module):
@@ -198,12 +251,13 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))), with the exact GELU; four times as wide inside."""
+    """fc2(gelu(fc1(x))), with the exact GELU; `hidden` channels inside, 0: four times as many."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int = 0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        hidden = hidden or 4 * width
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
@@ -223,3 +277,17 @@ class SwiGLU(nn.Module):
         """(T, D) -> (T, D)."""
         x1, x2 = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(x1) * x2)
+
+
+class SplitSwiGLU(nn.Module):
+    """w3(silu(w1(x)) * w2(x)): a SwiGLU with two matrices in place of w12, as DINOv3 stores it."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(width, hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))

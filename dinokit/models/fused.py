@@ -29,8 +29,10 @@ from dinokit.models.attention import (
     DropPath,
     Kernel,
     LayerScale,
+    MaskedBiasLinear,
     Mlp,
     PackedBatch,
+    SplitSwiGLU,
     SwiGLU,
     split_heads,
 )
@@ -40,7 +42,10 @@ from dinokit.models.head import Prototypes
 from dinokit.models.vit import VisionTransformer
 
 SHORT = 256  # tokens of an image
-_KINDS = {Attention, Mlp, SwiGLU, LayerScale, DropPath, nn.LayerNorm, nn.Linear, nn.Identity}
+_KINDS = {
+    Attention, Mlp, SwiGLU, SplitSwiGLU, LayerScale, DropPath, nn.LayerNorm, nn.Linear, MaskedBiasLinear,
+    nn.Identity,
+}  # fmt: skip
 
 
 def install(network: nn.Module, read_rows: bool = True) -> None:
@@ -147,7 +152,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _attention(block: Block, x: Tensor, batch: PackedBatch, read: Tensor | None = None) -> Tensor:
     attn = block.attn
-    attended = attend(attn.qkv(block.norm1(x)), attn.heads, batch, attn.kernel)
+    attended = attend(attn.project(block.norm1(x), batch), attn.heads, batch, attn.kernel)
     return scaled_linear(attended if read is None else attended.index_select(0, read), attn.proj, block.ls1)
 
 
@@ -155,7 +160,11 @@ def _feed_forward(block: Block, x: Tensor) -> Tensor:
     x = block.norm2(x)
     if isinstance(block.mlp, Mlp):
         return scaled_linear(block.mlp.fc1(x), block.mlp.fc2, block.ls2, gelu=True)
-    x1, x2 = block.mlp.w12(x).chunk(2, dim=-1)
+    if isinstance(block.mlp, SplitSwiGLU):
+        x1, x2 = block.mlp.w1(x), block.mlp.w2(x)
+    else:
+        assert isinstance(block.mlp, SwiGLU)
+        x1, x2 = block.mlp.w12(x).chunk(2, dim=-1)
     return scaled_linear(F.silu(x1) * x2, block.mlp.w3, block.ls2)
 
 
@@ -185,7 +194,7 @@ def _residual(
         groups.append((len(chosen), tokens))
         start += images * tokens
     places = torch.cat(index)  # the rows that are computed
-    out = branch(x.index_select(0, places), PackedBatch(tuple(groups))) * torch.cat(scale)
+    out = branch(x.index_select(0, places), PackedBatch(tuple(groups), batch.rotations)) * torch.cat(scale)
     return x.index_add(0, places, out.to(x.dtype))
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+VARIANCE_EPS = 1e-5  # as in batch norm
+
 
 @dataclass
 class LazyLogits:
@@ -53,12 +55,17 @@ class PrototypeHead(nn.Module):
         bottleneck: w, width of the sphere that the prototypes lie on.
         layers: linear layers before the prototypes.
         norm_last_layer: keep the length of every prototype at 1.
+        standardize: give each feature the mean 0 and the deviation 1 over the rows, before the MLP. After a
+            contrast all class tokens have most of their length in common; without it the head begins with
+            nearly one output for every image, and its targets with nothing to tell (docs/small_data.md).
     """
 
     def __init__(
-        self, width: int, prototypes: int, hidden: int, bottleneck: int, layers: int, norm_last_layer: bool
-    ) -> None:
+        self, width: int, prototypes: int, hidden: int, bottleneck: int, layers: int, norm_last_layer: bool,
+        standardize: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.standardize = standardize
         widths = [width, *[hidden] * (layers - 1), bottleneck]
         layers_of_mlp: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -71,9 +78,19 @@ class PrototypeHead(nn.Module):
 
     def forward(self, x: Tensor) -> LazyLogits:
         """Features (..., D) to logits with rows (..., w), in the dtype that the MLP computes in."""
-        x = self.mlp(x)
+        x = self.mlp(standardized(x) if self.standardize else x)
         unit = F.normalize(x.float(), dim=-1)  # in half precision the smallest length would be 0
         return LazyLogits(unit.to(x.dtype), self.last_layer(x.dtype))
+
+
+def standardized(x: Tensor) -> Tensor:
+    """Features (..., D) with mean 0 and deviation 1 over the rows of this process; the same dtype.
+
+    As batch norm without parameters and running averages; a single row becomes 0.
+    """
+    rows = x.float().flatten(0, -2)
+    rows = rows - rows.mean(dim=0)
+    return (rows / (rows.square().mean(dim=0) + VARIANCE_EPS).sqrt()).to(x.dtype).view(x.shape)
 
 
 class Projector(nn.Sequential):

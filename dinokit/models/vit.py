@@ -7,7 +7,7 @@ Parameter names are those of the released files, so these load with strict=True.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +139,38 @@ class ConvStem(nn.Module):
         return self.maps(x).flatten(2).transpose(1, 2)
 
 
+def pack(groups: Sequence[Tensor]) -> tuple[Tensor, PackedBatch]:
+    """Groups of images (b, n, D), each with its own b and n, as rows (T, D), and where they are."""
+    batch = PackedBatch(tuple((x.shape[0], x.shape[1]) for x in groups))
+    return torch.cat([x.flatten(0, 1) for x in groups]), batch
+
+
+def split_tokens(x: Tensor, registers: int) -> Tokens:
+    """Rows (b, 1 + R + N, D) as class token, registers and patches."""
+    return Tokens(cls=x[:, 0], registers=x[:, 1 : 1 + registers], patches=x[:, 1 + registers :])
+
+
+def embed_patches(vit: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The patches of crops x (b, C, h, w), with the mask token where `mask` (b, N) is true: (b, N, D).
+
+    Raises:
+        ValueError: if a side is no multiple of the patch, or a mask is given and there is no mask token.
+    """
+    height, width = x.shape[2:]
+    if height % vit.patch or width % vit.patch:
+        near = [max(side // vit.patch, 1) * vit.patch for side in (height, width)]
+        raise ValueError(
+            f"an image of {height} x {width} pixels cannot be cut into patches of {vit.patch}: make both "
+            f"sides a multiple of {vit.patch}, such as {near[0]} x {near[1]}."
+        )
+    patches: Tensor = vit.patch_embed(x)
+    if mask is None:
+        return patches
+    if not hasattr(vit, "mask_token"):
+        raise ValueError("masks need a mask token: set backbone.mask_token=true.")
+    return torch.where(mask[..., None], vit.mask_token.to(patches.dtype), patches)
+
+
 class VisionTransformer(Backbone):
     """A ViT with a class token, optional registers, mask token and LayerScale."""
 
@@ -200,14 +232,14 @@ class VisionTransformer(Backbone):
         rows, batch = self.embed(crops, masks)
         for block in self.blocks:
             rows = block(rows, batch)
-        return [self._tokens(x) for x in batch.split(self.norm(rows))]
+        return [split_tokens(x, self.registers) for x in batch.split(self.norm(rows))]
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
         """The output of the official DINOv2 backbones for x (b, C, h, w) and masks (b, N) bool or None."""
         rows, batch = self.embed([x], [masks])
         for block in self.blocks:
             rows = block(rows, batch)
-        tokens = self._tokens(batch.split(self.norm(rows))[0])
+        tokens = split_tokens(batch.split(self.norm(rows))[0], self.registers)
         return {
             "x_norm_clstoken": tokens.cls,
             "x_norm_regtokens": tokens.registers,
@@ -255,28 +287,17 @@ class VisionTransformer(Backbone):
         for i, block in enumerate(self.blocks[: max(blocks, default=-1) + 1]):
             rows = block(rows, batch)
             if i in blocks:
-                tokens.append(self._tokens(batch.split(self.norm(rows) if norm else rows)[0]))
+                x = batch.split(self.norm(rows) if norm else rows)[0]
+                tokens.append(split_tokens(x, self.registers))
         return tokens
 
     def embed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, PackedBatch]:
         """The input of the first block: the rows (T, D) of all crops, with positions."""
-        groups = [self._embed_group(x, mask) for x, mask in zip(crops, masks, strict=True)]
-        batch = PackedBatch(tuple((x.shape[0], x.shape[1]) for x in groups))
-        return torch.cat([x.flatten(0, 1) for x in groups]), batch
+        return pack([self._embed_group(x, mask) for x, mask in zip(crops, masks, strict=True)])
 
     def _embed_group(self, x: Tensor, mask: Tensor | None) -> Tensor:
         b, _, h, w = x.shape
-        if h % self.patch or w % self.patch:
-            near = [max(side // self.patch, 1) * self.patch for side in (h, w)]
-            raise ValueError(
-                f"an image of {h} x {w} pixels cannot be cut into patches of {self.patch}: make both sides a "
-                f"multiple of {self.patch}, such as {near[0]} x {near[1]}."
-            )
-        patches = self.patch_embed(x)  # (b, N, D)
-        if mask is not None:
-            if not hasattr(self, "mask_token"):
-                raise ValueError("masks need a mask token: set backbone.mask_token=true.")
-            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+        patches = embed_patches(self, x, mask)
         position = self._positions(h // self.patch, w // self.patch)  # (1, 1 + N, D)
         parts = [(self.cls_token + position[:, :1]).expand(b, -1, -1), patches + position[:, 1:]]
         if self.registers:  # they have no position
@@ -289,10 +310,6 @@ class VisionTransformer(Backbone):
         grid = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side))
         grid = interpolate_grid(grid, height, width, self.offset, self.antialias).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(1, 2)], dim=1)
-
-    def _tokens(self, x: Tensor) -> Tokens:
-        r = 1 + self.registers
-        return Tokens(cls=x[:, 0], registers=x[:, 1:r], patches=x[:, r:])
 
 
 build = VisionTransformer

@@ -1,11 +1,9 @@
-"""The pictures of a run in its report: crops, patch features, attention, nearest neighbours; facts of images.
+"""The pictures of a run in its report: crops, patch features, attention, neighbours, a map; facts of images.
 
 They show images of the test split where the data has one, else those of training.
 """
 
-import io
 import time
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +11,20 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dinokit import viz
 from dinokit.config import registry
 from dinokit.config.load import Recipe
-from dinokit.data.batch import stack
-from dinokit.data.decode import UNREADABLE, ImageLike
+from dinokit.data import predictions
+from dinokit.data.decode import ImageLike
+from dinokit.data.scan import Scan
 from dinokit.data.sources import ImageSource
-from dinokit.data.transforms import center_crop, size_of, thumbnail
+from dinokit.data.transforms import center_crop, thumbnail
 from dinokit.features.extract import spread
-from dinokit.features.tokens import device_of, frozen, normalised
 from dinokit.models import Backbone
+from dinokit.report.tiles import DenseSection, Tile, css_colours, data_uri, dense_section
 from dinokit.runtime.device import pick_device
 from dinokit.weights import load_backbone
 
@@ -34,43 +32,44 @@ GALLERY, SECONDS = 400, 15.0  # images among which neighbours are searched, and 
 SHOWN, WITH_HEADS, HEADS = 12, 4, 8  # images; those with attention maps, and heads of each
 QUERIES, NEIGHBOURS = 6, 7  # rows, and neighbours in each
 SIDE = 224  # pixels of a picture, which a page shows at half that size
-BATCH = 32
-COHERENT = 0.25  # least coherence() of a mask that shows objects
+LEGEND = 20  # classes that are named beside a map, at most
+# Width and height of a thumbnail as shares of a map of 4 : 3.
+THUMBNAIL = 0.05, 0.05 * 4 / 3
+MAP_SIDE = 96  # pixels of a thumbnail on a map
 
 
 @dataclass
 class Gallery:
     """Images that were read for the pictures."""
 
+    scan: Scan
     images: list[ImageLike] = field(default_factory=list)  # the first SHOWN
     crops: list[Tensor] = field(default_factory=list)  # centres (C, S, S) of all
     thumbnails: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Tile:
-    """A picture of a page."""
+class Place:
+    """An image on a map: a thumbnail, or a dot where there is no room."""
 
     name: str
-    caption: str = ""
-    src: str = ""  # empty: there is no picture
-    kind: str = ""  # query, same, other
-    short: str = ""  # a second line
+    left: float  # of the left upper corner of the thumbnail, or of the dot, in percent of the map
+    top: float
+    colour: str = ""  # of its class
+    src: str = ""  # empty: a dot
     alt: str = ""
-    sharp: bool = False  # show pixels, not a smooth picture
 
 
-def data_uri(picture: Image.Image | viz.Picture) -> str:
-    """A picture for the attribute src: PNG for arrays, which have few colours; JPEG for images."""
-    image = picture.convert("RGB") if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    kind = "JPEG" if isinstance(picture, Image.Image) else "PNG"
-    with io.BytesIO() as file:
-        image.save(file, kind, quality=80, optimize=True)
-        return f"data:image/{kind.lower()};base64,{b64encode(file.getvalue()).decode()}"
+@dataclass
+class SetMap:
+    """A map of an image set."""
+
+    method: str
+    places: list[Place]
+    legend: list[tuple[str, str]]  # classes and colours
+    width: float = 100 * THUMBNAIL[0]  # of a thumbnail, in percent
 
 
 @dataclass
@@ -81,11 +80,15 @@ class Pictures:
     crops: str = ""
     crops_text: str = ""
     pca: list[list[Tile]] = field(default_factory=list)  # of each image: image, colours, foreground
+    basis: str = ""  # where the colours are from
     foreground: bool = False
     attention: list[tuple[str, list[Tile]]] = field(default_factory=list)
     neighbours: list[tuple[str, list[Tile]]] = field(default_factory=list)
     images: int = 0
     classes: bool = False
+    map: SetMap | None = None
+    predictions: list[DenseSection] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)  # notes about predictions
     scan: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
@@ -100,14 +103,24 @@ class Pictures:
         size = backbone.input.size if backbone is not None else recipe.crops.globals.size
         gallery = page.attempt("images", lambda: read_gallery(source, size)) if source is not None else None
         if gallery is not None:
-            page.scan = scan(source, gallery)
+            page.scan = facts(source, gallery.scan)
         if gallery is not None and backbone is not None:
-            page.attempt("pca", lambda: page.draw_pca(backbone, gallery))
+            page.attempt("pca", lambda: page.draw_pca(backbone, gallery, folder / viz.BASIS))
             page.attempt("attention", lambda: page.draw_attention(backbone, gallery))
-            page.attempt("neighbours", lambda: page.draw_neighbours(backbone, source, gallery))
+            tokens = page.attempt("neighbours", lambda: viz.class_tokens(backbone, gallery.crops, SECONDS))
+            if tokens is None:
+                page.notes["map"] = page.notes["neighbours"]
+            else:
+                page.attempt("neighbours", lambda: page.draw_neighbours(tokens, source, gallery))
+                page.map = page.attempt("map", lambda: set_map(tokens, source, gallery))
         else:
             reason = page.notes.get("images") or page.notes["pca"]
-            page.notes.update(dict.fromkeys(("pca", "attention", "neighbours"), reason))
+            page.notes.update(dict.fromkeys(("pca", "attention", "neighbours", "map"), reason))
+        for path in sorted(folder.glob(f"*/{predictions.NAME}")):
+            try:
+                page.predictions.append(dense_section(path))
+            except (ValueError, OSError) as error:
+                page.failed.append(f"Cannot be shown: {error}")
         return page
 
     def attempt(self, name: str, work: Callable[[], Any]) -> Any:
@@ -126,14 +139,15 @@ class Pictures:
         parts += ["local crops"] if recipe.crops.locals.count else []
         self.crops_text = f"Four images of the first step, a row each: {', '.join(parts)}."
 
-    def draw_pca(self, backbone: Backbone, gallery: Gallery) -> None:
-        """Principal components of the first images."""
+    def draw_pca(self, backbone: Backbone, gallery: Gallery, path: Path) -> None:
+        """Principal components of the first images; those in the file, if they still show something."""
         inputs = [viz.fit(backbone, image) for image in gallery.images]
         features = viz.patch_features(backbone, inputs)
-        self.foreground = coherence(viz.foreground_masks(features)) > COHERENT
-        columns = {"all patches": viz.component_colours(features)}
+        basis, self.basis = viz.run_basis(features, path)
+        self.foreground = basis.separates(features)
+        columns = {"all patches": basis.colours(features)}
         if self.foreground:
-            columns["foreground"] = viz.component_colours(features, foreground=True)
+            columns["foreground"] = basis.colours(features, foreground=True)
         for i, name in enumerate(gallery.names):
             if i < len(features):
                 tiles = [Tile(name, short=PurePath(name).name, src=gallery.thumbnails[i], alt=name)]
@@ -152,9 +166,8 @@ class Pictures:
                 tiles.append(Tile(name, f"head {head}", data_uri(picture), alt=alt, sharp=True))
             self.attention.append(("", tiles))
 
-    def draw_neighbours(self, backbone: Backbone, source: ImageSource, gallery: Gallery) -> None:
-        """The nearest neighbours of a few images."""
-        features = class_tokens(backbone, gallery.crops)
+    def draw_neighbours(self, features: Tensor, source: ImageSource, gallery: Gallery) -> None:
+        """The nearest neighbours of a few images among those whose features (n, D) are known."""
         self.images, self.classes = len(features), any(label >= 0 for label in gallery.labels)
         queries = [i * len(features) // QUERIES for i in range(min(QUERIES, len(features)))]
         found, cosines = viz.nearest(features, queries, NEIGHBOURS)
@@ -173,16 +186,27 @@ def _tile(gallery: Gallery, i: int, kind: str, caption: str, classes: Sequence[s
     return Tile(name, caption, gallery.thumbnails[i], kind, PurePath(name).name, f"{name}: {caption}")
 
 
-def class_tokens(backbone: Backbone, crops: Sequence[Tensor]) -> Tensor:
-    """Class tokens (n, D) of images (C, S, S), of the first ones if the time is over."""
-    rows, begin = [], time.monotonic()
-    with frozen(backbone), torch.inference_mode():
-        for start in range(0, len(crops), BATCH):
-            x = stack(crops[start : start + BATCH]).to(device_of(backbone))
-            rows.append(backbone([normalised(backbone, x)], [None])[0].cls.float().cpu())
-            if time.monotonic() - begin > SECONDS:
-                break
-    return torch.cat(rows)
+def set_map(features: Tensor, source: ImageSource, gallery: Gallery) -> SetMap:
+    """A map of the images of the gallery whose features (n, D) are known."""
+    points = viz.map_points(features)
+    names = source.classes if any(label >= 0 for label in gallery.labels) else []
+    colours = css_colours(len(names))
+    shown = set(viz.spaced(points, *THUMBNAIL))
+    places = []
+    for i, (x, y) in enumerate(points.tolist()):
+        label, inside = gallery.labels[i], i in shown
+        known = 0 <= label < len(names)
+        # A dot stands in the middle of where its thumbnail would be.
+        left, top = (
+            100 * (place * (1 - side) + (0 if inside else side / 2))
+            for place, side in zip((x, y), THUMBNAIL, strict=True)
+        )
+        picture = viz.boxed(viz.to_picture(gallery.crops[i]), MAP_SIDE) if inside else None
+        src = data_uri(Image.fromarray(picture)) if picture is not None else ""
+        alt = f"{gallery.names[i]}: {names[label]}" if known else gallery.names[i]
+        places.append(Place(gallery.names[i], left, top, colours[label] if known else "", src, alt))
+    legend = list(zip(names, colours, strict=True)) if len(names) <= LEGEND else []
+    return SetMap(viz.map_method("auto"), sorted(places, key=lambda place: bool(place.src)), legend)
 
 
 def read_gallery(source: ImageSource, size: int) -> Gallery:
@@ -191,57 +215,45 @@ def read_gallery(source: ImageSource, size: int) -> Gallery:
     Raises:
         ValueError: if fewer than two can be read.
     """
-    gallery, begin = Gallery(), time.monotonic()
+    gallery, begin = Gallery(Scan(len(source))), time.monotonic()
     sample = spread(source, GALLERY)
     for i in np.random.default_rng(0).permutation(len(sample)).tolist():
         if time.monotonic() - begin > SECONDS and len(gallery.names) > SHOWN:
             break
-        try:
-            image, label = sample[i]
-            gallery.crops.append(center_crop(image, size, size))
-        except UNREADABLE as error:
-            gallery.unreadable.append(f"{sample.name(i)}: {error}")
+        found = gallery.scan.look(sample, i)
+        if found is None:
             continue
+        image, label = found
+        gallery.crops.append(center_crop(image, size, size))
         if len(gallery.images) < SHOWN:
             gallery.images.append(image)
         gallery.thumbnails.append(data_uri(thumbnail(image, SIDE)))
         gallery.names.append(sample.name(i))
         gallery.labels.append(label)
-        gallery.sizes.append(size_of(image))
     if len(gallery.names) < 2:
         raise ValueError(
-            f"{len(gallery.names)} of {len(sample)} images can be read. {gallery.unreadable[:1]}"
+            f"{len(gallery.names)} of {len(sample)} images can be read. {gallery.scan.unreadable[:1]}"
         )
     return gallery
 
 
-def scan(source: ImageSource, gallery: Gallery) -> list[tuple[str, str]]:
+def facts(source: ImageSource, scan: Scan) -> list[tuple[str, str]]:
     """Facts about the images that were read, as rows of a table."""
-    widths, heights = zip(*gallery.sizes, strict=True)
-    common, count = Counter(gallery.sizes).most_common(1)[0]
-    tried = len(gallery.names) + len(gallery.unreadable)
+    widths, heights = zip(*scan.sizes, strict=True)
+    common, count = Counter(scan.sizes).most_common(1)[0]
     rows = [
-        ("images", f"{len(source):,}, of which {tried:,} were read for this page"),
+        ("images", f"{len(source):,}, of which {scan.read:,} were read for this page"),
         ("width", f"{min(widths):,} to {max(widths):,} pixels"),
         ("height", f"{min(heights):,} to {max(heights):,} pixels"),
         ("most frequent size", f"{common[0]:,} x {common[1]:,}, {count / len(widths):.0%} of the images"),
-        ("unreadable", str(len(gallery.unreadable))),
+        ("unreadable", str(len(scan.unreadable))),
+        ("exact duplicates", str(len(scan.exact))),
+        ("mean of each channel", ", ".join(f"{value:.3f}" for value in scan.mean)),
+        ("deviation of each channel", ", ".join(f"{value:.3f}" for value in scan.std)),
     ]
-    pixels = torch.stack(
-        [c.float().mean(dim=(1, 2)) / (255 if c.dtype == torch.uint8 else 1) for c in gallery.crops]
-    )
-    rows.append(("mean of each channel", ", ".join(f"{value:.3f}" for value in pixels.mean(dim=0).tolist())))
     if source.classes:
         rows.append(("classes", f"{len(source.classes):,}"))
-    return rows + [("unreadable", name) for name in gallery.unreadable[:5]]
-
-
-def coherence(masks: Sequence[Tensor]) -> float:
-    """How much more often adjacent patches of masks (h, w) agree than by chance: noise 0, uniform areas 1."""
-    pairs = [torch.cat([(m[1:] == m[:-1]).flatten(), (m[:, 1:] == m[:, :-1]).flatten()]) for m in masks]
-    share = float(torch.cat([m.flatten() for m in masks]).float().mean())
-    by_chance = share**2 + (1 - share) ** 2
-    return (float(torch.cat(pairs).float().mean()) - by_chance) / max(1 - by_chance, 1e-9)
+    return rows + [("unreadable", name) for name in scan.unreadable[:5]]
 
 
 def _test_data(recipe: Recipe) -> dict[str, Any]:

@@ -5,6 +5,8 @@ The only file that reads environment variables: those of torchrun and of SLURM.
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,24 @@ def launch() -> Launch:
             int(env.get("MASTER_PORT") or FIRST_PORT + job % PORTS), "SLURM",
         )  # fmt: skip
     return Launch()
+
+
+@contextmanager
+def torchrun_variables() -> Iterator[None]:
+    """Give processes that srun started the variables of torchrun, for libraries that read no others."""
+    ours, before = launch(), dict(os.environ)
+    if ours.by == "SLURM":
+        os.environ |= {
+            "RANK": f"{ours.rank}", "WORLD_SIZE": f"{ours.world}", "LOCAL_RANK": f"{ours.local_rank}",
+            "LOCAL_WORLD_SIZE": f"{ours.local_world}", "MASTER_ADDR": ours.address,
+            "MASTER_PORT": f"{ours.port}",
+        }  # fmt: skip
+    try:
+        yield
+    finally:
+        for key in os.environ.keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
 
 
 def slurm_job_id() -> str:

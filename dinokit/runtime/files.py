@@ -1,8 +1,11 @@
 """Atomic writes: a file or folder is either complete or not there, also after a crash."""
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import stat
@@ -10,10 +13,87 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 CHECKSUMS = "checksums.json"
 TEMPORARY = ".*.part"  # names of unfinished files
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # beginnings of cells that programs for tables compute
+FULL = {
+    errno.ENOSPC: "the disk is full, or can take no more files",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file may not be so large (ulimit -f, or the file system)",
+}
+
+
+class DiskFullError(OSError):
+    """A file does not fit on its disk.
+
+    Args:
+        fact: names the file, the reason and what is needed, without advice.
+        number: of the system's error, one of FULL.
+        written: bytes of the file that were on the disk.
+    """
+
+    def __init__(self, fact: str, number: int, written: int = 0) -> None:
+        super().__init__(f"{fact}. Free some space there, or write to another disk.")
+        self.fact, self.errno, self.written = fact, number, written
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, as between processes."""
+        return DiskFullError, (self.fact, self.errno, self.written)
+
+
+def full_disk(error: BaseException, path: Path, temporary: Path | None = None) -> DiskFullError | None:
+    """The error of a full disk behind `error`; None if there is none.
+
+    Args:
+        error: of a library, which may report a full disk in a way of its own.
+        path: the file or folder to be written.
+        temporary: its name until it is complete; None if something was to be appended to it.
+    """
+    if isinstance(error, DiskFullError) and not (temporary and temporary.is_dir()):
+        return error
+    behind: BaseException | None = error
+    found = 0
+    while behind is not None and not found:
+        rust = re.search(r"\(os error (\d+)\)", str(behind))
+        number = int(rust[1]) if rust else behind.errno if isinstance(behind, OSError) else None
+        found = number if number in FULL else 0
+        behind = behind.__cause__ or behind.__context__
+    unknown = isinstance(error, OSError | RuntimeError) and getattr(error, "errno", None) is None
+    if not found and unknown and path.parent.is_dir():  # some libraries forget the reason
+        found = 0 if shutil.disk_usage(path.parent).free else errno.ENOSPC
+    if not found:
+        return None
+    parts = [p for p in (temporary, *temporary.rglob("*")) if p.is_file()] if temporary else []
+    there = sum(p.stat().st_size for p in parts)
+    written = there + (error.written if isinstance(error, DiskFullError) else 0)
+    fact = f"{path} could not be written: {FULL[found]}. It needs "
+    fact += f"more than {written:,} bytes" if written else "space"
+    if found == errno.ENOSPC:  # a quota, or the limit of a file, is not what the disk has free
+        folder = next(each for each in (path.parent, *path.parent.absolute().parents) if each.is_dir())
+        fact += f", and {folder} has room for {shutil.disk_usage(folder).free + there:,}"
+    return DiskFullError(fact, found, written)
+
+
+@contextmanager
+def fits(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Name `path` in the error if a disk is full in the block.
+
+    Args:
+        path: the file or folder that is written.
+        temporary: as of full_disk().
+
+    Raises:
+        DiskFullError: for a full disk. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = full_disk(error, path, temporary)
+        if full is None or full is error:
+            raise
+        raise full from None
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -42,10 +122,12 @@ def open_own(path: Path, mode: Literal["a", "r+"]) -> IO[str]:
 
     Raises:
         ValueError: for a link, a FIFO or a device.
+        DiskFullError: as fits().
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_APPEND if mode == "a" else 0)
     try:
-        descriptor = os.open(path, flags, 0o666)
+        with fits(path):
+            descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if not path.is_symlink():
             raise
@@ -63,22 +145,54 @@ def printable(text: str) -> str:
     )
 
 
+def json_record(line: str) -> dict[str, Any] | None:
+    """The object in a line of JSON, None if it is none; numbers that no float holds are null."""
+
+    def number(text: str) -> float | None:
+        return value if math.isfinite(value := float(text)) else None
+
+    def integer(text: str) -> int | None:
+        return int(text) if len(text) < 19 else None
+
+    try:
+        found = json.loads(line, parse_float=number, parse_int=integer, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def text_cell(text: str) -> str:
+    """The cell of a CSV with a text: `'` stands before one that a program for tables would compute."""
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def file_cell(name: str) -> str:
+    """The cell of a CSV with the name of a file: `./` before such a name leaves it the name of that file."""
+    return f"./{name}" if name.startswith(FORMULA) else name
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends without an error, that file replaces `path` in one move.
 
     If the block raises, or the process dies in it, an older file at `path` is unchanged.
+
+    Raises:
+        DiskFullError: as fits().
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    long = len(os.fsencode(path.name)) > 100  # a name with more than 255 bytes would be refused
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest() if long else path.name
     # With the host name, because several machines may write here with the same process id.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    temporary = path.with_name(f".{name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        with fits(path, temporary):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -93,25 +207,29 @@ def aside(path: str | Path) -> Iterator[Path]:
 
     A folder among them gets a file CHECKSUMS, which is moved first: after a kill between two moves,
     check_folder() refuses the mixture.
+
+    Raises:
+        DiskFullError: as fits().
     """
     place = Path(path).resolve()
     folder = place.with_name(f".{place.name}.aside.part")
     remove(folder)  # of a process that died
     folder.mkdir(parents=True)
     try:
-        yield folder
-        if (folder / place.name).is_dir():
-            written = sorted(p for p in (folder / place.name).iterdir() if p.is_file())
-            sums = {path.name: sha256_of(path) for path in written}
-            write_text(folder / place.name / CHECKSUMS, json.dumps(sums, indent=1))
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        for temporary in sorted(files, key=lambda path: path.name != CHECKSUMS):
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            target = place.parent / temporary.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            temporary.replace(target)
-            sync_folder(target.parent)
+        with fits(Path(path), folder):
+            yield folder
+            if (folder / place.name).is_dir():
+                written = sorted(p for p in (folder / place.name).iterdir() if p.is_file())
+                sums = {path.name: sha256_of(path) for path in written}
+                write_text(folder / place.name / CHECKSUMS, json.dumps(sums, indent=1))
+            files = sorted(p for p in folder.rglob("*") if p.is_file())
+            for temporary in sorted(files, key=lambda path: path.name != CHECKSUMS):
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                target = place.parent / temporary.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                temporary.replace(target)
+                sync_folder(target.parent)
     finally:
         remove(folder)
 

@@ -363,8 +363,8 @@ def _take_lock(path: Path, shared: bool) -> tuple[IO[str] | None, str]:
         if _is_at(file, path):
             with suppress(OSError):  # on a full disk the lock works without a name in it
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}{job}")
-                file.flush()
+                # Past the buffer of the file, which would be written, and fail, again when it is closed.
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}{job}".encode())
             return file, ""
         file.close()  # it was removed before we locked it
 

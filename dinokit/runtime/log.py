@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from dinokit.runtime.distributed import rank
-from dinokit.runtime.files import open_own, printable, write_text
+from dinokit.runtime.files import fits, json_record, open_own, printable, read_regular, write_text
 from dinokit.runtime.signals import Stopped, should_stop
 from dinokit.runtime.trackers import Trackers
 
@@ -57,6 +57,7 @@ class RunLog:
     ) -> None:
         self.main = rank() == 0
         self.evaluated: set[str] = set()  # evaluators with results after step `start`
+        self.has_verdict = False  # whether that step has a verdict
         self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)
         self.live = self.main and sys.stdout.isatty()
         self.steps, self.begun, self.start = steps, time.monotonic(), start
@@ -64,8 +65,11 @@ class RunLog:
             self.metrics_path = out / "metrics.jsonl"
             overwrites = not start and self.metrics_path.exists() and self.metrics_path.stat().st_size
             records = _drop_later_records(self.metrics_path, start)
-            self.evaluated = {key.split("/")[0] for record in records for key in record if "/" in key}
-            self.text = open_own(out / "run.log", "a")
+            keys = {key for record in records for key in record}
+            self.evaluated = {key.split("/")[0] for key in keys if "/" in key}
+            self.has_verdict = "verdict" in keys
+            self.text_path = out / "run.log"
+            self.text = open_own(self.text_path, "a")
             if overwrites:
                 self.info(
                     f"begins at step 0: the records of a run without a checkpoint in {out} are overwritten"
@@ -94,10 +98,13 @@ class RunLog:
         self.view.stop()
         self.trackers.end()
         if self.main:
-            if isinstance(error, Exception):
-                self._write("".join(traceback.format_exception(error)))
-                error.add_note(f"The traceback is in {self.text.name}.")
-            self.text.close()
+            forgiven = [OSError] if error else []  # on a full disk the first error is the one to report
+            with suppress(*forgiven):
+                if isinstance(error, Exception):
+                    self._write("".join(traceback.format_exception(error)))
+                    error.add_note(f"The traceback is in {self.text_path}.")
+            with suppress(*forgiven):
+                self.text.close()
 
     def _view(self) -> Live:
         return Live(Group(self.progress, self.values), console=self.console, transient=True)
@@ -129,7 +136,7 @@ class RunLog:
         if accuracy is not None:
             self.progress.update(self.task, score=f"  k-NN {accuracy:.3f}")
         if self.main:
-            with open_own(self.metrics_path, "a") as file:
+            with fits(self.metrics_path), open_own(self.metrics_path, "a") as file:
                 file.write(json.dumps({"step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
             self.trackers.scalars(step, values)
 
@@ -162,7 +169,7 @@ class RunLog:
         self.record(step, values)
         if not self.main:
             return
-        texts = {name: f"{name} {_short(value)}" for name, value in values.items()}
+        texts = {name: f"{name} {short(value)}" for name, value in values.items()}
         left = (time.monotonic() - self.begun) / max(step - self.start, 1) * (self.steps - step)
         first, last = f"step {step}/{self.steps}", f"left {clock(left)}"
         self._write("  ".join([first, *texts.values(), last]))
@@ -175,17 +182,17 @@ class RunLog:
             self.console.print("  ".join([first, *chosen, last]), markup=False)
 
     def _write(self, text: str) -> None:
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-        self.text.flush()
+        with fits(self.text_path):
+            self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            self.text.flush()
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl; a line that was cut off when the run was killed is left out."""
-    path, records = out / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+    """The records of a run's metrics.jsonl; a line that is none, as after a kill, is left out."""
+    path = out / "metrics.jsonl"
+    text = read_regular(path).decode("utf-8", "replace") if path.exists() else ""
+    records = filter(None, map(json_record, text.splitlines()))
+    return [record for record in records if type(record.get("step")) is int]
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -266,18 +273,19 @@ def _drop_later_records(path: Path, start: int) -> list[dict[str, Any]]:
         )
     lines = [line for line in lines if _step_of(line) <= start]
     write_text(path, "".join(line + "\n" for line in lines))
-    return [json.loads(line) for line in lines if _step_of(line) == start]
+    return [json_record(line) or {} for line in lines if _step_of(line) == start]
 
 
 def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")  # cut short when the run was killed
+    step = (json_record(line) or {}).get("step")
+    return step if type(step) is int else math.inf  # cut short when the run was killed
 
 
-def _short(value: float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def short(value: object) -> str:
+    """A number for people: four digits of what is not whole, and no exponent where it is large."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def clock(seconds: float) -> str:

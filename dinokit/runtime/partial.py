@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import torch
 
 from dinokit.runtime.distributed import all_reduce_max, rank, world_size
-from dinokit.runtime.files import atomic
+from dinokit.runtime.files import DiskFullError, atomic
 from dinokit.runtime.signals import Stopped
 
 
@@ -119,6 +119,5 @@ class PartialResult:
             with atomic(path) as temporary, temporary.open("wb") as file:
                 torch.save(dict(state), file)
         except (OSError, RuntimeError) as error:
-            # On a full disk torch raises a RuntimeError of its own while it handles the system's error.
-            why = error.__context__ if isinstance(error.__context__, OSError) else error
+            why = error.fact if isinstance(error, DiskFullError) else error
             raise OSError(f"Results could not be saved in {path.parent}: {why}. {self.advice}") from None

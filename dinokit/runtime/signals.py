@@ -1,5 +1,6 @@
 """Stop signals: Ctrl-C, kill or a scheduler's warning ask a command to save and end."""
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ import torch
 
 from dinokit.runtime.distributed import all_reduce_max, rank
 
+LIBC = ctypes.CDLL(None)  # opened here, because end_with_parent() runs between fork and exec
+PARENT_DEATH = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # from kill, and from SLURM before a job ends
 
 
@@ -96,3 +99,12 @@ def should_stop(together: bool) -> bool:
     if not isinstance(stop, StopSignal) or not stop.between_items:
         return False
     return stop.on_any_process() if together else stop.on_this_process()
+
+
+def end_with_parent() -> None:
+    """Have this process killed when its parent ends, even by kill -9; for `preexec_fn` of subprocess.Popen.
+
+    Only Linux can do that; elsewhere the process lives on.
+    """
+    if hasattr(LIBC, "prctl"):
+        LIBC.prctl(PARENT_DEATH, signal.SIGKILL)

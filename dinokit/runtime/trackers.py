@@ -1,15 +1,21 @@
 """Experiment trackers: a run's records and pictures in TensorBoard, Weights & Biases, MLflow or trackio.
 
-`run.log=[tensorboard]` chooses them. metrics.jsonl is written in any case (dinokit.runtime.log). A tracker
-that fails is left out from then on, and the run goes on.
+`run.log=[tensorboard]` chooses them. metrics.jsonl is written in any case (dinokit.runtime.log). Each tracker
+has a thread, so a training does not wait for its server; one that fails or does not answer is left out from
+then on, and the run goes on.
 """
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -22,6 +28,9 @@ from dinokit.runtime.files import write_text
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
 PROJECT = "dinokit"  # the project or experiment that runs are listed in
+SECONDS = 60.0  # without an answer, after which a tracker is left out
+PATIENCE, POLL = 5.0, 0.1  # s at the end of a run: before a line says what is waited for; between two looks
+QUEUED = 1000  # records and pictures that may wait for a tracker
 IDS = "trackers.json"  # in a run's folder: the trackers' own names of the run, to resume under
 
 
@@ -152,6 +161,58 @@ def check_installed(names: Sequence[str]) -> None:
             raise RuntimeError(f"run.log={name} needs the package {name}: pip install {name}")
 
 
+class TrackerThread:
+    """Calls the methods of a tracker in order, in a thread of its own; none after one that failed."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.failure = ""
+        self.records = self.passed_on = 0  # records and pictures: given to call(), and taken by the tracker
+        self.begun = math.inf  # when the present call began
+        self.calls: Queue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = Queue(QUEUED)
+        # A daemon: a server that never answers must not keep the program from ending.
+        self.thread = Thread(target=self._work, name=type(tracker).__name__, daemon=True)
+        self.thread.start()
+
+    def call(self, method: Callable[..., Any], *values: Any) -> Future[Any]:
+        """Call a method after those before it; the result is None if it failed."""
+        future: Future[Any] = Future()
+        self.records += method not in (self.tracker.start, self.tracker.end)
+        self.calls.put_nowait((future, method, values))
+        return future
+
+    def trouble(self) -> str:
+        """Why the tracker is to be left out; "" if it is in order."""
+        silent = time.monotonic() - self.begun > SECONDS
+        return self.failure or (f"it did not answer for {SECONDS:g} s" if silent else "")
+
+    def waiting(self) -> int:
+        """Records and pictures that the tracker has not taken yet."""
+        return self.records - self.passed_on
+
+    def stop(self) -> None:
+        """Drop the calls that wait. The thread ends with the call that it is in."""
+        with suppress(Empty):
+            while True:
+                self.calls.get_nowait()
+        self.calls.put_nowait(None)
+
+    def _work(self) -> None:
+        while (call := self.calls.get()) is not None:
+            (future, method, values), result = call, None
+            self.begun = time.monotonic()
+            try:
+                if not self.failure:
+                    result = method(*values)
+                    self.passed_on += method not in (self.tracker.start, self.tracker.end)
+            except Exception as error:  # a server away or a full disk of a tracker must not end a training
+                self.failure = f"{type(error).__name__}: {error}"
+            self.begun = math.inf
+            future.set_result(result)
+            if method == self.tracker.end:
+                return
+
+
 class Trackers:
     """The trackers of a run. Only process 0 has any.
 
@@ -172,21 +233,25 @@ class Trackers:
         say: Callable[[str], None],
     ) -> None:
         self.say, self.no_pictures = say, False
-        self.active = {name: TRACKERS[name]() for name in names if rank() == 0}
+        self.active = {name: TrackerThread(TRACKERS[name]()) for name in names if rank() == 0}
         if not self.active:
             return
         path = out / IDS
         ids = json.loads(path.read_text("utf-8")) if step and path.is_file() else {}
-        for name, tracker in list(self.active.items()):
-            run_id = self._call(name, tracker.start, out, settings, step, ids.get(name, ""))
-            ids[name] = run_id or ids.get(name, "")
+        started = {
+            name: thread.call(thread.tracker.start, out, settings, step, ids.get(name, ""))
+            for name, thread in self.active.items()
+        }
+        for name, future in started.items():
+            if self._answered(name, future):
+                ids[name] = future.result()
         write_text(path, json.dumps(ids))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Pass on what is a finite number."""
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
-        for name, tracker in list(self.active.items()):
-            self._call(name, tracker.scalars, step, numbers)
+        for thread in self._in_order().values():
+            thread.call(thread.tracker.scalars, step, numbers)
 
     def pictures(self, step: int, draw: Callable[[], Mapping[str, Picture]]) -> None:
         """Draw pictures (H, W, 3), and pass them on by name; without trackers nothing is drawn."""
@@ -198,22 +263,41 @@ class Trackers:
             self.no_pictures = True
             self.say(f"No pictures for trackers: {type(error).__name__}: {error}. The run goes on.")
             return
-        for name, tracker in list(self.active.items()):
-            self._call(name, tracker.pictures, step, drawn)
+        for thread in self._in_order().values():
+            thread.call(thread.tracker.pictures, step, drawn)
 
     def end(self) -> None:
-        """End all trackers."""
-        for name, tracker in list(self.active.items()):
-            self._call(name, tracker.end)
+        """End all trackers, when they have passed on what waits: each is waited for as long as it answers."""
+        ended = {name: thread.call(thread.tracker.end) for name, thread in self._in_order().items()}
+        wait(ended.values(), PATIENCE)
+        for name, future in ended.items():
+            if not future.done():
+                self.say(f"Waiting for {name}: {self.active[name].waiting()} records to pass on.")
+            self._answered(name, future)
         self.active.clear()
 
-    def _call(self, name: str, method: Callable[..., Any], *values: Any) -> Any:
-        try:
-            return method(*values)
-        except Exception as error:  # a server away or a full disk of a tracker must not end a training
-            self.active.pop(name, None)
-            self.say(f"{name} is left out from now on: {type(error).__name__}: {error}. The run goes on.")
-            return None
+    def _answered(self, name: str, call: Future[Any]) -> bool:
+        """Wait for a call as long as the tracker answers. Whether it ended well; else it is left out."""
+        thread = self.active[name]
+        while not call.done() and not thread.trouble():
+            wait([call], POLL)
+        if trouble := thread.trouble():
+            self._leave_out(name, trouble)
+        return not trouble
+
+    def _in_order(self) -> dict[str, TrackerThread]:
+        """The active trackers; those in trouble are left out from now on, with a line that says so."""
+        for name, thread in list(self.active.items()):
+            behind = f"it is {QUEUED} records behind" if thread.calls.full() else ""
+            if trouble := thread.trouble() or behind:
+                self._leave_out(name, trouble)
+        return dict(self.active)
+
+    def _leave_out(self, name: str, trouble: str) -> None:
+        thread = self.active.pop(name)
+        thread.stop()
+        lost = f" {thread.waiting()} records were not passed on." if thread.waiting() else ""
+        self.say(f"{name} is left out from now on: {trouble}.{lost} The run goes on.")
 
 
 def _allowed(name: str) -> str:

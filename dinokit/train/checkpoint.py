@@ -31,7 +31,15 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from dinokit.runtime.distributed import broadcast, gather_objects, local, rank, world_size
-from dinokit.runtime.files import atomic, read_regular, remove, sha256_of, sync_folder
+from dinokit.runtime.files import (
+    DiskFullError,
+    atomic,
+    full_disk,
+    read_regular,
+    remove,
+    sha256_of,
+    sync_folder,
+)
 
 MARK = "complete.json"
 PATTERN = "step_*"
@@ -106,6 +114,8 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
+        if rank() == 0:
+            self._remove_old()  # which a process that was killed had no time for
         return self
 
     def __exit__(
@@ -134,9 +144,10 @@ class Checkpoints:
                 self._complete(temporary, path, {"step": step, "values": values, "files": files})
             self._gather(None)
         except (OSError, RuntimeError, CheckpointException) as error:
+            full = full_disk(_cause(error), path, temporary)
             if rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(self.failure(step, error)) from None
+            raise OSError(self.failure(step, full or error)) from None
 
     def _complete(self, temporary: Path, path: Path, content: dict[str, Any]) -> None:
         with atomic(temporary / MARK) as mark:
@@ -146,6 +157,9 @@ class Checkpoints:
         temporary.rename(path)
         (self.folder.parent / ONCE).touch()
         sync_folder(self.folder)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         complete = sorted((p for p in self.folder.glob(PATTERN) if (p / MARK).exists()), key=_step)
         for old in complete[: -self.keep]:
             if not self.keep_every or _step(old) % self.keep_every:
@@ -171,6 +185,12 @@ def newest(folder: Path) -> SavedCheckpoint | None:
 def latest(folder: Path) -> SavedCheckpoint | None:
     """newest() as process 0 sees it, in every process."""
     return broadcast(newest(folder) if rank() == 0 else None)
+
+
+def before(folder: Path, step: int) -> SavedCheckpoint | None:
+    """The newest checkpoint of fewer than `step` steps, in every process. Raises as newest()."""
+    earlier = (saved for saved in _found(folder) if saved.step < step)
+    return broadcast(next(earlier, None) if rank() == 0 else None)
 
 
 def last_good(folder: Path) -> Path | None:
@@ -341,9 +361,16 @@ def _step(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _reason(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     """The error of one process, out of torch's report on all."""
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
-        error = next((c for c in causes if isinstance(c, OSError)), causes[0] if causes else error)
+        return next((c for c in causes if isinstance(c, OSError)), causes[0] if causes else error)
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    error = _cause(error)
+    if isinstance(error, DiskFullError):
+        return error.fact
     return str(error).strip().rstrip(".") or type(error).__name__

@@ -12,26 +12,24 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe
 from dinokit.data.files import reader_of
-from dinokit.data.loader import MAX_WORKERS, training_loader
+from dinokit.data.loader import MAX_WORKERS
+from dinokit.data.scan import scan
 from dinokit.data.sources import ImageSource
-from dinokit.data.transforms import size_of, to_tensor
 from dinokit.runtime.device import pick_device
 from dinokit.runtime.distributed import cpu_cores
 from dinokit.train.run_dir import with_precision
 from dinokit.train.step import Step
-from dinokit.train.student_teacher import block_masks
 
-LOOKED_AT = 200  # images whose size and colours are read
+LOOKED_AT = 200  # images that are read, here and at the start of a training
 MINUTES = {"laptop": 60.0, "small_photos": 120.0}  # of a run, if the user does not say
 WARM_STEPS, TIMED_STEPS = 2, 4  # of the measurement: the first steps allocate memory
 EVALUATIONS = 5  # in a run
 AVERAGED = 0.02  # of a run that the teacher averages over: one that averages over more lags behind
-GREY = 0.02  # mean difference of channels, in [0, 1], below which images count as grey
+LEAST_STD = 0.01  # crops are divided by it, and images of one colour have none
 LEAST_STEPS = 50
 TRAINING_SHARE = 0.9  # of the minutes; the rest is for evaluations and the end of the run
 
@@ -44,6 +42,7 @@ class Choice:
     overrides: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     facts: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # of a step, measured; 0: not measured
 
     def set(self, key: str, value: object, reason: str) -> None:
         """Add an override."""
@@ -94,53 +93,34 @@ def choose(
     if given is None and source.classes and not any(text.startswith("data.split=") for text in of_data):
         choice.set("data.split", "train", "the images have labels: the test images are for evaluation alone")
         source = opened()
-    sizes, mean, std, grey = look_at(source)
-    side = int(np.median(sizes))
+    found = scan(source, LOOKED_AT)
+    if not found.sizes:
+        raise ValueError(f"None of {found.read} images of a sample can be read: {found.unreadable[0]}")
+    sides = [min(size) for size in found.sizes]
+    side = int(np.median(sides))
     choice.facts.append(
-        f"{len(source):,} images, shorter side {int(min(sizes))} to {int(max(sizes))} pixels, {kind} with "
+        f"{len(source):,} images, shorter side {min(sides)} to {max(sides)} pixels, {kind} with "
         f"{os.cpu_count()} cores"
     )
+    if choice.recipe == "laptop":
+        choice.set(
+            "backbone.stem", "conv",
+            "learns more from few images, and is exported to ONNX alone; linear is exported everywhere",
+        )  # fmt: skip
     if not hasattr(source, "stored"):
         choice.set("crops.decode", "whole", "the images are no files that could be decoded at a smaller size")
     _choose_size(choice, side)
     _choose_batch(choice, len(source))
-    choice.set("crops.mean", [round(float(x), 3) for x in mean], "of these images")
-    choice.set("crops.std", [round(float(x), 3) for x in std], "of these images")
-    if grey or len(mean) != 3:
-        reason = (
-            "the images have no colour"
-            if grey
-            else f"they are for red, green and blue, not {len(mean)} channels"
-        )
+    choice.set("crops.mean", found.mean, "of these images")
+    choice.set("crops.std", [max(value, LEAST_STD) for value in found.std], "of these images")
+    channels, grey = len(found.mean), found.grey == len(sides)
+    if grey or channels != 3:
+        reason = f"they are for red, green and blue, not {channels} channels"
+        if grey or channels == 1:
+            reason = "the images have no colour"
         for key in ("saturation", "hue", "gray"):
             choice.set(f"crops.{key}", 0.0, reason)
     return choice, source
-
-
-def look_at(source: ImageSource) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Shorter sides (n,) in pixels; mean and deviation (C,) of the pixels in [0, 1]; whether all are grey.
-
-    Raises:
-        ValueError: if no image of a sample can be read.
-    """
-    sides, means, squares, differences = [], [], [], []
-    for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int).tolist():
-        try:
-            image = source[index][0]
-        except (OSError, ValueError):
-            continue  # the run counts and names unreadable images
-        pixels = to_tensor(image)[0]
-        pixels = pixels[:, :: max(pixels.shape[1] // 64, 1), :: max(pixels.shape[2] // 64, 1)]
-        values = pixels.float() / (255 if pixels.dtype == torch.uint8 else 1)
-        sides.append(min(size_of(image)))
-        means.append(values.mean((1, 2)))
-        squares.append(values.square().mean((1, 2)))
-        differences.append(float((values - values.mean(0)).abs().mean()))
-    if not sides:
-        raise ValueError(f"None of {min(len(source), LOOKED_AT)} images of a sample can be read.")
-    mean = torch.stack(means).mean(0)
-    deviation = (torch.stack(squares).mean(0) - mean.square()).clamp_min(1e-4).sqrt()
-    return torch.tensor(sides), mean, deviation, max(differences) < GREY
 
 
 def measure(recipe: Recipe, source: ImageSource) -> float:
@@ -166,11 +146,7 @@ def _time_steps(step: Step, source: ImageSource, start: int) -> float:
     recipe = step.recipe
     workers = recipe.run.workers if recipe.run.workers >= 0 else min(MAX_WORKERS, cpu_cores() - 1)
     timed = TIMED_STEPS + 2 * workers
-    loader = training_loader(
-        source, recipe.crops, block_masks(recipe, step.model.student.backbone), seed=recipe.run.seed,
-        start_step=start, steps=start + WARM_STEPS + timed, batch=recipe.optim.batch, rank=0, world=1,
-        accumulation=recipe.run.accumulate, workers=recipe.run.workers, pin=step.device.type == "cuda",
-    )  # fmt: skip
+    loader = step.loader(source, start, start + WARM_STEPS + timed)
     begin = 0.0
     for number, batch in enumerate(loader):
         if number == WARM_STEPS:
@@ -186,12 +162,13 @@ def with_steps(choice: Choice, source: ImageSource, given: list[str], minutes: f
     steps = recipe.optim.steps
     if not any(text.startswith("optim.steps=") for text in given):
         minutes = minutes or MINUTES[choice.recipe]
-        seconds = measure(recipe, source)
+        choice.seconds = seconds = measure(recipe, source)
         steps = max(round(TRAINING_SHARE * 60 * minutes / seconds), LEAST_STEPS)
         epochs = steps * recipe.optim.batch / len(source)
         reason = f"{minutes:g} min at {seconds:.3g} s a step; each image {epochs:.0f} times"
         if steps == LEAST_STEPS:
-            reason += f"; {LEAST_STEPS} steps are the least"
+            needed = steps * seconds / TRAINING_SHARE / 60
+            reason += f"; {LEAST_STEPS} steps are the least, about {needed:.2g} min"
         choice.set("optim.steps", steps, reason)
     choice.set("optim.warmup", min(max(steps // 20, 1), 200), "a twentieth of the steps, at most 200")
     momentum = round(1 - 1 / max(AVERAGED * steps, 2), 4)

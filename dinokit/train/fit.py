@@ -5,20 +5,25 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dinokit.config.load import Recipe
+from dinokit.data.scan import findings, scan
 from dinokit.data.sources import ImageSource
 from dinokit.runtime.device import peak_memory
 from dinokit.runtime.distributed import world_size
+from dinokit.runtime.files import printable
 from dinokit.runtime.log import clock
-from dinokit.train.choose import measure
+from dinokit.train.choose import LOOKED_AT, measure
 from dinokit.train.plan import GIB, activation_memory, plan, state_memory
 
 LEAST_SAVING = 0.05  # GiB, below which a change is not worth naming
 CHANGES = 3  # named at most
 TRIED = 6_000  # student tokens in a step of a dry run, at most
+SECONDS = 2.0  # in which images are looked at before a training
+REPEATED = 0.02  # share of exact duplicates in a sample that is worth a line
 SAVED = 0.8  # of what is in memory: a checkpoint has no gradients
 
 
@@ -26,6 +31,18 @@ def memory_needed(recipe: Recipe) -> float:
     """GiB of a process for weights, gradients, optimiser, teacher, and a backward pass: an estimate."""
     images = max(recipe.optim.batch // world_size() // recipe.run.accumulate, 1)
     return state_memory(recipe) + activation_memory(recipe, images)[1]
+
+
+def planned(recipe: Recipe, device: torch.device, seconds: float) -> dict[str, Any]:
+    """What a run is expected to need, for its report.
+
+    Args:
+        recipe: of the run, its precision resolved.
+        device: of this process.
+        seconds: of a step, measured here before; 0: not measured.
+    """
+    time = {"seconds_per_step": seconds} if seconds else {}
+    return {"device": device.type, "memory_gib": memory_needed(recipe), **time}
 
 
 def memory_available(device: torch.device) -> float:
@@ -80,9 +97,12 @@ def advice(recipe: Recipe) -> str:
     return "\n".join(["What helps, one at a time:", *lines]) if lines else "A smaller backbone is needed."
 
 
-def warning(recipe: Recipe, images: int, device: torch.device) -> list[str]:
-    """Lines about a run that does not fit: its memory, or a batch larger than the data. Empty if all fits."""
-    lines = []
+def warning(recipe: Recipe, source: ImageSource, device: torch.device) -> list[str]:
+    """Lines about a run that does not fit: its memory, a batch larger than the data, and a sample of images.
+
+    It takes SECONDS and the reading of an image at most. Empty if all fits.
+    """
+    lines, images = [], len(source)
     needed, free = memory_needed(recipe), memory_available(device)
     if needed > free:
         lines.append(
@@ -94,7 +114,19 @@ def warning(recipe: Recipe, images: int, device: torch.device) -> list[str]:
             f"optim.batch={recipe.optim.batch} is more than the {images} images: a step sees some of them "
             f"twice, and they then count as different images. Take optim.batch={max(images // 4, 1)} or less."
         )
-    return lines
+    return lines + _about_images(recipe, source)
+
+
+def _about_images(recipe: Recipe, source: ImageSource) -> list[str]:
+    """What of a sample of the images would harm this training."""
+    colours = recipe.crops.saturation or recipe.crops.hue or recipe.crops.gray
+    result = scan(source, LOOKED_AT, SECONDS)
+    repeated = len(result.exact) > REPEATED * result.read
+    names = {"unreadable", "not finite", "small", "mixed"}
+    names |= {"grey"} if colours else set()
+    names |= {"exact duplicates"} if repeated else set()
+    found = findings(result, small=recipe.crops.globals.size // 2)
+    return [printable(each.text) for each in found if each.name in names]
 
 
 def out_of_memory(recipe: Recipe, device: torch.device, error: BaseException) -> str:

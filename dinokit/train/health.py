@@ -38,6 +38,9 @@ RECENT = 5  # records of steps that are averaged: one batch of 32 images knows r
 BAR = 1.15  # in simulations rows with a spread of 0.2 grow from 1.15 * rho* on, not from rho*
 NEAR_LN_K = 0.97  # of ln K: the demo that learnt nothing in its DINO term ended at 0.99
 ONE_PROTOTYPE = 1.5  # of K in use: between one and two
+LEAST_SPREAD = (
+    0.05  # of head rows of length 1: 0.2 to 1 where outputs differ, 0.03 and less where all are alike
+)
 LEAST_RANK = 1.2  # rows on a line have 1, untrained networks 1.5 to 2
 # Share of the class token's variance that brightness explains: 0.5 to 0.85 in untrained networks, 0.03 to
 # 0.41 in runs on satellite images, CIFAR-10 and scenes whose accuracy rose.
@@ -67,7 +70,8 @@ def step_signals(
         feature_rank: effective rank of the student's class tokens. With two global crops or more,
         brightness_agreement: rho of their mean brightness alone. With a DINO loss, target_entropy: H in nats;
         kl: CE - H; prototypes_used: exp of the entropy of the mean target; crop_agreement: rho of the
-        teacher's head rows; crop_agreement_needed: rho*.
+        teacher's head rows; crop_agreement_needed: rho*; head_spread: how far these rows, of length 1, are
+        from their mean (root of the mean square).
     """
     count, images = views.student_feature.shape[:2]
     signals = {"feature_rank": effective_rank(views.student_feature.flatten(0, 1))}
@@ -83,6 +87,7 @@ def step_signals(
     if count > 1:
         signals["crop_agreement"] = rho = agreement(views.teacher_cls.rows)
         signals["crop_agreement_needed"] = rho.new_full((), views.teacher_temp / student_temp)
+    signals["head_spread"] = spread(views.teacher_cls.rows)
     return signals
 
 
@@ -91,6 +96,11 @@ def agreement(x: Tensor) -> Tensor:
     x = x.float()
     within = x.var(dim=0).sum(dim=-1).mean()  # unbiased: 0 is expected of unrelated crops
     return 1 - within / x.flatten(0, 1).var(dim=0).sum().clamp_min(torch.finfo().tiny)
+
+
+def spread(x: Tensor) -> Tensor:
+    """Root mean square distance of rows x (..., d) from their mean. ()."""
+    return x.float().flatten(0, -2).var(dim=0, correction=0).sum().sqrt()
 
 
 def effective_rank(x: Tensor) -> Tensor:
@@ -214,7 +224,16 @@ def diagnose(records: Sequence[Mapping[str, Any]], recipe: Recipe, images: int) 
     history = History(records, recipe)
     if history.step < max(LEAST_STEPS, recipe.optim.warmup):
         return None
-    checks = (_one_prototype, _brightness, _rank, _noise, _patch_order, _data_bound, _nothing_left)
+    checks = (
+        _one_prototype,
+        _brightness,
+        _rank,
+        _one_output,
+        _noise,
+        _patch_order,
+        _data_bound,
+        _nothing_left,
+    )
     verdicts = (check(history, images) for check in checks)
     return next((verdict for verdict in verdicts if verdict), None)
 
@@ -242,6 +261,10 @@ class History:
         values = [value for _, value in known[-RECENT:]]
         return sum(values) / len(values)
 
+    def noisy(self) -> bool:
+        """Whether two crops of an image agree too little for features to grow."""
+        return self.recent("crop_agreement") < BAR * self.recent("crop_agreement_needed")
+
     def probed(self, name: str) -> float:
         """A signal of the last evaluation after the start."""
         key = f"health/{name}"
@@ -266,9 +289,23 @@ def _one_prototype(h: History, _: int) -> Verdict | None:
     )
 
 
+def _one_output(h: History, _: int) -> Verdict | None:
+    spread, loss = h.recent("head_spread"), h.recent("dino")
+    standardized = h.recipe.heads.cls.standardize
+    if not (spread < LEAST_SPREAD and loss > NEAR_LN_K * h.log_k) or standardized or h.noisy():
+        return None
+    return Verdict(
+        "one output",
+        f"the head gives nearly the same output for every image (head_spread {spread:.3f}), so its targets "
+        f"say nothing: the DINO loss of {loss:.2f} stays at ln K = {h.log_k:.2f}, although crops of an image "
+        f"agree. Set heads.cls.standardize=true, and heads.patch.standardize=true if there is a patch head, "
+        f"in a new run.out.",
+    )
+
+
 def _noise(h: History, _: int) -> Verdict | None:
     rho, needed, loss = (h.recent(name) for name in ("crop_agreement", "crop_agreement_needed", "dino"))
-    if not (rho < BAR * needed and loss > NEAR_LN_K * h.log_k):
+    if not (h.noisy() and loss > NEAR_LN_K * h.log_k):
         return None
     return Verdict(
         "noise",

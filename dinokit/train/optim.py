@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from dinokit.config.load import Optim
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import full, local
-from dinokit.train.student_teacher import Network
+from dinokit.train.networks import Network
 
 
 def parameter_groups(student: Network, cfg: Optim) -> list[dict[str, Any]]:

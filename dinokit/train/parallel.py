@@ -28,8 +28,9 @@ from dinokit.models import Backbone, fused
 from dinokit.models.attention import use_kernel
 from dinokit.runtime.device import DTYPES
 from dinokit.runtime.distributed import full, launch, world_size
+from dinokit.train.networks import Network, build_backbone
 from dinokit.train.plan import GIB, activation_memory, fits_unsharded
-from dinokit.train.student_teacher import Network, StudentTeacher, build_backbone
+from dinokit.train.student_teacher import StudentTeacher
 
 # What `selective` saves of a block: results that cost a matrix product with weights, or a fused attention.
 SAVED = frozenset({
@@ -151,7 +152,8 @@ def shard(model: StudentTeacher, mesh: DeviceMesh, policy: MixedPrecisionPolicy)
     # A backbone's tokens are views of its rows, and FSDP warns about writes into these; nothing here does.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for network in (model.student, model.ema):
+    gram: list[Any] = [model.gram_teacher] if hasattr(model, "gram_teacher") else []
+    for network in (model.student, model.ema, *gram):
         for block in network.backbone.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         for child in network.children():
@@ -180,6 +182,7 @@ def unsharded_backbone(recipe: Recipe, backbone: Backbone) -> Backbone:
         copy = build_backbone(recipe)
     state = {name: full(x).detach() for name, x in backbone.state_dict().items()}
     copy.load_state_dict(state, strict=True, assign=True)
+    copy.licence = backbone.licence
     copy.eval().requires_grad_(False)
     return copy
 
@@ -204,5 +207,6 @@ def _all_used(student: Network, recipe: Recipe) -> bool:
     """Whether every parameter is known to be used by some loss."""
     token = recipe.masks is not None or not hasattr(student.backbone, "mask_token")
     heads = "dino" in recipe.losses and ("ibot" in recipe.losses or student.shared)
+    norms = recipe.crops.locals.count > 0 or not hasattr(student.backbone, "local_cls_norm")
     always = all(tuple(values.get("phase", (0, 1))) == (0, 1) for values in recipe.losses.values())
-    return token and heads and always
+    return token and heads and norms and always

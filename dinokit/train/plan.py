@@ -8,19 +8,25 @@ n  nodes                          g  GPUs of a node
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dinokit.config.load import Recipe
+from dinokit.config.load import Crops, Recipe
 from dinokit.data.augment import Photometric
 from dinokit.losses import build_losses
 from dinokit.losses.chunked import GPU_CHUNK
 from dinokit.models import Backbone
+from dinokit.train.networks import (
+    Network,
+    block_masks,
+    build_backbone,
+    compares_all_patches,
+    prototypes_of,
+)
 from dinokit.train.schedule import FULL, accumulation
-from dinokit.train.student_teacher import Network, block_masks, build_backbone, prototypes_of
 
 GIB = 2**30
 STATE_BYTES = 5 * 4  # a parameter: student, gradient, two moments, teacher, in float32
@@ -74,7 +80,7 @@ def plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, str]:
     optim, accumulate = recipe.optim, recipe.run.accumulate
     images = optim.batch // accumulate
     counts = {name: sum(p.numel() for p in child.parameters()) for name, child in student.named_children()}
-    state = sum(counts.values()) * STATE_BYTES / GIB
+    state = state_memory(recipe)
     tokens, activations = activation_memory(recipe, images)
     crops = recipe.crops.globals.count + recipe.crops.locals.count
     frozen = {"teacher": f"{recipe.teacher.frozen}, frozen; its memory comes on top of what follows"}
@@ -99,15 +105,23 @@ def state_memory(recipe: Recipe) -> float:
     """GiB for weights, gradients, AdamW and teacher in one process that keeps all of them."""
     with torch.device("meta"):
         student = Network(recipe)
-    return sum(p.numel() for p in student.parameters()) * STATE_BYTES / GIB
+    total = sum(p.numel() for p in student.parameters()) * STATE_BYTES
+    if recipe.teacher.gram is not None and recipe.teacher.gram.weights:  # a frozen backbone more
+        total += sum(p.numel() for p in student.backbone.parameters()) * 4
+    return total / GIB
 
 
 def activation_memory(recipe: Recipe, images: int) -> tuple[int, float]:
     """Student tokens of one forward pass over `images`, and GiB that its backward pass needs: an estimate."""
     with torch.device("meta"):
         backbone = build_backbone(recipe)
-    groups = [group for group in (recipe.crops.globals, recipe.crops.locals) if group.count]
-    tokens = sum(images * group.count * tokens_per_crop(backbone, group.size) for group in groups)
+
+    def tokens_of(crops: Crops) -> int:
+        groups = [group for group in (crops.globals, crops.locals) if group.count]
+        return sum(images * group.count * tokens_per_crop(backbone, group.size) for group in groups)
+
+    crops = max(recipe.crops.variants, key=tokens_of)
+    tokens, recipe = tokens_of(crops), replace(recipe, crops=crops)
     each, depth = BLOCK_BYTES[recipe.run.checkpointing], len(backbone.blocks)
     recomputed = 0 if each == BLOCK else BLOCK  # one block at a time is computed again
     blocks = tokens * backbone.width * (depth * each + recomputed)
@@ -130,7 +144,8 @@ def _logit_bytes(recipe: Recipe, backbone: Backbone, images: int) -> int:
     views, whole = recipe.crops.globals.count, recipe.run.logits == "whole"
     heads = [(recipe.heads.cls, images * views, images * (views + recipe.crops.locals.count))]
     if recipe.masks is not None or recipe.teacher.frozen:
-        share = recipe.masks.images * sum(recipe.masks.patches) / 2 if recipe.masks is not None else 1.0
+        masks = None if compares_all_patches(recipe) else recipe.masks
+        share = masks.images * sum(masks.patches) / 2 if masks is not None else 1.0
         patches = round(images * views * (recipe.crops.globals.size // backbone.patch) ** 2 * share)
         heads.append((recipe.heads.patch or recipe.heads.cls, patches, patches))
     stay = sum((teacher + whole * student) * head.prototypes for head, teacher, student in heads)

@@ -1,6 +1,7 @@
-"""A run's folder: recipe.yaml, env.json, metrics.jsonl, run.log, checkpoints/, teacher.safetensors.
+"""A run's folder: recipe.yaml, env.json, plan.json, metrics.jsonl, run.log, checkpoints/, teacher weights.
 
-dinokit train also writes report.html there, at its end.
+dinokit train also writes report.html there, at its end. pca_basis.safetensors has the colours of its pictures
+and of those for trackers. Evaluators of dense maps have a folder of their name in it.
 
 It belongs to one recipe. With the same recipe the run resumes; with another one, that is an error.
 """
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,9 +33,10 @@ from dinokit.train.checkpoint import ONCE
 # Settings that may change when a run resumes, because they do not change what it learns.
 FREE = (
     "evals", "backbone.fingerprint", "run.out", "run.device", "run.workers", "run.log_every",
-    "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.parallel",
-    "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits", "run.tokens",
-    "run.keep_memory", "run.resume", "run.report", "run.images", "data.memory_gib",
+    "run.checkpoint_every", "run.keep", "run.keep_every", "run.max_unreadable", "run.max_skipped",
+    "run.parallel", "run.timeout_minutes", "run.attention", "run.compile", "run.checkpointing", "run.logits",
+    "run.tokens", "run.keep_memory", "run.resume", "run.report", "run.images", "run.memory_gib",
+    "data.memory_gib",
 )  # fmt: skip
 STATED, CONTENTS = 100_000, 64  # images whose state, and whose content, a checkpoint records
 TIMES = "times of images"  # may change, as when images are copied, if sizes and contents do not
@@ -41,10 +44,25 @@ NAMES = 64  # images whose names are compared between processes
 PACKAGES = ("dinokit", "torch", "torchvision", "timm", "numpy", "pillow", "omegaconf", "safetensors")
 
 
-def open_run(recipe: Recipe) -> Path:
+def _read_run(path: Path) -> Recipe:
+    return load_recipe(path, of_run=True)
+
+
+def open_run(
+    recipe: Any,
+    read: Callable[[Path], Any] = _read_run,
+    command: str = "train",
+    plan: Mapping[str, Any] | None = None,
+) -> Path:
     """Make the folder `run.out`, or open the run that is in it. Returns its path.
 
-    All processes call it, and process 0 writes.
+    All processes call it, and process 0 writes. The plan of a new run is kept when it resumes.
+
+    Args:
+        recipe: a Recipe, or another dataclass with a section `run` that has `out` and `resume`.
+        read: reads such a recipe from the file in the folder.
+        command: that makes the run, for the file's first line.
+        plan: what a new run is expected to need, for plan.json.
 
     Raises:
         ValueError: if the folder has a run of another recipe, or files that are not a run.
@@ -52,19 +70,19 @@ def open_run(recipe: Recipe) -> Path:
     out = Path(recipe.run.out)
     saved = out / "recipe.yaml"
     if saved.exists():
-        changes = differences(load_recipe(saved, of_run=True), recipe)
+        changes = differences(read(saved), recipe)
         if changes:
             longer = any(change.startswith("optim.steps ") for change in changes)
             raise ValueError(
                 f"run.out={out} has a run of another recipe: {'; '.join(changes)}. Choose another run.out, "
                 f"or give the old values to resume that run."
-                + (f" To train on: backbone.weights={out} and another run.out." if longer else "")
+                + (f" To train on: {out}/recipe.yaml weights={out} out=ANOTHER." if longer else "")
             )
     elif out.exists() and any(not path.match(TEMPORARY) and path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"run.out={out} is not empty and is not a run. Choose another run.out.")
     gather_objects(None)  # all processes have checked before anything is written
     if rank() == 0:
-        write_text(saved, f"# dinokit train {saved}\n{to_yaml(recipe)}")
+        write_text(saved, f"# dinokit {command} {saved}\n{to_yaml(recipe)}")
         if recipe.run.resume == "never":
             remove(out / "checkpoints")
             remove(out / ONCE)
@@ -73,6 +91,8 @@ def open_run(recipe: Recipe) -> Path:
             for temporary in folder.glob(TEMPORARY):
                 remove(temporary)  # left by a process that was killed while it wrote
         write_text(out / "env.json", json.dumps(environment(), indent=1))
+        if plan is not None and not (out / "plan.json").exists():
+            write_text(out / "plan.json", json.dumps(plan, indent=1))
     gather_objects(None)
     return out
 
@@ -135,7 +155,32 @@ def image_fingerprint(source: ImageSource) -> dict[str, Any]:
     }
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
+def changed_images(
+    recipe: Recipe, images: Mapping[str, Any], before: Mapping[str, Any], place: Path
+) -> list[str]:
+    """Names of the facts about images that are others than before, as far as a run may resume with them.
+
+    Args:
+        recipe: of the run.
+        images: image_fingerprint() now.
+        before: the same at the checkpoint.
+        place: of the checkpoint.
+
+    Raises:
+        ValueError: if a run must not resume with these images.
+    """
+    changed = [name for name, value in before.items() if value != images[name]]
+    if set(changed) - {TIMES} and recipe.run.images == "same":
+        name = changed[0]
+        raise ValueError(
+            f"The {name} was {before[name]} at {place}, and now is {images[name]}: a run resumes "
+            f"with the images that it began with. Bring them back, accept these with run.images=changed, "
+            f"or begin a new run with run.out=ANOTHER backbone.weights={recipe.run.out}/teacher.safetensors."
+        )
+    return changed
+
+
+def differences(old: Any, new: Any) -> list[str]:
     """Each setting that differs and changes what is learnt, as 'key was A, now B'."""
     a, b = _flat(asdict(old)), _flat(asdict(new))
     return [

@@ -37,13 +37,17 @@ class Schedules:
         }
 
     def lr(self, step: int) -> float:
-        """The backbone's: 0 while the heads warm up; a line from 0 to the peak; a cosine to min_lr."""
-        first, warmup = self.optim.head_warmup, self.optim.warmup
+        """The backbone's: 0 while the heads warm up; a line from 0 to the peak; a cosine to min_lr.
+
+        With optim.schedule=constant the line reaches the peak at the first step after the warm-up, and the
+        rate stays there.
+        """
+        first, warmup, peak = self.optim.head_warmup, self.optim.warmup, self.optim.peak_lr
+        if self.optim.schedule == "constant" and step >= first:
+            return peak * min((step - first) / warmup, 1.0) if warmup else peak
         if step < first + warmup:
-            return _line(self.optim.peak_lr, step - first, warmup)
-        return cosine(
-            self.optim.peak_lr, self.optim.min_lr, step - first - warmup, self.optim.steps - first - warmup
-        )
+            return _line(peak, step - first, warmup)
+        return cosine(peak, self.optim.min_lr, step - first - warmup, self.optim.steps - first - warmup)
 
     def head_lr(self, step: int) -> float:
         """The heads': with head_warmup, at its peak when the backbone begins to move; else the backbone's."""
@@ -63,8 +67,15 @@ class Schedules:
         at = step / self.optim.steps
         return [name for name, (start, end) in phases.items() if start <= at < end]
 
+    def loss_weight(self, name: str, step: int) -> float:
+        """The weight of a loss: half a cosine from 0 over the first `ramp` steps of its phase."""
+        values = self.losses[name]
+        first = round(values.get("phase", (0.0, 1.0))[0] * self.optim.steps)
+        ramp = values.get("ramp", 0)
+        return cosine(0.0, float(values["weight"]), max(step - first, 0), ramp)
+
     def weight_decay(self, step: int) -> float:
-        """A cosine over the whole run."""
+        """A cosine over the whole run; constant if both its ends are equal."""
         return cosine(*self.optim.weight_decay, step, self.optim.steps)
 
     def momentum(self, step: int) -> float:
@@ -105,19 +116,20 @@ def accumulation(recipe: Recipe, world: int, previous: Mapping[str, Any] | None 
     most = float(images)
     if previous and previous.get("memory_share"):
         most = previous["images_at_once"] * max(FULL / previous["memory_share"], 1.0)
-    name, least = _most_demanding_loss(recipe)
+    name, least = least_images(recipe)
     possible = [n for n in range(1, images + 1) if images % n == 0 and images // n >= least]
     if not possible:
+        shares = hasattr(registry.read_config("losses", name), "distributed")
         raise ValueError(
             f"losses.{name} compares {least} images of one process, but optim.batch={batch} over {world} "
             f"processes gives each {images}. Start fewer processes, or drop the loss with losses.{name}=null."
-            + (" Or let it compare those of all: losses.koleo.distributed=true." if name == "koleo" else "")
+            + (f" Or let it compare those of all: losses.{name}.distributed=true." if shares else "")
         )
     return next((n for n in possible if n >= accumulate and images // n <= most), possible[-1])
 
 
-def _most_demanding_loss(recipe: Recipe) -> tuple[str, int]:
-    """The loss that needs most images at a time, and how many."""
+def least_images(recipe: Recipe) -> tuple[str, int]:
+    """The loss that needs most images of a process at a time, and how many."""
     least = {
         name: 1
         if section.get("distributed")

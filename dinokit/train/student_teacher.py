@@ -6,71 +6,40 @@ masked, iBOT compares every patch of the global crops, and the EMA of the studen
 saved.
 
 B  images in this forward pass      G, L  global and local crops      N  patches a global crop      D  width
-K  prototypes      M  patches that are compared: the masked ones, or with `teacher.frozen` all
+K  prototypes      M  patches that are compared: the masked ones, or all (compares_all_patches)
 """
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from dinokit import models
-from dinokit.config.load import Head, Recipe
+from dinokit.config.load import Recipe
 from dinokit.data.batch import Batch
-from dinokit.data.masks import BlockMasks
+from dinokit.data.sampler import hash_key
 from dinokit.losses import HeadName, Views, build_losses, uses
 from dinokit.losses.sinkhorn import Sinkhorn
-from dinokit.models import Backbone, Input, TokenReads
-from dinokit.models.head import LazyLogits, Projector, PrototypeHead
+from dinokit.models import TokenReads
+from dinokit.models.head import LazyLogits, Projector
 from dinokit.runtime.distributed import local
 from dinokit.train.health import step_signals
-
-if TYPE_CHECKING:
-    from dinokit.train.pretrained import FrozenTeacher
+from dinokit.train.networks import (
+    FrozenTeacher,
+    GramTeacher,
+    Network,
+    TeacherHeads,
+    compares_all_patches,
+    prototypes_of,
+    read_frozen_teacher,
+)
 
 GUIDE = "guide_"  # before the names of the losses that fresh heads of a frozen teacher learn by
 NO_LOGITS = LazyLogits(torch.empty(0, 1), torch.empty(0, 1))  # where no loss reads any
 NOT_AVERAGED = ("guide.", "projector.")  # children of the student that its moving average lacks
-
-
-class TeacherHeads(nn.Module):
-    """Fresh heads for a frozen teacher of width D: for class tokens and for patches, or one for both."""
-
-    def __init__(self, width: int, recipe: Recipe) -> None:
-        super().__init__()
-        self.dino_head = build_head(width, recipe.heads.cls)
-        self.shared = recipe.heads.patch is None
-        if recipe.heads.patch is not None:
-            self.ibot_head = build_head(width, recipe.heads.patch)
-
-    def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
-        """Of class tokens (C, D) and patches (M, D)."""
-        return head_logits(self.dino_head, None if self.shared else self.ibot_head, cls, patches)
-
-
-class Network(nn.Module):
-    """A backbone and its heads. Gradients are clipped child by child."""
-
-    backbone: Backbone
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.backbone = build_backbone(recipe)
-        self.dino_head = build_head(self.backbone.width, recipe.heads.cls)
-        self.shared = recipe.heads.patch is None
-        if recipe.heads.patch is not None:
-            self.ibot_head = build_head(self.backbone.width, recipe.heads.patch)
-
-    def read(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor) -> TokenReads:
-        """The tokens that losses use, as Backbone.read(): some patches of the first group of crops."""
-        return self.backbone.read(crops, masks, patches)
-
-    def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
-        """Of class tokens (C, D) and patches (M, D), by the patches' own head or the same."""
-        return head_logits(self.dino_head, None if self.shared else self.ibot_head, cls, patches)
 
 
 class StudentTeacher(nn.Module):
@@ -91,22 +60,26 @@ class StudentTeacher(nn.Module):
         self.teacher: Network | FrozenTeacher
         self.learns_teacher_heads = False
         if recipe.teacher.frozen:
-            from dinokit.train.pretrained import read_frozen_teacher
-
             self.average = ema
             self.teacher = read_frozen_teacher(recipe)
+            ema.backbone.licence = self.teacher.backbone.licence  # also of what it teaches
             self.learns_teacher_heads = self.teacher.heads is None
             self.register_buffer("fingerprint", torch.tensor(list(bytes.fromhex(self.teacher.fingerprint))))
             self.register_load_state_dict_pre_hook(_refuse_another_teacher)
         else:
             self.teacher = ema
         self.distils = bool(recipe.teacher.frozen)
-        self.whole_logits = recipe.run.logits == "whole"
+        self.all_patches = compares_all_patches(recipe)
+        self.gram_settings = recipe.teacher.gram
+        if self.gram_settings is not None and self.gram_settings.weights:
+            self.gram_teacher = GramTeacher(recipe)
+        self.seed, self.whole_logits = recipe.run.seed, recipe.run.logits == "whole"
         self.loss_names = list(recipe.losses)  # apart, because a dotted name cannot name a module
         self.losses = build_losses(recipe.losses, prototypes_of(recipe))
         self.uses = {name: uses(name) for name in recipe.losses}
         self.student_temp: float | None = recipe.losses.get("dino", {}).get("student_temp")
         self.signals: dict[str, Tensor] = {}  # of the last forward pass
+        self.has_signals = True  # False: none are computed, which `dinokit bench` compares with
         self.guide_losses = nn.ModuleList()
         projector = recipe.heads.projector
         if projector is not None:
@@ -124,9 +97,11 @@ class StudentTeacher(nn.Module):
         return ema
 
     def train(self, mode: bool = True) -> "StudentTeacher":
-        """As nn.Module.train, but the moving average stays in evaluation mode: it drops no branch."""
+        """As nn.Module.train, but the moving average and the Gram teacher stay in evaluation mode."""
         super().train(mode)
         self.ema.eval()
+        if hasattr(self, "gram_teacher"):
+            self.gram_teacher.eval()
         return self
 
     def forward(
@@ -144,20 +119,21 @@ class StudentTeacher(nn.Module):
         crops, masks = [batch.global_crops], [batch.masks if "masks" in read else None]
         if len(batch.local_crops):
             crops, masks = [*crops, batch.local_crops], [*masks, None]
-        places, weight = self._compared_patches(batch)
-        if "masks" not in read:
-            places, weight = places[:0], weight[:0]
+        places, weight = self._compared_patches(batch, "masks" in read)
         teacher_cls = teacher_patch = student_cls = student_patch = NO_LOGITS
 
-        if "heads" in read:
+        # Without weights of its own the Gram teacher is the teacher, whose pass serves both.
+        shared = "gram" in read and not hasattr(self, "gram_teacher")
+        if "heads" in read or shared:
             with torch.no_grad():
-                teacher = self.teacher.read([batch.global_crops], [None], places)
+                teacher, gram = self._read(self.teacher, [batch.global_crops], [None], places, shared)
+        if "heads" in read:
             with torch.set_grad_enabled(self.learns_teacher_heads and torch.is_grad_enabled()):
-                heads: Any = (
-                    self.student.get_submodule("guide") if self.learns_teacher_heads else self.teacher
-                )
+                heads: Any = getattr(self.student, "guide", self.teacher)  # fresh ones, or its own
                 teacher_cls, teacher_patch = heads.logits(teacher.cls[0], teacher.patches)
-        student = self.student.read(crops, masks, places)
+        student, whole = self._read(self.student, crops, masks, places, "gram" in read)
+        if not shared:
+            gram = self._gram_patches(batch) if "gram" in read else NO_LOGITS.rows
         cls = torch.cat(student.cls)
         if "heads" in read:
             student_cls, student_patch = self.student.logits(cls, student.patches)
@@ -172,7 +148,10 @@ class StudentTeacher(nn.Module):
                 mask_weight=weight,
                 teacher_temp=teacher_temp,
                 whole_logits=self.whole_logits,
+                seed=hash_key(self.seed, batch.step),
                 balanced=self._balanced_heads(active),
+                student_patches=whole,
+                gram_patches=gram,
             )
             if "projection" in read:
                 projection = self.student.get_submodule("projector")(cls.float())
@@ -181,8 +160,49 @@ class StudentTeacher(nn.Module):
             losses = {name: chosen[name](views) for name in active}
             if self.learns_teacher_heads and "heads" in read:
                 losses |= self._teacher_head_losses(views, active, teacher, teacher_cls, teacher_patch)
-            self.signals = step_signals(views, losses, batch.global_crops, self.student_temp)
+            if self.has_signals:
+                self.signals = step_signals(views, losses, batch.global_crops, self.student_temp)
         return losses
+
+    def _read(
+        self, network: Network | FrozenTeacher, crops: list[Tensor], masks: list[Tensor | None],
+        places: Tensor, all_patches: bool,
+    ) -> tuple[TokenReads, Tensor]:  # fmt: skip
+        """A network's tokens at `places`, and, if asked, all patches of the global crops (G*B, N, D)."""
+        if not all_patches:
+            return network.read(crops, masks, places), NO_LOGITS.rows
+        everywhere, shape = self._all_places(crops[0])
+        tokens = network.read(crops, masks, everywhere)
+        compared = tokens.patches.index_select(0, places)
+        return TokenReads(tokens.cls, compared), tokens.patches.unflatten(0, shape)
+
+    @torch.no_grad()
+    def _gram_patches(self, batch: Batch) -> Tensor:
+        """The patches of a Gram teacher with weights of its own, on the student's grid: (G*B, N, D)."""
+        crops = batch.global_crops if batch.gram_crops is None else batch.gram_crops
+        places, shape = self._all_places(crops)
+        patches = self.gram_teacher.backbone.read([crops], [None], places).patches.unflatten(0, shape)
+        patch = self.student.backbone.patch
+        return resize_patches(patches, crops.shape[2:], batch.global_crops.shape[2:], patch)
+
+    def _all_places(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Indices of all patches of crops (b, C, h, w), and (b, N)."""
+        patch = self.student.backbone.patch
+        shape = len(crops), (crops.shape[2] // patch) * (crops.shape[3] // patch)
+        return torch.arange(shape[0] * shape[1], device=crops.device), shape
+
+    @torch.no_grad()
+    def refresh_gram_teacher(self, step: int) -> None:
+        """Copy the moving average to the Gram teacher if teacher.gram names this number of steps done."""
+        cfg = self.gram_settings
+        if cfg is None or not cfg.refresh_every or step < cfg.refresh_from:
+            return
+        count, rest = divmod(step - cfg.refresh_from, cfg.refresh_every)
+        if rest == 0 and count < cfg.refreshes:
+            for ours, ema in zip(
+                self.gram_teacher.backbone.parameters(), self.ema.backbone.parameters(), strict=True
+            ):
+                local(ours).copy_(local(ema))
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -191,9 +211,14 @@ class StudentTeacher(nn.Module):
         ema = [local(p) for p in self.ema.parameters()]
         torch._foreach_lerp_(ema, [local(p) for p in student], 1 - momentum)  # sharded alike, if at all
 
-    def _compared_patches(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Places (M,) in the global crops' flattened patches, and weights (M,): 1 / how many of that crop."""
-        if not self.distils:
+    def _compared_patches(self, batch: Batch, masks: bool) -> tuple[Tensor, Tensor]:
+        """Places (M,) in the global crops' flattened patches, and weights (M,): 1 / how many of that crop.
+
+        Without `masks`, no active loss compares patches: M is 0.
+        """
+        if not masks:
+            return batch.masked[:0], batch.mask_weight[:0]
+        if not self.all_patches:
             return batch.masked, batch.mask_weight
         crops, _, height, width = batch.global_crops.shape
         patch, device = self.student.backbone.patch, batch.global_crops.device
@@ -221,61 +246,17 @@ class StudentTeacher(nn.Module):
         return {name: value for name, value in losses.items() if value.requires_grad}
 
 
-def head_logits(
-    head: nn.Module, patch_head: nn.Module | None, cls: Tensor, patches: Tensor
-) -> tuple[LazyLogits, LazyLogits]:
-    """Of class tokens (C, D) and patches (M, D), by two heads, or in one pass by the first."""
-    if patch_head is not None:
-        return head(cls), patch_head(patches)
-    both: LazyLogits = head(torch.cat([cls, patches]))
-    rows = both.rows.split([len(cls), len(patches)])
-    return LazyLogits(rows[0], both.prototypes), LazyLogits(rows[1], both.prototypes)
+def resize_patches(patches: Tensor, seen: Sequence[int], wanted: Sequence[int], patch: int) -> Tensor:
+    """Patches (b, N', D) of crops of `seen` pixels on the grid (b, N, D) of crops of `wanted`: bicubic.
 
-
-def build_backbone(recipe: Recipe) -> Backbone:
-    """The backbone of a recipe, checked against the crops that it will see.
-
-    Raises:
-        ValueError: if a crop's side is no multiple of the patch, the channels do not match, or masks find no
-            token.
+    Heights and widths apart, without antialiasing, in float32, before any normalisation (arXiv 2508.10104).
     """
-    crops = recipe.crops
-    backbone = models.build(recipe.architecture)
-    if backbone.channels != len(crops.mean):
-        raise ValueError(
-            f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for "
-            f"{len(crops.mean)} channels: give one number a channel."
-        )
-    if recipe.masks is not None and not hasattr(backbone, "mask_token"):
-        raise ValueError(
-            "`masks` are given, but the backbone has no mask token: set backbone.mask_token=true."
-        )
-    for name, group in {"globals": crops.globals, "locals": crops.locals}.items():
-        if group.count and group.size % backbone.patch:
-            near = max(round(group.size / backbone.patch), 1) * backbone.patch
-            raise ValueError(
-                f"crops.{name}.size={group.size} is no multiple of the backbone's patch of {backbone.patch} "
-                f"pixels; the nearest that is: {near}."
-            )
-    backbone.input = Input(crops.globals.size, tuple(crops.mean), tuple(crops.std))
-    return backbone
-
-
-def build_head(width: int, cfg: Head) -> PrototypeHead:
-    """The head that a recipe describes, for features of this width."""
-    return PrototypeHead(width, cfg.prototypes, cfg.hidden, cfg.bottleneck, cfg.layers, cfg.norm_last_layer)
-
-
-def prototypes_of(recipe: Recipe) -> dict[HeadName, int]:
-    """The number of prototypes of each head."""
-    heads = recipe.heads
-    return {"cls": heads.cls.prototypes, "patch": (heads.patch or heads.cls).prototypes}
-
-
-def block_masks(recipe: Recipe, backbone: Backbone) -> BlockMasks | None:
-    """The mask generator for a recipe's global crops, or none."""
-    side = recipe.crops.globals.size // backbone.patch
-    return BlockMasks(recipe.masks, (side, side)) if recipe.masks is not None else None
+    old, new = ([side // patch for side in sides] for sides in (seen, wanted))
+    if old == new:
+        return patches
+    maps = patches.float().transpose(1, 2).unflatten(2, old)
+    maps = functional.interpolate(maps, size=new, mode="bicubic", align_corners=False, antialias=False)
+    return maps.flatten(2).transpose(1, 2)
 
 
 def _refuse_another_teacher(

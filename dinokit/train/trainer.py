@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinokit.config.load import Recipe
-from dinokit.data.batch import Batch
-from dinokit.data.loader import training_loader
+from dinokit.config.load import Recipe, unresolved
+from dinokit.data.batch import Batch, names_of_step
 from dinokit.data.sources import ImageSource
 from dinokit.models import Backbone
 from dinokit.runtime.device import keep_freed_memory, memory_share, peak_memory, pick_device
@@ -24,21 +23,20 @@ from dinokit.runtime.trackers import Picture, check_installed
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import Checkpoints, SavedCheckpoint
 from dinokit.train.health import diagnose
+from dinokit.train.not_finite import SkippedSteps, TrainingError
 from dinokit.train.parallel import eager, unsharded_backbone
-from dinokit.train.run_dir import TIMES, image_fingerprint, open_run, run_facts, save_teacher, with_precision
-from dinokit.train.schedule import accumulation
-from dinokit.train.step import Step
-from dinokit.train.student_teacher import StudentTeacher, block_masks
+from dinokit.train.run_dir import (
+    changed_images,
+    image_fingerprint,
+    open_run,
+    run_facts,
+    save_teacher,
+    with_precision,
+)
+from dinokit.train.step import SKIPPED, build_step
 
 Draw = Callable[[Backbone], Mapping[str, Picture]]
 Callback = Callable[[int, Mapping[str, float], Backbone], object]  # steps done, values, teacher -> stop?
-MIN_SCALE = 1e-3  # of fp16's gradients: the scale halves with every overflow
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot continue; the message says what happened and what to try."""
-
-    exit_status = 4
 
 
 class TooManyUnreadableError(RuntimeError):
@@ -58,7 +56,7 @@ class Evaluator:
 
 def train(
     recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = (), draw: Draw | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] = (), plan: dict[str, object] | None = None,
 ) -> Path:  # fmt: skip
     """Run a recipe on a source of images, or resume the run that is in its folder. Returns the folder.
 
@@ -69,10 +67,11 @@ def train(
         draw: pictures of the teacher for the trackers in run.log, at every evaluation.
         callbacks: called in every process with losses and rates, when they are logged, and with scores;
             one that returns True stops the run as Ctrl-C does.
+        plan: what the run is expected to need, for plan.json.
 
     Raises:
         ValueError: before the first step, if recipe, folder and source do not fit together.
-        TrainingError: if a loss is not finite.
+        TrainingError: if losses or gradients are not finite in more than run.max_skipped steps in a row.
         TooManyUnreadableError: if too many images cannot be read.
         OSError: if a checkpoint cannot be written.
         Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step. After
@@ -82,7 +81,7 @@ def train(
     keep_freed_memory(recipe.run)
     with process_group(device, recipe.run.timeout_minutes) as watchdog, run_lock(out):
         check_consistency(run_facts(recipe, source), out, "run.out")
-        Trainer(recipe, source, evaluators, device, watchdog, draw, callbacks).fit()
+        Trainer(recipe, source, evaluators, device, watchdog, draw, callbacks, plan).fit()
     return out
 
 
@@ -91,41 +90,32 @@ class Trainer:
 
     def __init__(
         self, recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator], device: torch.device,
-        watchdog: Watchdog, draw: Draw | None = None, callbacks: Sequence[Callback] = (),
+        watchdog: Watchdog, draw: Draw | None, callbacks: Sequence[Callback], plan: dict[str, object] | None,
     ) -> None:  # fmt: skip
         out = Path(recipe.run.out)
         recipe = with_precision(recipe, device)
         check_installed(recipe.run.log)
         saved = checkpoint.to_resume(out, recipe.run.resume)
-        micro_batches = accumulation(recipe, world_size(), saved.values if saved else None)
-        torch.manual_seed(recipe.run.seed)
-        model = StudentTeacher(recipe)
-        if recipe.backbone.get("weights"):
-            from dinokit.train.pretrained import init_weights
-
-            recipe = init_weights(recipe, model, resumes=saved is not None)
+        recipe, self.step = build_step(recipe, device, saved)
         self.recipe, self.out, self.source = recipe, out, source
         self.images = broadcast(image_fingerprint(source) if rank() == 0 else None)
         self.changed_images: list[str] = []  # facts about images that are others than at the checkpoint
         self.evaluators, self.watchdog, self.draw, self.callbacks = evaluators, watchdog, draw, callbacks
-        self.step = Step(recipe, device, micro_batches, model)
         self.start = saved.step if saved else 0
-        self.loader = training_loader(
-            source, recipe.crops, block_masks(recipe, model.student.backbone), seed=recipe.run.seed,
-            start_step=self.start, steps=recipe.optim.steps, batch=recipe.optim.batch, rank=rank(),
-            world=world_size(), accumulation=micro_batches, workers=recipe.run.workers,
-            pin=device.type == "cuda",
-        )  # fmt: skip
-        open_run(recipe)  # after all checks: a recipe that does not fit its images leaves no folder
+        self.loader = self.step.loader(source, self.start, recipe.optim.steps)
+        open_run(
+            recipe, plan=plan
+        )  # after all checks: a recipe that does not fit its images leaves no folder
         if saved is None and recipe.backbone.get("weights"):
             from dinokit.train.pretrained import save_start
 
-            save_start(out, recipe, unsharded_backbone(recipe, model.student.backbone))
+            save_start(out, recipe, unsharded_backbone(recipe, self.step.model.student.backbone))
         self.unreadable = UnreadableImages(recipe.run.max_unreadable, len(source))
+        self.skipped = SkippedSteps(recipe, self.step.scaler)
         if saved is not None:
             self.resume(saved)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
-        self.log = RunLog(out, recipe.optim.steps, self.start, recipe.run.log, asdict(recipe))
+        self.log = RunLog(out, recipe.optim.steps, self.start, recipe.run.log, unresolved(asdict(recipe)))
         self.pending: list[dict[str, Tensor]] = []  # losses of steps that were not logged yet
         self.new_unreadable: dict[str, str] = {}
         self.data_wait, self.since = 0.0, time.monotonic()
@@ -138,7 +128,8 @@ class Trainer:
             self.log_start()
             at_start = self.due_at_start()
             self.evaluate(self.start, at_start)
-            if at_start:  # after a resumption: of the evaluation that was interrupted
+            evaluated = at_start or self.log.evaluated or self.start == steps
+            if evaluated and not self.log.has_verdict:  # a killed run may have missed it
                 self.log_verdict(self.start)
             for batch in self.batches():
                 self.pending.append(self.step(batch))
@@ -150,9 +141,9 @@ class Trainer:
 
                 if step % run.log_every == 0 or save or due or self.losses_change_at(step):
                     losses = self.fetch_losses(step)  # one wait for the device
-                    if not losses.isfinite().all():
-                        self.handle_not_finite(losses, step)
-                    self.log_losses(losses, step)
+                    self.log_losses(self.without_skipped(losses, step), step)
+                    # If more steps are skipped, the good checkpoints are those from before.
+                    save = save and (last or stopping or not self.skipped.in_a_row)
                 if save:
                     self.save_checkpoint(step)
                 if due and not stopping:
@@ -201,39 +192,37 @@ class Trainer:
             self.count_unreadable(seen=step * self.recipe.optim.batch)
         return sums[:-1].view(table.shape) / world_size()
 
-    def handle_not_finite(self, losses: Tensor, step: int) -> None:
-        """End the run, except after an overflow in fp16 that the loss scale can still fall for."""
-        scaler, names = self.step.scaler, list(self.pending[0])
-        scale = scaler.get_scale()
-        if scale < MIN_SCALE:
-            raise TrainingError(
-                f"In fp16 every recent step overflowed: the loss scale fell to {scale:g}. Set "
-                f"run.precision=bf16 or fp32, in a new run.out."
+    def without_skipped(self, losses: Tensor, step: int) -> Tensor:
+        """The rows of steps until `step` that were not skipped; records the others. Raises as train()."""
+        found = self.skipped.add(losses, list(self.pending[0]), step)
+        for number, wrong in found.items():
+            run, batch = self.recipe.run, self.recipe.optim.batch
+            names = names_of_step(self.source, run.seed, number - 1, batch, self.unreadable.reasons)
+            self.log.record(number, {"skipped": {"not_finite": wrong, "seed": run.seed, "images": names}})
+            self.log.info(
+                f"step {number} was skipped, since these are not finite: {', '.join(wrong)}. To see why: "
+                f"dinokit train {self.out}/recipe.yaml replay={number}"
             )
-        for row, column in (~losses.isfinite()).nonzero().tolist():
-            if scaler.is_enabled() and names[column].startswith("grad_"):
-                continue  # an overflow, which the scaler handles
+        if self.skipped.too_many:
             self.checkpoints.finish()
-            last = checkpoint.last_good(self.checkpoints.folder)
-            good = f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
-            raise TrainingError(
-                f"'{names[column]}' became {losses[row, column].item()} in step "
-                f"{step - len(losses) + row + 1}. {good} To try, one at a time, in a new run.out: a lower "
-                f"optim.lr, a longer optim.warmup, a smaller optim.clip, a lower second teacher.temp, "
-                f"run.precision=fp32."
-            )
+            raise TrainingError(self.skipped.message(checkpoint.last_good(self.checkpoints.folder)))
+        first = step - len(losses) + 1
+        return losses[[number not in found for number in range(first, step + 1)]] if found else losses
 
     def log_losses(self, losses: Tensor, step: int) -> None:
-        """Log the means of the steps since the last time, and the rates of the last step."""
+        """Log the means over `losses`, rows of steps since the last time, and the rates of the last step."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         schedules, names = self.step.schedules, list(self.pending[0])
+        means = dict(zip(names, losses.mean(dim=0).tolist(), strict=True))
+        del means[SKIPPED]
         values = {
-            **dict(zip(names, losses.mean(dim=0).tolist(), strict=True)),
+            **means,
             "lr": schedules.lr(step - 1),
             "weight_decay": schedules.weight_decay(step - 1),
             "momentum": schedules.momentum(step - 1),
             "teacher_temp": schedules.teacher_temp(step - 1),
-            "images_per_second": len(losses) * self.recipe.optim.batch / seconds,
+            **({"skipped_steps": self.skipped.total} if self.skipped.total else {}),
+            "images_per_second": len(self.pending) * self.recipe.optim.batch / seconds,
             "data_wait": self.data_wait / seconds,
             "memory_gib": peak_memory(self.step.device),
         }
@@ -273,8 +262,8 @@ class Trainer:
             self.log.info(f"resumes after step {self.start}")
         if self.start >= self.recipe.optim.steps:
             self.log.info(
-                f"all {self.start} steps were done before. The schedules end there; to train on, begin "
-                f"another run from these weights: backbone.weights={self.out} run.out=ANOTHER_FOLDER"
+                f"all {self.start} steps were done before. The schedules end there; another run trains on: "
+                f"dinokit train {self.out}/recipe.yaml weights={self.out} out=ANOTHER_FOLDER"
             )
         if self.changed_images:
             self.log.info(f"images changed since the checkpoint: {', '.join(self.changed_images)}")
@@ -323,7 +312,9 @@ class Trainer:
         values = {
             "scaler": scaler,
             "unreadable": list(self.unreadable.reasons),
+            "skipped": [self.skipped.total, self.skipped.in_a_row],
             "images": self.images,
+            "licence": self.step.model.ema.backbone.licence,
             "images_at_once": self.step.images_at_once,
             "memory_share": memory_share(self.step.device),
         }
@@ -335,22 +326,12 @@ class Trainer:
         Raises:
             ValueError: if the images are others, or the checkpoint is damaged or of another model.
         """
-        was = saved.values.get("images", self.images)
-        changed = [name for name, value in was.items() if value != self.images[name]]
-        if set(changed) - {TIMES} and self.recipe.run.images == "same":
-            name = changed[0]
-            teacher = saved.path.parents[1] / "teacher.safetensors"
-            raise ValueError(
-                f"The {name} was {was[name]} at {saved.path}, and now is {self.images[name]}: a run resumes "
-                f"with the images that it began with. Bring them back, accept these with run.images=changed, "
-                f"or begin a new run with run.out=ANOTHER backbone.weights={teacher}."
-            )
-        self.changed_images = changed
-        checkpoint.verify(saved)
-        tensors = self.step.read_targets(checkpoint.shapes(saved))
-        checkpoint.load(saved, tensors)
-        self.step.load(tensors, saved.values["scaler"])
+        before = saved.values.get("images", self.images)
+        self.changed_images = changed_images(self.recipe, self.images, before, saved.path)
+        self.step.restore(saved)
         self.unreadable.reasons = dict.fromkeys(saved.values["unreadable"], "")
+        self.skipped.total, self.skipped.in_a_row = saved.values.get("skipped", (0, 0))
+        self.step.model.ema.backbone.licence = saved.values.get("licence", "")
 
     def count_unreadable(self, seen: int) -> None:
         """Log the unreadable images of all processes that are new. Raises as UnreadableImages.add()."""

@@ -6,6 +6,6 @@ packages.
 
 from dinokit.weights.checkpoint import NAME
 from dinokit.weights.formats.native import save_backbone
-from dinokit.weights.load import Coverage, describe, fill, load_backbone
+from dinokit.weights.load import Coverage, build_section, describe, fill, load_backbone
 
-__all__ = ["NAME", "Coverage", "describe", "fill", "load_backbone", "save_backbone"]
+__all__ = ["NAME", "Coverage", "build_section", "describe", "fill", "load_backbone", "save_backbone"]

@@ -12,6 +12,13 @@ from dinokit.models import Input
 from dinokit.models.vit import Config
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; used by every released model
+# Of the satellite images of DINOv3 (arXiv 2508.10104).
+SATELLITE_MEAN, SATELLITE_STD = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
+DINOV3_LICENCE = "DINOv3 License"
+DINOV3_NOTE = (
+    f"If this is a released file of DINOv3, or was trained from one, it stands under Meta's "
+    f"{DINOV3_LICENCE}, and so do models that are trained from it."
+)
 HEAD = 64  # channels of an attention head in every released model
 # The tensors that every ViT of this family has.
 CORE = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight")
@@ -30,7 +37,8 @@ OTHER_MODELS = (
     ("a Swin or BEiT, whose positions are relative", r"relative_position_bias_table"),
     ("a masked autoencoder (MAE), or one fine-tuned from it", r"decoder_(blocks|embed|pos)|^fc_norm\."),
     ("a masked autoencoder (MAE)", r"^decoder\.decoder_"),
-    ("a DINOv3, whose positions are rotary", r"rope_embeddings|storage_tokens"),
+    ("a Sapiens2, whose layers are named otherwise than DINOv3's", r"^(backbone\.)?blocks\.\d+\.attn\.wq\."),
+    ("a DINOv3 of another layout", r"rope_embeddings|storage_tokens"),
     ("a language model", r"layers\.\d+\.self_attn|^transformer\.h\.\d|^bert\.|lm_head"),
     ("a ViT whose queries and keys are normalised", r"^blocks\.\d+\.attn\.[qk]_norm\."),
     ("a ViT of torchvision, which is trained with labels", r"^encoder\.layers\.encoder_layer_\d"),
@@ -52,6 +60,9 @@ class StoredBackbone:
     notes: list[str] = field(default_factory=list)  # sentences about values that the file does not contain
     recipe: str = ""
     version: str = ""  # of dinokit, if it wrote the file
+    licence: str = ""  # of the weights, if it is not the usual Apache-2.0
+    # Tensors as the file has them, by our names, where `tensors` has them computed anew.
+    alternatives: dict[str, Tensor] = field(default_factory=dict)
 
 
 def stored_vit(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import suggest
-from dinokit.runtime.files import check_folder
+from dinokit.runtime.files import check_folder, read_regular
 
 NAME = "teacher.safetensors"  # of the weights in the folder of a run
 FOREIGN_NAMES = (  # of the weights in a folder of Hugging Face or timm, by priority
@@ -31,6 +31,7 @@ FOREIGN_NAMES = (  # of the weights in a folder of Hugging Face or timm, by prio
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 WRAPPERS = ("teacher", "state_dict", "model")  # keys under which training code stores the weights
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ZIP_END = b"PK\x05\x06" + bytes(18)  # the last record of a zip file; its last number is the size of a comment
 MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # a zip file; pickles
 
 
@@ -133,7 +134,7 @@ def _unwrap(path: Path, data: Any) -> tuple[str, dict[str, Tensor], list[str]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(read_regular(path)))
     except FileNotFoundError:
         return {}
     except (TypeError, ValueError, RecursionError) as error:
@@ -186,7 +187,17 @@ def _without_values(file: Any, name: str) -> Tensor:
     return torch.empty(view.get_shape(), dtype=dtype, device="meta")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name as torch.save() does, for the official formats.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with path.open("wb") as file:  # given a path, torch forgets why a file cannot be written
+        torch.save({name: tensor.cpu().clone() for name, tensor in tensors.items()}, file)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically, with the metadata `format` that other readers expect.
 
     Raises:
@@ -201,7 +212,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         with atomic(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode  # save_file makes files that only their owner can read
-            save_file(tensors, temporary, {"format": "pt", **metadata})
+            save_file(dict(tensors), temporary, {"format": "pt", **metadata})
             temporary.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"The weights could not be written to {path}: {error}.") from None
@@ -218,11 +229,16 @@ def read_shards(index: Path, values: bool) -> dict[str, Tensor]:
         ValueError, LookupError: if the index is damaged, a file is missing, or a file is broken.
     """
     try:
-        file_of: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        file_of: dict[str, str] = dict(json.loads(read_regular(index))["weight_map"])
         files = sorted(set(file_of.values()))
-        assert all(Path(name).name == name for name in files)
-    except (AssertionError, KeyError, TypeError, ValueError, RecursionError):
+        outside = [name for name in files if Path(name).name != name]
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{index} is no index of a model in several files.") from None
+    if outside or not files:
+        raise ValueError(
+            f"{index} is no index of a model in several files: "
+            f"{f'it lists {outside[0]!r}, which is no file beside it' if outside else 'it lists none'}."
+        )
     if not all(name.endswith(".safetensors") for name in files):
         raise ValueError(f"{index} lists files that are no .safetensors, such as {files[0]}: not readable.")
     missing = [name for name in files if not (index.parent / name).is_file()]
@@ -257,7 +273,10 @@ def read_pickled(path: Path, values: bool) -> Any:
     Raises:
         ValueError: if the file needs code, or is broken.
     """
-    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as start:
+        zipped = start.read(4) == MAGIC[0]  # as torch.load decides it
+    if zipped:
+        _refuse_packed(path)
     try:
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # errors are reported below
@@ -278,10 +297,42 @@ def read_pickled(path: Path, values: bool) -> Any:
                 f"run. dinokit reads tensors and plain values: whoever made the file can save its "
                 "state_dict()."
             ) from None
+        raise ValueError(_damaged(path)) from None
+
+
+def _damaged(path: Path) -> str:
+    return (
+        f"{path} starts like a file of torch.save, but cannot be read: it is truncated or damaged. Copy or "
+        f"download it again."
+    )
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse an archive with compressed records: torch.save compresses nothing, and a few bytes can be many.
+
+    Of an archive with other bytes before or behind it, torch could read another list of records than zipfile.
+
+    Raises:
+        ValueError: if it is such an archive, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+        with path.open("rb") as file:
+            file.seek(-len(ZIP_END), 2)
+            end = file.read()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        raise ValueError(_damaged(path)) from None
+    alone = end[:4] == ZIP_END[:4] and end[-2:] == ZIP_END[-2:] and records and not records[0].header_offset
+    if not alone:
+        raise ValueError(_damaged(path))
+    # Only the code of TorchScript, which is refused later, may be compressed.
+    tensors = [each for each in records if each.filename.split("/")[1:2] != ["code"]]
+    if any(each.compress_type != zipfile.ZIP_STORED for each in tensors):
         raise ValueError(
-            f"{path} starts like a file of torch.save, but cannot be read: it is truncated or damaged. Copy "
-            f"or download it again."
-        ) from None
+            f"{path} is a compressed archive, which torch.save does not write. Load it in a container, and "
+            f"save its state_dict() again."
+        )
 
 
 def _first_global(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Loads a backbone from a file of any readable format, fills an existing one, and describes files."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,32 @@ from torch import Tensor
 import dinokit
 from dinokit import models
 from dinokit.config import registry
-from dinokit.models import Backbone
+from dinokit.models import Backbone, Input
+from dinokit.models import dinov3 as dinov3_model
 from dinokit.models.vit import Config, VisionTransformer, interpolate_grid
 from dinokit.weights.architecture import StoredBackbone, other_model
 from dinokit.weights.checkpoint import Checkpoint, open_checkpoint
-from dinokit.weights.formats import dinov2, huggingface, native, timm
+from dinokit.weights.formats import (
+    dinov2,
+    dinov3,
+    huggingface,
+    huggingface_dinov3,
+    native,
+    timm,
+    timm_any,
+    timm_convnext,
+    timm_dinov3,
+)
 
-READERS = native.read, huggingface.read, timm.read, dinov2.read  # the first that accepts a file
+# The first that accepts a file.
+READERS = (
+    native.read, huggingface_dinov3.read, huggingface.read, dinov3.read, timm.read, dinov2.read,
+    timm_dinov3.read, timm_convnext.read, timm_any.read,
+)  # fmt: skip
 
+# Backbones whose state_dict() is all that they have: values that will be replaced are not drawn, which takes
+# seconds for ViT-g, and what a damaged header names does not fill the memory before it is compared.
+ON_META = ("vit", "dinov3", "timm_vit", "timm_convnext")
 
 Shape = tuple[int, ...]
 
@@ -67,25 +85,37 @@ class Coverage:
 
 
 def load_backbone(
-    source: str | Path, *, heads: int | None = None, partial: bool = False, trust: Sequence[str] = ()
-) -> Backbone:
+    source: str | Path, *, heads: int | None = None, partial: bool = False, trust: Sequence[str] = (),
+    stored_periods: bool = False,
+) -> Backbone:  # fmt: skip
     """The frozen backbone in a file, or in a folder, on the CPU and in eval mode.
 
     A file of dinokit contains the recipe section of its backbone; one of DINO, DINOv2, timm or Hugging Face
-    becomes a `vit`, whose architecture is inferred from the tensors.
+    becomes a `vit`, one of DINOv3 a `dinov3` or `timm_convnext`, whose architecture is inferred from the
+    tensors. A folder of any other model of timm becomes a `timm_any`.
 
     Args:
         source: a file, or a folder of a run, of Hugging Face or of timm.
         heads: the number of attention heads, for a file that does not contain it.
         partial: accept missing and additional tensors; missing ones are initialised at random.
         trust: packages whose modules the file may name as its backbone; they are imported.
+        stored_periods: take the periods of DINOv3's rotary positions as its own file has them, as its own
+            code does; else they are computed in float32, as in timm and transformers.
 
     Raises:
         LookupError: if there is no such file; it lists the weights that exist.
-        ValueError: if the file has no readable format, is broken, or its tensors do not fit the backbone.
+        ValueError: if the file has no readable format, is broken, or its tensors do not fit the backbone,
+            or it has no periods of its own.
     """
     registry.trust(*trust)
     file, stored = read(source, heads=heads)
+    if stored_periods:
+        if not stored.alternatives:
+            raise ValueError(
+                f"stored_periods=True, but {file.path} ({stored.format}) has no periods of rotary positions "
+                f"other than those that dinokit computes. Leave it out; it is for DINOv3's own files."
+            )
+        stored.tensors.update({name: value.float() for name, value in stored.alternatives.items()})
     backbone = build(file.path, stored)
     fit = coverage(backbone, stored.tensors)
     problem = refusal(file.path, stored, fit, partial)
@@ -96,8 +126,8 @@ def load_backbone(
     have = backbone.state_dict()
     tensors = {name: _copy(value, have[name]) for name, value in stored.tensors.items() if name in have}
     backbone.load_state_dict(tensors, strict=not fit.missing, assign=True)
-    backbone.eval().requires_grad_(False)
-    return backbone
+    backbone.licence = stored.licence
+    return backbone.eval().requires_grad_(False)
 
 
 def describe(source: str | Path, *, heads: int | None = None) -> dict[str, Any]:
@@ -144,7 +174,10 @@ def fill(
         ValueError: if the file is not readable, or a tensor that is not tolerated does not fit; the backbone
             is then unchanged.
     """
-    file, stored = read(source, heads=heads)
+    if type(backbone).__name__ == "TimmAny":  # not imported: it needs timm
+        file, stored = _as_timm(source, backbone)
+    else:
+        file, stored = read(source, heads=heads)
     own = backbone.state_dict()
     tensors, resampled = dict(stored.tensors), ""
     if stored.section.get("name") == "vit" and "pos_embed" in tensors and "pos_embed" in own:
@@ -153,7 +186,7 @@ def fill(
     fit = replace(coverage(backbone, tensors), resampled=resampled)
     problems = fit.problems(tolerate)
     theirs = stored.section.get("heads")
-    if isinstance(backbone, VisionTransformer) and theirs and theirs != backbone.heads:
+    if isinstance(backbone, VisionTransformer | dinov3_model.DINOv3) and theirs and theirs != backbone.heads:
         problems.append(f"heads: asked for {backbone.heads}, found {theirs}")
     if problems:
         raise ValueError(
@@ -165,7 +198,69 @@ def fill(
         for name, value in tensors.items():
             if name in own:
                 own[name].copy_(value)
+    backbone.licence = stored.licence
     return fit
+
+
+def build_section(section: Mapping[str, Any]) -> Backbone:
+    """The backbone that a section `backbone` describes, filled from the files that it names.
+
+    A section with `weights` and no `name` is the backbone in that file. With both, the mean and deviation of
+    images are those of the file, and their size too where the section has none. Those of a `joined` may have
+    weights each.
+
+    Raises:
+        LookupError, ValueError: if a backbone or a file does not exist, or they do not fit each other.
+    """
+    from dinokit.config.load import section_values
+
+    name, weights = section.get("name"), section.get("weights")
+    if name is None and weights:
+        if more := ", ".join(f"backbone.{key}" for key in section if key not in ("name", "weights")):
+            raise ValueError(
+                f"{more}: without backbone.name, the backbone is the one of weights={weights}, as its file "
+                f"has it. Remove it, or give backbone.name too."
+            )
+        return load_backbone(weights)
+    if name is None:
+        raise ValueError(f"backbone.name must be given; there is: {', '.join(registry.names('models'))}.")
+    if "weights" in {item.name for item in fields(registry.read_config("models", name))}:
+        weights = None  # it reads its own
+    rest = {key: each for key, each in section.items() if key != "name" and (key != "weights" or not weights)}
+    values = {"name": name, **section_values("models", name, rest, "backbone")}
+    if name == "joined":
+        from dinokit.models.joined import Joined
+
+        if weights:
+            raise ValueError("backbone.weights: those of a joined are given in each of backbone.of.")
+        backbone: Backbone = Joined([build_section(each) for each in values["of"]])
+    else:
+        backbone = models.build(values)
+    if weights:
+        fill(backbone, weights, tolerate=["mask_token"])
+        shown = _input(weights, backbone)
+        backbone.input = replace(shown, size=backbone.input.size) if section.get("size") else shown
+    return backbone.eval().requires_grad_(False)
+
+
+def _input(source: str | Path, backbone: Backbone) -> Input:
+    """The images of a file that the backbone has been filled from."""
+    if type(backbone).__name__ == "TimmAny":
+        return timm_any.input_of(open_checkpoint(source, False), backbone.input)
+    file, stored = read(source, values=False)
+    _check_channels(file.path, stored, backbone)
+    return stored.input
+
+
+def _as_timm(source: str | Path, backbone: Any) -> tuple[Checkpoint, StoredBackbone]:
+    """A file of timm that need not say its model, which is that of the backbone to fill."""
+    file = open_checkpoint(source)
+    section = {"name": "timm_any", "model": backbone.model, **backbone.settings}
+    try:
+        timm_any.check_same(file, backbone.model, backbone.settings["args"], backbone.input)
+        return file, timm_any.fitted(file, section)
+    except ValueError as error:
+        raise ValueError(f"{file.path} cannot be read: {error}.") from None
 
 
 def read(
@@ -193,8 +288,8 @@ def read(
         raise ValueError(
             f"{file.path} contains no backbone that dinokit knows, but "
             f"{other_model(file.tensors) or 'something else'}: {len(file.tensors)} tensors such as {some}. "
-            f"Readable are DINO and DINOv2 in their own files, in those of timm and Hugging Face, and in "
-            "ours."
+            f"Readable are DINO, DINOv2 and DINOv3 in their own files, in those of timm and Hugging Face, "
+            "and in ours."
         )
     return file, stored
 
@@ -237,7 +332,7 @@ def refusal(path: Path, stored: StoredBackbone, fit: Coverage, partial: bool = F
 
 
 def build(path: Path, stored: StoredBackbone, meta: bool = True) -> Backbone:
-    """The backbone of a file, without its values; a vit on the device meta, others initialised at random.
+    """The backbone of a file, without its values: those in ON_META on the device meta, others initialised.
 
     Raises:
         LookupError, ValueError: if it cannot be built.
@@ -247,29 +342,42 @@ def build(path: Path, stored: StoredBackbone, meta: bool = True) -> Backbone:
     if not all(part.isidentifier() for part in name.split(".")):  # never the path of a file that would be run
         raise ValueError(f"The header of {path} names the backbone '{name}', which is no name of a backbone.")
     registry.check_from_file(stored.section, path, "other weights")
+    limits = {"depth": (len(stored.tensors), "tensors"), "channels": (len(stored.input.mean), "means")}
+    for key, (most, what) in limits.items():  # building more could take hours, or all memory
+        if isinstance(section.get(key), int) and section[key] > most:
+            raise ValueError(
+                f"The header of {path} is damaged: it has {key}={section[key]}, and the file has {most} "
+                f"{what}."
+            )
     try:
-        if name == "vit":  # values that will be replaced are not drawn: seconds for ViT-g
-            with torch.device("meta" if meta else "cpu"):
+        with torch.device("meta" if meta and name in ON_META else "cpu"):
+            if name == "vit":
                 backbone: Backbone = VisionTransformer(Config(**section))
-        else:
-            # It needs omegaconf, which users of torch.hub may lack.
-            from dinokit.config.load import section_values
+            elif name == "dinov3":
+                backbone = dinov3_model.DINOv3(dinov3_model.Config(**section))
+            else:
+                # It needs omegaconf, which users of torch.hub may lack.
+                from dinokit.config.load import section_values
 
-            values = section_values("models", name, section, "backbone")  # JSON has made its tuples lists
-            backbone = models.build({"name": name, **values})
+                values = section_values("models", name, section, "backbone")  # JSON has made its tuples lists
+                backbone = models.build({"name": name, **values})
     except (LookupError, TypeError, ValueError) as error:
         old, new = stored.version, dinokit.__version__
         by = f", written by dinokit {old}," if old else ""
         text = f"{path}{by} cannot be rebuilt by dinokit {new}: {error}"
         raise (LookupError if isinstance(error, LookupError) else ValueError)(text) from None
+    _check_channels(path, stored, backbone)
+    backbone.input = stored.input
+    return backbone
+
+
+def _check_channels(path: Path, stored: StoredBackbone, backbone: Backbone) -> None:
     channels = len(stored.input.mean), len(stored.input.std)
     if channels != (backbone.channels,) * 2:
         raise ValueError(
             f"The header of {path} is damaged: `input` has {channels[0]} means and {channels[1]} deviations, "
             f"but the backbone takes {backbone.channels} channels."
         )
-    backbone.input = stored.input
-    return backbone
 
 
 def _copy(value: Tensor, like: Tensor) -> Tensor:

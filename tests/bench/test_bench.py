@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from dinokit.config.load import load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
 from dinokit.models import fused
-from dinokit.train.student_teacher import StudentTeacher, block_masks
+from dinokit.runtime.log import read_records
+from dinokit.train.networks import block_masks
+from dinokit.train.student_teacher import StudentTeacher
 
 SMALL = [
     "backbone.width=24", "backbone.depth=2", "backbone.heads=2", "backbone.size=48", "crops.globals.size=48",
@@ -33,7 +36,8 @@ def printed(capsys, *words, rounds=2):
     assert (found["bench"], found["recipe"], found["rounds"]) == (words[0], "small_photos", rounds)
     assert (found["device"], found["precision"]) == ("cpu", "fp32")
     assert found["threads"] == torch.get_num_threads()
-    for rates in (found.get("as given", found), found.get("plain", found)):
+    given = found.get("as given", found)
+    for rates in (given, found.get("plain", given)):
         assert min(rates["matmul_fp32"], rates["matmul_bf16"]) > 1e8
     return found
 
@@ -56,6 +60,36 @@ def test_a_step_is_measured_beside_its_plain_form(capsys):
 
 
 @pytest.mark.slow
+def test_a_step_is_measured_beside_one_with_other_settings(capsys):
+    other = "crops.locals.count=0,crops.globals.scale=[0.5,1.0]"
+    found = printed(capsys, "step", "batch=2", "--against", other)
+    assert found[other]["model_flops"] < found["as given"]["model_flops"]
+    pairs = zip(found["as given"]["seconds"], found[other]["seconds"], strict=True)
+    assert found["speed_against_other"] == pytest.approx(sum(b / a for a, b in pairs) / 2)
+
+
+@pytest.mark.slow
+def test_a_step_with_signals_and_trackers_is_measured_beside_a_silent_one(capsys):
+    found = printed(capsys, "step", "batch=2", "run.log=[tensorboard]", "--against", "silent")
+    for clock in ("seconds", "cpu_seconds"):
+        pairs = zip(found["as given"][clock], found["silent"][clock], strict=True)
+        ratios = sorted(a / b for a, b in pairs)
+        assert found[f"{clock}_against_silent"] == pytest.approx(sum(ratios) / 2)  # the median of two
+
+
+def test_what_is_recorded_of_a_step_in_a_bench():
+    recipe = load_recipe("small_photos", [*SMALL, "data={name: scenes}", "optim.batch=2", "run.device=cpu"])
+    silent, loud = Form(recipe, 1, False, "nothing"), Form(recipe, 1, False, "all")
+    silent.work()
+    assert silent.step.model.signals == {}
+    loud.work()
+    assert "feature_rank" in loud.step.model.signals
+    (record,) = read_records(Path(loud.log.folder.name))
+    assert {"dino", "feature_rank", "grad_backbone"} <= record.keys()
+    loud.log.end()
+
+
+@pytest.mark.slow
 def test_a_step_is_measured_on_images_that_other_processes_load():
     recipe = load_recipe(
         "small_photos", [*SMALL, "data={name: scenes}", "optim.batch=2", "run.workers=1", "run.device=cpu"]
@@ -75,6 +109,7 @@ def test_a_frozen_teacher_is_refused_before_anything_starts():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_any_error_in_the_process_is_raised_in_the_parent():
     recipe = load_recipe("small_photos", [*SMALL, "data={name: scenes}", "run.device=cpu"])
     broken = replace(recipe, run=replace(recipe.run, seed=None))
@@ -82,6 +117,7 @@ def test_any_error_in_the_process_is_raised_in_the_parent():
         bench_steps([broken], 1, real=False)
 
 
+@pytest.mark.slow
 def test_the_data_path_is_measured_part_by_part(capsys):
     found = printed(capsys, "data")
     assert (found["batch"], found["threads"]) == (32, 1)
@@ -90,6 +126,7 @@ def test_the_data_path_is_measured_part_by_part(capsys):
     assert rates["all"] < rates["decode and cut"] < rates["decode"] * 1.5
 
 
+@pytest.mark.slow
 def test_the_data_path_takes_as_many_images_as_are_asked_for(capsys, monkeypatch):
     read, stored = [], SyntheticImages.stored
     monkeypatch.setattr(
@@ -211,7 +248,7 @@ def test_a_share_in_fp16_is_one_of_the_rate_in_fp16():
     [
         (["bench"], "There is: step, data, attention, eval"),
         (["bench", "stp"], "Did you mean 'step'"),
-        (["bench", "step", "batch=x"], "batch: Value 'x' of type 'str' could not be converted to Integer"),
+        (["bench", "step", "batch=x"], "batch: 'x' is not a whole number"),
         (["bench", "step", "input=dta"], "Did you mean 'data'?"),
         (["bench", "step", "bacth=3"], "there is no key 'bacth'. Did you mean 'batch'?"),
         (["bench", "step", "roundz=3"], "Did you mean 'rounds'?"),
@@ -230,6 +267,12 @@ def test_a_share_in_fp16_is_one_of_the_rate_in_fp16():
             "are given: small_photos, scenes_cpu.",
         ),
         (["bench", "data", "--against", "plain"], "only with `dinokit bench step`"),
+        (["bench", "step", "--against", "plane"], "--against takes `plain`, `silent` or KEY=VALUE"),
+        (["bench", "step", "--against", "losses.kolo=null"], "Did you mean 'koleo'"),
+        (["bench", "step", "--against", "rounds=2"], "give rounds=2 outside of --against"),
+        (["bench", "step", "--against", "masks=null,batch=2"], "--against batch=2: this is a key of bench"),
+        (["bench", "step", "--against", "input=data"], "give input=data outside of --against"),
+        (["bench", "step", "--against", "recipe=scenes_cpu"], "give recipe=scenes_cpu outside of --against"),
         (["bench", "step", "smal_photos"], "Did you mean 'small_photos'"),
     ],
 )

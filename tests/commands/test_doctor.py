@@ -1,6 +1,10 @@
 """`dinokit doctor`: each finding is provoked by real files, through the program."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ from PIL import Image
 
 from dinokit.__main__ import main
 from dinokit.commands import doctor
+from dinokit.data.scan import findings, scan
 
 
 def photo(seed: int, side: int = 96) -> Image.Image:
@@ -43,6 +48,28 @@ def test_sound_images_have_no_findings_and_right_facts(photos, capsys):
     assert data["modes"] == {"3 x 8 bit": 6}
     assert data["histogram"] == [["64 to 127", 3], ["128 to 255", 3]]
     np.testing.assert_allclose(data["mean"], np.mean([x.mean((0, 1)) for x in pixels], axis=0), atol=0.01)
+
+
+class Floats:
+    """Images of another package: arrays of floats, of which the last one has a NaN."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        pixels = np.full((200, 200, 3), 0.5, np.float32)
+        pixels[101, 101, 1] = np.nan if index == 2 else index  # of most facts, few places are enough
+        return pixels, -1
+
+    def name(self, index):
+        return f"image {index}"
+
+
+def test_a_single_pixel_that_is_not_finite_is_found_wherever_it_is():
+    found = scan(Floats())
+    assert (found.read, found.not_finite) == (3, ["image 2"])
+    [finding] = [each for each in findings(found) if each.name == "not finite"]
+    assert finding.problem
 
 
 def test_an_unreadable_image_is_named_and_fails_with_the_status_of_data(photos, capsys):
@@ -95,10 +122,63 @@ def test_the_sample_is_spread_over_the_images(photos, capsys):
     assert status == 3  # the last of the images is in the sample
 
 
-def test_a_full_disk_is_a_problem(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "LEAST_DISK", 1e9)  # no disk has so much
-    status, report = diagnose(capsys)
-    assert (status, names(report)) == (3, {"disk"})
+# A namespace of mounts shows a process another machine, and nobody else sees it.
+NAMESPACE = ["unshare", "--mount"] if os.name == "posix" and os.geteuid() == 0 else ["unshare", "-Urm"]
+
+
+def on_another_machine(mounts: str, *words: str) -> tuple[int, dict]:
+    """Run the command after these lines of a shell, which mount file systems for it alone."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare, of util-linux")
+    probe = subprocess.run([*NAMESPACE, "sh", "-ec", mounts], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"this sandbox mounts nothing: {probe.stderr.strip()}")
+    command = f'{mounts}\nexec "$0" -m dinokit doctor "$@" --json'
+    done = subprocess.run(
+        [*NAMESPACE, "sh", "-ec", command, sys.executable, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+def driver_of_nvidia(folder) -> str:
+    (folder / "driver" / "nvidia").mkdir(parents=True)
+    (folder / "driver" / "nvidia" / "version").write_text("NVRM version: NVIDIA Kernel Module 550.1\n")
+    return f"mount --bind {folder}/driver /proc/driver"
+
+
+def test_little_shared_memory_a_full_disk_a_folder_for_reading_and_a_broken_driver_are_found(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    small = "mount -t tmpfs -o size=1m tmpfs"
+    mounts = [f"{small} /dev/shm", f"{small} {out}", f"mount -o remount,ro {out}", driver_of_nvidia(tmp_path)]
+    status, report = on_another_machine("\n".join(mounts), f"out={out}/run")
+    texts = {each["name"]: each["text"] for each in report["findings"]}
+    problems = {each["name"] for each in report["findings"] if each["problem"]}
+    assert status == 3
+    assert problems == {"disk", "shared memory", "out"}
+    assert "Read-only file system" in texts["out"]
+    assert "run.workers=0" in texts["shared memory"]
+    assert f"0.0 GiB are free for {out}/run" in texts["disk"]
+    assert "docker run --gpus all" in texts["GPU"] or "built without CUDA" in texts["GPU"]
+    assert "550.1" in report["machine"]["driver"]
+
+
+def test_a_gpu_without_a_driver_is_a_note(tmp_path):
+    device = tmp_path / "devices" / "0000:01:00.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text("0x10de\n")
+    (device / "class").write_text("0x030200\n")
+    (tmp_path / "driver").mkdir()
+    mounts = (
+        f"mount --bind {tmp_path}/driver /proc/driver\nmount --bind {tmp_path}/devices /sys/bus/pci/devices"
+    )
+    status, report = on_another_machine(mounts, f"out={tmp_path}")
+    (finding,) = report["findings"]
+    assert (status, finding["name"], finding["problem"]) == (0, "GPU", False)
+    assert "no driver for it" in finding["text"]
 
 
 def test_a_missing_package_is_named_with_what_it_adds(monkeypatch, capsys):

@@ -157,6 +157,7 @@ DEMO = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_demo_that_is_stopped_at_its_last_step_does_not_evaluate(words, folder, capfd):
     folder("broken")
     Path("stop").write_text("150 SIGTERM")  # of 80 + 4 + 80: scored, a step, scored again

@@ -114,5 +114,5 @@ def test_a_backbone_of_timm_becomes_a_graph_for_images_of_one_size(of_timm, tmp_
 def test_other_backbones_and_formats_are_refused_with_what_there_is(of_timm, tmp_path):
     with pytest.raises(ValueError, match="to=timm and to=onnx, not hf"):
         dinokit.export(of_timm, "hf", tmp_path / "h")
-    with pytest.raises(ValueError, match="A `vit` or a `timm_vit` can be exported"):
+    with pytest.raises(ValueError, match=r"A `vit`, .* can be exported"):
         dinokit.export(dinokit.create_model("pixels"), "timm", tmp_path / "p")

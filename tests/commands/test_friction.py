@@ -160,7 +160,16 @@ def test_a_small_pool_is_curated_at_once_with_a_table_and_sheets(photos, tmp_pat
     assert {path.stem.lstrip("0") or "0" for path in (out / "clusters").glob("*.jpg")} == clusters
 
 
-@pytest.mark.parametrize("recipe", ["curate_small", "eval_scenes"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "curate_small",
+        "eval_scenes",
+        "align_captioned_cpu",
+        "instruct_captioned_cpu",
+        "head_promptable_scenes",
+    ],
+)
 def test_show_prints_recipes_of_other_commands(recipe, capsys):
     assert main(["show", recipe]) == 0
     assert recipe in capsys.readouterr().out

@@ -51,7 +51,7 @@ def test_a_comment_belongs_to_the_field_that_it_stands_beside_or_above(monkeypat
     }
     lines = key_lines("eval", "spoken.keys", without=["long"])
     assert lines[0] == f"{'    plain = 3':<32}images"
-    names = "a section: above.path=..., above.name= one of contrastive, dino"
+    names = "a section: above.path=..., above.name= one of coding_rate, contrastive, dino"
     assert lines[1].startswith(f"{'    above':<32}{names}")
     assert lines[2] == '    inside = "a"'.ljust(32) + "a, b; inside of it"
     assert lines[3] == '    bare = "a # b"'

@@ -8,6 +8,7 @@ import pytest
 
 from dinokit.__main__ import main
 from dinokit.commands.scaling import speeds
+from dinokit.train.choose import LOOKED_AT
 
 WATCHED = """
 import os
@@ -48,10 +49,16 @@ def test_one_process_then_two_apart_then_two_together_share_the_same_batch(tmp_p
 
     reads = Counter(tuple(map(int, line.split())) for line in (tmp_path / "reads").read_text().splitlines())
     first, second = sorted(os.sched_getaffinity(0))[:2]
-    assert sorted((world, core, count) for (_, core, world), count in reads.items()) == [
+    steps = [
         (1, first, 6 * 4), (1, first, 6 * 8), (1, second, 6 * 4),  # apart, alone, apart
         (2, first, 6 * 4), (2, second, 6 * 4),  # together
     ]  # fmt: skip
+    found = sorted((world, core, count) for (_, core, world), count in reads.items())
+    assert [row[:2] for row in found] == [row[:2] for row in steps]
+    # Before its steps a training looks at a sample of its images: as many as two seconds allow.
+    looked = [row[2] - least[2] for row, least in zip(found, steps, strict=True)]
+    assert all(0 < each <= LOOKED_AT for each in looked[:3])
+    assert sorted(each > 0 for each in looked[3:]) == [False, True]  # the first process alone
 
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["processes"] == 2
@@ -72,3 +79,12 @@ def test_speeds_of_runs_side_by_side_are_summed_after_the_warm_up(tmp_path):
 def test_a_batch_that_cannot_be_divided_is_refused_before_training(capsys):
     assert main(["scaling", "scenes_cpu", "optim.batch=31", "processes=2"]) == 2
     assert "optim.batch=31 images cannot be divided evenly over 2 processes" in capsys.readouterr().err
+
+
+def test_short_keys_are_read_and_those_that_scaling_sets_are_refused(capsys):
+    assert main(["scaling", "scenes_cpu", "batch=31", "seed=1", "precision=fp32"]) == 2
+    assert "optim.batch=31 images cannot be divided" in capsys.readouterr().err
+    for text in ("device=cuda", "run.workers=2", "out=x", "evals.knn.every=5", "evals={knn: {}}"):
+        assert main(["scaling", "scenes_cpu", text]) == 2
+        section = "evals" if text.startswith("evals") else "run."
+        assert f"{text}: scaling sets {section}" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import time
 import pytest
 
 from dinokit.__main__ import main
-from dinokit.commands.sweep import Config, Point, _combinations, plan, score_at
+from dinokit.commands._sweep_table import Point, score_at
+from dinokit.commands.sweep import Config, _combinations, plan
 
 RECIPE = """
 backbone: {name: vit, size: 32, width: 24, depth: 1, heads: 2, patch: 8, layer_scale: 1.0}
@@ -78,9 +81,20 @@ def test_rows_get_folders_of_their_own_and_the_first_seed_comes_first(tmp_path):
     assert runs[3].words[:2] == ["train", "scenes_cpu"]
 
 
+def test_short_keys_are_read_in_the_file_and_behind_it_and_out_is_the_folder_of_the_sweep(sweep, capsys):
+    text = "recipe: tiny.yaml\nset: [device=cpu]\ngrid: {batch: [2, 8]}\nout: other"
+    assert sweep(text, "--dry-run", "out=runs/here", "seed=3", "weights=x.pth", "backbone.name=vit") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines] == [
+        [f"optim.batch={size}", f"run.out=runs/here/batch-{size}"] for size in (2, 8)
+    ]
+    assert "run.device=cpu run.seed=3 backbone.weights=x.pth" in lines[0]
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
+        ("recipe: tiny.yaml\nset: [run.out=runs/x]", "run.out=runs/x: a sweep chooses the folder"),
         ("grid: {optim.lr: [1]}", "recipe must be given"),
         ("recipe: tiny.yaml\nrow: {}", "Did you mean 'rows'?"),
         ("recipe: tiny.yaml\ngrid: {optim.lrr: [1]}", "row 'lrr=1': "),
@@ -129,6 +143,18 @@ def test_the_table_is_sorted_and_has_mean_and_spread_over_seeds(sweep, tmp_path,
     assert "images seen" in drawing or "<svg" in drawing
 
 
+def test_without_a_metric_the_first_score_ranks_by_its_own_kind_and_is_named(sweep, tmp_path, capsys):
+    out = tmp_path / "runs" / "study"
+    for row, error in (("worse", 0.9), ("better", 0.2)):
+        records(out / row, [0.1])
+        lines = [{"step": step, "depth/rmse": error, "depth/d1": 1 - error} for step in (0, 10)]
+        (out / row / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sweep("recipe: tiny.yaml\nrows: {worse: [], better: [optim.lr=1e-4]}", "--table") == 0
+    lines = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+    assert [(line["row"], line["score"]) for line in lines] == [("better", "0.200"), ("worse", "0.900")]
+    assert "the score is depth/rmse" in capsys.readouterr().out
+
+
 def test_another_metric_can_be_tabulated(sweep, tmp_path):
     out = tmp_path / "runs" / "study"
     records(out / "base", [0.1, 0.2])
@@ -174,6 +200,7 @@ def test_an_array_of_jobs_has_the_remaining_runs(sweep, tmp_path, capsys):
     assert "run.out=runs/study/b; the array has 1 more jobs" in script
 
 
+@pytest.mark.slow
 def test_runs_are_made_once_and_a_changed_row_is_refused(sweep, tmp_path, capfd):
     text = "recipe: tiny.yaml\nrows: {base: []}"
     assert sweep(text) == 0
@@ -198,6 +225,25 @@ def test_a_failed_row_does_not_stop_the_others(sweep, tmp_path, capfd):
     caught = capfd.readouterr()
     assert "1 of 2 runs failed: broken (dinokit: " in caught.err
     assert "| base   | 1/1" in caught.out
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_the_reason_also_when_there_is_no_score(sweep, tmp_path, capfd):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        assert (
+            sweep(f"recipe: tiny.yaml\nset: [evals=null]\nrows: {{a: [], b: []}}\nout: {folder}/study") == 4
+        )
+        error = capfd.readouterr().err
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    assert re.search(
+        r"of 2 runs failed: a \(dinokit: .* the disk is full.*; b \(dinokit: .* the disk is full", error
+    )
 
 
 @pytest.mark.slow

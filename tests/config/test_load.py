@@ -1,5 +1,6 @@
 """Recipes: what is read, what is filled in, and what is said of each mistake."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from dinokit import results
 from dinokit.config.check import RANGES, range_of, settings_of
-from dinokit.config.load import Optim, load_recipe, parse_overrides, read_data_section, to_yaml
+from dinokit.config.load import (
+    Optim,
+    load_recipe,
+    parse_overrides,
+    read_data_section,
+    section_values,
+    to_yaml,
+)
 from dinokit.config.registry import recipe_names
 
 BASE = """
@@ -45,6 +54,7 @@ def test_a_recipe_is_completed_by_the_defaults_of_every_section(base):
     assert recipe.losses["ibot"] == {
         "weight": 1.0, "phase": (0.0, 1.0),
         "targets": "centering", "student_temp": 0.1, "center_momentum": 0.9,
+        "patches": "masked",
     }  # fmt: skip
     assert recipe.data["test_count"] == 2_000
     assert recipe.evals["knn"]["every"] == 100
@@ -105,6 +115,7 @@ def test_a_loss_can_be_added_on_the_command_line(base):
         "phase": (0.0, 1.0),
         "eps": 1e-8,
         "distributed": False,
+        "group": 0,
     }
 
 
@@ -148,6 +159,10 @@ def test_a_saved_recipe_is_read_back_as_it_was(base, tmp_path):
 ASKED = {  # what a shipped recipe leaves open beside its data
     "dinov2_continue": ["backbone.weights=x", "backbone.name=vit"],
     "dinov2_distill_vits14": ["teacher.frozen=x"],
+    "dinov3_vitl16_gram": ["teacher.start=x", "teacher.gram.weights=x"],
+    "dinov3_vitl16_highres": ["teacher.start=x", "teacher.gram.weights=x"],
+    "dinov3_vit7b16_gram": ["teacher.start=x", "teacher.gram.weights=x"],
+    "dinov3_vit7b16_highres": ["teacher.start=x", "teacher.gram.weights=x"],
 }
 
 
@@ -177,14 +192,20 @@ MISTAKES = {
     "losses.koleo.wait=3": "losses.koleo.wait: there is no key 'wait' in 'losses.koleo'. Did you mean",
     "evals.knn.tmep=3": "evals.knn.tmep: there is no key 'tmep' in 'evals.knn'. Did you mean 'temp'?",
     "evals.knn.train.pth=3": "evals.knn.train.pth: there is no key 'pth' in 'evals.knn.train'.",
-    "optim.steps=many": "optim.steps: Value 'many' of type 'str' could not be converted to Integer.",
-    "optim.steps=1.5": "optim.steps: Value '1.5' of type 'float' could not be converted to Integer.",
-    "optim.lr_rule=sqr": "optim.lr_rule: Invalid value 'sqr', expected one of ['none', 'sqrt', 'linear'].",
-    "optim.betas=[0.9]": "optim.betas: ",
-    "optim.betas=0.9": "optim.betas: ",
-    "run.seed=null": "run.seed: Incompatible value 'None' for field of type 'int'.",
-    "losses.koleo.weight=heavy": "losses.koleo.weight: Value 'heavy'",
-    "data.split=trian": "data.split: Invalid value 'trian', expected one of ['all', 'train', 'test'].",
+    "optim.steps=many": "optim.steps: 'many' is not a whole number.",
+    "optim.steps=1.5": "optim.steps: 1.5 is not a whole number.",
+    "optim.lr_rule=sqr": "optim.lr_rule: 'sqr' is not one of none, sqrt, linear. Did you mean 'sqrt'?",
+    "optim.betas=[0.9]": "optim.betas=[0.9]: it needs 2 values, not 1.",
+    "optim.betas=0.9": "optim.betas: it is a list and needs brackets: optim.betas=[...].",
+    "run.seed=null": "run.seed: it cannot be null.",
+    "losses.koleo.weight=heavy": "losses.koleo.weight: 'heavy' is not a number.",
+    "data.split=trian": "data.split: 'trian' is not one of all, train, test. Did you mean 'train'?",
+    "crops.globals.blur=[a]": "crops.globals.blur: 'a' is not a number.",
+    "run.report=2": "run.report: 2 is not true or false.",
+    "run.seed=true": "run.seed: true is not a whole number.",
+    "run.out=[a]": 'run.out: ["a"] is not a word.',
+    "heads.cls=null": "heads.cls: it cannot be null.",
+    "run.out=${oc.env:NOT_THERE}": "run.out: KeyError raised while resolving interpolation: ",
     "crops=3": "crops=3: it is a section with the keys: globals, locals,",
     "losses.dino=3": "losses.dino=3: it is a section with the keys: weight,",
     "data.name=folder": "data.path must be given, as in data.path=VALUE.",
@@ -223,7 +244,8 @@ def test_a_value_that_cannot_be_is_named_with_its_full_key(base, override):
 
 
 def test_every_number_of_a_recipe_has_a_range():
-    recipe = load_recipe("satellite64", ["data.path=x"])
+    anchored = ["losses.gram.weight=1", "teacher.gram.refreshes=3"]  # a section that may be missing
+    recipe = load_recipe("satellite64", ["data.path=x", *anchored])
     numbers = {
         key
         for key, value in settings_of(recipe)
@@ -245,7 +267,7 @@ def test_every_number_of_a_recipe_has_a_range():
     ],
 )
 def test_a_word_that_is_near_to_one_of_those_that_may_be_given_is_answered_with_it(base, override, near):
-    with pytest.raises(ValueError, match=rf"expected one of \[.*\]\.{re.escape(near)}$"):
+    with pytest.raises(ValueError, match=rf"is not one of .*\.{re.escape(near)}$"):
         load_recipe(base, [override])
 
 
@@ -320,6 +342,7 @@ def test_an_override_that_cannot_be_read_is_repeated(base, override, message):
         load_recipe(base, [override])
 
 
+@pytest.mark.slow
 def test_no_recipe_needs_torch_to_be_read():
     code = (
         "import sys\n"
@@ -367,6 +390,27 @@ def test_the_environment_in_a_recipe_is_used_and_written_unresolved(tmp_path, mo
     assert (recipe.run.out, recipe.data["path"]) == ("/out/s3cret", "/s3cret")
     assert "s3cret" not in to_yaml(recipe)
     assert to_yaml(recipe).count("${oc.env:SECRET}") == 3
+
+
+def test_the_environment_is_unresolved_in_results_too(monkeypatch):
+    monkeypatch.setenv("SECRET", "/s3cret")
+    given = parse_overrides(["train.path=${oc.env:SECRET}/a", "test.path=/plain", "max_train=3"])
+    values = section_values("eval", "knn", given, "")
+    assert values["train"]["path"] == "/s3cret/a"
+    line = results.record("knn", "w", {"top1@5": 0.5}, values, {})
+    assert line["about"]["data"]["train"]["path"] == "${oc.env:SECRET}/a"
+    assert line["about"]["data"]["test"]["path"] == "/plain"
+    assert "s3cret" not in json.dumps(line)
+
+
+def test_other_weights_replace_the_fingerprint_of_a_recipe(base, tmp_path):
+    recorded = ["backbone.weights=old.pth", "backbone.fingerprint=ab"]
+    file = tmp_path / "again.yaml"
+    file.write_text(to_yaml(load_recipe(base, recorded)))
+    assert load_recipe(file, ["backbone.weights=old.pth"]).backbone["fingerprint"] == "ab"
+    assert "fingerprint" not in load_recipe(file, ["backbone.weights=new.pth"]).backbone
+    both = load_recipe(file, ["backbone.weights=new.pth", "backbone.fingerprint=cd"])
+    assert both.backbone["fingerprint"] == "cd"
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,58 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dinov2_vitl14": LONG,
     "dinov2_vitg14": LONG,
 }  # fmt: skip
+STAGE = DINOV2 | {  # of DINOv3: the 7B's schedules and weights of losses, for a ViT-L at half the batch
+    "losses.dino.local_weight": 0.5, "teacher.momentum": (0.999, 0.999), "teacher.temp": (0.07, 0.07),
+    "optim.batch": 2048, "optim.schedule": "constant", "optim.weight_decay": (0.04, 0.04),
+    "optim.betas": (0.9, 0.99), "optim.clip": 30.0, "optim.layer_decay": 0.98, "optim.head_frozen": 0,
+}  # fmt: skip
+ABSENT = {"teacher.temp_warmup", "optim.min_lr", "optim.head_freeze", "crops.globals.size",
+          "backbone.drop_path_uniform", "crops.blur_sigma", "crops.blur_kernel"}  # fmt: skip
+V3_SHORT = {key: value for key, value in DINOV2.items() if key.split(".")[-1] not in
+            ("drop_path_uniform", "blur_sigma", "blur_kernel")}  # fmt: skip
+PUBLISHED |= {
+    "dinov3_vitl16_pretrain": V3_SHORT | {
+        "optim.steps": 100 * EPOCH, "optim.warmup": 10 * EPOCH, "optim.batch": 32 * 64, "optim.lr": 4 * 1e-3,
+        "optim.weight_decay": (0.04, 0.4), "optim.layer_decay": 0.9, "teacher.momentum": (0.992, 1.0),
+        "losses.dino.targets": "sinkhorn", "losses.ibot.targets": "sinkhorn", "optim.schedule": "cosine",
+        "heads.cls.prototypes": 2**16, "heads.cls.bottleneck": 256, "heads.patch.prototypes": 2**16,
+        "backbone.drop_path": 0.3, "backbone.patch": 16, "crops.locals.size": 6 * 16,
+    },
+    "dinov3_vitl16_gram": {key: value for key, value in STAGE.items() if key not in ABSENT} | {
+        "losses.gram.weight": 2.0, "losses.gram.ramp": 1_000, "optim.lr": 4 * 3e-5,
+        "teacher.gram.refresh_from": 10_000, "teacher.gram.refresh_every": 10_000,
+        "teacher.gram.refreshes": 3,
+    },
+    "dinov3_vitl16_highres": {key: value for key, value in STAGE.items() if key not in ABSENT} | {
+        "losses.gram.weight": 1.5, "losses.koleo.distributed": True, "losses.koleo.group": 16,
+        "optim.lr": 4 * 1.25e-5, "optim.steps": 30_000, "optim.warmup": 10_000,
+    },
+}  # fmt: skip
+GIANT = {"backbone.width": 4096, "backbone.depth": 40, "backbone.heads": 32, "backbone.hidden": 8192,
+         "backbone.drop_path": 0.4, "heads.cls.hidden": 8192, "heads.patch.hidden": 4096,
+         "heads.cls.prototypes": 2**18, "heads.patch.prototypes": 96 * 1024, "heads.cls.bottleneck": 512,
+         "heads.patch.bottleneck": 384, "crops.flip": 0.0, "crops.locals.size": 7 * 16}  # fmt: skip
+PUBLISHED |= {
+    "dinov3_vit7b16_pretrain": {k: v for k, v in V3_SHORT.items() if k != "optim.min_lr"} | GIANT | {
+        "optim.steps": 1000 * 1000, "optim.warmup": 100 * 1000, "optim.batch": 16 * 256, "optim.lr": 4 * 5e-5,
+        "optim.weight_decay": (0.04, 0.04), "optim.layer_decay": 0.98, "optim.betas": (0.9, 0.99),
+        "optim.clip": 30.0, "optim.schedule": "constant", "optim.head_frozen": 5 * 1000,
+        "teacher.momentum": (0.994, 0.994), "teacher.temp_warmup": 100 * 1000, "crops.globals.size": 256,
+        "losses.dino.targets": "sinkhorn", "losses.ibot.targets": "sinkhorn",
+    },
+    "dinov3_vit7b16_gram": PUBLISHED["dinov3_vitl16_gram"] | GIANT | {
+        "optim.steps": 200 * 1000, "optim.batch": 16 * 256, "crops.gram_size": 512,
+    },
+    "dinov3_vit7b16_highres": PUBLISHED["dinov3_vitl16_highres"] | GIANT | {
+        "optim.batch": 8 * 256, "crops.gram_size": 768,
+    },
+}  # fmt: skip
 PEAK_LR = {
+    "dinov3_vit7b16_pretrain": 4e-4,
+    "dinov3_vit7b16_gram": 2.4e-4,
+    "dinov3_vit7b16_highres": 7.071e-5,
+    "dinov3_vitl16_pretrain": 5.657e-3,
+    "dinov3_vitl16_highres": 7.071e-5,
     "dinov1_vits16_in1k": 1e-3,
     "dinov2_vitl16_short": 5.657e-3,
     "dinov2_distill_vits14": 1e-3,
@@ -92,6 +143,8 @@ def stated(name: str) -> dict[str, Any]:
 def load(name: str, *overrides: str) -> Recipe:
     asked = {"data": "path", "teacher": "frozen", "backbone": "weights"}
     given = [f"{part}.{key}=somewhere" for part, key in asked.items() if stated(name)[part].get(key) == "???"]
+    if stated(name)["teacher"].get("start") == "???":  # a later stage of DINOv3
+        given += ["teacher.start=somewhere", "teacher.gram.weights=somewhere"]
     return load_recipe(
         name, [*given, *overrides], read_architecture=lambda _: {"name": "vit", "patch": 14, "size": 518}
     )
@@ -109,6 +162,12 @@ def test_every_crop_is_a_whole_number_of_patches(name):
     sides = [group.size for group in (recipe.crops.globals, recipe.crops.locals) if group.count]
     assert all(side % recipe.backbone["patch"] == 0 for side in sides)
     assert recipe.backbone["size"] == recipe.crops.globals.size
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_checkpoints_that_a_recipe_keeps_for_good_come_before_its_end(name):
+    recipe = load(name)
+    assert recipe.run.keep_every <= recipe.optim.steps
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -156,6 +215,9 @@ def test_the_backbone_has_as_many_parameters_as_the_released_one(name, overrides
         ("dinov2_vitl16_short", "cls", 23_662_848),
         ("dinov2_vitg14", "cls", 58_593_664),
         ("dinov2_vitg14", "patch", 41_554_176),
+        # The original has no lengths of prototypes.
+        ("dinov3_vit7b16_pretrain", "cls", 239_092_224 + 2**18),
+        ("dinov3_vit7b16_pretrain", "patch", 72_884_608 + 96 * 1024),
     ],
 )
 def test_a_head_has_as_many_parameters_as_the_original(name, part, count):

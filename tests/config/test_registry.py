@@ -20,6 +20,8 @@ FUNCTIONS = {
     "losses": "build",
     "data.sources": "build",
     "data.dense": "build",
+    "data.objects": "build",
+    "data.pairs": "build",
     "eval": "evaluate",
 }
 FILES = [(kind, name) for kind in FUNCTIONS for name in registry.names(kind)]
@@ -75,7 +77,10 @@ def test_a_source_inside_an_evaluator_says_which_split_it_stands_for(name):
     nested = [
         item.metadata for item in fields(registry.read_config("eval", name)) if "registry" in item.metadata
     ]
-    image_registries = ("data.sources", "data.dense", "data.videos")
+    image_registries = (
+        "data.sources", "data.dense", "data.objects", "data.videos", "data.pairs", "data.clips",
+        "data.captions",
+    )  # fmt: skip
     assert all(
         about["registry"] in image_registries and about["split"] in ("train", "test") for about in nested
     )
@@ -206,6 +211,11 @@ def test_a_loss_of_another_package_is_checked_completed_and_built(elsewhere):
     elsewhere.write_text(elsewhere.read_text().replace("power: one", "power: three"))
     with pytest.raises(ValueError, match=r"^losses\.elsewhere\.length\.power: .*three"):
         load_recipe(elsewhere)
+
+
+def test_a_module_that_a_package_does_not_have_is_answered_with_one_that_it_has(elsewhere):
+    with pytest.raises(LookupError, match=r"no 'lenght' in elsewhere, .*Did you mean 'length'\?"):
+        load_recipe(elsewhere, ["losses.elsewhere.lenght.weight=1"])
 
 
 def test_a_source_of_another_package_is_checked_completed_and_built(elsewhere):

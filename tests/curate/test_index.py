@@ -134,7 +134,9 @@ def test_a_quantisation_that_does_not_fit_the_width_is_refused(rows, tmp_path):
         build_index(Vectors([rows]), tmp_path, replace(IVF, pq=5), 0)
 
 
-@pytest.mark.parametrize(("module", "message"), [(None, "not installed: pip install -e"), (sys, "but empty")])
+@pytest.mark.parametrize(
+    ("module", "message"), [(None, r"pip install '.\[cpu\]' in the clone"), (sys, "but empty")]
+)
 def test_without_faiss_the_error_names_what_to_install(monkeypatch, rows, module, message):
     monkeypatch.setitem(sys.modules, "faiss", module)
     with pytest.raises(ValueError, match=message) as error:

@@ -14,7 +14,7 @@ import pytest
 
 from dinokit.__main__ import main
 from dinokit.config import registry
-from dinokit.curate import dedup
+from dinokit.curate import dedup, pipeline
 from dinokit.curate.dedup import Status
 
 
@@ -171,6 +171,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_curation_resumes_and_ends_with_the_same_manifest(planted, tmp_path, curate):
     curate(*settings_of(planted, tmp_path / "whole"))
     words = ["curate", "curate_small", *settings_of(planted, tmp_path / "out")]
@@ -209,6 +210,28 @@ def test_changed_settings_rerun_only_the_stages_they_affect(planted, tmp_path, c
     (tmp_path / "out" / "manifest.csv").unlink()
     curate(*words)
     assert (tmp_path / "out" / "manifest.csv").exists()
+
+
+def test_a_manifest_of_settings_that_were_killed_is_never_taken_for_that_of_others(
+    planted, tmp_path, curate, monkeypatch
+):
+    first, other = settings_of(planted, tmp_path / "out"), "seeds.s.k=2"
+    curate(*first)
+    before = (tmp_path / "out" / "manifest.csv").read_bytes()
+
+    def die_after(self, name, current):
+        if name == "manifest" and (current / "done.json").exists():
+            raise SystemError
+        return remove_old(self, name, current)
+
+    remove_old = pipeline.Curation._remove_old
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Curation, "_remove_old", die_after)
+        with pytest.raises(SystemError):
+            main(["curate", "curate_small", *first, other, "--traceback"])
+    assert (tmp_path / "out" / "manifest.csv").read_bytes() != before
+    curate(*first)
+    assert (tmp_path / "out" / "manifest.csv").read_bytes() == before
 
 
 def test_parts_of_stages_give_the_same_manifest(planted, tmp_path, curate, monkeypatch):

@@ -42,6 +42,23 @@ def test_an_image_finds_itself_first_in_a_curation_and_in_a_store(photos, weight
             assert image.size == (6 * 192, 2 * (192 + 16))
 
 
+def test_an_image_that_pillow_cannot_read_by_itself_is_searched_for(photos, weights, capsys):
+    with Image.open(photos / "seeds/02.png") as image:
+        np.save(photos / "array.npy", np.asarray(image))
+    words = [f"weights={weights}", f"data.path={photos / 'seeds'}", f"out={photos / 'features'}", "workers=0"]
+    assert main(["extract", *words]) == 0
+    capsys.readouterr()
+    sheet = photos / "found.png"
+    status, output, err = run_search(
+        capsys, f"index={photos / 'features'}", "k=2", f"out={sheet}", photos / "array.npy"
+    )
+    assert status == 0, err
+    assert output.splitlines()[2].split(maxsplit=2)[2] == str(photos / "seeds/02.png")
+    with Image.open(sheet) as image:
+        query, found = (np.asarray(image)[:192, x : x + 192] for x in (0, 192))
+    assert (query == found).all()
+
+
 def test_a_long_name_below_a_picture_stays_within_its_column():
     drawn = lambda caption: contact_sheet([(None, "x" * 200), (None, caption)], side=96)  # noqa: E731
     sheets = [np.asarray(drawn(caption)) for caption in ("", "a" * 200)]

@@ -5,6 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from dinokit.__main__ import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "curation.md"
@@ -23,6 +25,7 @@ def commands(headline):
     return [shlex.split(line, comments=True) for line in block[1].replace("\\\n", " ").splitlines()]
 
 
+@pytest.mark.slow
 def test_the_worked_example_makes_a_set_trains_on_it_and_finds_images(photos, weights, monkeypatch, capsys):
     monkeypatch.chdir(photos)
     for name, target in {"POOL": "pool", "FLOWERS": "seeds", "MY_TEST_SET": "test"}.items():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from dinokit.config import registry
-from dinokit.data.decode import SUFFIXES, decode, jpeg_size, suffix
+from dinokit.data.decode import SUFFIXES, as_image, decode, jpeg_size, suffix
 from dinokit.data.transforms import center_crop, to_tensor
 
 
@@ -256,6 +256,7 @@ def test_an_image_is_upright_as_pillow_turns_it_unless_it_is_wanted_as_stored(ki
     plain = Image.open(io.BytesIO(data))
     expected = np.asarray(ImageOps.exif_transpose(plain) if 1 <= value <= 8 else plain)
     assert (np.asarray(decode(data, "x", 3)) == expected).all()
+    assert (np.asarray(as_image(decode(data, "x", 3), 3)) == expected).all()  # it is not turned twice
     assert (np.asarray(decode(data, "x", 3, orient="stored")) == np.asarray(plain)).all()
     if kind == "JPEG":
         assert jpeg_size(data) == (expected.shape[1], expected.shape[0])

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from dinokit import evaluation
 from dinokit.config import registry
 from dinokit.config.load import keys_without_effect, section_values
+from dinokit.data.predictions import NAME, Predictions
 from dinokit.eval import depth, segmentation, video
 from dinokit.models import Backbone, Input, Tokens
 
@@ -175,6 +177,46 @@ def test_a_saved_head_has_the_scores_that_it_had_when_it_was_trained(blobs, tmp_
     assert (
         depth.evaluate(depth_config(blobs, head=file, min_depth=1e-3), Colours())["rmse"] == trained["rmse"]
     )
+
+
+def enlarged(array, shape):
+    """Every pixel of a larger array of that shape is the pixel that lies at the same share of the sides."""
+    rows, columns = (
+        [int(i * old / new) for i in range(new)] for new, old in zip(shape, array.shape, strict=True)
+    )
+    return np.array([[array[r, c] for c in columns] for r in rows])
+
+
+def test_a_few_predictions_are_saved_with_images_and_truth(blobs, tmp_path):
+    out = tmp_path / "seg"
+    scores = segmentation.evaluate(segment(blobs, method="knn", k=5, out=str(out)), Colours())
+    found = Predictions.read(out / NAME)
+    assert found.classes == ["grey", "red", "green"]
+    assert sorted(Path(sample.name).stem for sample in found.samples) == ["10", "11", "12", "13"]
+    right = []
+    for sample in found.samples:
+        mask = np.array(Image.open(blobs / "masks/test" / Path(sample.name).name))
+        assert max(sample.truth.shape) == 224
+        assert (sample.truth == enlarged(mask, sample.truth.shape)).all()
+        red = (sample.image[..., 0] > 150) & (sample.image[..., 1] < 90)
+        assert ((sample.truth == 1) == red).mean() > 0.97  # the image is the one of the map
+        right.append(sample.predicted == sample.truth)
+    assert np.mean(right) == pytest.approx(scores["pixel accuracy"], abs=0.02)
+
+
+def test_a_few_depths_are_saved_and_more_images_make_no_larger_file(blobs, tmp_path):
+    depth.evaluate(depth_config(blobs, method="mean", out=str(tmp_path / "d")), Colours())
+    found = Predictions.read(tmp_path / "d" / NAME)
+    mean = np.mean([np.array(Image.open(p)).mean() / 1000 for p in (blobs / "depth/train").iterdir()])
+    for sample in found.samples:
+        metres = np.array(Image.open(blobs / "depth/test" / Path(sample.name).name)) / 1000
+        assert sample.truth == pytest.approx(enlarged(metres, sample.truth.shape))
+        assert sample.predicted == pytest.approx(np.full(sample.predicted.shape, mean), rel=1e-4)
+    many = sections(blobs, target="depth")
+    many["test"]["split"] = "all"
+    cfg = depth_config(blobs, method="mean", out=str(tmp_path / "m"), overlap="allow", **many)
+    assert depth.evaluate(cfg, Colours())["images_test"] == 14
+    assert len(Predictions.read(tmp_path / "m" / NAME).samples) == 4
 
 
 def test_a_training_that_was_stopped_resumes_with_the_same_settings_and_weights_alone(

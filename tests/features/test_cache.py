@@ -250,6 +250,20 @@ def test_above_the_limit_the_longest_unused_entries_are_deleted(tmp_path, monkey
     assert [name for name in "abcd" if load_cached(tmp_path, name, CPU)] == ["a", "d"]
 
 
+def test_what_another_process_writes_or_deletes_meanwhile_does_no_harm(tmp_path, monkeypatch):
+    module = sys.modules["dinokit.features.extract"]
+    monkeypatch.setattr(module, "LIMIT", 10)
+    living, dead, moved = (tmp_path / f".{name}.host.1.part" for name in ("living", "dead", "moved"))
+    for file in (living, dead):
+        file.write_bytes(bytes(100))
+    os.utime(dead, (1, 1))
+    moved.symlink_to("moved away")  # as a file that vanishes after the folder was read
+    entry(tmp_path, "a")
+    assert living.exists()
+    assert not dead.exists()
+    assert load_cached(tmp_path, "a", CPU) is not None
+
+
 @pytest.mark.parametrize("name", ["scenes"])
 def test_built_in_scenes_have_a_stamp_of_their_settings(name):
     a, b, c = (registry.build("data.sources", {"name": name, "count": 5, "seed": seed}) for seed in (0, 0, 1))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dinokit.config.load import load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
-from dinokit.train.student_teacher import block_masks
+from dinokit.train.networks import block_masks
 
 aten = torch.ops.aten
 GPU = torch.device("cuda:0")

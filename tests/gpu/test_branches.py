@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
 TERMS = re.compile(
-    r"'cuda'|torch\.cuda|\.type [!=]= '|'nccl'|xformers|varlen|\bpin_memory\b|\bpin=|GradScaler"
+    r"'cuda'|torch\.cuda|\.type [!=]= '(?!meta)|'nccl'|xformers|varlen|\bpin_memory\b|\bpin=|GradScaler"
     r"|torch\.compile\(|block\.compile\(|autocast|non_blocking|torch\.accelerator"
 )
 NAMES_ALONE = {"dinokit/config/recipe.py"}  # the keys of a recipe

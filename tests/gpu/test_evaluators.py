@@ -1,5 +1,7 @@
 """Every evaluator on the emulated GPU, from images to scores: they are those of the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -26,7 +28,9 @@ CASES = {
     "knn": {**IMAGES, **WHOLE, "k": [5, 20], "few_shot": [2], "tries": 2},
     "linear": {**IMAGES, **WHOLE, "blocks": [1, 2], "lr": [1e-3, 1e-2], "steps": 5, "step_batch": 16},
     "linear, online": {**IMAGES, **WHOLE, **ONLINE},
+    "attentive_probe": {**IMAGES, **WHOLE, "lr": [1e-3], "steps": 5, "step_batch": 16},
     "logreg": {**IMAGES, **WHOLE, "count": 2, "powers": [-2, 0], "iterations": 20},
+    "position": {**IMAGES, **WHOLE, "rounds": 2},
     "retrieval": {**TEST, **WHOLE},
     "retrieval, copies": {**TEST, **WHOLE, **COPIES},
     "segmentation": {**PAIRS, **HEAD, **WINDOWS},
@@ -36,6 +40,8 @@ CASES = {
     "depth": {**PAIRS, **HEAD, "crop": [32, 32], "layers": 1, "bins": 16, "flip": True},
     "depth, dpt": {**PAIRS, **HEAD, "crop": [32, 32], "method": "dpt", "augment": True, "features": 16},
     "video": VIDEO,
+    "correspondence": {"test": {"name": "scenes", "pairs": 2}, "precision": "fp32"},
+    "discovery": {"test": IMAGES["test"], "max_test": 6, "precision": "fp32"},
 }
 QUICK = "knn", "linear", "segmentation, knn", "depth", "video"
 
@@ -59,7 +65,8 @@ def scores(name, values, backbone):
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 )
-def test_an_evaluator_gives_the_scores_that_it_gives_on_the_cpu(emulated, backbone, case):
+def test_an_evaluator_gives_the_scores_that_it_gives_on_the_cpu(emulated, backbone, case, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**34))
     name, values = case.split(",")[0], CASES[case]
     want = scores(name, values, backbone)
     with emulated():

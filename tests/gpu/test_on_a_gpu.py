@@ -95,7 +95,12 @@ def teacher(tmp_path):
     return f"teacher.frozen={tmp_path / 'teacher.safetensors'}", "masks=null", *STILL, "run.precision=bf16"
 
 
-@pytest.mark.parametrize("words", [*FORMS_IDS, "frozen teacher", *KERNELS])
+SPREADING = pytest.param(
+    ("losses.sigreg={}", "losses.lejepa={}", "heads.projector={hidden: 32, output: 16}"), id="spreading"
+)
+
+
+@pytest.mark.parametrize("words", [*FORMS_IDS, SPREADING, "frozen teacher", *KERNELS])
 def test_a_step_never_waits_for_the_gpu(tiny, batches, teacher, words):
     if words in KERNELS:
         skip_without(words)

@@ -10,8 +10,9 @@ from dinokit.config.load import Crops, load_recipe
 from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
 from dinokit.models import Input, attention
+from dinokit.train.networks import block_masks
 from dinokit.train.step import Step
-from dinokit.train.student_teacher import StudentTeacher, block_masks
+from dinokit.train.student_teacher import StudentTeacher
 from dinokit.weights import save_backbone
 
 GPU = torch.device("cuda:0")
@@ -29,6 +30,13 @@ MORE = {
     "centering in slices": CENTERING,
     "Sinkhorn from whole logits": ("run.logits=whole",),
     "contrastive": (*PROJECTOR, "losses.dino=null", "losses.ibot=null", "masks=null"),
+    "spreading": (
+        "losses.sigreg={}",
+        "losses.coding_rate={}",
+        "losses.lejepa={}",
+        "heads.projector={hidden: 32, output: 16}",
+    ),
+    "patches": ("losses.kernel_alignment={}", "teacher.gram.refreshes=3", "losses.ibot.patches=all"),
     "selective checkpointing": ("run.checkpointing=selective", "run.precision=bf16"),
     "full checkpointing": ("run.checkpointing=full",),
     "two heads": ("heads.patch={prototypes: 48, hidden: 32, bottleneck: 16}", "optim.clip_per=tensor"),

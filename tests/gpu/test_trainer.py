@@ -28,7 +28,7 @@ def width(backbone):
 def fit(recipe, device):
     source = registry.build("data.sources", recipe.data)
     with Watchdog(10) as watchdog:
-        Trainer(recipe, source, [Evaluator("probe", 3, width)], device, watchdog).fit()
+        Trainer(recipe, source, [Evaluator("probe", 3, width)], device, watchdog, None, (), None).fit()
 
 
 def records(recipe):

@@ -165,6 +165,13 @@ def test_segmentation_heads_are_read_from_the_released_layout(tmp_path, vit):
         assert blocks == list(range(12 - count, 12))
 
 
+def test_equal_heads_are_equal_files_under_any_name(tmp_path):
+    head = LinearSegmenter(48, 5)
+    for name in ("a.pth", "b.pth"):
+        save_head(tmp_path / name, head)
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+
+
 def test_files_that_do_not_fit_and_files_that_are_no_head_are_refused(tmp_path, vit):
     save_head(tmp_path / "wide.pth", LinearDepth(64, 1, 0.001, 10.0))
     with pytest.raises(ValueError, match="is not a depth head on a backbone 48 wide"):

@@ -15,6 +15,7 @@ from dinokit.features import dense
 from dinokit.heads import DPT, LinearDepth, to_size
 from dinokit.heads.released import save_head
 from dinokit.hub import RELEASED
+from dinokit.hub.dinov3 import ConvNeXt, DINOv3
 from dinokit.hub.entry import DINO, DINOv2, LinearClassifier, cached_path, fetch
 from dinokit.models import Input
 from dinokit.models.vit import Config, VisionTransformer
@@ -67,7 +68,7 @@ def test_a_clone_works_without_installation_and_with_torch_only(tmp_path):
     assert names.startswith(
         "['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight'] (1, 384) ['masks', 'x_norm"
     )
-    assert int(count) == 2 * 8 + 4 + 3 * 4 + 1
+    assert int(count) == 2 * 8 + 4 + 3 * 4 + 3 + 7 + 4
 
 
 def test_every_released_model_has_an_entry_point_of_its_name_and_size():
@@ -75,7 +76,8 @@ def test_every_released_model_has_an_entry_point_of_its_name_and_size():
         with torch.device("meta"):
             made = getattr(hubconf, name)(pretrained=False)
         assert sum(p.numel() for p in made.parameters()) == model.parameters
-        assert isinstance(made, DINO if name.startswith("dino_") else DINOv2)
+        kinds = {"dino": DINO, "dinov2": DINOv2, "dinov3": DINOv3 | ConvNeXt}
+        assert isinstance(made, kinds[name.split("_")[0]])
         assert getattr(hubconf, name).__doc__.startswith(name)
     with torch.device("meta"):
         made = [hubconf.dinov2_vits14_lc(pretrained=False, layers=n).linear_head.in_features for n in (1, 4)]

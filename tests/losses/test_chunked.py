@@ -44,7 +44,8 @@ def test_both_losses_are_the_same_whole_and_in_slices(name, kind, crops, masked,
         torch.zeros(0), make((masked,), 21, generator, grad=True), make((masked,), 21, generator),
         torch.rand(masked, generator=generator), teacher_temp=0.05,
     )  # fmt: skip
-    build = partial(module.build, module.Config(targets=kind), {"cls": 33, "patch": 21})
+    weights = {"local_weight": 0.5} if name == "dino" else {}
+    build = partial(module.build, module.Config(targets=kind, **weights), {"cls": 33, "patch": 21})
     (want, want_grads), (got, got_grads) = both_ways(build, views)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert len(want_grads) == 2

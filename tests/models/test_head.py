@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.parametrizations import weight_norm
 
-from dinokit.models.head import PrototypeHead, Prototypes
+from dinokit.models.head import PrototypeHead, Prototypes, standardized
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,25 @@ def test_a_held_length_is_not_trained():
 def test_half_precision_features_of_length_zero_stay_finite():
     head = PrototypeHead(4, 5, 8, 3, 1, norm_last_layer=False).half()
     assert head(torch.zeros(2, 4, dtype=torch.float16)).logits().isfinite().all()
+
+
+def test_standardized_is_batch_norm_without_parameters(generator):
+    x = torch.randn(3, 20, 6, generator=generator, requires_grad=True)
+    norm = torch.nn.BatchNorm1d(6, affine=False, track_running_stats=False)
+    out = torch.randn(3, 20, 6, generator=generator)
+    torch.testing.assert_close(standardized(x), norm(x.view(60, 6)).view(x.shape))
+    grads = [
+        torch.autograd.grad((y * out.view(y.shape)).sum(), x)[0]
+        for y in (standardized(x), norm(x.view(60, 6)))
+    ]
+    torch.testing.assert_close(*grads)
+    assert standardized(torch.ones(1, 6)).equal(torch.zeros(1, 6))
+    assert standardized(torch.ones(0, 6)).shape == (0, 6)
+
+
+def test_what_all_rows_share_does_not_reach_a_head_that_standardizes(generator):
+    head = PrototypeHead(6, 50, 16, 8, 3, norm_last_layer=False, standardize=True)
+    x = torch.randn(40, 6, generator=generator)
+    torch.testing.assert_close(head(3 * x + 70).rows, head(x).rows, rtol=1e-3, atol=1e-3)
+    plain = PrototypeHead(6, 50, 16, 8, 3, norm_last_layer=False)
+    assert (plain(3 * x + 70).rows - plain(x).rows).abs().max() > 0.1

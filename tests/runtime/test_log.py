@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dinokit.runtime.log import RunLog, sparkline, watch
+from dinokit.runtime.log import RunLog, short, sparkline, watch
 
 
 def records(path):
@@ -131,6 +131,13 @@ def test_the_console_shows_some_values_and_the_log_all(tmp_path, capsys):
     assert "dino 1.5  grad_backbone 3  lr 0.001" in (tmp_path / "run.log").read_text()
 
 
+def test_an_error_says_where_its_traceback_is(tmp_path):
+    with pytest.raises(RuntimeError) as error, RunLog(tmp_path, steps=10, start=0):
+        raise RuntimeError("of somebody else")
+    assert error.value.__notes__ == [f"The traceback is in {tmp_path / 'run.log'}."]
+    assert "RuntimeError: of somebody else" in (tmp_path / "run.log").read_text()
+
+
 def test_while_an_evaluator_shows_its_bar_that_of_the_run_is_away(tmp_path, monkeypatch):
     with terminal(monkeypatch) as written, RunLog(tmp_path, steps=10, start=0) as log:
         log.step(3, {"dino": 1.0})
@@ -153,3 +160,14 @@ def test_a_damaged_line_of_the_records_is_named_and_nothing_is_lost(tmp_path, ha
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is no record .*move it away"):
         RunLog(tmp_path, 10, 2)
     assert path.read_bytes().startswith(b'{"step": 1}\n' + harm)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.123456, "0.1235"), (999.96, "1000"), (1234.5, "1,234"), (123456.7, "123,457"), (7, "7"),
+        (1e-7, "1e-07"), (-54321.0, "-54,321"), (float("nan"), "nan"), (float("inf"), "inf"),
+    ],
+)  # fmt: skip
+def test_a_large_number_has_no_exponent(value, text):
+    assert short(value) == text

@@ -1,6 +1,10 @@
 """Experiment trackers, read back by the libraries that own the files."""
 
 import json
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -20,8 +24,8 @@ def curve(out, name):
     return [(event.step, round(event.value, 5)) for event in events(out).Scalars(name)]
 
 
-def open_trackers(out, step, names=("tensorboard",), lines=None):
-    return trackers.Trackers(names, out, {"optim": {"lr": 0.1}}, step, (lines or []).append)
+def open_trackers(out, step, names=("tensorboard",)):
+    return trackers.Trackers(names, out, {"optim": {"lr": 0.1}}, step, [].append)
 
 
 def test_tensorboard_reads_curves_pictures_and_the_recipe(tmp_path):
@@ -80,7 +84,8 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(tmp_path, monkeyp
     for step in range(5):
         used.scalars(step, {"dino": 1.0})
     used.end()
-    assert lines == ["failing is left out from now on: ConnectionError: no route to host. The run goes on."]
+    (line,) = lines
+    assert line.startswith("failing is left out from now on: ConnectionError: no route to host. ")
     assert [step for step, _ in curve(tmp_path, "dino")] == [0, 1, 2, 3, 4]
 
 
@@ -125,3 +130,134 @@ def test_the_log_of_a_run_passes_its_records_on(tmp_path):
         log.scores(1, "knn", {"top1@20": 0.25}, 1.0)
     assert curve(tmp_path, "dino") == [(1, 1.5)]
     assert curve(tmp_path, "knn/top1@20") == [(1, 0.25)]
+
+
+class NeverAnswers(BaseHTTPRequestHandler):
+    """A server that takes requests and keeps their senders waiting."""
+
+    def do_GET(self):
+        self.server.asked.set()
+        self.server.released.wait()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hanging_server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NeverAnswers)
+    server.asked, server.released = Event(), Event()
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+class Remote:
+    """A tracker that asks a server in one of its methods, as those do that are not on this machine."""
+
+    def __init__(self, server, asks):
+        self.url, self.asks, self.seen = f"http://127.0.0.1:{server.server_port}/", asks, []
+
+    def called(self, method, step=None):
+        self.seen.append((method, step))
+        if method == self.asks:
+            urlopen(self.url).read()  # without a timeout
+
+    def start(self, out, settings, step, run_id):
+        self.called("start")
+        return "its-name"
+
+    def scalars(self, step, values):
+        self.called("scalars", step)
+
+    def pictures(self, step, pictures):
+        self.called("pictures", step)
+
+    def end(self):
+        self.called("end")
+
+
+@pytest.mark.parametrize("asks", ["start", "scalars", "pictures", "end"])
+def test_a_server_that_never_answers_does_not_keep_a_run_waiting(tmp_path, monkeypatch, hanging_server, asks):
+    remote, near, lines = Remote(hanging_server, asks), Remote(hanging_server, "nothing"), []
+    monkeypatch.setitem(trackers.TRACKERS, "remote", lambda: remote)
+    monkeypatch.setitem(trackers.TRACKERS, "near", lambda: near)
+    monkeypatch.setattr(trackers, "SECONDS", 1.0)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.2)
+    used = trackers.Trackers(["remote", "near"], tmp_path, {}, 0, lines.append)
+    used.scalars(1, {"dino": 1.0})
+    used.pictures(1, lambda: {"patches": np.zeros((4, 4, 3), np.uint8)})
+    if asks in ("scalars", "pictures"):
+        assert hanging_server.asked.wait(30)
+        time.sleep(1.1)
+    used.scalars(2, {"dino": 2.0})
+    used.end()
+    lost = {"scalars": 2, "pictures": 1}.get(asks, 0)  # of those that were given to it until then
+    text = f" {lost} records were not passed on." if lost else ""
+    assert lines == [
+        *(["Waiting for remote: 0 records to pass on."] if asks == "end" else []),
+        f"remote is left out from now on: it did not answer for 1 s.{text} The run goes on.",
+    ]
+    assert near.seen == [("start", None), ("scalars", 1), ("pictures", 1), ("scalars", 2), ("end", None)]
+    assert remote.seen[-1][0] == asks  # nothing comes after the call that hangs
+    ids = json.loads((tmp_path / "trackers.json").read_text())
+    assert ids == {"near": "its-name", **({} if asks == "start" else {"remote": "its-name"})}
+
+
+def test_a_tracker_that_is_too_slow_is_left_out_when_too_much_waits_for_it(
+    tmp_path, monkeypatch, hanging_server
+):
+    remote, lines = Remote(hanging_server, "scalars"), []
+    monkeypatch.setitem(trackers.TRACKERS, "remote", lambda: remote)
+    monkeypatch.setattr(trackers, "QUEUED", 5)
+    used = trackers.Trackers(["remote"], tmp_path, {}, 0, lines.append)
+    thread = used.active["remote"].thread
+    used.scalars(0, {"dino": 1.0})
+    assert hanging_server.asked.wait(30)
+    for step in range(1, 9):
+        used.scalars(step, {"dino": 1.0})
+    used.end()
+    assert lines == [
+        "remote is left out from now on: it is 5 records behind. 6 records were not passed on. "
+        "The run goes on."
+    ]
+    hanging_server.released.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert remote.seen == [("start", None), ("scalars", 0)]  # nothing more, although the server answers now
+
+
+def test_a_tracker_that_is_slow_but_answers_is_waited_for_at_the_end(tmp_path, monkeypatch):
+    seen = []
+
+    class Slow(Failing):
+        def scalars(self, step, values):
+            time.sleep(0.05)
+            seen.append(step)
+
+        def end(self):
+            seen.append("end")
+
+    monkeypatch.setitem(trackers.TRACKERS, "slow", Slow)
+    monkeypatch.setattr(trackers, "SECONDS", 0.4)  # less than all records take together
+    monkeypatch.setattr(trackers, "PATIENCE", 0.1)
+    lines = []
+    used = trackers.Trackers(["slow"], tmp_path, {}, 0, lines.append)
+    for step in range(20):
+        used.scalars(step, {"dino": 1.0})
+    used.end()
+    assert seen == [*range(20), "end"]
+    (line,) = lines
+    assert line.startswith("Waiting for slow: ")
+
+
+def test_what_waits_is_passed_on_in_order_before_the_end(tmp_path, monkeypatch, hanging_server):
+    remote = Remote(hanging_server, "nothing")
+    monkeypatch.setitem(trackers.TRACKERS, "remote", lambda: remote)
+    used = trackers.Trackers(["remote"], tmp_path, {}, 0, pytest.fail)
+    for step in range(100):
+        used.scalars(step, {"dino": 1.0})
+    used.end()
+    assert remote.seen == [("start", None), *(("scalars", step) for step in range(100)), ("end", None)]

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys, time
 from dinokit.runtime.launch import Watchdog
@@ -22,6 +24,7 @@ with Watchdog(2 / 60) as watchdog:
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_says_which_setting_ends_it_and_where_it_is():
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (1, "alive\n")
@@ -32,6 +35,7 @@ def test_a_process_that_stands_still_says_which_setting_ends_it_and_where_it_is(
     assert result.stderr.count("made no step") == 1
 
 
+@pytest.mark.slow
 def test_a_block_that_ends_leaves_neither_thread_nor_clock():
     program = PROGRAM.replace("    sleep_for_ever()", "") + "time.sleep(3)\nimport threading\n"
     program += "print(threading.active_count())"

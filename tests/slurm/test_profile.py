@@ -37,7 +37,7 @@ def test_a_time_limit_is_rounded_up_to_minutes(hours, minutes):
     ("text", "answer"),
     [
         ("hors: 4", "ours.yaml: hors: there is no key 'hors'. Did you mean 'hours'? There is: partition, "),
-        ("gpus: many", "ours.yaml: gpus: Value 'many'"),
+        ("gpus: many", "ours.yaml: gpus: 'many' is not a whole number"),
         ("hours: 1-12", "hours=1-12: a number of hours, such as 24 or 0.5. SLURM's 1-12:30:00 is hours=36.5"),
         ("hours: 4:00:00", "write 4"),
         ("hours: 0", "hours=0: a number of hours"),

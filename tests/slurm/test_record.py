@@ -64,6 +64,7 @@ def own_package(tmp_path, monkeypatch):
     return package
 
 
+@pytest.mark.slow
 def test_every_module_comes_from_the_copy_in_any_working_folder(tmp_path, own_package):
     code = tmp_path / "code"
     copy_code(code, {"mine.loss", "torch.nn", "nowhere.at_all"})

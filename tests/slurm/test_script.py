@@ -1,9 +1,12 @@
 """The batch script, run by bash with small programs in place of those of SLURM."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from dinokit.__main__ import main
+from dinokit.config import registry
 from dinokit.slurm.profile import Config
 from dinokit.slurm.submit import JobRequest, batch_script
 
@@ -94,3 +97,20 @@ def test_setup_lines_come_before_the_command_and_can_change_what_was_set(cluster
     print_environment = f'echo "$OMP_NUM_THREADS $SRUN_CPUS_PER_TASK $PYTHONPATH" > {cluster.calls}'
     assert cluster.run(profile, print_environment)[1] == ["7", "3", f"{cluster.folder}/a", "folder/code"]
     assert "--kill-on-bad-exit=1" in (cluster.folder / "srun").read_text()
+
+
+@pytest.mark.parametrize("folder", ["a\n#SBATCH --hold", "a%j"])
+def test_a_folder_that_would_change_the_script_is_refused(folder, tmp_path):
+    request = JobRequest("name", [["train", "x"]], 1, "", False)
+    with pytest.raises(ValueError, match=r"Submit from a folder with another name\."):
+        batch_script(request, Config(), tmp_path / folder)
+
+
+def test_the_name_of_a_recipe_adds_no_line_to_the_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b\n#SBATCH --hold;.yaml").write_text(Path(registry.find_recipe("scenes_cpu")).read_text())
+    words = ["submit", "profile=cpu", "--dry-run", "--", "train", "a b\n#SBATCH --hold;.yaml"]
+    assert main(words) == 0
+    script = capsys.readouterr().out
+    assert "--job-name=train-a-b-SBATCH---hold-" in script
+    assert not [line for line in script.splitlines() if line.startswith("#SBATCH --hold")]

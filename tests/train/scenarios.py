@@ -16,7 +16,10 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
+from dinokit.losses import Views
 from dinokit.losses.contrastive import info_nce
+from dinokit.losses.koleo import koleo
+from dinokit.models.head import LazyLogits
 from dinokit.runtime.distributed import gather_objects, rank, world_size
 from dinokit.runtime.launch import Watchdog, process_group
 from dinokit.runtime.signals import Stopped
@@ -83,6 +86,26 @@ def contrast(folder):
         loss = info_nce(z, 2, 0.2, distributed=True)
         loss.backward()
         torch.save({"loss": loss.detach(), "grad": z.grad}, f"{folder}/{rank()}.pt")
+
+
+def koleo_in_groups(folder, group):
+    """Loss and gradient of this process's rows, whose neighbours are searched in its group of all rows."""
+    with process_group(CPU, 1):
+        x = torch.load(f"{folder}/x.pt").chunk(world_size())[rank()].clone().requires_grad_()
+        loss = koleo(x, distributed=True, group=group)
+        loss.backward()
+        torch.save({"loss": loss.detach(), "grad": x.grad}, f"{folder}/{rank()}.pt")
+
+
+def spread(folder, loss):
+    """Loss and gradient of this process's class features (G, B, D), which count with those of all."""
+    none = LazyLogits(torch.empty(0, 1), torch.empty(0, 1))
+    with process_group(CPU, 1):
+        x = torch.load(f"{folder}/x.pt").chunk(world_size(), dim=1)[rank()].clone().requires_grad_()
+        module = registry.build("losses", {"name": loss, "distributed": True})
+        value = module(Views(none, none, x, none, none, torch.empty(0), 0.04))
+        value.backward()
+        torch.save({"loss": value.detach(), "grad": x.grad}, f"{folder}/{rank()}.pt")
 
 
 def fail_in_one(recipe, overrides):
@@ -156,6 +179,7 @@ if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)  # noqa: F821
     os.dup2(os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)  # noqa: F821
     torch.set_num_threads(1)
+    sys.path.insert(0, str(HERE))  # for own_images
     what, arguments = JOB  # noqa: F821
     try:
         globals()[what](*arguments)

@@ -10,8 +10,8 @@ from dinokit.data.loader import training_loader
 from dinokit.data.sources.scenes import Config, build
 from dinokit.losses import chunked
 from dinokit.train import trainer
+from dinokit.train.networks import block_masks
 from dinokit.train.step import Step
-from dinokit.train.student_teacher import block_masks
 from dinokit.train.trainer import Evaluator
 
 
@@ -118,6 +118,7 @@ def graphs():
 COMPILES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
+@pytest.mark.slow
 @COMPILES
 @pytest.mark.parametrize(
     ("overrides", "expected"),

@@ -43,6 +43,12 @@ def test_what_is_saved_comes_back_and_the_oldest_go(tmp_path):
     assert torch.equal(got["one"], torch.tensor(7.0))
 
 
+def test_old_ones_that_a_killed_process_had_no_time_to_remove_go_at_the_next_start(tmp_path):
+    write(tmp_path, 1, 2, 3, keep=3)
+    write(tmp_path, keep=1)
+    assert names(tmp_path) == ["step_0000003"]
+
+
 def test_one_every_so_many_steps_stays_for_good(tmp_path):
     write(tmp_path, 10, 15, 20, 25, 30, 35, keep=1, keep_every=20)
     assert names(tmp_path) == ["step_0000020", "step_0000035"]
@@ -170,7 +176,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_says_so(tmp_path):
     write(tmp_path, 1, keep=1)
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
-    assert "File too large" in done.stdout
+    assert f"{tmp_path / 'step_0000002'} could not be written: a file may not be so large" in done.stdout
     assert "The last good one is" in done.stdout
     assert names(tmp_path) == ["step_0000001"]
     assert newest(tmp_path).step == 1

@@ -72,6 +72,7 @@ def test_the_kind_of_source_follows_from_the_path(path, kind):
     assert reader_of(path) == kind
 
 
+@pytest.mark.slow
 def test_a_run_without_a_recipe_says_its_choices_keeps_what_is_given_and_resumes(
     folder, tmp_path, monkeypatch, capsys
 ):

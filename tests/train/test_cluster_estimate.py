@@ -1,4 +1,4 @@
-"""Plans for many GPUs against 96 fake processes that really cut the model, and against closed forms."""
+"""Plans for many GPUs against 96 and 256 fake processes that cut the model, and against closed forms."""
 
 import math
 from types import SimpleNamespace
@@ -40,10 +40,10 @@ def student(giant):
 
 @pytest.fixture
 def fake_world():
-    """start(rank): be one of 96 processes that nobody answers."""
+    """start(rank): be one of 96 processes, or of `size`, that nobody answers."""
 
-    def start(rank):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=NODES * GPUS)
+    def start(rank, size=NODES * GPUS):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
 
     yield start
     dist.destroy_process_group()
@@ -80,6 +80,25 @@ def test_the_giant_cut_over_96_processes_weighs_what_the_plan_says(giant, fake_w
     assert total == 1_134_771_200 + 58_593_664 + 41_554_176
 
 
+@pytest.mark.slow
+def test_the_7b_cut_over_256_processes_weighs_what_the_plan_says(fake_world):
+    recipe = load_recipe("dinov3_vit7b16_pretrain", ["data.path=nowhere"])
+    fake_world(255, size=256)
+    with torch.device("meta"):
+        model = StudentTeacher(recipe)
+    assert sum(p.numel() for p in model.student.backbone.parameters()) == 6_716_043_264  # as released
+    planned = sharded_numel(model.student.parameters(), GPUS)
+    mesh = init_device_mesh("cpu", (256 // GPUS, GPUS), mesh_dim_names=("replicate", "shard"))
+    shard(model, mesh, MixedPrecisionPolicy())
+    for net in (model.student, model.teacher):
+        part = sum(local(p).numel() for p in net.parameters())
+        assert 0.97 * planned < part <= planned  # the last process has the shortest rows
+    lines = plan(recipe, Cluster(256 // GPUS, GPUS))
+    assert lines["memory of a GPU"].startswith(f"{planned * 20 / 2**30:.2f} GiB for weights")
+    assert "sharded over 8 GPUs; 16 images a GPU" in lines["parallel"]
+
+
+@pytest.mark.slow
 def test_the_plan_says_the_memory_of_a_gpu_and_what_it_assumes(giant):
     lines = plan(giant, Cluster(NODES, GPUS, images_per_second=35.0))
     assert "12 nodes of 8 GPUs, fsdp: every tensor sharded over 8 GPUs; 32 images a GPU" in lines["parallel"]
@@ -113,6 +132,7 @@ def test_auto_cuts_what_would_not_fit_a_gpu_with_its_backward_pass(giant):
     assert parallel_mode(giant, 10**9, 100.0, Cluster()) == ("none", 1)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_plan_spread_the_giant_alike(giant, fake_world, monkeypatch):
     """Its weights would fit 80 GB, but not with 32 images; they do if the blocks are computed again."""
     fake_world(0)

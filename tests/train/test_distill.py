@@ -14,8 +14,8 @@ from dinokit.losses import Views
 from dinokit.losses.chunked import sinkhorn_knopp
 from dinokit.models.head import LazyLogits
 from dinokit.train import trainer
+from dinokit.train.networks import read_frozen_teacher
 from dinokit.train.plan import plan
-from dinokit.train.pretrained import read_frozen_teacher
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher
 from dinokit.weights import load_backbone, save_backbone

@@ -1,12 +1,15 @@
 """Memory of a run: estimates, what makes it smaller, a run that really has too little, and a dry run."""
 
+import json
 import os
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from math import inf
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,12 +17,67 @@ from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.train import fit
 from dinokit.train.plan import activation_memory, state_memory
+from dinokit.train.run_dir import open_run
 
 CPU = torch.device("cpu")
 
 
 def large():
     return load_recipe("dinov2_vitl14", ["data.path=x", "optim.batch=64"])
+
+
+class Photos:
+    """Images of noise, 240 pixels wide, of which some are spoiled; the time that one takes is counted."""
+
+    classes = ()
+
+    def __init__(self, images, spoiled=None, seconds=0.0):
+        self.images, self.spoiled, self.seconds, self.read = images, spoiled or (lambda i, x: x), seconds, 0
+
+    def __len__(self):
+        return self.images
+
+    def name(self, index):
+        return f"{index}.npy"
+
+    def __getitem__(self, index):
+        self.read += 1
+        time.sleep(self.seconds)
+        noise = np.random.default_rng(index).integers(0, 256, (200, 240, 3), dtype=np.uint8)
+        return self.spoiled(index, noise), -1
+
+
+def unreadable(index, _):
+    raise OSError(f"{index}.npy cannot be read: cut short")
+
+
+SPOILED = {
+    "cannot be read": lambda i, x: unreadable(i, x) if i == 3 else x,
+    "have pixels that are not finite": lambda i, x: (x / 255 if i != 3 else x * np.nan).astype(np.float32),
+    "have a side below 16 pixels": lambda i, x: x[:12] if i == 3 else x,
+    "All images are grey": lambda i, x: np.repeat(x[..., :1], 3, axis=2),
+    "have the pixels of another one": lambda i, x: np.zeros_like(x) if i < 3 else x,
+}
+
+
+@pytest.mark.parametrize("text", SPOILED)
+def test_a_sample_of_the_images_is_looked_at_before_the_first_step(tiny, text):
+    (line,) = fit.warning(tiny("run"), Photos(20, SPOILED[text]), CPU)
+    assert text in line
+
+
+def test_what_a_training_can_live_with_is_not_said(tiny):
+    recipe = tiny("run", "crops.saturation=0", "crops.hue=0", "crops.gray=0")
+    assert fit.warning(recipe, Photos(20, SPOILED["All images are grey"]), CPU) == []
+    two_of_many = Photos(1000, lambda i, x: np.zeros_like(x) if i < 6 else x)
+    assert fit.warning(recipe, two_of_many, CPU) == []
+
+
+def test_the_look_ends_when_its_time_is_over(tiny, monkeypatch):
+    monkeypatch.setattr(fit, "SECONDS", 0.1)
+    source = Photos(10_000, seconds=0.03)
+    fit.warning(tiny("run"), source, CPU)
+    assert 1 <= source.read <= 5
 
 
 def test_what_is_needed_is_state_and_the_activations_of_the_images_at_once():
@@ -30,6 +88,7 @@ def test_what_is_needed_is_state_and_the_activations_of_the_images_at_once():
     assert fit.memory_needed(recipe) > state_memory(recipe) > 5 * 4 * 300e6 / 2**30  # ViT-L has 304 million
 
 
+@pytest.mark.slow
 def test_three_changes_are_named_the_largest_saving_first():
     found = fit.savings(large())
     assert len(found) == 3
@@ -43,16 +102,27 @@ def test_three_changes_are_named_the_largest_saving_first():
         assert fit.memory_needed(large()) - fit.memory_needed(changed) == pytest.approx(saved)
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_gives_no_warning_and_one_that_does_not_says_what_helps(tiny, monkeypatch):
     recipe = tiny("run")
     monkeypatch.setattr(fit, "memory_available", lambda device: inf)
-    assert fit.warning(recipe, 10, CPU) == []
-    (line,) = fit.warning(recipe, 3, CPU)
+    assert fit.warning(recipe, Photos(10), CPU) == []
+    (line,) = fit.warning(recipe, Photos(3), CPU)
     assert line.startswith("optim.batch=4 is more than the 3 images")
     monkeypatch.setattr(fit, "memory_available", lambda device: 8.0)
-    first, second = fit.warning(large(), 10_000, CPU)
+    first, second = fit.warning(large(), Photos(10_000), CPU)
     assert "8.0 GiB are free on cpu" in first
     assert second.startswith("What helps, one at a time:\n  run.")
+
+
+def test_the_plan_of_a_run_is_kept_when_it_resumes(tiny, tmp_path):
+    recipe = tiny("run")
+    plan = fit.planned(recipe, CPU, 0.5)
+    assert plan == {"device": "cpu", "memory_gib": fit.memory_needed(recipe), "seconds_per_step": 0.5}
+    out = open_run(recipe, plan=plan)
+    open_run(recipe, plan={**plan, "seconds_per_step": 9.0})
+    assert json.loads((out / "plan.json").read_text()) == plan
+    assert "seconds_per_step" not in fit.planned(recipe, CPU, 0.0)
 
 
 def test_a_dry_run_tells_what_the_run_will_be_and_writes_nothing(tiny, tmp_path):

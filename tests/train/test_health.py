@@ -24,6 +24,7 @@ from dinokit.train.health import (
     mean_entropy,
     prototypes_used,
     shuffle_patches,
+    spread,
     step_signals,
 )
 
@@ -46,6 +47,15 @@ def test_effective_rank_is_the_participation_ratio_of_the_eigenvalues(rows, gene
 
 def test_rows_that_differ_by_rounding_alone_have_no_rank(generator):
     assert effective_rank(1 + 1e-3 * torch.randn(64, 32, generator=generator)).item() < 0.2
+
+
+def test_spread_is_the_distance_of_rows_from_their_mean(generator):
+    x = torch.randn(2, 30, 4, generator=generator)
+    rows = x.view(60, 4).double().numpy()
+    want = math.sqrt(
+        sum(sum((a - b) ** 2 for a, b in zip(row, rows.mean(0), strict=True)) for row in rows) / 60
+    )
+    assert spread(x).item() == pytest.approx(want, rel=1e-5)
 
 
 def test_entropy_and_prototypes_in_use_do_not_depend_on_the_slices(generator):
@@ -252,6 +262,21 @@ def test_crops_that_agree_too_little_are_noise(run):
     assert "Raise losses.dino.student_temp" in log
 
 
+def test_a_head_whose_input_is_nearly_the_same_for_every_image_has_one_output(run):
+    # Far from the mean that is taken off, all images are alike to the network.
+    verdict, records, log = run(textures(64), "crops.mean=[-9,-9,-9]", "optim.lr=1e-4")
+    assert verdict == "one output", records[-3:]
+    assert records[-3]["head_spread"] < 0.05
+    assert "Set heads.cls.standardize=true" in log
+
+
+def test_a_head_with_standardized_input_is_not_held_at_one_output(run):
+    _, records, _ = run(textures(64), "crops.mean=[-9,-9,-9]", "optim.lr=1e-4", "heads.cls.standardize=true")
+    steps = [record for record in records if "lr" in record]
+    assert steps[-1]["head_spread"] > 0.5
+    assert steps[-1]["dino"] < 0.95 * math.log(32)
+
+
 def test_a_centre_that_never_moves_lets_every_image_have_the_same_prototype(run):
     verdict, records, log = run(
         textures(64), "losses={dino: {targets: centering, center_momentum: 1.0}}", "teacher.temp=[0.02,0.02]",
@@ -306,6 +331,10 @@ HEALTHY = {
         ({"knn/top1@20": lambda t: 0.6 - 0.2 * abs(t - 0.4)}, "data-bound"),
         ({"knn/top1@20": lambda t: 0.6 - 0.2 * abs(t - 0.4), "dino": 2.4}, None),  # the loss does not fall
         ({"crop_agreement": 0.2, "dino": 4.15}, "noise"),
+        ({"head_spread": 0.01, "crop_agreement": 0.2, "dino": 4.15}, "noise"),
+        ({"head_spread": 0.01, "dino": 4.15}, "one output"),
+        ({"head_spread": 0.01}, None),  # the loss falls
+        ({"head_spread": 0.3, "dino": 4.15}, None),
         ({"crop_agreement": 0.2, "dino": 3.0}, None),
         ({"brightness_agreement": 0.9, "health/brightness_share": 0.8}, "shortcut"),
         ({"brightness_agreement": 0.2, "health/brightness_share": 0.8}, None),

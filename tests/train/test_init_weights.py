@@ -12,8 +12,9 @@ from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.features import fingerprint
 from dinokit.train import trainer
+from dinokit.train.networks import build_backbone
 from dinokit.train.pretrained import init_weights
-from dinokit.train.student_teacher import StudentTeacher, build_backbone
+from dinokit.train.student_teacher import StudentTeacher
 from dinokit.weights import load_backbone, save_backbone
 
 

@@ -9,8 +9,9 @@ from dinokit.data.loader import training_loader
 from dinokit.losses import chunked
 from dinokit.models import fused
 from dinokit.train import plan
+from dinokit.train.networks import block_masks
 from dinokit.train.plan import activation_memory, tokens_per_crop
-from dinokit.train.student_teacher import StudentTeacher, block_masks
+from dinokit.train.student_teacher import StudentTeacher
 
 SMALL = [
     "optim.batch=8", "data.size=32", "crops.globals.size=32", "crops.locals.size=16", "backbone.width=32",
@@ -41,9 +42,9 @@ def most_bytes(recipe, counting):
     return living.most
 
 
-@pytest.mark.parametrize("two_heads", [False, True])
+@pytest.mark.parametrize(("two_heads", "patches"), [(False, "masked"), (True, "masked"), (True, "all")])
 @pytest.mark.parametrize(("logits", "chunk"), [("whole", 2**26), ("chunks", 2**26), ("chunks", 2**14)])
-def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, chunk, two_heads):
+def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, chunk, two_heads, patches):
     """By what 1,024 more prototypes of each head cost: all else stays."""
     for place, name in ((chunked, "CPU_CHUNK"), (plan, "GPU_CHUNK")):
         monkeypatch.setattr(place, name, chunk)
@@ -51,6 +52,7 @@ def test_logits_are_counted_as_a_step_holds_them(monkeypatch, living, logits, ch
     for prototypes in (4096, 5120):
         patch = f"{{prototypes: {prototypes}, hidden: 32, bottleneck: 32}}" if two_heads else "null"
         more = [f"heads.cls.prototypes={prototypes}", f"heads.patch={patch}", f"run.logits={logits}"]
+        more.append(f"losses.ibot.patches={patches}")
         recipe = load_recipe("scenes_cpu", [*SMALL, *more])
         lived.append(most_bytes(recipe, living))
         counted.append(activation_memory(recipe, 8)[1] * 2**30)

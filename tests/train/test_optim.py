@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dinokit.config.load import Crops, Head, Heads, Optim, Recipe, section_values
+from dinokit.train.networks import Network
 from dinokit.train.optim import (
     build_optimizer,
     clip_gradients,
@@ -15,7 +16,6 @@ from dinokit.train.optim import (
     parameter_groups,
     set_rates,
 )
-from dinokit.train.student_teacher import Network
 
 DEPTH = 3
 

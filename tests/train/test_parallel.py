@@ -11,9 +11,14 @@ from dinokit.train.schedule import accumulation
 from dinokit.train.step import Step
 
 # Every statistic then counts over all processes: what is per process by nature is left out, or made to count.
-SHARED = ["backbone.drop_path=0.0", "losses.koleo.distributed=true", "run.log_every=2"]
+SHARED = [
+    "backbone.drop_path=0.0", "losses.koleo.distributed=true", "losses.sigreg={distributed: true}",
+    "losses.coding_rate={distributed: true}",     "run.log_every=2",
+]  # fmt: skip
 # Signals look at the images of a process, and are then averaged.
-OF_ONE_PROCESS = {"feature_rank", "brightness_agreement", "prototypes_used", "crop_agreement"}
+OF_ONE_PROCESS = {
+    "feature_rank", "brightness_agreement", "prototypes_used", "crop_agreement", "head_spread",
+}  # fmt: skip
 CENTRES = ["losses.dino.targets=centering", "losses.ibot.targets=centering"]
 
 
@@ -53,6 +58,7 @@ def test_any_number_of_processes_and_either_way_of_spreading_gives_the_same_run(
     nearly_same("one", "fsdp")
 
 
+@pytest.mark.slow
 def test_parts_hold_the_same_images_for_any_number_of_processes(
     tiny, recipe_file, overrides, together, nearly_same
 ):
@@ -64,6 +70,7 @@ def test_parts_hold_the_same_images_for_any_number_of_processes(
     nearly_same("one", "fsdp")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes_and_otherwise_cut(
     tiny, recipe_file, overrides, together, nearly_same
 ):
@@ -101,6 +108,7 @@ def test_an_evaluator_may_call_the_backbone_unequally_often(
     assert [r["step"] for r in records(tmp_path / "a") if "probe/size" in r] == [0, 2, 3]
 
 
+@pytest.mark.slow
 def test_losses_that_leave_parameters_unread_are_no_trouble_for_ddp(recipe_file, overrides, together):
     runs = [
         overrides("a", "losses.dino=null", "heads.patch.prototypes=16", "optim.steps=3"),
@@ -185,3 +193,15 @@ def test_a_contrast_over_all_processes_is_that_of_one_with_all_images(together, 
     got = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     torch.testing.assert_close((got[0]["loss"] + got[1]["loss"]) / 2, whole.detach())
     torch.testing.assert_close(torch.cat([each["grad"] for each in got], dim=1) / 2, z.grad)
+
+
+@pytest.mark.parametrize("loss", ["sigreg", "coding_rate"])
+def test_a_spreading_term_of_all_processes_is_that_of_one_with_all_images(together, tmp_path, loss):
+    x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    torch.save(x, tmp_path / "x.pt")
+    together(1, "spread", str(tmp_path), loss)
+    whole = torch.load(tmp_path / "0.pt")
+    together(2, "spread", str(tmp_path), loss)
+    got = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close((got[0]["loss"] + got[1]["loss"]) / 2, whole["loss"])
+    torch.testing.assert_close(torch.cat([each["grad"] for each in got], dim=1) / 2, whole["grad"])

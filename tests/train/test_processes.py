@@ -148,6 +148,7 @@ def test_a_process_that_sees_other_images_is_named_at_once(
     assert not (tmp_path / "out" / "recipe.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_not_shared_is_an_error_at_once(recipe_file, photos, together, tmp_path):
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:

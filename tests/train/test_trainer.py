@@ -23,8 +23,8 @@ from dinokit.data.loader import training_loader
 from dinokit.runtime.signals import STOP_SIGNALS, Stopped
 from dinokit.train import trainer
 from dinokit.train.checkpoint import latest
+from dinokit.train.networks import block_masks
 from dinokit.train.step import Step
-from dinokit.train.student_teacher import block_masks
 from dinokit.train.trainer import Evaluator, TooManyUnreadableError, TrainingError
 
 
@@ -93,6 +93,7 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
 LONG = ("optim.steps=30", "run.checkpoint_every=3")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_killed_run_goes_on_bit_for_bit(tiny, recipe_file, photos, tmp_path, same_run):
     whole = train(tiny("whole", *LONG))
@@ -112,17 +113,19 @@ OPENING = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["contrastive", "lejepa"])
 def test_a_run_that_begins_with_a_contrast_logs_the_losses_of_each_phase_and_resumes_across_it(
-    tiny, records, same_run
+    tiny, records, same_run, name
 ):
-    whole = train(tiny("whole", *OPENING, "run.keep=3", "run.log_every=4"))
-    names = [{"contrastive", "dino", "ibot", "koleo"} & record.keys() for record in records(whole)]
+    opening = [words.replace("contrastive", name) for words in OPENING]
+    whole = train(tiny("whole", *opening, "run.keep=3", "run.log_every=4"))
+    names = [{name, "dino", "ibot", "koleo"} & record.keys() for record in records(whole)]
     assert [r["step"] for r in records(whole)] == [2, 3, 4, 6]  # 3: where other losses begin
-    assert names == [{"contrastive"}] * 2 + [{"dino", "ibot", "koleo"}] * 2
+    assert names == [{name}] * 2 + [{"dino", "ibot", "koleo"}] * 2
     broken = Path(shutil.copytree(whole, whole.with_name("broken")))
     for step in (4, 6):
         shutil.rmtree(broken / "checkpoints" / f"step_{step:07d}")
-    train(tiny("broken", *OPENING, "run.keep=3", "run.log_every=4"))
+    train(tiny("broken", *opening, "run.keep=3", "run.log_every=4"))
     same_run(whole, broken)
 
 
@@ -402,8 +405,15 @@ def test_masks_fit_the_global_crops(tiny):
 def test_trackers_get_the_pictures_of_every_evaluation(tiny, tmp_path):
     recipe = tiny("run", "run.log=[tensorboard]")
     source = registry.build("data.sources", recipe.data)
-    evaluators = [Evaluator("mine", 3, lambda backbone: {"score": 1.0})]
-    trainer.train(recipe, source, evaluators, partial(viz.progress, recipe, source))
+    basis, bases = tmp_path / "run" / viz.BASIS, []
+
+    def evaluate(backbone):
+        bases.append(basis.read_bytes() if basis.exists() else None)
+        return {"score": 1.0}
+
+    trainer.train(recipe, source, [Evaluator("mine", 3, evaluate)], partial(viz.progress, recipe, source))
+    assert bases[0] is None
+    assert bases[1] == bases[2] == basis.read_bytes()  # the colours are those of the first picture
     found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     found.Reload()
     assert [image.step for image in found.Images("patches")] == [0, 3, 6]

@@ -8,8 +8,10 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
+from dinokit.runtime.log import RunLog
 from dinokit.train import trainer
 from dinokit.train.checkpoint import Checkpoints
+from dinokit.train.health import Verdict
 from dinokit.train.trainer import Evaluator
 
 
@@ -28,6 +30,23 @@ def test_a_kill_between_weights_and_checkpoint_is_made_good(tiny, same_run, monk
         with pytest.raises(SystemError):
             train(tiny("broken"))
     same_run(whole, train(tiny("broken")))
+
+
+def test_a_kill_between_the_last_evaluation_and_its_verdict_is_made_good(tiny, same_run, monkeypatch):
+    monkeypatch.setattr(trainer, "diagnose", lambda *_: Verdict("noise", "raise the batch"))
+    evaluators, real = [Evaluator("e", 3, lambda _: {"x": 1.0})], RunLog.record
+
+    def record(log, step, values):
+        return die() if step == 6 and "verdict" in values else real(log, step, values)
+
+    whole = train(tiny("whole"), evaluators)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "record", record)
+        with pytest.raises(SystemError):
+            train(tiny("broken"), evaluators)
+    broken = train(tiny("broken"), evaluators)
+    same_run(whole, broken)
+    same_run(whole, train(tiny("broken"), evaluators))  # and no second verdict
 
 
 def test_a_run_goes_on_where_its_folder_was_moved(tiny, same_run, cut_short, tmp_path):

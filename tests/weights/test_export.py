@@ -110,7 +110,7 @@ def bytes_in(place):
     return {path: path.read_bytes() for path in sorted([place, *place.rglob("*")]) if path.is_file()}
 
 
-@pytest.mark.parametrize("to", ["dinov2", "hf", "timm", "onnx"])
+@pytest.mark.parametrize("to", ["dinov2", "hf", "timm", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_wrong_export_does_not_replace_a_correct_one(drawn, tmp_path, to):
     vit = drawn()
     write(vit, to, tmp_path / "out")
@@ -123,6 +123,7 @@ def test_a_wrong_export_does_not_replace_a_correct_one(drawn, tmp_path, to):
         assert bytes_in(tmp_path / "out") == good
 
 
+@pytest.mark.slow
 def test_a_vit_with_a_stem_of_convolutions_is_exported_to_onnx_alone(drawn, tmp_path):
     vit = drawn(stem="conv", patch=8, size=64, pos_offset=0.0)
     write(vit, "onnx", tmp_path / "x.onnx")
@@ -138,6 +139,7 @@ def test_a_vit_with_a_stem_of_convolutions_is_exported_to_onnx_alone(drawn, tmp_
             write(vit, to, tmp_path / "no")
 
 
+@pytest.mark.slow
 def test_a_graph_with_a_separate_weights_file_opens(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr("dinokit.weights.formats.onnx.MAX_BYTES", 1000)
     vit = drawn()
@@ -150,7 +152,7 @@ def test_a_graph_with_a_separate_weights_file_opens(drawn, tmp_path, monkeypatch
 
 
 def test_only_a_vit_is_exported(tmp_path):
-    with pytest.raises(ValueError, match=r"A `vit` or a `timm_vit` can be exported, .* is a Pixels"):
+    with pytest.raises(ValueError, match=r"A `vit`, .* can be exported, .* is a Pixels"):
         write(Pixels(PixelsConfig()), "timm", tmp_path / "out")
 
 
@@ -193,6 +195,7 @@ def test_one_graph_takes_images_of_any_size(drawn, tmp_path, values):
     assert json.loads(about["dinokit_input"])["size"] == 56
 
 
+@pytest.mark.slow
 def test_a_graph_of_one_size_takes_any_number_of_images(drawn, tmp_path):
     vit = drawn(width=64, heads=1, depth=1)
     write(vit, "onnx", tmp_path / "fixed.onnx", size=28)

@@ -260,7 +260,6 @@ def test_another_kind_of_model_is_named(tmp_path, what):
     ("name", "words"),
     [
         ("vit_tiny_patch16_224", "head.weight: not asked for.*It looks like a ViT trained with labels"),
-        ("vit_small_patch16_dinov3", "a ViT that stores no positions, such as DINOv3"),
         ("vit_base_patch16_clip_224", "norm_pre.*It looks like a CLIP-like model"),
         ("beit_base_patch16_224", "a Swin or BEiT, whose positions are relative"),
         ("vit_base_patch16_siglip_224", "contains no backbone that dinokit knows"),

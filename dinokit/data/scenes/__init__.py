@@ -10,6 +10,7 @@ y down. All lengths are in this unit, so another size shows the same scene. Dist
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +23,16 @@ Floats = NDArray[np.float32]
 Labels = NDArray[np.uint8]
 
 OBJECTS = (3, 5)  # fewest, most in an image
+MIXED_OBJECTS, MIXED_KINDS = (4, 6), (2, 3)  # fewest, most in a scene of several kinds
 CLIP_OBJECTS = 4
+HORIZON = (-0.8, -0.3)  # y
 NEAR, FAR = 1.7, 4.2  # metres: where objects stand
 WALL = 8.0  # metres
 CAMERA = 2.9  # a point of the floor at y is CAMERA / (y - horizon) metres away
 HAZE = 18.0  # metres in which two thirds of a colour fade
 PEBBLES = 5  # stones and sticks in an image
-_STREAMS = ("train", "test", "clip train", "clip test")  # separate random numbers, so no scene is in two
+# Separate random numbers, so no scene is in two. A new stream goes to the end: places are part of the seed.
+_STREAMS = ("train", "test", "clip train", "clip test", "mixed train", "mixed test")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,22 @@ class World:
         objects = _place_objects(rng, [label] * int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)))
         return self._render(rng, objects, label)
 
+    def mixed(self, index: int, kinds: Sequence[int] = range(len(KINDS))) -> Scene:
+        """Scene `index` with objects of two or three kinds; its label is the kind of the nearest.
+
+        With one kind in an image, whatever finds the foreground finds every object of the class.
+
+        Args:
+            index: of the scene; it shares no random number with scene(index).
+            kinds: those that may appear, two at least.
+        """
+        rng = self._rng("mixed " + self.split, index)
+        several = rng.permutation(list(kinds))[: int(rng.integers(MIXED_KINDS[0], MIXED_KINDS[1] + 1))]
+        drawn = rng.integers(len(several), size=int(rng.integers(MIXED_OBJECTS[0], MIXED_OBJECTS[1] + 1)))
+        drawn[:2] = 0, 1  # at least two kinds
+        objects = _place_objects(rng, several[rng.permutation(drawn)].tolist())
+        return self._render(rng, objects, objects[-1].kind)
+
     def clip(self, index: int, frames: int) -> list[Scene]:
         """Clip `index`: objects of different kinds in the same two colours move under a light that flickers.
 
@@ -106,13 +126,40 @@ class World:
         strength, *tint = (self._rng(stream, index).spawn(1)[0].standard_normal((4, frames))).tolist()
         scenes = []
         for k in range(frames):
-            rng = self._rng(stream, index)  # the same numbers for each frame
-            objects = _place_objects(rng, rng.permutation(len(KINDS))[:CLIP_OBJECTS].tolist())
+            rng, objects = self._clip_objects(index)  # the same for each frame
             for thing in objects:
                 thing.paint = objects[-1].paint
             lamp = [0.35 * strength[k] + 0.15 * channel[k] for channel in tint]
             scenes.append(self._render(rng, objects, objects[-1].kind, k / max(frames - 1, 1), lamp))
         return scenes
+
+    def tracks(self, index: int, frames: int, points: Floats) -> NDArray[np.float64]:
+        """Where points on the objects of clip `index` are in its frames, whether they are hidden or not.
+
+        Args:
+            index: of the clip.
+            frames: their number.
+            points: (n, 2), on an object, in units of its radius from its middle.
+
+        Returns:
+            (frames, CLIP_OBJECTS, n, 2) x and y in pixels; object i has the number i + 1 in `instances`.
+        """
+        rng, objects = self._clip_objects(index)
+        horizon = rng.uniform(*HORIZON)
+        u, v = np.asarray(points, np.float64).T
+        found = np.zeros((frames, len(objects), len(u), 2))
+        for k in range(frames):
+            for number, thing in enumerate(reversed(objects)):
+                x, y, radius, angle = _pose(thing, horizon, k / max(frames - 1, 1))
+                cos, sin = math.cos(angle), math.sin(angle)
+                found[k, number, :, 0] = x + radius * (cos * u - sin * v)
+                found[k, number, :, 1] = y + radius * thing.squash * (sin * u + cos * v)
+        return (found + 1) / 2 * self.size
+
+    def _clip_objects(self, index: int) -> tuple[np.random.Generator, list[Object]]:
+        """The objects of a clip, and the random numbers that follow."""
+        rng = self._rng("clip " + self.split, index)
+        return rng, _place_objects(rng, rng.permutation(len(KINDS))[:CLIP_OBJECTS].tolist())
 
     def _rng(self, stream: str, index: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64([self.seed, _STREAMS.index(stream), index]))
@@ -128,7 +175,7 @@ class World:
         """Draw objects, farthest first. `lamp` is the logarithm of the light's colour."""
         size = self.size
         view = View(
-            rng.uniform(-0.8, -0.3), tuple(rng.uniform(-1, 1, 2).tolist()), rng.uniform(0.35, 0.65), time
+            rng.uniform(*HORIZON), tuple(rng.uniform(-1, 1, 2).tolist()), rng.uniform(0.35, 0.65), time
         )
         floor = CAMERA / np.maximum(self.y - view.horizon, 0.01)
         depth = np.broadcast_to(np.minimum(floor, WALL), (size, size)).astype(np.float32)
@@ -178,9 +225,8 @@ class World:
 
     def _paint(self, canvas: Canvas, thing: Object, number: int, view: View) -> None:
         """Draw an object and its shadow on the floor, in the box of pixels that contains them."""
-        x, distance, angle = _moved(thing, view.time)
-        radius = thing.radius / distance
-        y = view.horizon + CAMERA / distance - 0.95 * radius * thing.squash  # its foot is on the floor
+        x, y, radius, angle = _pose(thing, view.horizon, view.time)
+        distance = _moved(thing, view.time)[1]
         reach = 1.45 * radius * max(1.0, thing.squash)
         columns, rows = (self._pixels(middle - reach, middle + reach) for middle in (x, y))
         dx, dy = (self.x[:, columns] - x) / radius, (self.y[rows] - y) / radius / thing.squash
@@ -252,6 +298,13 @@ def _moved(thing: Object, time: float) -> tuple[float, float, float]:
     """Its x, distance and angle at a time of a clip."""
     x, distance, angle = (time * change for change in thing.speed)
     return thing.x + x, thing.distance + distance, thing.angle + angle
+
+
+def _pose(thing: Object, horizon: float, time: float) -> tuple[float, float, float, float]:
+    """The x and y of its middle, its radius and its angle in the image; its foot is on the floor."""
+    x, distance, angle = _moved(thing, time)
+    radius = thing.radius / distance
+    return x, horizon + CAMERA / distance - 0.95 * radius * thing.squash, radius, angle
 
 
 def _outline(thing: Object, angle: Floats) -> Floats:

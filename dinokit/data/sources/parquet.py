@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 Coded = tuple[np.ndarray, Sequence[str]]  # (rows,) codes, -1 for none, and their words
+PACKED = 100  # images are compressed already, so a file packs them hardly any further
 _SLOW = 8 << 20  # bytes of a row group above which a random image is slow to read
 
 
@@ -201,8 +202,10 @@ def read_columns(path: Path, image: str, label: str, split: str) -> Columns:
     schema = file.schema_arrow
     _check(path, schema, image, label, split)
     names = [name for name in (label, split) if name in schema.names]
+    _check_size(path, file, [_leaf(schema, image), *names])
+    words = [c.path for c in file.schema if c.path in names and c.physical_type == "BYTE_ARRAY"]
     with _damage_named(path):
-        table = file.read(columns=names, use_threads=False)
+        table = _open(path, words).read(columns=names, use_threads=False)
     classes = _classes(schema, label) if label in names else None
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     leaf = _leaf(schema, image)
@@ -216,6 +219,27 @@ def read_columns(path: Path, image: str, label: str, split: str) -> Columns:
     )
 
 
+def _check_size(path: Path, file: "pq.ParquetFile", read: Sequence[str]) -> None:
+    """Refuse a file whose columns `read` would fill the memory with what no images and labels are.
+
+    Raises:
+        ValueError: if it has more rows than bytes, or these columns are compressed by more than PACKED.
+    """
+    rows, size = file.metadata.num_rows, path.stat().st_size
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    chunks = [group.column(n) for group in groups for n in range(group.num_columns)]
+    unpacked = sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in read)
+    )
+    if rows > size or unpacked > PACKED * max(size, 1 << 20):
+        raise ValueError(
+            f"{path} has {size:,} bytes for {rows:,} rows, and {unpacked:,} bytes of images, labels and "
+            f"splits: no images are so small. It is damaged, or made to fill the memory."
+        )
+
+
 def read_images(path: Path, group: int, image: str) -> "pa.ChunkedArray":
     """The images of one row group, as a chunked array of bytes or of structs with a field `bytes`.
 
@@ -224,6 +248,11 @@ def read_images(path: Path, group: int, image: str) -> "pa.ChunkedArray":
     """
     file = _open(path)
     column = _leaf(file.schema_arrow, image)
+    row_group = file.metadata.row_group(group)
+    chunks = [row_group.column(number) for number in range(row_group.num_columns)]
+    stored = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    # Larger dictionaries do not fit Arrow's offsets of 32 bits.
+    file = _open(path, [column]) if stored < 2**30 else file
     with _damage_named(path):
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
 
@@ -256,15 +285,16 @@ def _arrow(name: str) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError:
         raise ValueError(
-            "Parquet files are read by pyarrow, which is not installed: pip install -e '.[cpu]', or "
-            "'.[gpu]' on a machine with CUDA."
+            "Parquet files are read by pyarrow, which is not installed: pip install '.[cpu]' in the clone, "
+            "or '.[gpu]' on a machine with CUDA."
         ) from None
 
 
-def _open(path: Path) -> "pq.ParquetFile":
+def _open(path: Path, words: list[str] | None = None) -> "pq.ParquetFile":
+    """The file; a text or image that many rows of its columns `words` have is in memory once."""
     parquet = _arrow("pyarrow.parquet")
     try:
-        return parquet.ParquetFile(path, memory_map=True)
+        return parquet.ParquetFile(path, memory_map=True, read_dictionary=words)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:  # missing or forbidden, which names the file
             raise
@@ -343,5 +373,11 @@ def _label_codes(column: "pa.ChunkedArray", classes: list[str] | None, path: Pat
 
 
 def _word_codes(column: "pa.ChunkedArray") -> Coded:
-    words = column.cast("string").combine_chunks().dictionary_encode()
-    return words.indices.fill_null(-1).to_numpy(zero_copy_only=False), words.dictionary.to_pylist()
+    if not _arrow("pyarrow.types").is_dictionary(column.type):
+        column = column.cast("string").dictionary_encode()
+    array = column.unify_dictionaries().combine_chunks()
+    words = array.dictionary.cast("string").dictionary_encode()  # without doubles
+    of_entry = np.append(words.indices.fill_null(-1).to_numpy(zero_copy_only=False), -1)
+    codes = of_entry[array.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    used = np.unique(codes[codes >= 0])  # a dictionary may have entries that no row has
+    return np.where(codes >= 0, np.searchsorted(used, codes), -1), words.dictionary.take(used).to_pylist()

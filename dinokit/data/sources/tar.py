@@ -137,7 +137,9 @@ class _Index:
             with open_regular(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
                 for member in _members(tar):
                     kind = suffix(member.name)
-                    if kind in SUFFIXES:
+                    if not member.isreg() or member.issparse():
+                        self.others["links and sparse files"] += not member.isdir()
+                    elif kind in SUFFIXES:
                         names.append(member.name)
                         self._shards.append(shard)
                         self._offsets.append(member.offset_data)
@@ -167,11 +169,13 @@ class _Index:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     library: Any = tar
-    last = ""
+    last, end = "", -1
     while (member := tar.next()) is not None:
         library.members = []  # else it would store an object for each
-        last = member.name
-        if member.isreg() and not member.issparse() and not Path(member.name).name.startswith("."):
+        if library.offset <= end:  # a negative size: the library would read the same members for ever
+            raise ValueError(f"behind its member {last} follows one of a negative size")
+        last, end = member.name, library.offset
+        if not Path(member.name).name.startswith("."):
             yield member
 
     _check_end(library.fileobj, library.offset, last)

@@ -5,6 +5,7 @@ a folder.
 """
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from dinokit.config.registry import suggest
 from dinokit.data.decode import ImageLike
+from dinokit.data.files import stamp_of
 from dinokit.data.sources import choose_split
 from dinokit.data.sources.memory import Memory
 
@@ -21,6 +23,12 @@ SPLITS = {  # values of a data set's own argument `split`, in the order of prefe
     "train": ("train", "trainval", "train-standard"),
     "test": ("test", "val", "valid"),
 }
+PICKLES = ("LSUN", "LSUNClass")  # they run a pickle that lies beside the images
+# Where data sets keep the name of their own folder; only base_folder is relative to the argument `root`.
+FOLDERS = (
+    "raw_folder", "_base_folder", "_data_path", "_data_dir", "_size_root", "split_folder", "base_folder",
+    "root",
+)  # fmt: skip
 FAKE = ("FakeData", "DatasetFolder", "VisionDataset")
 
 
@@ -74,6 +82,12 @@ class TorchVision:
         part, row = self._place(int(self._rows[index]))
         return part.name(row)
 
+    def stamp(self) -> str:
+        """A stamp of all files below the folder of the data set, its settings, and the rows of the split."""
+        files = sorted({file for part in self._parts for file in _files(part.items, self.cfg.path)})
+        settings = self.cfg.dataset, self.cfg.options, self.cfg.channels, list(self.classes)
+        return stamp_of(files, (*settings, [part.title for part in self._parts]), self._rows)
+
     def _place(self, row: int) -> tuple[Memory, int]:
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._parts[part], row - int(self._starts[part])
@@ -88,13 +102,27 @@ build = TorchVision
 def _class(name: str) -> Any:
     from torchvision import datasets  # noqa: PLC0415 - a second that only this source needs
 
-    have = [each for each in datasets.__all__ if each not in FAKE]
+    if name in PICKLES:
+        raise LookupError(
+            f"torchvision's {name} runs a pickle that lies beside the images, so dinokit does not open it. "
+            f"Write the images as files or .tar, and set name=folder or name=tar."
+        )
+    have = [each for each in datasets.__all__ if each not in (*FAKE, *PICKLES)]
     if name not in have:
         raise LookupError(
             f"torchvision.datasets has no '{name}'.{suggest(name, have)} dataset is one of its classes, "
             f"such as CIFAR10, Food101 or EuroSAT."
         )
     return getattr(datasets, name)
+
+
+def _files(opened: Any, root: str) -> Iterator[Path]:
+    """The files of a data set: those below its own folder, if it names one, else all below its root."""
+    top = Path(root).expanduser()
+    own = [(name, getattr(opened, name)) for name in FOLDERS if hasattr(opened, name)]
+    places = [top / place if name == "base_folder" else Path(place) for name, place in own]
+    folder = next((place for place in places if place.is_dir()), top)
+    return (Path(place, name) for place, _, names in os.walk(folder) for name in names)
 
 
 def _split_argument(kind: Any, split: str) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ inferred, it raises ValueError with the second half of a sentence that starts wi
 
 One that can be written defines
 
-    write(vit: VisionTransformer, out: Path, size: int | None) -> Exported   (timm and onnx: a TimmViT too)
+    write(backbone, out: Path, size: int | None) -> Exported
+
+for the backbones that WRITERS names.
 
 It writes to `out`, which does not exist, and opens the result with the library of the format. `size` is for
 ONNX: the pixels of the images, or None for any multiple of the patch. It raises RuntimeError if a library is
@@ -34,7 +36,13 @@ from dinokit.weights.architecture import infer_config
 if TYPE_CHECKING:
     from PIL import Image  # not needed to load a backbone
 
-FILES = {"timm": "timm", "hf": "huggingface", "dinov2": "dinov2", "onnx": "onnx"}  # by the word for people
+# By the kind of backbone, and the word for people: the file here that writes it.
+WRITERS = {
+    "VisionTransformer": {"timm": "timm", "hf": "huggingface", "dinov2": "dinov2", "onnx": "onnx"},
+    "TimmViT": {"timm": "timm", "onnx": "onnx"},
+    "DINOv3": {"timm": "timm_dinov3", "hf": "huggingface_dinov3", "dinov3": "dinov3"},
+    "TimmConvNeXt": {"timm": "timm_convnext", "hf": "huggingface_convnext"},
+}
 SAME_IMAGE = 0.999  # cosine of class tokens, where two libraries prepare an image alike
 TOLERANCE = 1e-4  # of a difference, relative to the largest value: another order of float32 sums
 
@@ -51,16 +59,21 @@ class Exported:
     notes: list[str] = field(default_factory=list)  # sentences: what the format has no place for
 
 
-def section_of(vit: VisionTransformer) -> dict[str, object]:
-    """The section `backbone` of a recipe that builds this vit."""
+def section_of(vit: Any) -> dict[str, object]:
+    """The section `backbone` of a recipe that builds this vit, dinov3 or timm_convnext."""
+    if not isinstance(vit, VisionTransformer):
+        name = "dinov3" if type(vit).__name__ == "DINOv3" else "timm_convnext"
+        return {"name": name, **asdict(vit.config)}
     config, _ = infer_config(vit.state_dict(), vit.heads)
     config.pos_offset, config.pos_antialias = vit.offset, vit.antialias
     return {"name": "vit", **asdict(config)}
 
 
-def metadata_of(vit: VisionTransformer) -> dict[str, str]:
+def metadata_of(vit: Backbone) -> dict[str, str]:
     """Metadata for values that other formats have no place for; load_backbone reads it."""
-    return {"dinokit_backbone": json.dumps(section_of(vit)), "dinokit_input": json.dumps(asdict(vit.input))}
+    licence = {"licence": vit.licence} if vit.licence else {}
+    section, shown = json.dumps(section_of(vit)), json.dumps(asdict(vit.input))
+    return {"dinokit_backbone": section, "dinokit_input": shown, **licence}
 
 
 def export(
@@ -72,8 +85,8 @@ def export(
     An existing `out` is replaced after the new one was opened and compared, and stays if anything fails.
 
     Args:
-        backbone: a vit, or a timm_vit for timm and onnx, in eval mode.
-        to: timm, hf, dinov2 or onnx.
+        backbone: a vit, dinov3, timm_vit or timm_convnext, in eval mode; WRITERS has the formats of each.
+        to: timm, hf, dinov2, dinov3 or onnx.
         out: a file to write; for hf, and for timm unless it ends in .safetensors, a folder.
         size: pixels of the images that an ONNX graph takes; None: any multiple of the patch.
         images: photographs, each with its pixels (C, s, s) as dinokit shows them to the backbone: features of
@@ -85,26 +98,26 @@ def export(
         RuntimeError: if a library is not installed; it says what to install.
         OSError: if the files cannot be written.
     """
-    if not isinstance(backbone, VisionTransformer):
-        from dinokit.models.timm_vit import TimmViT
-
-        if not isinstance(backbone, TimmViT):
-            kind = type(backbone).__name__
-            raise ValueError(f"A `vit` or a `timm_vit` can be exported, and this backbone is a {kind}.")
-        if to not in ("timm", "onnx"):
-            raise ValueError(
-                f"A timm_vit ({backbone.model}) can be exported with to=timm and to=onnx, not {to}."
-            )
-        if to == "onnx":
-            size = size or _stored_size(backbone)
-    elif isinstance(backbone.patch_embed, ConvStem) and to != "onnx":
+    kind = type(backbone).__name__
+    if kind not in WRITERS:
+        raise ValueError(
+            f"A `vit`, `dinov3`, `timm_vit` or `timm_convnext` can be exported, and this backbone is a "
+            f"{kind}{f' ({backbone.frozen_only})' if backbone.frozen_only else ''}."
+        )
+    if to not in WRITERS[kind]:
+        formats = " and ".join(f"to={word}" for word in WRITERS[kind])
+        model = f" ({backbone.model})" if hasattr(backbone, "model") else ""
+        raise ValueError(f"A {kind}{model} can be exported with {formats}, not {to}.")
+    if kind == "TimmViT" and to == "onnx":
+        size = size or _stored_size(backbone)
+    if kind == "VisionTransformer" and isinstance(backbone.patch_embed, ConvStem) and to != "onnx":
         raise ValueError(
             f"No model of to={to} has convolutions before the blocks (backbone.stem=conv). Export it with "
             "to=onnx, or train with backbone.stem=linear."
         )
     out = Path(out)
     with aside(out) as folder:
-        write = import_module(f"dinokit.weights.formats.{FILES[to]}").write
+        write = import_module(f"dinokit.weights.formats.{WRITERS[kind][to]}").write
         exported: Exported = write(backbone, folder / out.resolve().name, size)
         try:
             comparisons = list(_compare(backbone, exported, [size] if size else _two_sizes(backbone)))
@@ -160,8 +173,11 @@ def _two_sizes(vit: Backbone) -> list[int]:
 
 
 def _stored_size(vit: Any) -> int:
-    """Pixels of an image whose grid the positional embedding stores."""
-    return vit.side * vit.patch if isinstance(vit, VisionTransformer) else vit.net.patch_embed.img_size[0]
+    """Pixels of an image whose grid the positional embedding stores; without one, of the shown images."""
+    if isinstance(vit, VisionTransformer):
+        return vit.side * vit.patch
+    grid = getattr(getattr(vit, "net", None), "patch_embed", None)
+    return grid.img_size[0] if grid is not None else -(-vit.input.size // vit.patch) * vit.patch
 
 
 def _difference(vit: Backbone, other: Exported, size: int) -> tuple[float, float]:

@@ -1,10 +1,11 @@
 """The files of DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193): backbones and checkpoints."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from dinokit.models import Backbone
 from dinokit.models.vit import VisionTransformer
 from dinokit.weights.architecture import (
     HEAD,
@@ -14,7 +15,7 @@ from dinokit.weights.architecture import (
     is_vit,
     stored_vit,
 )
-from dinokit.weights.checkpoint import Checkpoint, open_checkpoint
+from dinokit.weights.checkpoint import Checkpoint, open_checkpoint, save_tensors
 from dinokit.weights.formats import Exported
 
 
@@ -34,7 +35,7 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
 
 def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exported:
     """Write the pretrain file: a flat dict of tensors. A DINO backbone has the names of DINO's own file."""
-    torch.save({name: tensor.cpu().clone() for name, tensor in vit.state_dict().items()}, out)
+    save_tensors(vit.state_dict(), out)
     official = (0.0, True) if vit.registers else (0.1, False)
     notes = []
     if vit.width != HEAD * vit.heads:
@@ -47,8 +48,15 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
             f"The file has no place for the resampling of positions, offset={vit.offset}, "
             f"antialias={vit.antialias}: its readers use {official[0]}, {official[1]}."
         )
+    return opened(out, lambda tensors: VisionTransformer(infer_config(tensors, vit.heads)[0]), notes)
+
+
+def opened(
+    out: Path, build: Callable[[Mapping[str, Tensor]], Backbone], notes: list[str], every_size: bool = False
+) -> Exported:
+    """A pretrain file that was written, as its readers open it: `build` infers the backbone from tensors."""
     tensors = open_checkpoint(out).tensors
-    again = VisionTransformer(infer_config(tensors, vit.heads)[0]).eval()  # as its readers build it
+    again = build(tensors).eval()
     again.load_state_dict(tensors, strict=True)
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,4 +64,4 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
         return tokens.cls, tokens.patches
 
     command = "dinokit.weights.load_backbone('PATH'), or torch.hub.load(..., weights='PATH')"
-    return Exported(command, forward, notes=notes)
+    return Exported(command, forward, every_size=every_size, notes=notes)

@@ -6,12 +6,14 @@ read too.
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dinokit.models import Backbone
 from dinokit.models.block import NORM_EPS
 from dinokit.models.vit import VisionTransformer
 from dinokit.runtime.files import write_text
@@ -70,7 +72,7 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
         count_groups(ignored) + file.other_keys,
         file.processor.get("image_mean"),
         file.processor.get("image_std"),
-        _crop(file.processor),
+        crop_size(file.processor),
     )
     eps = file.config.get("layer_norm_eps", 1e-6)
     if eps != 1e-6:
@@ -78,14 +80,22 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
     return stored
 
 
-def our_name(name: str) -> str:
-    """Our name of a tensor, with q, k and v separate; '' if it is not part of a backbone."""
-    match = NAME.match(name)
-    if match:
+def our_name(
+    name: str, pattern: re.Pattern[str] = NAME, block: Mapping[str, str] = BLOCK, top: Mapping[str, str] = TOP
+) -> str:
+    """Our name of a tensor, with q, k and v separate; '' if it is not part of a backbone.
+
+    Args:
+        name: theirs.
+        pattern: of names in a block: its number, the name inside of it, and .weight, .bias or nothing.
+        block: their names inside of a block, and ours.
+        top: their names outside of blocks, whole or without .weight and .bias, and ours.
+    """
+    if match := pattern.match(name):
         number, what, kind = match.groups()
-        return f"blocks.{number}.{BLOCK[what]}{kind}" if what in BLOCK else ""
+        return f"blocks.{number}.{block[what]}{kind}" if what in block else ""
     stem, dot, kind = name.rpartition(".")
-    return TOP.get(name, f"{TOP[stem]}{dot}{kind}" if stem in TOP else "")
+    return top.get(name, f"{top[stem]}{dot}{kind}" if stem in top else "")
 
 
 def merge_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,7 +112,8 @@ def merge_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return merged
 
 
-def _crop(processor: dict[str, object]) -> int | None:
+def crop_size(processor: Mapping[str, object]) -> int | None:
+    """The side in pixels of the images that a preprocessor_config.json makes; None if it does not say."""
     size = processor.get("crop_size") or processor.get("size")
     side = size.get("height") if isinstance(size, dict) else size
     return side if isinstance(side, int) else None
@@ -114,10 +125,6 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
     A vit with registers becomes a Dinov2WithRegistersModel, any other a Dinov2Model; one without LayerScale
     gets scales of 1, which is equal.
     """
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise RuntimeError("to=hf needs transformers: pip install -e '.[huggingface]'") from None
     notes = []
     if vit.registers and not hasattr(vit, "mask_token"):
         notes.append(
@@ -127,13 +134,30 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
         notes.append(
             f"AutoImageProcessor makes RGB; for {vit.channels} channels images must be prepared by hand."
         )
-    write_text(out / "config.json", json.dumps(_config(vit), indent=2))
-    write_text(out / "preprocessor_config.json", json.dumps(_processor(vit), indent=2))
-    write_tensors(out / "model.safetensors", to_huggingface(vit), metadata_of(vit))
+    return write_folder(vit, out, _config(vit), to_huggingface(vit), vit.registers, notes)
+
+
+def write_folder(
+    net: Backbone, out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], registers: int,
+    notes: Sequence[str] = (), every_size: bool = False,
+) -> Exported:  # fmt: skip
+    """Write the folder of a model of transformers with this config.json and these tensors, and open it.
+
+    Raises:
+        ValueError: if transformers does not take all of the tensors, or misses some.
+        RuntimeError: if transformers is not installed.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise RuntimeError("to=hf needs transformers: pip install '.[huggingface]' in the clone") from None
+    write_text(out / "config.json", json.dumps(config, indent=2))
+    write_text(out / "preprocessor_config.json", json.dumps(_processor(net), indent=2))
+    write_tensors(out / "model.safetensors", tensors, metadata_of(net))
     model, report = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
-        raise ValueError(f"transformers {transformers.__version__} does not take all of the vit: {wrong}.")
+        raise ValueError(f"transformers {transformers.__version__} does not take all of it: {wrong}.")
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     model.eval()
 
@@ -142,10 +166,11 @@ def write(vit: VisionTransformer, out: Path, size: int | None = None) -> Exporte
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         rows = model(images).last_hidden_state
-        return rows[:, 0], rows[:, 1 + vit.registers :]
+        return rows[:, 0], rows[:, 1 + registers :]
 
     command = "transformers.AutoModel.from_pretrained('PATH')"
-    return Exported(command, forward, notes=notes, prepare=prepare if vit.channels == 3 else None)
+    shown = prepare if net.channels == 3 else None
+    return Exported(command, forward, every_size=every_size, notes=[*notes], prepare=shown)
 
 
 def to_huggingface(vit: VisionTransformer) -> dict[str, Tensor]:
@@ -158,19 +183,34 @@ def to_huggingface(vit: VisionTransformer) -> dict[str, Tensor]:
             tensors |= {name.replace("qkv", x): t for x, t in zip("qkv", tensor.chunk(3), strict=True)}
         else:
             tensors[name] = tensor
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if match := re.match(r"^blocks\.(\d+)\.(.+?)(\.weight|\.bias|)$", name):
-            new = f"encoder.layer.{match[1]}.{block[match[2]]}{match[3]}"
-        else:
-            stem, _, kind = name.rpartition(".")
-            new = top.get(name) or f"{top[stem]}.{kind}"
-        renamed[new] = tensor.detach().cpu().clone()
+    renamed = with_their_names(tensors, top, "encoder.layer", block)
     for i in range(len(vit.blocks)):
         for j in (1, 2):
             renamed.setdefault(f"encoder.layer.{i}.layer_scale{j}.lambda1", torch.ones(vit.width))
     if vit.registers:
         renamed.setdefault("embeddings.mask_token", torch.zeros(1, vit.width))
+    return renamed
+
+
+def with_their_names(
+    tensors: Mapping[str, Tensor], top: Mapping[str, str], layers: str, block: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Copies of tensors by the names in Hugging Face's files.
+
+    Args:
+        tensors: by our names, with q, k and v separate.
+        top: our names outside of blocks, whole or without `.weight` and `.bias`, and theirs.
+        layers: what they call the list of blocks.
+        block: our names inside of a block, and theirs.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if match := re.match(r"^blocks\.(\d+)\.(.+?)(\.weight|\.bias|)$", name):
+            new = f"{layers}.{match[1]}.{block[match[2]]}{match[3]}"
+        else:
+            stem, _, kind = name.rpartition(".")
+            new = top.get(name) or f"{top[stem]}.{kind}"
+        renamed[new] = tensor.detach().cpu().clone()
     return renamed
 
 
@@ -199,11 +239,12 @@ def _config(vit: VisionTransformer) -> dict[str, object]:
     }
 
 
-def _processor(vit: VisionTransformer) -> dict[str, object]:
-    side = vit.input.size
+def _processor(net: Backbone) -> dict[str, object]:
+    """The preprocessor_config.json that prepares images as dinokit does."""
+    side = net.input.size
     return {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": vit.channels == 3,
+        "do_convert_rgb": net.channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": round(side * 256 / 224)},
         "resample": 3,  # bicubic
@@ -212,6 +253,6 @@ def _processor(vit: VisionTransformer) -> dict[str, object]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": vit.input.mean,
-        "image_std": vit.input.std,
+        "image_mean": net.input.mean,
+        "image_std": net.input.std,
     }

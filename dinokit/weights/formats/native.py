@@ -5,6 +5,7 @@ section, with its `name`), `input` (JSON: size, mean, std) and `recipe` (YAML).
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -18,6 +19,13 @@ import dinokit
 from dinokit.models import Backbone, Input
 from dinokit.weights.architecture import StoredBackbone
 from dinokit.weights.checkpoint import Checkpoint, write_tensors
+
+LARGEST = 1 << 15  # pixels of an image's side, in a header
+# Settings of a backbone that no tensor of another format shows.
+UNSAID = (
+    "heads", "pos_offset", "pos_antialias", "norm_eps", "rope_base", "rope_sides", "rope_shift",
+    "rope_jitter", "rope_rescale", "rope_noise",
+)  # fmt: skip
 
 
 def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
@@ -36,8 +44,9 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
         )
     version = metadata["dinokit"]
     return StoredBackbone(
-        f"dinokit {version}", file.tensors, section, shown, [], [], metadata.get("recipe", ""), version
-    )
+        f"dinokit {version}", file.tensors, section, shown, [], [], metadata.get("recipe", ""), version,
+        metadata.get("licence", ""),
+    )  # fmt: skip
 
 
 def add_metadata(stored: StoredBackbone, metadata: Mapping[str, str], heads: int | None) -> StoredBackbone:
@@ -47,12 +56,11 @@ def add_metadata(stored: StoredBackbone, metadata: Mapping[str, str], heads: int
         ValueError: if the header is damaged.
     """
     section, shown = _parse(metadata, "dinokit_backbone", "dinokit_input")
-    added: dict[str, Any] = {
-        key: section[key] for key in ("heads", "pos_offset", "pos_antialias") if key in section
-    }
+    added: dict[str, Any] = {key: section[key] for key in UNSAID if key in section}
     if heads:
         added["heads"] = heads
-    return replace(stored, section={**stored.section, **added}, input=shown, notes=[])
+    licence = metadata.get("licence", "")
+    return replace(stored, section={**stored.section, **added}, input=shown, notes=[], licence=licence)
 
 
 def _parse(metadata: Mapping[str, str], section_key: str, input_key: str) -> tuple[dict[str, Any], Input]:
@@ -62,9 +70,12 @@ def _parse(metadata: Mapping[str, str], section_key: str, input_key: str) -> tup
         key = input_key
         values = json.loads(metadata[key])
         mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
-        return section, Input(int(values["size"]), mean, std)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        size = int(values["size"])
+        if not (0 < size <= LARGEST and all(map(math.isfinite, mean)) and all(0 < x < math.inf for x in std)):
+            raise ValueError(f"size {size}, mean {mean}, std {std}")  # noqa: TRY301 - named below
+    except (KeyError, OverflowError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"its header is damaged: `{key}`: {error!r}. Copy or download it again") from None
+    return section, Input(size, mean, std)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -114,6 +125,8 @@ def save_backbone(
         "input": json.dumps(asdict(backbone.input)),
         "recipe": recipe_yaml,
     }
+    if backbone.licence:
+        metadata["licence"] = backbone.licence
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     metadata["sha256"] = digest(tensors)
     write_tensors(Path(path), tensors, metadata)

@@ -36,7 +36,7 @@ def write(vit: Any, out: Path, size: int | None = None) -> Exported:
         import onnxruntime
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"to=onnx needs {error.name}: pip install -e '.[onnx]'") from None
+        raise RuntimeError(f"to=onnx needs {error.name}: pip install '.[onnx]' in the clone") from None
     ours = isinstance(vit, VisionTransformer)
     graph: nn.Module = Graph(vit) if ours else TokenGraph(vit)
     side = size or vit.patch * (vit.side + 1)

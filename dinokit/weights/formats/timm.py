@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from dinokit.weights.checkpoint import Checkpoint, read_safetensors, write_tenso
 from dinokit.weights.formats import Exported, metadata_of
 
 NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # the largest width of each name
+# Names in a ViT without a classifier, and without norms and pools that a `vit` has no place for.
+PLAIN = re.compile(
+    r"(cls_token|pos_embed|reg_token|(patch_embed\.proj|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|"
+    r"mlp\.fc[12]|ls[12]))\..*)$"
+)
 PACKED = re.compile(r"^(blocks\.\d+\.mlp)\.fc([12])\.")
 
 
@@ -25,6 +32,8 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
         return None
     if not ("architecture" in file.config or {"reg_token", "blocks.0.ls1.gamma"} & set(tensors)):
         return None
+    if "architecture" in file.config and not all(map(PLAIN.match, tensors)):
+        return None  # a timm_any
     tensors = from_timm(tensors)
     heads = heads or file.config.get("model_args", {}).get("num_heads")
     shown = file.config.get("pretrained_cfg", {})
@@ -55,37 +64,62 @@ def write(vit: Any, out: Path, size: int | None = None) -> Exported:
 
     `vit` is a VisionTransformer of ours or a TimmViT.
     """
+    ours = isinstance(vit, VisionTransformer)
+    name, args = _model(vit) if ours else _own_model(vit)
+    tensors = to_timm(vit.state_dict() if ours else vit.net.state_dict())
+    notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
+    return write_model(vit, out, name, args, tensors, notes, metadata=metadata_of(vit) if ours else {})
+
+
+def tokens(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Class tokens (b, D) and patches (b, N, D) of a ViT of timm."""
+    rows = model.forward_features(images)
+    return rows[:, 0], rows[:, model.num_prefix_tokens :]
+
+
+def write_model(
+    net: Any, out: Path, name: str, args: dict[str, Any], tensors: Mapping[str, Tensor],
+    notes: Sequence[str] = (), *, metadata: Mapping[str, str],
+    read: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = tokens, every_size: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Exported:  # fmt: skip
+    """Write tensors of timm's model `name` with these arguments, as write(), and open it.
+
+    Args:
+        net: the backbone that is exported.
+        out: a folder, or a .safetensors file.
+        name: of the model in timm.
+        args: of timm.create_model().
+        tensors: by timm's names.
+        notes: for Exported.
+        metadata: of the file of tensors.
+        read: of the opened model and images: class tokens and patches.
+        every_size: for Exported.
+        settings: entries of config.json's pretrained_cfg in place of those of a ViT.
+
+    Raises:
+        RuntimeError: if timm is not installed.
+    """
     try:
         import timm
     except ModuleNotFoundError:
         raise RuntimeError("to=timm needs timm: pip install timm") from None
-    ours = isinstance(vit, VisionTransformer)
-    name, args = _model(vit) if ours else _own_model(vit)
-    tensors = to_timm(vit.state_dict() if ours else vit.net.state_dict())
     model: Any
     only_file = out.suffix == ".safetensors"
-    write_tensors(out if only_file else out / "model.safetensors", tensors, metadata_of(vit) if ours else {})
+    write_tensors(out if only_file else out / "model.safetensors", tensors, metadata)
     if only_file:
         model = timm.create_model(name, **args)
         model.load_state_dict(read_safetensors(out)[0], strict=True)
-        call = f"timm.create_model('{name}', {', '.join(f'{key}={value}' for key, value in args.items())})"
+        call = f"timm.create_model('{name}', {', '.join(f'{key}={value!r}' for key, value in args.items())})"
         command = f"{call}.load_state_dict(safetensors.torch.load_file('PATH'))"
     else:
-        write_text(out / "config.json", json.dumps(_config(vit, name, args), indent=2))
+        write_text(out / "config.json", json.dumps(_config(net, name, args, settings or {}), indent=2))
         model = timm.create_model(f"local-dir:{out}", pretrained=True)
         command = "timm.create_model('local-dir:PATH', pretrained=True)"
     model.eval()
-
-    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
-        rows = model.forward_features(images)
-        return rows[:, 0], rows[:, model.num_prefix_tokens :]
-
-    notes = ["timm has no mask token: it is left out."] if hasattr(vit, "mask_token") else []
-    if only_file:
-        return Exported(command, forward, notes=notes)
     data: Any = timm.data
-    prepare = data.create_transform(**data.resolve_model_data_config(model))
-    return Exported(command, forward, notes=notes, prepare=prepare)
+    prepare = None if only_file else data.create_transform(**data.resolve_model_data_config(model))
+    return Exported(command, partial(read, model), every_size=every_size, prepare=prepare, notes=[*notes])
 
 
 def to_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,23 +172,25 @@ def _model(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
     return name, args
 
 
-def _config(vit: Any, name: str, args: dict[str, Any]) -> dict[str, Any]:
-    side = vit.input.size
+def _config(net: Any, name: str, args: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    side = net.input.size
     return {
         "architecture": name,
         "num_classes": 0,
-        "num_features": vit.width,
-        "global_pool": "token",
+        "num_features": net.width,
+        "global_pool": args.get("global_pool", "token"),
         "model_args": args,
         "pretrained_cfg": {
             "tag": "dinokit",
-            "input_size": [vit.channels, side, side],  # of the images that dinokit shows
-            "mean": vit.input.mean,
-            "std": vit.input.std,
+            "input_size": [net.channels, side, side],  # of the images that dinokit shows
+            "mean": net.input.mean,
+            "std": net.input.std,
             "interpolation": "bicubic",
             "crop_pct": side / (round(side * 256 / 224) + 0.5),  # timm rounds the quotient down
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
+            **({"license": net.licence} if net.licence else {}),
+            **settings,
         },
     }

@@ -136,6 +136,43 @@ def test_a_torchvision_data_set_that_calls_its_argument_split(tmp_path):
     assert (list(test.classes), [test[i][1] for i in range(2)]) == (["a", "b"], [0, 1])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Caltech101 closes no file
+@pytest.mark.parametrize(("dataset", "own"), [("Caltech101", "caltech101"), ("SUN397", "SUN397")])
+def test_other_files_beside_a_torchvision_data_set_do_not_change_its_stamp(dataset, own, tmp_path):
+    names = {"Caltech101": "101_ObjectCategories/ant/image_0001.jpg", "SUN397": "a/ant/sun_1.jpg"}
+    file = tmp_path / own / names[dataset]
+    file.parent.mkdir(parents=True)
+    file.write_bytes(png(0))
+    (tmp_path / own / "ClassName.txt").write_text("/a/ant\n")
+    (tmp_path / own / "101_ObjectCategories" / "BACKGROUND_Google").mkdir(parents=True, exist_ok=True)
+    source = build("torchvision", path=str(tmp_path), dataset=dataset)
+    stamp = source.stamp()
+    (tmp_path / "photos").write_text("of somebody else")
+    assert source.stamp() == stamp
+    file.write_bytes(png(0) + b" ")
+    assert source.stamp() != stamp
+
+
+def test_the_stamp_of_a_torchvision_data_set_follows_its_own_files_split_and_settings(
+    fashion, tmp_path, monkeypatch
+):
+    root, _ = fashion
+    monkeypatch.chdir(root.parent)
+    values = {"dataset": "FashionMNIST", "channels": 1}
+    test = build("torchvision", path=str(root), **values, split="test")
+    stamp = test.stamp()
+    assert build("torchvision", path=str(root), **values, split="test").stamp() == stamp
+    assert build("torchvision", path=root.name, **values, split="test").stamp() == stamp
+    others = [{"split": "train"}, {"split": "all"}, {"split": "test", "channels": 3}]
+    stamps = {build("torchvision", **{"path": str(root), **values, **other}).stamp() for other in others}
+    assert len(stamps | {stamp}) == 4
+    (root / "another_data_set").write_text("downloaded later")
+    assert test.stamp() == stamp
+    file = root / "FashionMNIST/raw/t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert test.stamp() != stamp
+
+
 def test_a_torchvision_data_set_that_is_not_there_says_how_to_get_it(tmp_path):
     with pytest.raises(LookupError, match="Did you mean 'CIFAR10'"):
         build("torchvision", path=str(tmp_path), dataset="CIFAR-10")

@@ -1,0 +1,130 @@
+"""dinokit ask MODEL IMAGE... "QUESTION": what a model of dinokit instruct answers.
+
+MODEL is a run of dinokit instruct, or a folder that it or transformers wrote. The last word is the question;
+<image> in it says where an image stands, else all stand before it. questions=FILE out=FILE answers a JSONL
+file of LLaVA's evaluation, one {"question_id", "image", "text"} a line, in batches; paths begin in images=
+FOLDER or that of the file. Answers are {"question_id", "prompt", "text", "model_id"}, in the same order.
+
+dinokit ask runs/chat photo.jpg "what colour is the disc"
+dinokit ask runs/chat questions=questions.jsonl images=PHOTOS out=answers.jsonl batch=32
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinokit.commands import Command, key_lines
+from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.registry import check_at_least, only_if
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dinokit.data.talks import Talk
+
+
+@dataclass
+class Config:
+    questions: str = ""  # a .jsonl file of questions, in place of an image and a question
+    images: str = only_if("", questions=True)  # folder that their paths begin in; empty: that of the file
+    out: str = only_if("", questions=True)  # the .jsonl file of answers
+    batch: int = only_if(16, questions=True)  # questions that are computed at a time
+    most: int = 64  # tokens of an answer
+    device: str = "auto"  # cpu, cuda, cuda:1 ...; auto: a GPU if there is one
+
+    def __post_init__(self) -> None:
+        check_at_least(self, batch=1, most=1)
+
+
+def run(command: Command) -> dict[str, Any]:
+    cfg = Config(**section_values("commands", "ask", parse_overrides(command.settings), ""))
+    if not command.words:
+        raise ValueError('Which model? dinokit ask MODEL IMAGE "QUESTION"')
+    model, *rest = command.words
+    if cfg.questions:
+        if rest:
+            raise ValueError(f"'{rest[0]}': with questions= the images and questions are those of the file.")
+        if not cfg.out:
+            raise ValueError("out=FILE.jsonl must be given: the answers to questions= are written there.")
+    elif len(rest) < 1 or " " not in rest[-1].strip():
+        last = f", and '{rest[-1]}' is none" if rest else ""
+        raise ValueError(f'The last word is the question{last}: dinokit ask {model} IMAGE "what is there"')
+    from dinokit.language.model import without_bars
+
+    without_bars()
+    return _file(cfg, model) if cfg.questions else _one(cfg, model, rest[:-1], rest[-1])
+
+
+def _one(cfg: Config, model: str, images: "Sequence[str]", text: str) -> dict[str, Any]:
+    from dinokit.data.decode import as_image
+    from dinokit.language.answer import Asker, question
+    from dinokit.language.model import open_model
+    from dinokit.runtime.device import pick_device
+
+    shown = [as_image(Path(path), 3) for path in images]
+    asker = Asker(open_model(model, pick_device(cfg.device)), cfg.most)
+    (answer,) = asker.answers([question(shown, text)])
+    print(answer)
+    return {"answer": answer}
+
+
+def _file(cfg: Config, model: str) -> dict[str, Any]:
+    from dinokit.data.files import existing
+    from dinokit.language.answer import Asker
+    from dinokit.language.model import open_model
+    from dinokit.runtime.device import pick_device
+    from dinokit.runtime.files import read_regular, write_text
+    from dinokit.runtime.log import watch
+
+    file = existing(cfg.questions)
+    root = existing(cfg.images) if cfg.images else file.parent
+    lines = enumerate(read_regular(file).decode("utf-8").splitlines(), 1)
+    records = [_record(file, number, line, root) for number, line in lines if line.strip()]
+    asker = Asker(open_model(model, pick_device(cfg.device)), cfg.most)
+    answers: list[str] = []
+    starts = range(0, len(records), cfg.batch)
+    for first in watch(starts, len(starts), "batches of questions"):
+        talks = [_talk(record, root) for record in records[first : first + cfg.batch]]
+        answers += asker.answers(talks, cfg.batch)
+    written = [
+        {"question_id": r["question_id"], "prompt": r["text"], "text": answer, "model_id": Path(model).name}
+        for r, answer in zip(records, answers, strict=True)
+    ]
+    write_text(Path(cfg.out), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in written))
+    print(cfg.out)
+    return {"answers": len(written), "out": cfg.out}
+
+
+def _record(file: Path, number: int, line: str, root: Path) -> dict[str, Any]:
+    from dinokit.language.answer import question
+
+    try:
+        value = json.loads(line)
+        record = {"question_id": value.get("question_id", number), "text": str(value["text"])}
+        given = value.get("image") or []
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(
+            f"{file}, line {number}: it is no question. One is {{'question_id': 1, 'image': 'a.jpg', 'text': "
+            f"'what is there ?'}}."
+        ) from None
+    names = [str(name) for name in (given if isinstance(given, list) else [given])]
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{file}, line {number}: there is no image {root / missing[0]}. images= is their folder."
+        )
+    question(names, record["text"], f"{file}, line {number}")  # checks the marks
+    return {**record, "images": names}
+
+
+def _talk(record: dict[str, Any], root: Path) -> "Talk":
+    from dinokit.data.decode import as_image
+    from dinokit.language.answer import question
+
+    images = [as_image(root / name, 3) for name in record["images"]]
+    return question(images, record["text"], f"question {record['question_id']}")
+
+
+def describe(words: "Sequence[str]") -> str:
+    return "\n".join(["keys:", *key_lines("commands", "ask")])

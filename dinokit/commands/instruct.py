@@ -1,0 +1,103 @@
+"""dinokit instruct RECIPE weights=FILE_OR_RUN [key=value ...]: train a model that answers, or resume.
+
+A connector and a language model learn to answer questions on images through a frozen backbone, in stages.
+RECIPE is a name in configs/ (instruct_*) or the path of a YAML file. backbone.name=NAME in place of
+weights=... takes a backbone as its own code makes it. Ctrl-C saves a checkpoint, and the same command
+resumes. The model is in model/ of the run's folder; transformers opens it without dinokit.
+
+dinokit instruct instruct_captioned_cpu weights=runs/demo
+dinokit instruct instruct_llava15_qwen05b weights=BACKBONE language.path=QWEN data.path=MIX.json
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinokit import evaluation
+from dinokit.commands import Command, config_lines
+from dinokit.commands._frozen import check_recipe, read_recipe
+from dinokit.config import registry
+from dinokit.config.load import merge_settings, section_values
+from dinokit.language.recipe import Config, Stage, stages_of
+
+if TYPE_CHECKING:
+    from dinokit.data.talks import TalkSource
+
+MULTI_PROCESS = RESUMES = True
+SHORT = {
+    "weights": "backbone.weights",
+    "out": "run.out",
+    "device": "run.device",
+    "seed": "run.seed",
+}
+
+
+def words() -> list[str]:
+    return registry.recipe_names("instruct")
+
+
+def run(command: Command) -> dict[str, Any]:
+    cfg = check(command)
+    from dinokit.language import needed
+
+    for package in ("transformers", "accelerate"):
+        needed(package)
+    if any("lora" in stage.trains for stage in stages_of(cfg).values()):
+        needed("peft", "lora")
+    from dinokit.features import frozen
+    from dinokit.language.instruct import train
+    from dinokit.language.model import without_bars
+    from dinokit.runtime.device import pick_device
+    from dinokit.runtime.distributed import launch
+    from dinokit.runtime.launch import process_group, run_lock
+    from dinokit.runtime.log import read_records
+    from dinokit.train.run_dir import open_run
+
+    without_bars()
+    section = dict(cfg.backbone)
+    weights = section.pop("weights", None)
+    talks = {name: talks_of(cfg, stage) for name, stage in stages_of(cfg).items()}
+    backbone = evaluation.load_evaluated(weights, section or None, "cpu")
+    out, device = Path(cfg.run.out), pick_device(cfg.run.device)
+    with process_group(device, cfg.run.timeout_minutes) as watchdog, run_lock(out), frozen(backbone):
+        open_run(cfg, partial(read_recipe, room="language", module="recipe", config=Config), "instruct")
+        model = train(cfg, backbone, talks, watchdog)
+    records = [record for record in read_records(out) if "loss" in record]
+    if launch().rank == 0:
+        print(f'dinokit ask {out} PHOTO.jpg "describe the picture"')
+    return {"out": out, "model": model, "last": records[-1] if records else {}}
+
+
+def talks_of(cfg: Config, stage: Stage) -> "TalkSource":
+    """The talks of a stage: those of the recipe, with the stage's own keys."""
+    section = merge_settings(cfg.data or {}, stage.data)
+    name = section.pop("name", "")
+    source: TalkSource = registry.build("data.talks", {"name": name, **_checked(name, section)})
+    return source
+
+
+def _checked(name: str, section: dict[str, Any]) -> dict[str, Any]:
+    return section_values("data.talks", name, section, "data")
+
+
+def check(command: Command) -> Config:
+    """The checked settings.
+
+    Raises:
+        ValueError, LookupError: for an unknown recipe or key, a wrong value, or neither weights nor backbone.
+    """
+    cfg: Config = check_recipe(command, "instruct", "language", "recipe", Config)
+    if cfg.data is None:
+        have = ", ".join(registry.names("data.talks"))
+        raise ValueError(f"data.name must be given, talks about images; there is: {have}.")
+    for stage in stages_of(cfg).values():
+        merged = merge_settings(cfg.data, stage.data)
+        _checked(merged.pop("name"), merged)
+    return cfg
+
+
+def describe(words: Sequence[str]) -> str:
+    recipes = f"recipes: {', '.join(registry.recipe_names('instruct'))}"
+    stage = [line.replace("    ", "    stages.NAME.", 1) for line in config_lines(Stage)]
+    return "\n".join([recipes, "keys:", *config_lines(Config), *stage])

@@ -1,0 +1,53 @@
+"""What every training by transformers' Trainer needs: one device a process, and parts that stay frozen."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dinokit.language import needed
+from dinokit.runtime.device import pick_device
+from dinokit.runtime.distributed import torchrun_variables, world_size
+
+
+def training_arguments(device: str, **keys: Any) -> Any:
+    """TrainingArguments for this process.
+
+    Args:
+        device: as run.device.
+        keys: of TrainingArguments.
+
+    Raises:
+        ValueError: if `device` is a GPU that the Trainer would not take.
+        RuntimeError: if the Trainer does not find the processes that work together.
+    """
+    transformers, chosen = needed("transformers"), pick_device(device)
+    needed("accelerate")
+    if chosen.type == "cuda" and chosen.index and world_size() == 1:
+        raise ValueError(
+            f"run.device={device}: transformers' Trainer takes the first GPU that it sees. Set the "
+            f"environment variable CUDA_VISIBLE_DEVICES={chosen.index} and run.device=cuda."
+        )
+    with torchrun_variables():
+        args = transformers.TrainingArguments(
+            use_cpu=chosen.type == "cpu", dataloader_pin_memory=chosen.type == "cuda", **keys
+        )
+        args._n_gpu = min(args.n_gpu, 1)  # several would multiply the batch
+    if args.world_size != world_size():
+        raise RuntimeError(
+            f"transformers' Trainer sees {args.world_size} processes, and {world_size()} work together."
+        )
+    return args
+
+
+def stay_frozen(module: nn.Module) -> None:
+    """Keep a module without gradients and in eval mode, also when train() of a module around it is called."""
+    module.requires_grad_(False)
+    module.eval()
+    module.train = lambda mode=True: module  # type: ignore[method-assign]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint: Trainer writes the state of its loop last."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)

@@ -1,0 +1,5 @@
+"""Segmentation by prompts, on frozen features of any backbone: training (dinokit train-head) and prediction.
+
+Reading order: prompts.py (frames and prompts), promptable.py (the network), rounds.py (what it
+learns in a step), training.py (the loop), predictor.py (its use).
+"""

@@ -1,0 +1,315 @@
+"""Masks of objects in one image, from prompts: `Predictor`, and masks of everything in it.
+
+    predictor = Predictor.load(weights="runs/demo", head="runs/head")
+    predictor.set_image("photo.jpg")
+    answer = predictor.predict(points=[(120, 80)])
+    answer = predictor.refine([(40, 60)], signs=[0])  # the same object without what is there
+
+All numbers that go in and all masks that come out are in pixels of the image as decoded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from dinokit.data.decode import as_image
+from dinokit.data.objects.rle import Rle, encode
+from dinokit.models import Backbone
+from dinokit.segment.encoder import Encoder
+from dinokit.segment.promptable import Answer, Embedded, PromptableHead
+from dinokit.segment.prompts import UP, Frame, Prompt, boxes_of, empty_prompt
+from dinokit.segment.released import Sam
+from dinokit.segment.saved import load_both
+
+AT_ONCE = 64  # prompts that the decoder sees at a time
+
+Points = Sequence[Sequence[float]] | np.ndarray
+
+
+@dataclass
+class Masks:
+    """The answer to a prompt: one mask, or several with the likeliest first."""
+
+    masks: np.ndarray  # (A, H, W) bool
+    quality: np.ndarray  # (A,): the IoU that the head expects of each
+    logits: Tensor  # (A, g, g) on the canvas, to be given back as `mask`
+
+
+@dataclass
+class Found:
+    """One object that everything() found."""
+
+    mask: np.ndarray  # (H, W) bool
+    rle: Rle
+    box: tuple[int, int, int, int]  # edges x0, y0, x1, y1
+    quality: float
+    stability: float  # IoU of the mask at a threshold above and at one below
+    point: tuple[float, float]  # the prompt
+
+
+class Predictor:
+    """A backbone and a promptable head, or SAM, with one image at a time.
+
+    Args:
+        head: in eval mode.
+        encoder: of the images, with the backbone.
+    """
+
+    def __init__(self, head: PromptableHead | Sam, encoder: Encoder | Sam) -> None:
+        self.head, self.encoder = head, encoder
+        self._image: tuple[Embedded, Frame] | None = None
+        self._prompt: Prompt | None = None
+        self._last: Tensor | None = None
+
+    @classmethod
+    def load(cls, weights: str | Path | Backbone, head: str | Path = "", device: str = "auto") -> Self:
+        """Load a backbone and the head that was trained on it, or a released SAM.
+
+        Args:
+            weights: whatever load_backbone() reads, or a backbone; without a head, a folder with a SAM as
+                transformers writes it.
+            head: a file of dinokit train-head, or its run's folder.
+            device: as run.device.
+
+        Raises:
+            ValueError, LookupError: if there are no such files, or the head is of other weights.
+        """
+        if not head and not isinstance(weights, Backbone):
+            sam = Sam(weights, device)
+            return cls(sam, sam)
+        module, encoder = load_both(weights, head, device, "promptable")
+        return cls(cast(PromptableHead, module), encoder)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image.
+
+        Raises:
+            ValueError: if there is none yet.
+        """
+        _, frame = self._embedded()
+        return frame.height, frame.width
+
+    @torch.no_grad()
+    def set_image(self, image: Any) -> None:
+        """Take an image: a path, bytes of a file, a Pillow image, an array (H, W, C) or a tensor (C, H, W).
+
+        Raises:
+            OSError, ValueError: if it cannot be read.
+        """
+        features, pixels, frame = self.encoder.encode(as_image(image, self.encoder.channels))
+        self._image = self.head.embed(features[None], pixels), frame
+        self._prompt = self._last = None
+
+    def predict(
+        self,
+        points: Points = (),
+        signs: Sequence[int] | np.ndarray = (),
+        box: Sequence[float] | np.ndarray | None = None,
+        mask: Tensor | np.ndarray | None = None,
+        several: bool = False,
+    ) -> Masks:
+        """The mask of one object.
+
+        Args:
+            points: (x, y) each, in pixels; several points are one object.
+            signs: 1 on the object, 0 beside it; empty: all are on it.
+            box: x0, y0, x1, y1 around it, edges.
+            mask: of the object so far: logits of an earlier answer (1, g, g), or (H, W) bool.
+            several: three masks, the likeliest first; for a prompt that fits more than one object.
+
+        Raises:
+            ValueError: if there is no image, no prompt, or one outside the image; it says which.
+        """
+        embedded, frame = self._embedded()
+        prompt = self._as_prompt(points, signs, box, mask, frame)
+        return self._answer(embedded, frame, prompt, several)
+
+    def refine(self, points: Points, signs: Sequence[int] | np.ndarray = (), several: bool = False) -> Masks:
+        """The last mask, of several the first, corrected by further points; as predict().
+
+        Raises:
+            ValueError: if nothing was predicted yet, or a point is outside the image.
+        """
+        embedded, frame = self._embedded()
+        if self._prompt is None or self._last is None:
+            raise ValueError("There is no mask to refine yet: call predict() first.")
+        if not len(points):
+            raise ValueError("refine() needs at least one point.")
+        new, before = self._as_prompt(points, signs, None, self._last, frame), self._prompt
+        prompt = replace(
+            new,
+            points=torch.cat([before.points, new.points], dim=1),
+            signs=torch.cat([before.signs, new.signs], dim=1),
+            boxes=before.boxes,
+        )
+        return self._answer(embedded, frame, prompt, several)
+
+    def _embedded(self) -> tuple[Embedded, Frame]:
+        if self._image is None:
+            raise ValueError("There is no image yet: call set_image() first.")
+        return self._image
+
+    def _as_prompt(
+        self,
+        points: Points,
+        signs: Sequence[int] | np.ndarray,
+        box: Sequence[float] | np.ndarray | None,
+        mask: Tensor | np.ndarray | None,
+        frame: Frame,
+    ) -> Prompt:
+        """Check what the user gives, and put it on the canvas."""
+        size, device = (frame.height, frame.width), self.encoder.device
+        places = [[float(number) for number in point] for point in points]
+        given = [float(sign) for sign in signs] or [1.0] * len(places)
+        if not places and box is None and mask is None:
+            raise ValueError("Give a prompt: points, a box or a mask.")
+        check_points(places, size)
+        if len(given) != len(places) or set(given) - {0, 1}:
+            raise ValueError(
+                f"signs={list(signs)}: give one for each of the {len(places)} points, 1 on the object or 0 "
+                f"beside it."
+            )
+        if places and not any(given) and box is None and mask is None:
+            raise ValueError("All points have sign 0: give one on the object, a box or a mask as well.")
+        prompt = empty_prompt(torch.zeros(1, dtype=torch.int64, device=device))
+        prompt.points = frame.points_to_canvas(torch.tensor(places).view(-1, 2))[None].to(device)
+        prompt.signs = torch.tensor([given], device=device).long()
+        if box is not None:
+            edges = [float(edge) for edge in box]
+            check_box(edges, size)
+            prompt.boxes = frame.boxes_to_canvas(torch.tensor([edges])).to(device)
+        if mask is not None:
+            prompt.masks = self._mask_prompt(mask, frame).to(device)
+        return prompt
+
+    def _mask_prompt(self, mask: Tensor | np.ndarray, frame: Frame) -> Tensor:
+        """Logits of an earlier answer, or a mask of the image, on the decoder's grid: (1, 1, g, g)."""
+        embedded, _ = self._embedded()
+        grid = tuple(UP * n for n in embedded.cells.shape[2:])
+        x = torch.as_tensor(mask)
+        if x.dtype == torch.bool:
+            if tuple(x.shape) != (frame.height, frame.width):
+                raise ValueError(
+                    f"The mask has {_pixels(x)} pixels, the image {frame.width} x {frame.height}: they must "
+                    f"be of one size."
+                )
+            on_canvas = frame.mask_to_canvas(x)[None, None].float()
+            # Logits of a sure answer; a learnt mask has values of this size.
+            return 16 * torch.nn.functional.interpolate(on_canvas, grid, mode="area") - 8
+        if x.ndim != 3 or len(x) != 1 or tuple(x.shape[1:]) != grid:
+            raise ValueError(
+                f"mask: give the `logits` of an answer with one mask, (1, {grid[0]}, {grid[1]}), or a mask "
+                f"of booleans of the image's size; this has the shape {tuple(x.shape)} and type {x.dtype}."
+            )
+        return x[None].float()
+
+    @torch.no_grad()
+    def _answer(self, embedded: Embedded, frame: Frame, prompt: Prompt, several: bool) -> Masks:
+        answer = self.head(embedded, prompt)
+        rows = torch.zeros(1, dtype=torch.int64, device=self.encoder.device)
+        if several and answer.logits.shape[1] > 1:
+            rows = 1 + answer.quality[0, 1:].argsort(descending=True)
+        logits = answer.logits[0, rows]
+        self._prompt, self._last = prompt, logits[:1]
+        masks = (frame.from_canvas(logits) > 0).cpu().numpy()
+        return Masks(masks, answer.quality[0, rows].cpu().numpy(), logits)
+
+    @torch.no_grad()
+    def everything(
+        self, side: int = 16, quality: float = 0.5, stability: float = 0.6, overlap: float = 0.7,
+        min_area: int = 16,
+    ) -> list[Found]:  # fmt: skip
+        """Masks of all objects, by a grid of points (SAM, arXiv 2304.02643, appendix B); the best first.
+
+        Args:
+            side: points across and down the long side of the image.
+            quality: masks that the head expects a lower IoU of are left out.
+            stability: likewise, of the IoU of the mask at logit 1 and at logit -1.
+            overlap: of two masks whose boxes have a larger IoU the better one stays.
+            min_area: pixels; smaller masks are left out.
+
+        Raises:
+            ValueError: if there is no image.
+        """
+        embedded, frame = self._embedded()
+        points = _grid(frame, side)
+        prompt = empty_prompt(torch.zeros(len(points), dtype=torch.int64, device=self.encoder.device))
+        on_canvas = frame.points_to_canvas(points).to(self.encoder.device)
+        prompt = prompt.with_points(on_canvas, torch.ones(len(points), dtype=torch.int64))
+        found: list[Found] = []
+        for start in range(0, len(points), AT_ONCE):
+            answer: Answer = self.head(embedded, prompt.rows(slice(start, start + AT_ONCE)))
+            logits, expected = answer.logits[:, 0], answer.quality[:, 0]
+            steady = _stability(logits)
+            for row in ((expected >= quality) & (steady >= stability)).nonzero().flatten().tolist():
+                mask = frame.from_canvas(logits[row : row + 1]).cpu()[0] > 0
+                if mask.sum() < min_area:
+                    continue
+                x0, y0, x1, y1 = boxes_of(mask[None])[0].int().tolist()
+                x, y = points[start + row].tolist()
+                scores = float(expected[row]), float(steady[row])
+                found.append(Found(mask.numpy(), encode(mask.numpy()), (x0, y0, x1, y1), *scores, (x, y)))
+        if not found:
+            return []
+        boxes, best = torch.tensor([f.box for f in found]).float(), torch.tensor([f.quality for f in found])
+        return [found[i] for i in nms(boxes, best, overlap).tolist()]
+
+
+def check_points(points: Sequence[Sequence[float]], size: tuple[int, int]) -> None:
+    """Refuse what is no point, or is outside an image of `size` (height, width).
+
+    Raises:
+        ValueError: it names the first one, and the size.
+    """
+    height, width = size
+    for point in points:
+        if len(point) != 2:
+            raise ValueError(f"points: {list(point)} is none; each point is two numbers, x and y.")
+        x, y = point
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(
+                f"The point ({x:g}, {y:g}) is outside the image, which is {width} pixels wide and {height} "
+                f"high: x goes from 0 to {width - 1}, y from 0 to {height - 1}."
+            )
+
+
+def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
+    """Refuse a box that is none, or that leaves an image of `size` (height, width).
+
+    Raises:
+        ValueError: it says what a box is.
+    """
+    height, width = size
+    if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(
+            f"box={list(box)}: it is four numbers x0, y0, x1, y1, the left and upper edge before the others."
+        )
+    if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
+        raise ValueError(f"box={list(box)} leaves the image, which is {width} pixels wide and {height} high.")
+
+
+def _grid(frame: Frame, side: int) -> Tensor:
+    """Points (n, 2) at equal distances, `side` of them along the long side."""
+    step = max(frame.height, frame.width) / side
+    x, y = (
+        (torch.arange(max(1, round(n / step))) + 0.5) * n / max(1, round(n / step)) - 0.5
+        for n in (frame.width, frame.height)
+    )
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2).clamp(min=0)
+
+
+def _stability(logits: Tensor, offset: float = 1.0) -> Tensor:
+    """The IoU of each mask (M, g, g) at `offset` above 0 and below it; 0 for one that is empty at both."""
+    high, low = ((logits > threshold).flatten(1).sum(dim=1) for threshold in (offset, -offset))
+    return high / low.clamp(min=1)
+
+
+def _pixels(mask: Tensor) -> str:
+    return " x ".join(str(n) for n in reversed(mask.shape))

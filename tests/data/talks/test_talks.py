@@ -1,0 +1,105 @@
+"""Talks: what the built-in ones ask, and files of LLaVA's layout with what can be wrong in them."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinokit.data.scenes.sentences import FAMILIES
+from dinokit.data.talks import MARK, Turn, captioned, llava
+
+HUMAN, GPT = {"from": "human", "value": f"{MARK}\nwhat is it?"}, {"from": "gpt", "value": "A cat."}
+
+
+def test_families_come_by_turns_and_a_talk_is_a_function_of_its_number():
+    source = captioned.build(captioned.Config(size=32))
+    talks = [source[number] for number in range(12)]
+    assert [talk.family for talk in talks] == list(FAMILIES) * 2
+    again = captioned.build(captioned.Config(size=32))
+    assert talks[7].turns == again[7].turns
+    assert np.array_equal(talks[7].images[0], again[7].images[0])
+    assert all(talk.turns[0].text.startswith(f"{MARK} ") and len(talk.images) == 1 for talk in talks)
+    other = captioned.build(captioned.Config(size=32, split="test"))
+    assert [other[number].turns for number in range(12)] != [talk.turns for talk in talks]
+
+
+def test_a_share_of_the_talks_are_descriptions():
+    source = captioned.build(captioned.Config(size=32, captions=0.3, things=(1, 2)))
+    counts = Counter(source[number].family == "caption" for number in range(600))
+    assert 130 < counts[True] < 230  # within five deviations of 180
+    with pytest.raises(ValueError, match="captions=2"):
+        captioned.Config(captions=2)
+    with pytest.raises(ValueError, match="families has 'size'; there is: colour"):
+        captioned.build(captioned.Config(families=("size",)))
+
+
+def test_half_of_the_counts_are_of_a_colour():
+    source = captioned.build(captioned.Config(size=32, families=("count",)))
+    counts = Counter("many things" in source[number].turns[0].text for number in range(300))
+    assert 107 < counts[True] < 193  # within five deviations of 150
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes records, and opens the file."""
+    Image.new("RGB", (8, 6), (10, 20, 30)).save(tmp_path / "a.png")
+
+    def write(*records, lines=False, **keys):
+        path = tmp_path / ("t.jsonl" if lines else "t.json")
+        text = "\n".join(map(json.dumps, records)) if lines else json.dumps(list(records))
+        path.write_text(text)
+        return llava.build(llava.Config(path=str(path), **keys))
+
+    return write
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_records_are_read_with_their_images(written, lines):
+    source = written(
+        {"id": 7, "image": "a.png", "conversations": [HUMAN, GPT], "model": ""},
+        {"conversations": [{"from": "user", "value": "why?"}, {"from": "assistant", "value": "So."}]},
+        lines=lines,
+    )
+    assert len(source) == 2
+    assert source[0].turns == (Turn("user", f"{MARK}\nwhat is it?"), Turn("assistant", "A cat."))
+    assert np.asarray(source[0].images[0]).shape == (6, 8, 3)
+    assert source[1].images == ()
+
+
+def test_marks_are_moved_and_added_where_it_is_asked_for(written):
+    behind = {"from": "human", "value": f"what is it? {MARK}"}
+    record = {"image": "a.png", "conversations": [behind, GPT]}
+    assert written(record, front=True)[0].turns[0].text == f"{MARK}\nwhat is it?"
+    bare = {"image": "a.png", "conversations": [{"from": "human", "value": "what?"}, GPT]}
+    assert written(bare, marks="prepend")[0].turns[0].text == f"{MARK}\nwhat?"
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"image": "a.png", "conversations": [GPT, HUMAN]}, "its turns are assistant, user"),
+        ({"image": "a.png", "conversations": [HUMAN]}, "end with assistant"),
+        ({"image": ["a.png", "a.png"], "conversations": [HUMAN, GPT]}, "1 times <image> for 2 images"),
+        ({"conversations": [HUMAN, GPT]}, "1 times <image> for 0 images"),
+        ({"image": "a.png", "conversations": [{"from": "human", "value": "?"}, GPT]}, "set marks=prepend"),
+        ({"image": "no.png", "conversations": [HUMAN, GPT]}, "record 2 .id 9.: there is no image"),
+        ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": " "}]}, "has no text"),
+        ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": MARK}]}, "belongs in a user's"),
+        ({"image": "a.png", "conversations": [HUMAN, {"from": "cat", "value": "b"}]}, "a turn is no"),
+        ({"video": "a.mp4", "conversations": [HUMAN, GPT]}, "has a video"),
+        ({"image": "a.png"}, "has no list `conversations`"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_named_when_it_is_opened(written, record, text):
+    good = {"image": "a.png", "conversations": [HUMAN, GPT]}
+    with pytest.raises(ValueError, match=text) as error:
+        written(good, {"id": 9, **record})
+    assert "record 2" in str(error.value)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "t.json").write_text("3")
+    with pytest.raises(ValueError, match="is no JSON list of conversations"):
+        llava.build(llava.Config(path=str(tmp_path / "t.json")))

@@ -1,0 +1,1 @@
+"""A source of images in a package of its own, as a user may have."""
