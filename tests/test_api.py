@@ -55,15 +55,16 @@ def files(folder: Path) -> list[str]:
     return sorted(map(str, folder.rglob("*.png")))
 
 
-def test_importing_dinokit_is_quick_and_loads_nothing_heavy():
+def test_importing_dinokit_imports_next_to_nothing():
+    """What keeps it under 20 milliseconds; time itself would depend on the machine."""
     code = (
-        "import sys, time; begin = time.perf_counter(); import dinokit; took = time.perf_counter() - begin;"
-        "assert not {'torch', 'numpy', 'PIL', 'omegaconf'} & set(sys.modules), 'heavy'; print(took);"
+        "import sys; before = set(sys.modules); import dinokit; new = set(sys.modules) - before;"
+        "assert {m.partition('.')[0] for m in new} <= {'dinokit', 'typing', '_typing', 'collections'}, new;"
+        "assert {m for m in new if m.startswith('dinokit')} == {'dinokit'}, new;"
         "assert set(dinokit.__all__) <= set(dir(dinokit))"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(3)]
-    assert not runs[0].returncode, runs[0].stderr
-    assert min(float(run.stdout) for run in runs) < 0.02
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not run.returncode, run.stderr
 
 
 def test_the_documentation_names_what_there_is():

@@ -65,7 +65,7 @@ def test_many_processes_add_at_once_and_no_line_is_lost(tmp_path):
         "for i in range(50): results.append(sys.argv[1], {'eval': 'x', 'weights': 'w', 'about': {}, 'n': i})"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
-    assert [run.wait(timeout=60) for run in runs] == [0, 0, 0]
+    assert [run.wait(timeout=300) for run in runs] == [0, 0, 0]
     lines, broken = results.read([tmp_path])
     assert (len(lines), broken) == (150, [])
 

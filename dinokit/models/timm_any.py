@@ -41,7 +41,8 @@ class TimmAny(Backbone):
     class: the first prefix token; the other prefix tokens are the registers
     pooled: the model has no class token (SigLIP) and pools its patches by attention
     mean: it has neither (AIMv2); the mean of its patches
-    head: it gives maps (ConvNeXt), and this is what its classifier reads: the pooled map after its norms
+    head: it gives maps (ConvNeXt) or rows of patches alone (mixers), and this is what its classifier reads:
+        their mean after its norms
 
     Args:
         cfg: the settings.
@@ -117,16 +118,40 @@ class TimmAny(Backbone):
     def _last(self, x: Tensor) -> Tokens:
         rows = self._run(self.net.forward_features, x)
         if not self.reads_tokens:
-            last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
-            maps = rows.permute(0, 3, 1, 2) if last else rows
-            patches = maps.flatten(2).transpose(1, 2)
-            return Tokens(self.net.forward_head(rows, pre_logits=True).flatten(1), patches[:, :0], patches)
+            return self._pooled(rows, (x.shape[2] // self.patch, x.shape[3] // self.patch))
         patches, prefix = rows[:, self.prefix :], rows[:, : self.prefix]
         if self.cls_kind == "class":
             return Tokens(prefix[:, 0], prefix[:, 1:], patches)
         pooled = self.cls_kind == "pooled"
         cls = self.net.forward_head(rows, pre_logits=True) if pooled else patches.mean(dim=1)
         return Tokens(cls, prefix, patches)
+
+    def _pooled(self, rows: Any, grid: tuple[int, int]) -> Tokens:
+        """Of a model without prefix tokens: a map (b, D, h, w), or a row for each place (b, h w, D).
+
+        The class token is the mean of the patches where the model's own pooling changes their width, as in
+        MobileNets, whose last convolution comes after it.
+
+        Raises:
+            ValueError: for another shape, such as rows with a class token that timm does not tell apart.
+        """
+        if isinstance(rows, Tensor) and rows.ndim == 4:
+            last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+            patches = (rows.permute(0, 3, 1, 2) if last else rows).flatten(2).transpose(1, 2)
+        else:
+            patches = rows
+        places = grid[0] * grid[1]
+        shape = tuple(getattr(patches, "shape", ()))
+        if shape[1:] != (places, self.width):
+            raise ValueError(
+                f"{self.model} has features of shape {shape}, where {places} places of {self.width} numbers "
+                f"are expected: dinokit cannot tell what its class token and its patches are. Take another "
+                f"model of timm."
+            )
+        cls = self.net.forward_head(rows, pre_logits=True).flatten(1)
+        if cls.shape[1] != self.width:
+            cls = patches.mean(dim=1)
+        return Tokens(cls, patches[:, :0], patches)
 
     def _tokens_of_map(self, found: Any, grid: tuple[int, int]) -> Tokens:
         """Of a map (b, D, h, w), or of a map and prefix tokens (b, P, D)."""

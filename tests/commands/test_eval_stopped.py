@@ -188,7 +188,7 @@ def started(words, ranks=1):
 def ended(processes):
     """Status, standard output and standard error of each."""
     try:
-        outputs = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()

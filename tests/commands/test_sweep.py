@@ -257,7 +257,7 @@ def test_an_interrupted_sweep_saves_and_resumes(sweep, tmp_path):
         time.sleep(0.01)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "the same command resumes" in err
     assert "stopped after step" in (run / "run.log").read_text()

@@ -57,7 +57,7 @@ def test_ctrl_c_is_answered_by_one_process_only(tmp_path: Path) -> None:
     )
     process = start(tmp_path, rest)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process at once
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=300)
     assert out.splitlines()[-1] == "stopped"
     assert "Traceback" not in err
     assert process.returncode == 0
@@ -79,7 +79,7 @@ def test_ctrl_c_while_a_batch_is_received_leaves_the_workers_silent(tmp_path: Pa
         "    time.sleep(0.5)\n"
         "    print('stopped')\n"
     )
-    out, err = start(tmp_path, rest).communicate(timeout=20)
+    out, err = start(tmp_path, rest).communicate(timeout=300)
     assert out.splitlines()[-1] == "stopped"
     assert err == ""
 
@@ -97,7 +97,7 @@ def test_a_schedulers_warning_leaves_time_for_more_steps_and_an_end_in_order(tmp
     )
     process = start(tmp_path, rest)
     os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=300)
     assert out.splitlines()[-1] == "22"
     assert "Traceback" not in err
     assert process.returncode == 0

@@ -27,6 +27,6 @@ def test_the_notebooks_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # for %%bash
     for path in NOTEBOOKS:  # the first trains the run that the others use
         book = nbformat.read(path, as_version=4)
-        NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        NotebookClient(book, timeout=1_800, resources={"metadata": {"path": str(tmp_path)}}).execute()
         pictures = [o for c in book.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
         assert len(pictures) == {"1": 3, "2": 1, "5": 1}.get(path.name[0], 0), path.name

@@ -279,7 +279,7 @@ def test_two_processes_find_what_one_finds(colours, tmp_path):
         str(tmp_path / "meet"),
     ]
     runs = [subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (-1, 0, 1)]
-    alone, *both = (json.loads(run.communicate(timeout=120)[0]) for run in runs)
+    alone, *both = (json.loads(run.communicate(timeout=300)[0]) for run in runs)
     for one in both:
         assert one.keys() == alone.keys()
         for name, scores in alone.items():

@@ -256,7 +256,7 @@ def test_two_processes_get_the_features_of_one(tmp_path):
         str(tmp_path / "meet"),
     ]
     runs = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    results = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
+    results = [json.loads(run.communicate(timeout=300)[0]) for run in runs]
     torch.manual_seed(0)
     single = extract(Linear(), Squares(n=9, lost=(3, 4)), 8, 8)
     for x, y, unreadable in results:

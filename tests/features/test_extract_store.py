@@ -49,7 +49,7 @@ def start(*arguments: str, before: str = "", **environment: str) -> subprocess.P
 
 
 def wait_for(process: subprocess.Popen, path: Path) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
         if path.exists():
             return
@@ -96,7 +96,7 @@ def test_ctrl_c_stops_at_once_and_complete_shards_stay(whole, vit_file, tmp_path
     process = start(*words(vit_file, folder, out), before=SLOWLY)
     wait_for(process, out / "images" / "00001.npy")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in err
     written = contents(out)
@@ -144,11 +144,11 @@ def test_processes_of_a_launcher_share_the_shards(whole, vit_file, tmp_path):
     out = tmp_path / "launched"
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     second = start(*words(vit_file, folder, out), RANK="1", LOCAL_RANK="1", **place)
-    _, err = second.communicate(timeout=120)
+    _, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     assert {int(path.stem) % 2 for path in (out / "cls").iterdir()} == {1}
     first = start(*words(vit_file, folder, out), RANK="0", LOCAL_RANK="0", **place)
-    _, err = first.communicate(timeout=120)
+    _, err = first.communicate(timeout=300)
     assert first.returncode == 0, err
     assert contents(out) == want
 

@@ -42,7 +42,7 @@ def terminated(process):
 def interrupted(process):
     os.killpg(process.pid, signal.SIGINT)
     os.killpg(process.pid, signal.SIGCONT)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while "press Ctrl-C again" not in process.log.read_text() and time.monotonic() < end:
         time.sleep(0.01)
     with contextlib.suppress(ProcessLookupError):  # it may have ended

@@ -140,7 +140,7 @@ def test_two_processes_with_half_of_the_rows_have_the_loss_and_gradients_of_one(
     processes = [context.Process(target=half, args=(rank, port, kind, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    loss, grads = queue.get(timeout=60)
+    loss, grads = queue.get(timeout=300)
     for process in processes:
         process.join(60)
         assert process.exitcode == 0

@@ -141,3 +141,28 @@ def test_names_are_checked_and_quick_gelu_is_warned_of():
         build("vit_base_patch32_clip_224.nobody")
     with pytest.warns(UserWarning, match=r"model=vit_base_patch32_clip_quickgelu_224\.openai"):
         build("vit_base_patch32_clip_224.openai")
+
+
+@torch.no_grad()
+def test_a_mixer_has_a_row_for_each_place(generator):
+    ours = build("mixer_s32_224")
+    x = torch.randn(2, 3, 224, 224, generator=generator)
+    (got,) = ours([x], [None])
+    rows = ours.net.forward_features(x)
+    torch.testing.assert_close(got.patches, rows)
+    torch.testing.assert_close(got.cls, rows.mean(dim=1))
+    torch.testing.assert_close(ours.layers(x, [len(ours.blocks) - 1])[0].patches, rows)
+
+
+@torch.no_grad()
+def test_a_pool_that_widens_is_replaced_by_the_mean(generator):
+    ours = build("mobilenetv3_small_050")
+    (got,) = ours([torch.randn(1, 3, 64, 64, generator=generator)], [None])
+    assert got.patches.shape == (1, 4, ours.width)
+    torch.testing.assert_close(got.cls, got.patches.mean(dim=1))
+
+
+def test_rows_that_are_no_places_are_refused(generator):
+    ours = build("convit_tiny", args={"depth": 2, "local_up_to_layer": 1})
+    with pytest.raises(ValueError, match=r"197, 192.*196 places"):
+        ours([torch.randn(1, 3, 224, 224, generator=generator)], [None])

