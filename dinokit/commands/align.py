@@ -8,7 +8,6 @@ dinokit align align_captioned_cpu weights=runs/demo
 dinokit align align_coco weights=runs/photos data.path=IMAGES data.annotations=captions.json out=runs/aligned
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from dinokit.commands._frozen import check_recipe, read_recipe
 from dinokit.config import registry
 from dinokit.language.align_recipe import Config
 
-FACTS = "facts.json"  # in the run's folder: the backbone's fingerprint, the number and order of images
 MULTI_PROCESS = RESUMES = True
 SHORT = {
     "weights": "backbone.weights",
@@ -44,11 +42,12 @@ def run(command: Command) -> dict[str, Any]:
     weights = section.pop("weights", None)
     from dinokit.features import fingerprint
     from dinokit.language.align import train
+    from dinokit.language.trainer import check_began
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.distributed import launch
-    from dinokit.runtime.launch import check_consistency, process_group, run_lock
+    from dinokit.runtime.launch import check_consistency, digest, process_group, run_lock
     from dinokit.runtime.log import read_records
-    from dinokit.train.run_dir import image_facts, open_run
+    from dinokit.train.run_dir import TIMES, image_fingerprint, open_run
 
     device, out = pick_device(cfg.run.device), Path(cfg.run.out)
     assert cfg.data is not None
@@ -58,37 +57,18 @@ def run(command: Command) -> dict[str, Any]:
         if "channels" in settings:
             settings["channels"] = backbone.channels
         source = registry.build("data.captions", settings)
-        facts = {"fingerprint of the backbone": fingerprint(backbone), **image_facts(source)}
+        facts = {"fingerprint of the backbone": fingerprint(backbone), **image_fingerprint(source)}
+        facts["captions"] = digest([source.captions(index) for index in range(len(source))])
+        del facts[TIMES]  # copied images are the same images
         check_consistency(facts, out, "run.out")
         open_run(cfg, partial(read_recipe, room="language", module="align_recipe", config=Config), "align")
-        _remember(out / FACTS, facts, resumes=cfg.run.resume != "never")
+        check_began(out, facts, cfg.run.resume == "never")
         head = train(cfg, backbone, source, watchdog)
     records = [record for record in read_records(out) if "loss" in record]
     last: dict[str, Any] = records[-1] if records else {}
     if weights and launch().rank == 0:
         print(f"dinokit eval zeroshot weights={weights} align={out} test.path=LABELLED")
     return {"out": out, "head": head, "steps": cfg.optim.steps, "last": last}
-
-
-def _remember(file: Path, facts: dict[str, Any], resumes: bool) -> None:
-    """Write what a run begins with; all processes call it.
-
-    Raises:
-        ValueError: if the run that resumes began with another backbone or other images.
-    """
-    from dinokit.runtime.distributed import gather_objects, rank
-    from dinokit.runtime.files import read_regular, write_text
-
-    before = json.loads(read_regular(file)) if resumes and file.exists() else facts
-    changed = [name for name, value in facts.items() if before.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"The {changed[0]} was {before.get(changed[0])} when {file.parent} began, and now is "
-            f"{facts[changed[0]]}: a run resumes with what it began with. Choose another out."
-        )
-    gather_objects(None)  # all have read it
-    if rank() == 0:
-        write_text(file, json.dumps(facts))
 
 
 def check(command: Command) -> Config:

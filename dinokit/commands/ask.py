@@ -82,16 +82,15 @@ def _file(cfg: Config, model: str) -> dict[str, Any]:
     lines = enumerate(read_regular(file).decode("utf-8").splitlines(), 1)
     records = [_record(file, number, line, root) for number, line in lines if line.strip()]
     asker = Asker(open_model(model, pick_device(cfg.device)), cfg.most)
-    answers: list[str] = []
+    written: list[str] = []
     starts = range(0, len(records), cfg.batch)
     for first in watch(starts, len(starts), "batches of questions"):
-        talks = [_talk(record, root) for record in records[first : first + cfg.batch]]
-        answers += asker.answers(talks, cfg.batch)
-    written = [
-        {"question_id": r["question_id"], "prompt": r["text"], "text": answer, "model_id": Path(model).name}
-        for r, answer in zip(records, answers, strict=True)
-    ]
-    write_text(Path(cfg.out), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in written))
+        part = records[first : first + cfg.batch]
+        answers = asker.answers([_talk(record, root) for record in part], cfg.batch)
+        for record, answer in zip(part, answers, strict=True):
+            line = {"question_id": record["question_id"], "prompt": record["text"], "text": answer}
+            written.append(json.dumps({**line, "model_id": Path(model).name}, ensure_ascii=False) + "\n")
+        write_text(Path(cfg.out), "".join(written))  # what is answered stays after Ctrl-C
     print(cfg.out)
     return {"answers": len(written), "out": cfg.out}
 

@@ -33,10 +33,10 @@ from dinokit.language.model import (
 )
 from dinokit.language.recipe import Config, Stage, stages_of
 from dinokit.language.stages import Order, Shares, prepared, shares, steps_of
-from dinokit.language.trainer import last_checkpoint, stay_frozen, training_arguments
+from dinokit.language.trainer import check_began, last_checkpoint, stay_frozen, training_arguments
 from dinokit.models import Backbone
-from dinokit.runtime.distributed import gather_objects, rank, world_size
-from dinokit.runtime.files import remove, write_text
+from dinokit.runtime.distributed import rank, world_size
+from dinokit.runtime.files import remove
 from dinokit.runtime.launch import Watchdog
 from dinokit.runtime.log import RunLog
 from dinokit.runtime.signals import Stopped, StopSignal, stop_signals
@@ -44,7 +44,6 @@ from dinokit.runtime.signals import Stopped, StopSignal, stop_signals
 CONNECTORS = tuple(f"model.{name}" for name in CONNECTOR)  # names of its parameters begin with one
 TRAINED = "trained.safetensors"  # of a checkpoint: the parameters of the stage and no others
 FAR = 4  # times, between the sizes of image tokens and of rows of the embedding
-BACKBONE = "backbone.json"  # of the run: the fingerprint that it began with
 DONE = "stages"  # folder of the run with the models of the stages before the last
 
 
@@ -65,7 +64,12 @@ def train(cfg: Config, backbone: Backbone, talks: Mapping[str, TalkSource], watc
     out, stages = Path(cfg.run.out), stages_of(cfg)
     total = {name: steps_of(stage, len(talks[name])) for name, stage in stages.items()}
     facts = about(cfg, backbone)
-    _check_folder(cfg, out, facts)
+    began = {f"data of stage {name}": source.fingerprint() for name, source in talks.items()}
+    anew = cfg.run.resume == "never"
+    if anew and rank() == 0:
+        for path in (out / "model", out / DONE):
+            remove(path)
+    check_began(out, {"fingerprint of the backbone": facts["fingerprint"], **began}, anew)
     places = {name: _place(out, name, [*stages]) for name in stages}
     done = [name for name in stages if (places[name] / "config.json").is_file()]
     before = sum(total[name] for name in done)
@@ -94,29 +98,6 @@ def train(cfg: Config, backbone: Backbone, talks: Mapping[str, TalkSource], watc
             base += total[name]
         log.info(f"finished: {out / 'model'}")
     return out / "model"
-
-
-def _check_folder(cfg: Config, out: Path, facts: Mapping[str, Any]) -> None:
-    """Forget a run that begins anew, and refuse to go on with another backbone. All processes call it.
-
-    Raises:
-        ValueError: if the run in the folder began with another backbone.
-    """
-    saved = out / BACKBONE
-    if cfg.run.resume == "never" and rank() == 0:
-        for path in (saved, out / "model", out / DONE):
-            remove(path)
-    gather_objects(None)
-    own = {"fingerprint": facts["fingerprint"]}
-    began = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else own
-    gather_objects(None)  # all have read before it is written
-    if began != own:
-        raise ValueError(
-            f"run.out={out} has a run on another backbone than these weights are. Give that one, or choose "
-            f"another run.out."
-        )
-    if rank() == 0:
-        write_text(saved, json.dumps(own))
 
 
 def started_from(cfg: Config) -> dict[str, Any]:
@@ -195,6 +176,11 @@ class StageRun:
         if cfg.run.checkpointing:
             decoder = answerer.model.model.language_model
             decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if cut := collate.labels.cut:
+            self.log.info(
+                f"{cut} of the first {collate.labels.checked} talks are longer than length={cfg.length} "
+                f"tokens and lose their last turns"
+            )
         self.log.info(f"a talk, with what is learnt in brackets: {marked(answerer.tokenizer, order[0])}")
         trainer = make_trainer(self, answerer, chosen, order, collate, part, folder)
         last = last_checkpoint(folder)

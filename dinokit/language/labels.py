@@ -111,7 +111,7 @@ class Labels:
     ) -> None:
         self.tokenizer, self.stops, self.count, self.length = tokenizer, set(stops), count, length
         self.specials, self.ids = special_texts(tokenizer), special_ids(tokenizer)
-        self.checked = 0
+        self.checked = self.cut = 0  # talks whose ids were checked, and those of them that lost turns
         self.one_image = False  # whether every talk must have one image
 
     def __call__(self, talk: Talk) -> tuple[list[int], list[int]]:
@@ -121,7 +121,7 @@ class Labels:
             ValueError: if a text contains a symbol of the template, an answer has no end symbol, or not even
                 the first answer fits into `length`; it names the talk.
         """
-        turns = self.expanded(talk)
+        turns, cut = self.expanded(talk), False
         while True:
             shown = render(self.tokenizer, turns, talk.key)
             read = self.tokenizer(shown.text, add_special_tokens=False, return_offsets_mapping=True)
@@ -134,10 +134,10 @@ class Labels:
                     f"{talk.key}: {len(ids)} tokens to its first answer, more than length={self.length}. "
                     f"Raise length, or remove the talk."
                 )
-            turns = kept
+            turns, cut = kept, True
         labels = self._labels(talk.key, ids, read["offset_mapping"], shown)
         if self.checked < CHECKED:
-            self.checked += 1
+            self.checked, self.cut = self.checked + 1, self.cut + cut
             self._check(talk.key, ids, shown)
         return ids, labels
 

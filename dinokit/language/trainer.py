@@ -1,5 +1,7 @@
 """What every training by transformers' Trainer needs: one device a process, and parts that stay frozen."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,10 @@ from torch import nn
 
 from dinokit.language import needed
 from dinokit.runtime.device import pick_device
-from dinokit.runtime.distributed import torchrun_variables, world_size
+from dinokit.runtime.distributed import gather_objects, rank, torchrun_variables, world_size
+from dinokit.runtime.files import read_regular, write_text
+
+BEGAN = "facts.json"  # of a run: facts about its backbone and data
 
 
 def training_arguments(device: str, **keys: Any) -> Any:
@@ -45,6 +50,30 @@ def stay_frozen(module: nn.Module) -> None:
     module.requires_grad_(False)
     module.eval()
     module.train = lambda mode=True: module  # type: ignore[method-assign]
+
+
+def check_began(out: Path, facts: Mapping[str, Any], anew: bool) -> None:
+    """Record what a run begins with, and refuse to resume it with something else. All processes call it.
+
+    Args:
+        out: folder of the run.
+        facts: of the backbone and the data, by name.
+        anew: whether the run begins anew, and what is recorded is forgotten.
+
+    Raises:
+        ValueError: if a fact is another one than at the begin of the run; it names the fact.
+    """
+    file = out / BEGAN
+    before = json.loads(read_regular(file)) if file.exists() and not anew else facts
+    for name, value in facts.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"The {name} was {before.get(name)} when {out} began, and now is {value}: a run resumes with "
+                f"what it began with. Bring it back, choose another out, or begin anew with run.resume=never."
+            )
+    gather_objects(None)  # all have read it
+    if rank() == 0:
+        write_text(file, json.dumps(facts))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -195,6 +195,11 @@ def test_the_command_ask_answers_a_file_in_its_order(answering, tmp_path, monkey
     assert [line["question_id"] for line in lines] == [10, 11, 12]
     one = ask.run(command_of("ask", ["model", "1.png", "what colour is it", "most=3", "device=cpu"]))
     assert one["answer"] == lines[1]["text"]
+    records.append({"question_id": 13, "image": "1.png", "text": "what is zzz"})  # a word it does not know
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    with pytest.raises(ValueError, match=r"question 13: .* does not know 'zzz'"):
+        ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=c.jsonl", "batch=3", "most=3"]))
+    assert (tmp_path / "c.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()  # those before are kept
     (tmp_path / "q.jsonl").write_text(json.dumps(records[0]) + '\n{"image": "no.png", "text": "x"}\n')
     with pytest.raises(ValueError, match="line 2: there is no image"):
         ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=b.jsonl"]))

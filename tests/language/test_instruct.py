@@ -198,8 +198,9 @@ def test_a_run_goes_on_only_where_it_may(recipe, tmp_path) -> None:
     curve = trained(recipe, tmp_path / "run", *keys)
     assert trained(recipe, tmp_path / "run", *keys, "run.resume=must") == curve
     assert trained(recipe, tmp_path / "run", *keys, "run.resume=never") == curve
-    (tmp_path / "run" / "backbone.json").write_text('{"fingerprint": "other"}')
-    with pytest.raises(ValueError, match="another backbone than these weights"):
+    facts = tmp_path / "run" / "facts.json"
+    facts.write_text(facts.read_text().replace('"data of stage second": "', '"data of stage second": "0'))
+    with pytest.raises(ValueError, match=r"data of stage second was 0\w+ when .* began, and now is"):
         trained(recipe, tmp_path / "run", *keys)
 
 

@@ -93,7 +93,9 @@ def test_padding_stands_left_for_answers_and_right_for_training() -> None:
 def test_long_talks_lose_whole_turns_and_never_an_image(answering, words) -> None:
     made = answering.talk("what colour is the disc", "red", "how many things are there", "two")
     whole = labels_of(words)(made)[0]
-    ids, labels = labels_of(words, len(whole) - 1)(made)
+    short = labels_of(words, len(whole) - 1)
+    ids, labels = short(made)
+    assert (short.checked, short.cut) == (1, 1)
     assert whole[: len(ids)] == ids
     assert labels[-1] == words.tokenizer.eos_token_id
     two = answering.talk("what", "red", "and here", "two")

@@ -48,6 +48,10 @@ class TalkSource(Protocol):
         """
         ...
 
+    def fingerprint(self) -> str:
+        """A digest of all that is learnt from: a run resumes with the talks that it began with."""
+        ...
+
 
 def check_turns(key: str, turns: Sequence[Turn], images: int) -> None:
     """Refuse a talk that no model could learn from.

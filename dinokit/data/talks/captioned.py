@@ -4,7 +4,7 @@ Several questions about one picture would answer each other: after "where is the
 for the colour of the star. Families come by turns, and a share of the talks asks for a description instead.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from dinokit.config.registry import check_at_least
 from dinokit.data.scenes.captioned import Board, CaptionedWorld
 from dinokit.data.scenes.sentences import FAMILIES, ask, describe
 from dinokit.data.talks import MARK, Talk, Turn
+from dinokit.runtime.launch import digest
 
 REQUEST = "describe the picture"  # of a talk whose answer names all things
 ATTEMPTS = 1_000  # boards that are tried for a question of a family
@@ -55,6 +56,10 @@ class Captioned:
 
     def __len__(self) -> int:
         return self.cfg.count
+
+    def fingerprint(self) -> str:
+        """Of the settings, of which all talks are a function."""
+        return digest(asdict(self.cfg))
 
     def __getitem__(self, index: int) -> Talk:
         cfg = self.cfg

@@ -16,6 +16,7 @@ from dinokit.data.decode import decode
 from dinokit.data.files import check_below, existing
 from dinokit.data.talks import MARK, Talk, Turn, check_turns
 from dinokit.runtime.files import read_regular
+from dinokit.runtime.launch import digest
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -72,6 +73,12 @@ class Llava:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def fingerprint(self) -> str:
+        """Of the records, and of the sizes of their images."""
+        names = sorted({name for record in self.records for name in record.images})
+        sizes = [(self._root / name).stat().st_size for name in names]
+        return digest([self.records, names, sizes])
 
     def __getitem__(self, index: int) -> Talk:
         record = self.records[index]

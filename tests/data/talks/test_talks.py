@@ -68,6 +68,16 @@ def test_records_are_read_with_their_images(written, lines):
     assert source[1].images == ()
 
 
+def test_a_fingerprint_changes_with_a_text_and_with_an_image(written, tmp_path):
+    record = {"id": 7, "image": "a.png", "conversations": [HUMAN, GPT]}
+    first, again = written(record).fingerprint(), written(record).fingerprint()
+    assert first == again
+    assert written({**record, "conversations": [HUMAN, {**GPT, "value": "A dog."}]}).fingerprint() != first
+    image = next(tmp_path.rglob("a.png"))
+    image.write_bytes(image.read_bytes() + b"0")
+    assert written(record).fingerprint() != first
+
+
 def test_marks_are_moved_and_added_where_it_is_asked_for(written):
     behind = {"from": "human", "value": f"what is it? {MARK}"}
     record = {"image": "a.png", "conversations": [behind, GPT]}
