@@ -1,11 +1,13 @@
 """dinokit ask MODEL IMAGE... "QUESTION": what a model of dinokit instruct answers.
 
 MODEL is a run of dinokit instruct, or a folder that it or transformers wrote. The last word is the question;
-<image> in it says where an image stands, else all stand before it. questions=FILE out=FILE answers a JSONL
-file of LLaVA's evaluation, one {"question_id", "image", "text"} a line, in batches; paths begin in images=
-FOLDER or that of the file. Answers are {"question_id", "prompt", "text", "model_id"}, in the same order.
+<image> in it says where an image stands, else all stand before it. A video, or a folder of its frames, is
+shown as `frames` images; its place is <video>. questions=FILE out=FILE answers a JSONL file of LLaVA's
+evaluation, one {"question_id", "image" or "video", "text"} a line, in batches; paths begin in images=FOLDER
+or that of the file. Answers are {"question_id", "prompt", "text", "model_id"}, in the same order.
 
 dinokit ask runs/chat photo.jpg "what colour is the disc"
+dinokit ask runs/chat clip.mp4 "what moves" frames=8
 dinokit ask runs/chat questions=questions.jsonl images=PHOTOS out=answers.jsonl batch=32
 """
 
@@ -31,10 +33,11 @@ class Config:
     out: str = only_if("", questions=True)  # the .jsonl file of answers
     batch: int = only_if(16, questions=True)  # questions that are computed at a time
     most: int = 64  # tokens of an answer
+    frames: int = 8  # of a video that are shown, at even steps from its first to its last
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 
     def __post_init__(self) -> None:
-        check_at_least(self, batch=1, most=1)
+        check_at_least(self, batch=1, most=1, frames=1)
 
 
 def run(command: Command) -> dict[str, Any]:
@@ -57,14 +60,13 @@ def run(command: Command) -> dict[str, Any]:
 
 
 def _one(cfg: Config, model: str, images: "Sequence[str]", text: str) -> dict[str, Any]:
-    from dinokit.data.decode import as_image
-    from dinokit.language.answer import Asker, question
+    from dinokit.language.answer import Asker
     from dinokit.language.model import open_model
     from dinokit.runtime.device import pick_device
 
-    shown = [as_image(Path(path), 3) for path in images]
+    asked = _talk({"images": images, "text": text}, Path(), cfg.frames, "the question")
     asker = Asker(open_model(model, pick_device(cfg.device)), cfg.most)
-    (answer,) = asker.answers([question(shown, text)])
+    (answer,) = asker.answers([asked])
     print(answer)
     return {"answer": answer}
 
@@ -80,13 +82,14 @@ def _file(cfg: Config, model: str) -> dict[str, Any]:
     file = existing(cfg.questions)
     root = existing(cfg.images) if cfg.images else file.parent
     lines = enumerate(read_regular(file).decode("utf-8").splitlines(), 1)
-    records = [_record(file, number, line, root) for number, line in lines if line.strip()]
+    records = [_record(file, number, line, root, cfg.frames) for number, line in lines if line.strip()]
     asker = Asker(open_model(model, pick_device(cfg.device)), cfg.most)
     written: list[str] = []
     starts = range(0, len(records), cfg.batch)
     for first in watch(starts, len(starts), "batches of questions"):
         part = records[first : first + cfg.batch]
-        answers = asker.answers([_talk(record, root) for record in part], cfg.batch)
+        talks = [_talk(record, root, cfg.frames, f"question {record['question_id']}") for record in part]
+        answers = asker.answers(talks, cfg.batch)
         for record, answer in zip(part, answers, strict=True):
             line = {"question_id": record["question_id"], "prompt": record["text"], "text": answer}
             written.append(json.dumps({**line, "model_id": Path(model).name}, ensure_ascii=False) + "\n")
@@ -95,34 +98,52 @@ def _file(cfg: Config, model: str) -> dict[str, Any]:
     return {"answers": len(written), "out": cfg.out}
 
 
-def _record(file: Path, number: int, line: str, root: Path) -> dict[str, Any]:
+def _record(file: Path, number: int, line: str, root: Path, frames: int) -> dict[str, Any]:
+    from dinokit.data.clip_files import clip_at
     from dinokit.language.answer import question
 
     try:
         value = json.loads(line)
         record = {"question_id": value.get("question_id", number), "text": str(value["text"])}
-        given = value.get("image") or []
+        given = value.get("image") or value.get("video") or []
     except (ValueError, KeyError, AttributeError):
         raise ValueError(
             f"{file}, line {number}: it is no question. One is {{'question_id': 1, 'image': 'a.jpg', 'text': "
             f"'what is there ?'}}."
         ) from None
     names = [str(name) for name in (given if isinstance(given, list) else [given])]
-    missing = [name for name in names if not (root / name).is_file()]
+    missing = [name for name in names if not (root / name).is_file() and clip_at(root / name) is None]
     if missing:
         raise ValueError(
             f"{file}, line {number}: there is no image {root / missing[0]}. images= is their folder."
         )
-    question(names, record["text"], f"{file}, line {number}")  # checks the marks
+    shown = sum(frames if _is_clip(root / name) else 1 for name in names)
+    question([None] * shown, _marked(record["text"], frames), f"{file}, line {number}")  # checks the marks
     return {**record, "images": names}
 
 
-def _talk(record: dict[str, Any], root: Path) -> "Talk":
+def _talk(record: dict[str, Any], root: Path, frames: int, key: str) -> "Talk":
+    """The question with its images, and the frames of its videos as images."""
+    from dinokit.data.clip_files import clip_frames
     from dinokit.data.decode import as_image
     from dinokit.language.answer import question
 
-    images = [as_image(root / name, 3) for name in record["images"]]
-    return question(images, record["text"], f"question {record['question_id']}")
+    shown: list[Any] = []
+    for path in (root / name for name in record["images"]):
+        shown += clip_frames(path, frames) if _is_clip(path) else [as_image(path, 3)]
+    return question(shown, _marked(record["text"], frames), key)
+
+
+def _is_clip(path: Path) -> bool:
+    from dinokit.data.video import is_video
+
+    return path.is_dir() or is_video(path)
+
+
+def _marked(text: str, frames: int) -> str:
+    from dinokit.data.talks import MARK, VIDEO
+
+    return text.replace(VIDEO, MARK * frames)
 
 
 def describe(words: "Sequence[str]") -> str:

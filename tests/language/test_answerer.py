@@ -205,6 +205,27 @@ def test_the_command_ask_answers_a_file_in_its_order(answering, tmp_path, monkey
         ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=b.jsonl"]))
 
 
+def test_a_folder_of_frames_is_asked_about_as_the_images_that_it_shows(
+    answering, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(answering.answerer(answering.backbone()), tmp_path / "model", {})
+    (tmp_path / "clip").mkdir()
+    for number in range(5):
+        Image.fromarray(answering.picture(number)).save(f"clip/{number}.png")
+    keys = ["what colour is it", "most=3", "device=cpu"]
+    clip = ask.run(command_of("ask", ["model", "clip", *keys, "frames=3"]))
+    images = ask.run(command_of("ask", ["model", *(f"clip/{n}.png" for n in (0, 2, 4)), *keys]))
+    assert clip["answer"] == images["answer"]
+    record = {"question_id": 1, "video": "clip", "text": "<video> what colour is it"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(record))
+    ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=a.jsonl", "most=3", "frames=3"]))
+    assert json.loads((tmp_path / "a.jsonl").read_text())["text"]
+    (tmp_path / "q.jsonl").write_text(json.dumps({**record, "text": "<video> or <video>"}))
+    with pytest.raises(ValueError, match=r"line 1: 6 times <image> for 3 images"):
+        ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=b.jsonl", "frames=3"]))
+
+
 def test_a_tiny_language_model_needs_heads_that_divide_its_width(answering) -> None:
     with pytest.raises(ValueError, match=r"language.width=30 is no multiple of language.heads=4"):
         answering.answerer(answering.backbone(), Language(width=30, heads=4))

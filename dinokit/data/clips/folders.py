@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from dinokit.config.registry import check_at_least
+from dinokit.data.clip_files import clip_at
 from dinokit.data.clips import Clip, Clips, natural, split_of
-from dinokit.data.clips._files import clip_at
 from dinokit.data.decode import suffix
 from dinokit.data.files import report_left_out
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from dinokit.config.registry import suggest
+from dinokit.data.clip_files import VideoClip, clip_at
 from dinokit.data.clips import Clip, Clips, natural, split_of
-from dinokit.data.clips._files import VideoClip, clip_at
 
 SPLITS = ("train", "test")
 COLUMNS = ("path", "label", "start", "end", "split")

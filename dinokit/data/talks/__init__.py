@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from dinokit.data.decode import ImageLike
 
 MARK = "<image>"  # stands in the text of a user's turn where an image is
+VIDEO = "<video>"  # in files: where a video is, which becomes one mark for each frame that is shown
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,22 @@ def test_records_are_read_with_their_images(written, lines):
     assert source[1].images == ()
 
 
+def test_a_video_is_shown_as_frames_at_even_steps(written, tmp_path):
+    (tmp_path / "clip").mkdir()
+    for number in range(7):
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(tmp_path / f"clip/{number}.png")
+    for mark in ("<video>", MARK):
+        asked = {"from": "human", "value": f"{mark}\nwhat moves?"}
+        source = written({"video": "clip", "conversations": [asked, GPT]}, frames=3)
+        talk = source[0]
+        assert [int(frame[0, 0, 0]) for frame in talk.images] == [0, 3, 6]
+        assert talk.turns[0].text == f"{MARK * 3}\nwhat moves?"
+    with pytest.raises(ValueError, match=r"there is no video or folder of frames .*none"):
+        written({"video": "none", "conversations": [asked, GPT]})
+    with pytest.raises(ValueError, match="an image and a video"):
+        written({"video": "clip", "image": "a.png", "conversations": [asked, GPT]})
+
+
 def test_a_fingerprint_changes_with_a_text_and_with_an_image(written, tmp_path):
     record = {"id": 7, "image": "a.png", "conversations": [HUMAN, GPT]}
     first, again = written(record).fingerprint(), written(record).fingerprint()
@@ -98,7 +114,7 @@ def test_marks_are_moved_and_added_where_it_is_asked_for(written):
         ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": " "}]}, "has no text"),
         ({"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": MARK}]}, "belongs in a user's"),
         ({"image": "a.png", "conversations": [HUMAN, {"from": "cat", "value": "b"}]}, "a turn is no"),
-        ({"video": "a.mp4", "conversations": [HUMAN, GPT]}, "has a video"),
+        ({"video": "a.mp4", "conversations": [HUMAN, GPT]}, "there is no video"),
         ({"image": "a.png"}, "has no list `conversations`"),
     ],
 )

@@ -92,7 +92,7 @@ class FrameFolder:
         return image
 
 
-def clip_at(path: Path, label: int) -> Clip | None:
+def clip_at(path: Path, label: int = -1) -> Clip | None:
     """The clip at a path: a video file, or a folder with images; None if it is neither."""
     if path.is_file():
         return VideoClip(path, label) if is_video(path) else None
@@ -102,3 +102,16 @@ def clip_at(path: Path, label: int) -> Clip | None:
     return (
         FrameFolder(path, label, tuple(sorted(files, key=lambda file: natural(file.name)))) if files else None
     )
+
+
+def clip_frames(path: Path, count: int) -> list[np.ndarray]:
+    """`count` frames (H, W, 3) uint8, at even steps from the first to the last; a short clip repeats some.
+
+    Raises:
+        ValueError: if there is no video file and no folder of images at the path.
+        OSError, ValueError: if it cannot be read.
+    """
+    clip = clip_at(path)
+    if clip is None:
+        raise ValueError(f"{path} is no video and no folder of images.")
+    return list(clip.frames(np.linspace(0, len(clip) - 1, count).round().astype(int).tolist()))
