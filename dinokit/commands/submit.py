@@ -26,7 +26,8 @@ from typing import Any
 from dinokit import slurm
 from dinokit.commands import Command, config_lines, read_command
 from dinokit.config import registry
-from dinokit.config.load import Recipe, load_recipe, parse_overrides
+from dinokit.config.load import Recipe, load_recipe, parse_overrides, student_shares
+from dinokit.config.students import ranks_of
 from dinokit.slurm import dotted_names, is_dotted
 from dinokit.slurm.profile import Config, load_profile, profile_names
 
@@ -296,9 +297,15 @@ def _check(words: Sequence[str], profile: Config, tasks: int) -> set[str]:
         command = read_command(name, rest)
         modules = dotted_names(parse_overrides(command.settings)) | set(filter(is_dotted, command.words))
         if name == "train":
-            recipe = load_recipe(command.one_word("recipe", registry.recipe_names()), command.settings)
+            word = command.one_word("recipe", registry.recipe_names())
+            alone = any(text.startswith("student=") for text in command.settings)
+            share = {} if alone else student_shares(word, command.settings)
+            recipe = load_recipe(word, [*command.settings, *(f"student={key}" for key in list(share)[:1])])
             modules |= dotted_names(vars(recipe))
-            _check_batch(recipe, profile.nodes, tasks)
+            if share:
+                ranks_of(share, profile.nodes * tasks, recipe.optim.batch)
+            else:
+                _check_batch(recipe, profile.nodes, tasks)
         elif hasattr(module, "check"):
             module.check(command)
     except ValueError as error:

@@ -5,6 +5,9 @@ of steps are chosen for the images in data.path and for this machine, in as many
 (60 on a CPU, 120 on a GPU); each choice is printed with its reason, and what you give stays. The same command
 resumes an interrupted run.
 
+A recipe of several students trains all of them, each in its folder run.out/students/NAME, in as many
+processes as their shares say; with student=NAME it trains that one alone.
+
 With replay=STEP it trains nothing: it repeats that step of the run in run.out from the checkpoint before it,
 and says which images made its losses or gradients not finite.
 
@@ -27,12 +30,14 @@ from dinokit import evaluation
 from dinokit.commands import RECIPE_KEYS, Command, FailedError, key_lines
 from dinokit.commands._outcome import MEMORY, exit_status
 from dinokit.config import registry
-from dinokit.config.load import Recipe, load_recipe, read_mapping
+from dinokit.config.load import Recipe, load_recipe, read_mapping, student_shares
+from dinokit.config.students import ranks_of
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageSource
     from dinokit.models import Backbone
     from dinokit.runtime.trackers import Picture
+    from dinokit.train.students import Students
     from dinokit.train.trainer import Callback, Evaluator
 
 MULTI_PROCESS = RESUMES = True
@@ -44,15 +49,43 @@ words = registry.recipe_names
 def run(command: Command) -> dict[str, Any]:
     replays = [text for text in command.settings if text.startswith("replay=")]
     command.settings = [text for text in command.settings if text not in replays]
+    students = None if replays or "--dry-run" in command.flags else _students(command)
     recipe, seconds = recipe_and_speed(command)
     if replays:
         return _replay(recipe, replays[-1].partition("=")[2])
     if "--dry-run" in command.flags:
         return _dry_run(recipe)
-    source = pretrain(recipe, seconds=seconds)
-    write_report(recipe)
+    source = pretrain(recipe, seconds=seconds, students=students)
+    write_report(recipe, students.first if students else 0)
     show_next(recipe, bool(source.classes))
     return result_of(recipe)
+
+
+def _students(command: Command) -> "Students | None":
+    """The students of a recipe, if it has several; the settings then choose the one of this process.
+
+    Raises:
+        ValueError, LookupError: as load_recipe(), for every student; or if the shares do not fit.
+    """
+    from dinokit.runtime.distributed import launch
+
+    if not command.words or any(text.startswith("student=") for text in command.settings):
+        return None
+    word, ours = command.one_word("recipe", registry.recipe_names()), launch()
+    share = student_shares(word, [text for text in command.settings if not text.startswith("minutes=")])
+    if not share:
+        return None
+    every = [
+        load_recipe(word, [*command.settings, f"student={name}"], evaluation.architecture) for name in share
+    ]
+    ranks = ranks_of(share, ours.world, every[0].optim.batch)
+    name = next(name for name, numbers in ranks.items() if ours.rank in numbers)
+    command.settings = [*command.settings, f"student={name}"]
+    if ours.world == 1:
+        return None
+    from dinokit.train.students import Students
+
+    return Students(name, ranks)
 
 
 def _replay(recipe: Recipe, number: str) -> dict[str, Any]:
@@ -195,10 +228,12 @@ def pretrain(
     given: "ImageSource | None" = None,
     callbacks: "Sequence[Callback]" = (),
     seconds: float = 0.0,
+    students: "Students | None" = None,
 ) -> "ImageSource":
     """Train a recipe on its data, or on those given, with its evaluators, into run.out. Returns the data.
 
-    `seconds` of a step, if they were measured, become part of the plan in the run's folder.
+    `seconds` of a step, if they were measured, become part of the plan in the run's folder. `students` are
+    those of the job, if there are several; the recipe is that of this process's student.
     """
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.distributed import launch
@@ -209,13 +244,14 @@ def pretrain(
     source: ImageSource = registry.build("data.sources", recipe.data) if given is None else given
     draw, device = partial(_draw, recipe, source), pick_device(recipe.run.device)
     plan = None
-    if launch().rank == 0 and not last_good(Path(recipe.run.out) / "checkpoints"):
+    first = students.first if students else 0
+    if launch().rank == first and not last_good(Path(recipe.run.out) / "checkpoints"):
         resolved = with_precision(recipe, device)
         plan = fit.planned(resolved, device, seconds)
         for line in fit.warning(resolved, source, device):
             print(line, file=sys.stderr)
     try:
-        trainer.train(recipe, source, _evaluators(recipe, source), draw, callbacks, plan)
+        trainer.train(recipe, source, _evaluators(recipe, source), draw, callbacks, plan, students)
     except (RuntimeError, MemoryError) as error:
         if exit_status(error) != MEMORY:
             raise
@@ -229,15 +265,16 @@ def _draw(recipe: Recipe, source: "ImageSource", backbone: "Backbone") -> "dict[
     return viz.progress(recipe, source, backbone)
 
 
-def write_report(recipe: Recipe) -> None:
+def write_report(recipe: Recipe, first: int = 0) -> None:
     """Write the report of a finished run, unless run.report=false. A failure is printed, and is no error.
 
+    `first` is the process that does it.
     Nor is a stop signal: the run is complete, and a job that ended by it would be started again for nothing.
     """
     from dinokit.runtime.distributed import launch
     from dinokit.runtime.signals import STOP_SIGNALS
 
-    if not recipe.run.report or launch().rank:
+    if not recipe.run.report or launch().rank != first:
         return
     before: dict[int, Any] = {number: signal.signal(number, _stop_writing) for number in STOP_SIGNALS}
     try:

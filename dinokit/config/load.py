@@ -28,14 +28,22 @@ from dinokit.config.recipe import (
     Run,
     Teacher,
 )
-from dinokit.config.values import first_line, join_key, key_list, keys_without_effect, validated
+from dinokit.config.students import of_student, shares, take_student
+from dinokit.config.values import (
+    check_nesting,
+    first_line,
+    join_key,
+    key_list,
+    keys_without_effect,
+    validated,
+)
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
     "keys_without_effect", "load_recipe", "merge_settings", "parse_overrides", "read_data_section",
-    "read_mapping", "read_text_mapping", "run_dir_of", "section_values", "to_yaml", "unresolved",
+    "read_mapping", "read_text_mapping", "run_dir_of", "section_values", "student_shares", "to_yaml",
+    "unresolved",
 ]  # fmt: skip
-DEEPEST = 100  # levels of YAML
 DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
         "data.videos": {"name": "davis"}, "data.objects": {"name": "sa1b"},
         "data.captions": {"name": "folder"}, "data.pairs": {"name": "spair"},
@@ -61,7 +69,7 @@ def load_recipe(
     Args:
         recipe: a path or a name in configs/. The recipe.yaml of a run sets run.out to the run's folder, also
             if that was moved.
-        overrides: such as 'optim.lr=0.001'.
+        overrides: such as 'optim.lr=0.001'; with student=NAME, of a recipe of several students.
         read_architecture: completes a section `backbone` that has `weights` and no `name`.
         of_run: it was found in the folder of a run: modules that only it names are not imported.
 
@@ -83,8 +91,15 @@ def load_recipe(
         values["run"] = {**run, "out": str(run_dir)}
     changes = _with_module_names(parse_overrides(overrides), values)
     _forget_old_weights(values.get("backbone"), changes.get("backbone"))
+    student = take_student(values, changes, path, _merge)
     _merge(values, changes, "")
-    return _complete(values, read_architecture)
+    complete = _complete(values, read_architecture)
+    return of_student(complete, student) if student else complete
+
+
+def student_shares(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, int]:
+    """The share of the processes of each student of a recipe, by name; {} for a recipe of one student."""
+    return shares(read_mapping(registry.find_recipe(recipe)), parse_overrides(overrides), _merge)
 
 
 def _forget_old_weights(section: Any, changes: Any) -> None:
@@ -318,21 +333,6 @@ def read_mapping(path: Path, what: str = "recipe", holds: type[Any] = Recipe) ->
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{path} is not a {what}: it should hold keys such as {key_list(holds)}.")
     return values
-
-
-def check_nesting(text: str) -> None:
-    """Refuse YAML so deep that its reader, which is recursive, would end the process.
-
-    Raises:
-        ValueError: if it is.
-    """
-    steps = depth = 0
-    for character in text:
-        steps += (character in "[{") - (character in "]}")
-        depth = max(depth, steps)
-    indent = max((len(line) - len(line.lstrip(" -?")) for line in text.splitlines()), default=0)
-    if depth > DEEPEST or indent > 4 * DEEPEST:
-        raise ValueError("it is nested too deeply")
 
 
 def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

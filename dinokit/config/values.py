@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinokit.config import registry
 
+DEEPEST = 100  # levels of YAML
+
 
 def validated(
     cls: type[Any], values: Mapping[str, Any], prefix: str, extra_keys: Sequence[str] = ()
@@ -230,3 +232,18 @@ def join_key(prefix: str, key: str) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, without its full stop."""
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def check_nesting(text: str) -> None:
+    """Refuse YAML so deep that its reader, which is recursive, would end the process.
+
+    Raises:
+        ValueError: if it is.
+    """
+    steps = depth = 0
+    for character in text:
+        steps += (character in "[{") - (character in "]}")
+        depth = max(depth, steps)
+    indent = max((len(line) - len(line.lstrip(" -?")) for line in text.splitlines()), default=0)
+    if depth > DEEPEST or indent > 4 * DEEPEST:
+        raise ValueError("it is nested too deeply")

@@ -58,6 +58,8 @@ class Batch:
     mask_weight: Tensor  # (M,) float32: 1 / number of masked patches in the same crop
     unreadable: dict[str, str] = field(default_factory=dict)  # name -> reason
     gram_crops: Tensor | None = None  # (G*B, C, Z, Z): the global crops at another size, without colour
+    teacher_cls: Tensor | None = None  # (G*B, w): what a shared teacher computed (dinokit/train/students.py)
+    teacher_patches: Tensor | None = None  # (G*B, N, w)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its pixels and masks on `device`; does not wait if its memory is pinned."""
@@ -98,6 +100,8 @@ class Batch:
             masks=masks, masked=masked, mask_weight=weight,
             unreadable=self.unreadable if start == 0 else {},  # reported once
             gram_crops=None if self.gram_crops is None else take(self.gram_crops),
+            teacher_cls=None if self.teacher_cls is None else take(self.teacher_cls),
+            teacher_patches=None if self.teacher_patches is None else take(self.teacher_patches),
         )  # fmt: skip
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":

@@ -102,6 +102,7 @@ def _exit_on_parents_sigterm(parent: int) -> None:
 def training_loader(
     source: ImageSource, crops: Crops, masks: BlockMasks | None, *, seed: int, start_step: int, steps: int,
     batch: int, rank: int = 0, world: int = 1, accumulation: int = 1, workers: int = -1, pin: bool = False,
+    places: Sequence[int] = (),
 ) -> Iterable[Batch]:  # fmt: skip
     """This process's share of the batches of steps `start_step` to `steps` - 1.
 
@@ -118,13 +119,14 @@ def training_loader(
         accumulation: micro-batches that Batch.split() will make of a batch.
         workers: as in build_loader.
         pin: as in build_loader.
+        places: of the batch that this process loads; empty: its equal share.
 
     Raises:
         ValueError: if the batch cannot be divided equally, the source is empty, or as TrainDataset.
         RuntimeError: while iterating, if a worker dies (or ConnectionError, if it dies while it sends a
             batch), or if no readable image is found for a place.
     """
-    places = process_places(batch, rank, world, accumulation, "optim.batch")
+    places = places or process_places(batch, rank, world, accumulation, "optim.batch")
     if not len(source):
         raise ValueError("the data source has no images.")
     pixels = max(pixels_of(variant) for variant in crops.variants) * len(crops.mean)

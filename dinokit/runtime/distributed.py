@@ -1,11 +1,14 @@
 """Processes that work together: rank, number, and collectives, which do nothing in a single process.
 
+Inside part() they are about the processes of one part of those that were started; functions with `everyone`
+in their name still are about all.
+
 The only file that reads environment variables: those of torchrun and of SLURM.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+_group: Any = None  # of the processes that work together; None: all that were started
 FIRST_PORT, PORTS = 12_000, 18_000  # below the ports that Linux gives to outgoing connections
 
 
@@ -125,25 +129,75 @@ def memory() -> int:
 
 def world_size() -> int:
     """The number of processes that work together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(_group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this process, from 0. Process 0 writes files."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(_group) if dist.is_available() and dist.is_initialized() else 0
+
+
+@contextmanager
+def part(parts: Sequence[Sequence[int]]) -> Iterator[None]:
+    """For the length of the block, the processes of each part work together, and not with the others.
+
+    All processes enter it, with the same `parts`: the ranks of each, every process in one.
+    """
+    global _group
+    ours = dist.get_rank()
+    groups = [dist.new_group(list(ranks)) for ranks in parts]
+    _group = next(group for group, ranks in zip(groups, parts, strict=True) if ours in ranks)
+    try:
+        yield
+    finally:
+        _group = None
+
+
+def group() -> Any:
+    """The process group of part(); None outside, for all processes."""
+    return _group
+
+
+def new_cpu_group() -> Any:
+    """Another group of the processes that work together, for tensors on CPUs. All of them call it."""
+    if _group is None:
+        return dist.new_group(backend="gloo")
+    ranks = dist.get_process_group_ranks(_group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+
+def max_of_everyone(x: Tensor) -> Tensor:
+    """The elementwise largest x over all processes that were started. Changes x in place; no gradient."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def gather_from_everyone(x: Tensor) -> Tensor:
+    """The x (...) of all W processes that were started, in order of rank: (W, ...). No gradient."""
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x.contiguous())
+    return torch.stack(rows)
+
+
+def objects_of_everyone(x: Any) -> list[Any]:
+    """gather_objects() over all processes that were started."""
+    objects: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, x)
+    return objects
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over all processes. Changes x in place; no gradient."""
     if world_size() > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=_group)
     return x
 
 
 def all_reduce_max(x: Tensor) -> Tensor:
     """The elementwise largest x over all processes. Changes x in place; no gradient."""
     if world_size() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=_group)
     return x
 
 
@@ -165,7 +219,7 @@ def gather_objects(x: Any) -> list[Any]:
     if world_size() == 1:
         return [x]
     objects: list[Any] = [None] * world_size()
-    dist.all_gather_object(objects, x)
+    dist.all_gather_object(objects, x, group=_group)
     return objects
 
 
@@ -174,7 +228,9 @@ def broadcast(x: Any) -> Any:
     if world_size() == 1:
         return x
     objects = [x]
-    dist.broadcast_object_list(objects, src=0)
+    dist.broadcast_object_list(
+        objects, src=0 if _group is None else dist.get_global_rank(_group, 0), group=_group
+    )
     return objects[0]
 
 
@@ -195,7 +251,7 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         rows = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(rows, x.contiguous())
+        dist.all_gather(rows, x.contiguous(), group=_group)
         return torch.cat(rows)
 
     @staticmethod

@@ -261,8 +261,8 @@ class Watchdog:
         while not self.closed.wait(min(self._patience, max(self.deadline - time.monotonic(), 0.01))):
             if time.monotonic() >= self.deadline:
                 _stderr().write(
-                    f"process {rank()} made no step for run.timeout_minutes={self.minutes:g}, and exits. If "
-                    f"it is only slow, give it more minutes. It is here, thread by thread:\n"
+                    f"process {launch().rank} made no step for run.timeout_minutes={self.minutes:g}, and "
+                    f"exits. If it is only slow, give it more minutes. It is here, thread by thread:\n"
                 )
                 _stderr().flush()
                 return

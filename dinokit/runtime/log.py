@@ -45,6 +45,7 @@ class RunLog:
         start: steps already done; records of later steps, from an interrupted run, are dropped.
         trackers: names of TRACKERS, which get the records too.
         settings: of the run, for the trackers.
+        label: before every line on the console, where several runs write to one.
     """
 
     def __init__(
@@ -54,12 +55,13 @@ class RunLog:
         start: int,
         trackers: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
+        label: str = "",
     ) -> None:
-        self.main = rank() == 0
+        self.main, self.label = rank() == 0, f"{label}: " if label else ""
         self.evaluated: set[str] = set()  # evaluators with results after step `start`
         self.has_verdict = False  # whether that step has a verdict
         self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)
-        self.live = self.main and sys.stdout.isatty()
+        self.live = self.main and not label and sys.stdout.isatty()
         self.steps, self.begun, self.start = steps, time.monotonic(), start
         if self.main:
             self.metrics_path = out / "metrics.jsonl"
@@ -127,7 +129,7 @@ class RunLog:
         """Write a line of text to the console and to run.log."""
         if self.main:
             text = printable(text)
-            self.console.print(text, markup=False)
+            self.console.print(self.label + text, markup=False)
             self._write(text)
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
@@ -179,7 +181,7 @@ class RunLog:
             self.progress.update(self.task, completed=step, speed=speed)
             self.values.plain = "  ".join(chosen)
         else:
-            self.console.print("  ".join([first, *chosen, last]), markup=False)
+            self.console.print(self.label + "  ".join([first, *chosen, last]), markup=False)
 
     def _write(self, text: str) -> None:
         with fits(self.text_path):

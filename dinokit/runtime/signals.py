@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dinokit.runtime.distributed import all_reduce_max, rank
+from dinokit.runtime.distributed import max_of_everyone, rank
 
 LIBC = ctypes.CDLL(None)  # opened here, because end_with_parent() runs between fork and exec
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -55,7 +55,7 @@ class StopSignal:
         It reduces one number between CPUs and does not wait for a GPU.
         """
         latest = torch.tensor(max(self.received, default=0), dtype=torch.int32)
-        self.received_anywhere = int(all_reduce_max(latest))
+        self.received_anywhere = int(max_of_everyone(latest))
         return bool(self.received_anywhere)
 
 

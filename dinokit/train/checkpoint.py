@@ -30,7 +30,15 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from dinokit.runtime.distributed import broadcast, gather_objects, local, rank, world_size
+from dinokit.runtime.distributed import (
+    broadcast,
+    gather_objects,
+    group,
+    local,
+    new_cpu_group,
+    rank,
+    world_size,
+)
 from dinokit.runtime.files import (
     DiskFullError,
     atomic,
@@ -72,7 +80,7 @@ class Checkpoints:
         self.writing: Future[None] | None = None
         _no_warning_of_one_process()
         # A group of its own: messages of the writing threads must not mix with those of the step.
-        self.group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self.group: Any = new_cpu_group() if world_size() > 1 else None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Copy the state after `step` steps, and write the copy in the background.
@@ -173,6 +181,11 @@ class Checkpoints:
         return gathered
 
 
+def complete(folder: Path) -> list[SavedCheckpoint]:
+    """All checkpoints of a run, the newest first. Raises as newest()."""
+    return list(_found(folder))
+
+
 def newest(folder: Path) -> SavedCheckpoint | None:
     """The newest checkpoint of a run, or None if it has none.
 
@@ -269,7 +282,8 @@ def load(saved: SavedCheckpoint, targets: Mapping[str, Tensor]) -> None:
     _no_warning_of_one_process()
     try:
         reader = HuggingFaceStorageReader(str(saved.path))
-        state_dict_loader.load(dict(targets), storage_reader=reader, no_dist=world_size() == 1)
+        single = world_size() == 1
+        state_dict_loader.load(dict(targets), storage_reader=reader, process_group=group(), no_dist=single)
     except CheckpointException as error:
         raise ValueError(f"{saved.path} cannot be read: {_reason(error)}.") from None
 

@@ -87,17 +87,36 @@ class FrozenTeacher:
     @torch.no_grad()
     def read(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Tensor) -> TokenReads:
         """As Network.read(). At the first call it moves to the crops' device, and to autocast's dtype."""
-        if self.device != crops[0].device:
-            self.device = crops[0].device
+        self._move_to(crops[0].device)
+        return self.backbone.read(crops, masks, patches)
+
+    def _move_to(self, device: torch.device) -> None:
+        if self.device != device:
+            self.device = device
             for network in (self.backbone, self.heads):
                 if network is not None:
-                    _cast_as_autocast(network.to(self.device), self.device)
-        return self.backbone.read(crops, masks, patches)
+                    _cast_as_autocast(network.to(device), device)
 
     def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
         """As Network.logits(); for a teacher with heads."""
         assert self.heads is not None
         return self.heads.logits(cls, patches)
+
+    def shared_tokens(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """What students are sent: tokens (C, w) and (M, w) up to the prototypes; without heads w is D."""
+        if self.heads is None:
+            return cls, patches
+        one, two = self.logits(cls, patches)
+        return one.rows, two.rows
+
+    def logits_of_shared(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
+        """logits() of the tokens that shared_tokens() gave in some process; for a teacher with heads."""
+        assert self.heads is not None
+        self._move_to(cls.device)
+        head = self.heads.dino_head
+        patch_head = head if self.heads.shared else self.heads.ibot_head
+        one, two = head.last_layer(cls.dtype), patch_head.last_layer(patches.dtype)
+        return LazyLogits(cls, one), LazyLogits(patches, two)
 
 
 def read_frozen_teacher(recipe: Recipe) -> FrozenTeacher:

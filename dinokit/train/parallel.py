@@ -27,7 +27,7 @@ from dinokit.config.load import Recipe, Run
 from dinokit.models import Backbone, fused
 from dinokit.models.attention import use_kernel
 from dinokit.runtime.device import DTYPES
-from dinokit.runtime.distributed import full, launch, world_size
+from dinokit.runtime.distributed import full, group, launch, world_size
 from dinokit.train.networks import Network, build_backbone
 from dinokit.train.plan import GIB, activation_memory, fits_unsharded
 from dinokit.train.student_teacher import StudentTeacher
@@ -115,6 +115,7 @@ def parallelize(model: StudentTeacher, recipe: Recipe, device: torch.device, ima
     # parameters costs a walk through the graph in every step.
     return DistributedDataParallel(
         model,
+        process_group=group(),
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=not _all_used(model.student, recipe),
@@ -156,7 +157,10 @@ def shard(model: StudentTeacher, mesh: DeviceMesh, policy: MixedPrecisionPolicy)
     for network in (model.student, model.ema, *gram):
         for block in network.backbone.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        for child in network.children():
+        guide = (
+            [*network.get_submodule("guide").children()] if hasattr(network, "guide") else []
+        )  # called one by one
+        for child in [*guide, *network.children()]:
             # Tokens, positions, prototypes stay in float32: small, or of unit length, where bf16 is coarse.
             fully_shard(child, mesh=mesh, mp_policy=float32)
         if fused.reads_rows(network.backbone):
@@ -188,7 +192,12 @@ def unsharded_backbone(recipe: Recipe, backbone: Backbone) -> Backbone:
 
 
 def _mesh(device: str) -> DeviceMesh:
-    """One dimension in a node; for several nodes of several processes two: replicate and shard."""
+    """One dimension in a node; for several nodes of several processes two: replicate and shard.
+
+    One of several students has one dimension.
+    """
+    if group() is not None:
+        return DeviceMesh.from_group(group(), device, mesh_dim_names=("shard",))
     ours = launch()
     if ours.nodes > 1 and ours.local_world > 1:
         sizes = (ours.nodes, ours.local_world)

@@ -17,7 +17,7 @@ from dinokit.data.loader import training_loader
 from dinokit.data.sources import ImageSource
 from dinokit.losses import end_of_step
 from dinokit.runtime.device import DTYPES
-from dinokit.runtime.distributed import rank, world_size
+from dinokit.runtime.distributed import group, rank, world_size
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import SavedCheckpoint
 from dinokit.train.networks import block_masks
@@ -25,6 +25,7 @@ from dinokit.train.optim import build_optimizer, clip_gradients, drop_prototype_
 from dinokit.train.parallel import gradient_sync, parallelize, prepare_blocks
 from dinokit.train.schedule import Schedules, accumulation
 from dinokit.train.student_teacher import GUIDE, StudentTeacher
+from dinokit.train.students import SharedTeacher
 
 SKIPPED = "skipped"  # the name of the flag among the values of a step
 
@@ -57,6 +58,7 @@ class Step:
         self.schedules = Schedules(recipe)
         self.dtype = DTYPES[recipe.run.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.shared = SharedTeacher(self) if group() is not None else None  # of several students
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Train on a batch.
@@ -98,11 +100,11 @@ class Step:
         means: dict[str, Tensor] = {}
         signals: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(batch.split(n)):
-            if n > 1 and self.device.type == "cuda":
+            if n > 1 and self.device.type == "cuda" and not micro_batch.global_crops.is_cuda:
                 micro_batch = micro_batch.pin_memory()  # its tensors are new; copying others would wait
             inputs = self.augment(micro_batch)
             with gradient_sync(self.replica, last=i == n - 1):
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                with self.autocast():
                     losses = self.replica(inputs, temp, active)
                 del inputs  # the backward pass reads copies in half precision
                 total = sum(self._weight(name, batch.step) * value for name, value in losses.items())
@@ -114,6 +116,10 @@ class Step:
             for name, value in self.model.signals.items():
                 signals[name] = signals.get(name, 0) + value / n
         return means, signals
+
+    def autocast(self) -> torch.autocast:
+        """In this context, products are computed in run.precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def augment(self, batch: Batch) -> Batch:
         """The batch on the device, with the photometric augmentations, normalised."""
@@ -144,12 +150,16 @@ class Step:
         self.scaler.load_state_dict(dict(saved.values["scaler"]))
 
     def loader(self, source: ImageSource, start: int, stop: int) -> Iterable[Batch]:
-        """This process's batches of the steps from `start` to `stop` - 1. Raises as training_loader()."""
+        """This process's batches of the steps from `start` to `stop` - 1. Raises as training_loader().
+
+        Of several students they are slices, which `shared` turns into batches.
+        """
         return training_loader(
             source, self.recipe.crops, block_masks(self.recipe, self.model.student.backbone),
             seed=self.recipe.run.seed, start_step=start, steps=stop, batch=self.recipe.optim.batch,
             rank=rank(), world=world_size(), accumulation=self.accumulation,
             workers=self.recipe.run.workers, pin=self.device.type == "cuda",
+            places=self.shared.places if self.shared else (),
         )  # fmt: skip
 
     def _statistics(self) -> list[Tensor]:

@@ -126,11 +126,10 @@ class StudentTeacher(nn.Module):
         shared = "gram" in read and not hasattr(self, "gram_teacher")
         if "heads" in read or shared:
             with torch.no_grad():
-                teacher, gram = self._read(self.teacher, [batch.global_crops], [None], places, shared)
+                teacher, gram = self._teacher_tokens(batch, places, shared)
         if "heads" in read:
             with torch.set_grad_enabled(self.learns_teacher_heads and torch.is_grad_enabled()):
-                heads: Any = getattr(self.student, "guide", self.teacher)  # fresh ones, or its own
-                teacher_cls, teacher_patch = heads.logits(teacher.cls[0], teacher.patches)
+                teacher_cls, teacher_patch = self._teacher_logits(batch, teacher)
         student, whole = self._read(self.student, crops, masks, places, "gram" in read)
         if not shared:
             gram = self._gram_patches(batch) if "gram" in read else NO_LOGITS.rows
@@ -163,6 +162,21 @@ class StudentTeacher(nn.Module):
             if self.has_signals:
                 self.signals = step_signals(views, losses, batch.global_crops, self.student_temp)
         return losses
+
+    def _teacher_tokens(self, batch: Batch, places: Tensor, all_patches: bool) -> tuple[TokenReads, Tensor]:
+        """As _read() of the teacher; or what a teacher that several students share has computed."""
+        if batch.teacher_cls is None:
+            return self._read(self.teacher, [batch.global_crops], [None], places, all_patches)
+        patches = batch.teacher_patches
+        rows = batch.teacher_cls[:0] if patches is None else patches.flatten(0, 1).index_select(0, places)
+        return TokenReads([batch.teacher_cls], rows), NO_LOGITS.rows
+
+    def _teacher_logits(self, batch: Batch, teacher: TokenReads) -> tuple[LazyLogits, LazyLogits]:
+        """Of the teacher's tokens, by fresh heads or by its own, of which a shared teacher did a part."""
+        heads: Any = getattr(self.student, "guide", self.teacher)
+        if batch.teacher_cls is not None and not self.learns_teacher_heads:
+            return heads.logits_of_shared(teacher.cls[0], teacher.patches)
+        return heads.logits(teacher.cls[0], teacher.patches)
 
     def _read(
         self, network: Network | FrozenTeacher, crops: list[Tensor], masks: list[Tensor | None],

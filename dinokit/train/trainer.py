@@ -34,6 +34,7 @@ from dinokit.train.run_dir import (
     with_precision,
 )
 from dinokit.train.step import SKIPPED, build_step
+from dinokit.train.students import Students, resume_together, together
 
 Draw = Callable[[Backbone], Mapping[str, Picture]]
 Callback = Callable[[int, Mapping[str, float], Backbone], object]  # steps done, values, teacher -> stop?
@@ -57,6 +58,7 @@ class Evaluator:
 def train(
     recipe: Recipe, source: ImageSource, evaluators: Sequence[Evaluator] = (), draw: Draw | None = None,
     callbacks: Sequence[Callback] = (), plan: dict[str, object] | None = None,
+    students: Students | None = None,
 ) -> Path:  # fmt: skip
     """Run a recipe on a source of images, or resume the run that is in its folder. Returns the folder.
 
@@ -68,6 +70,7 @@ def train(
         callbacks: called in every process with losses and rates, when they are logged, and with scores;
             one that returns True stops the run as Ctrl-C does.
         plan: what the run is expected to need, for plan.json.
+        students: that are trained in this job, if there are several; the recipe is that of one of them.
 
     Raises:
         ValueError: before the first step, if recipe, folder and source do not fit together.
@@ -79,7 +82,11 @@ def train(
     """
     device, out = pick_device(recipe.run.device), Path(recipe.run.out)
     keep_freed_memory(recipe.run)
-    with process_group(device, recipe.run.timeout_minutes) as watchdog, run_lock(out):
+    with (
+        process_group(device, recipe.run.timeout_minutes) as watchdog,
+        together(students, recipe, source),
+        run_lock(out),
+    ):
         check_consistency(run_facts(recipe, source), out, "run.out")
         Trainer(recipe, source, evaluators, device, watchdog, draw, callbacks, plan).fit()
     return out
@@ -95,7 +102,7 @@ class Trainer:
         out = Path(recipe.run.out)
         recipe = with_precision(recipe, device)
         check_installed(recipe.run.log)
-        saved = checkpoint.to_resume(out, recipe.run.resume)
+        saved = resume_together(out, checkpoint.to_resume(out, recipe.run.resume))
         recipe, self.step = build_step(recipe, device, saved)
         self.recipe, self.out, self.source = recipe, out, source
         self.images = broadcast(image_fingerprint(source) if rank() == 0 else None)
@@ -115,7 +122,9 @@ class Trainer:
         if saved is not None:
             self.resume(saved)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
-        self.log = RunLog(out, recipe.optim.steps, self.start, recipe.run.log, unresolved(asdict(recipe)))
+        label = out.name if self.step.shared else ""
+        settings = unresolved(asdict(recipe))
+        self.log = RunLog(out, recipe.optim.steps, self.start, recipe.run.log, settings, label)
         self.pending: list[dict[str, Tensor]] = []  # losses of steps that were not logged yet
         self.new_unreadable: dict[str, str] = {}
         self.data_wait, self.since = 0.0, time.monotonic()
@@ -143,7 +152,7 @@ class Trainer:
                     losses = self.fetch_losses(step)  # one wait for the device
                     self.log_losses(self.without_skipped(losses, step), step)
                     # If more steps are skipped, the good checkpoints are those from before.
-                    save = save and (last or stopping or not self.skipped.in_a_row)
+                    save = save and (not self.skipped_by_anyone() or last or stopping)
                 if save:
                     self.save_checkpoint(step)
                 if due and not stopping:
@@ -162,6 +171,16 @@ class Trainer:
                 self.log.info(line)
             self.log.info(f"finished: {self.out / 'teacher.safetensors'}")
 
+    def skipped_by_anyone(self) -> bool:
+        """Whether the last step was skipped; of several students, by any of them.
+
+        No student begins a checkpoint before all have written the last one, so that they can resume together.
+        """
+        if self.step.shared is None:
+            return self.skipped.in_a_row > 0
+        self.checkpoints.finish()
+        return self.step.shared.is_any(self.skipped.in_a_row)
+
     def losses_change_at(self, step: int) -> bool:
         """Whether other losses count from this step on: rows of `pending` have the same names."""
         schedules = self.step.schedules
@@ -178,6 +197,7 @@ class Trainer:
             if batch is None:
                 return
             self.checkpoints.raise_failure()
+            batch = self.step.shared(batch) if self.step.shared else batch
             self.new_unreadable |= batch.unreadable
             yield batch
 

@@ -65,7 +65,7 @@ def locate(source: str | Path) -> Path:
                 f"{path} is a pipeline of the library diffusers: it generates images, and is no DINO "
                 "backbone."
             )
-        have = _weights_in(path)
+        have = _weights_in(path) or [str(each.parent) for each in sorted(path.glob(f"students/*/{NAME}"))]
         hint = f" Give the path of one that is: {', '.join(have)}." if have else ""
         raise LookupError(
             f"There is no {NAME} in the folder {path}, nor {' or '.join(FOREIGN_NAMES[:3])}.{hint}"

@@ -159,6 +159,7 @@ def test_a_saved_recipe_is_read_back_as_it_was(base, tmp_path):
 ASKED = {  # what a shipped recipe leaves open beside its data
     "dinov2_continue": ["backbone.weights=x", "backbone.name=vit"],
     "dinov2_distill_vits14": ["teacher.frozen=x"],
+    "dinov3_distill": ["teacher.frozen=x", "student=vits16"],
     "dinov3_vitl16_gram": ["teacher.start=x", "teacher.gram.weights=x"],
     "dinov3_vitl16_highres": ["teacher.start=x", "teacher.gram.weights=x"],
     "dinov3_vit7b16_gram": ["teacher.start=x", "teacher.gram.weights=x"],

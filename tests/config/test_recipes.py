@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinokit.config import registry
-from dinokit.config.load import Recipe, load_recipe
+from dinokit.config.load import Recipe, load_recipe, student_shares
 from dinokit.config.registry import recipe_names
 from dinokit.models.head import PrototypeHead
 
@@ -115,6 +115,15 @@ PUBLISHED |= {
         "teacher.momentum": (0.994, 0.994), "teacher.temp_warmup": 100 * 1000, "crops.globals.size": 256,
         "losses.dino.targets": "sinkhorn", "losses.ibot.targets": "sinkhorn",
     },
+    "dinov3_distill": {  # of the students; their starting weights are not released
+        "students.vits16.share": 48 // 8, "students.vits16plus.share": 48 // 8,
+        "students.vitb16.share": 80 // 8, "students.vitl16.share": 120 // 8,
+        "optim.steps": 20 * EPOCH, "optim.warmup": 10 * EPOCH, "optim.batch": 1920,
+        "optim.schedule": "constant", "optim.betas": (0.9, 0.999), "optim.weight_decay": (0.04, 0.04),
+        "optim.layer_decay": 0.99, "optim.clip": 3.0, "teacher.momentum": (0.994, 1.0),
+        "teacher.temp": (0.07, 0.07), "backbone.drop_path": 0.0, "masks": None, "losses.koleo.weight": 0.1,
+        "heads.cls.prototypes": 2**18, "heads.patch.prototypes": 96 * 1024,
+    },
     "dinov3_vit7b16_gram": PUBLISHED["dinov3_vitl16_gram"] | GIANT | {
         "optim.steps": 200 * 1000, "optim.batch": 16 * 256, "crops.gram_size": 512,
     },
@@ -123,6 +132,7 @@ PUBLISHED |= {
     },
 }  # fmt: skip
 PEAK_LR = {
+    "dinov3_distill": 4 * 5e-5 * (1776 / 1024) ** 0.5,
     "dinov3_vit7b16_pretrain": 4e-4,
     "dinov3_vit7b16_gram": 2.4e-4,
     "dinov3_vit7b16_highres": 7.071e-5,
@@ -143,6 +153,8 @@ def stated(name: str) -> dict[str, Any]:
 def load(name: str, *overrides: str) -> Recipe:
     asked = {"data": "path", "teacher": "frozen", "backbone": "weights"}
     given = [f"{part}.{key}=somewhere" for part, key in asked.items() if stated(name)[part].get(key) == "???"]
+    if "students" in stated(name):
+        given += [f"student={next(iter(stated(name)['students']))}"]
     if stated(name)["teacher"].get("start") == "???":  # a later stage of DINOv3
         given += ["teacher.start=somewhere", "teacher.gram.weights=somewhere"]
     return load_recipe(
@@ -173,11 +185,15 @@ def test_checkpoints_that_a_recipe_keeps_for_good_come_before_its_end(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_runs_with_the_published_numbers(name):
     recipe = load(name)
-    runs_with = {key: value_of(recipe, key) for key in PUBLISHED[name]}
+    published = {key: value for key, value in PUBLISHED[name].items() if not key.startswith("students.")}
+    runs_with = {key: value_of(recipe, key) for key in published}
     assert runs_with == {
         key: pytest.approx(value, rel=1e-12, abs=1e-12) if isinstance(value, float | tuple) else value
-        for key, value in PUBLISHED[name].items()
+        for key, value in published.items()
     }
+    if "students" in stated(name):
+        shares = student_shares(name)
+        assert shares == {key: PUBLISHED[name][f"students.{key}.share"] for key in shares}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -17,7 +17,7 @@ from PIL import Image
 from dinokit.__main__ import main
 from dinokit.commands import read_command
 from dinokit.config import registry
-from dinokit.config.load import load_recipe
+from dinokit.config.load import load_recipe, student_shares
 from dinokit.data.sources.scenes import Config, build
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +116,7 @@ def test_commands_options_recipes_and_keys_of_a_page_exist(page):
             if words[1] in ("train", "show") and command.words and not open_ended and not of_run:
                 settings = [text for text in command.settings if "." in text.partition("=")[0]]
                 assert command.words[0] in registry.recipe_names(), f"{page}:{block.line}"
+                settings += [f"student={name}" for name in list(student_shares(command.words[0]))[:1]]
                 load_recipe(command.words[0], ["data.path=X", *settings] if "scenes" not in command.words[0]
                             else settings, lambda path: {"name": "vit"})  # fmt: skip
 

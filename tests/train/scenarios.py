@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from dinokit.commands import Command
+from dinokit.commands import train as train_command
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.losses import Views
@@ -37,6 +39,24 @@ def train(recipe, overrides, evaluate=None):
     recipe = load_recipe(recipe, overrides)
     evaluators = [Evaluator("probe", 2, globals()[evaluate])] if evaluate else []
     trainer.train(recipe, registry.build("data.sources", recipe.data), evaluators)
+
+
+def train_students(recipe, overrides):
+    """A job of several students, as `dinokit train` does it."""
+    train_command.run(Command([recipe], [*overrides, "run.report=false"]))
+
+
+def kill_one_student(recipe, overrides):
+    """The last process is killed in its fifth step, after the checkpoints of steps 2 and 4 were begun."""
+    real = Step.__call__
+
+    def step(self, batch):
+        if batch.step == 4 and int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, batch)
+
+    Step.__call__ = step
+    train_students(recipe, overrides)
 
 
 def several_runs(recipe, runs):

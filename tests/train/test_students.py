@@ -1,0 +1,126 @@
+"""Several students of one frozen teacher learn together what each learns alone. Real processes, over gloo."""
+
+import shutil
+import signal
+
+import pytest
+import torch
+
+from dinokit.config import registry
+from dinokit.config.load import load_recipe
+from dinokit.train import trainer
+from dinokit.train.checkpoint import newest
+from dinokit.weights import load_backbone, save_backbone
+
+STUDENTS = """
+students:
+  small: {}
+  large: {share: SHARE, backbone: {width: 36, heads: 3}, optim: {lr: 2e-3}}
+"""
+# Neighbours of KoLeo are searched in a process, so they depend on the number of processes alone.
+DISTIL = ("masks=null", "backbone.drop_path=0.1")
+
+
+def train(recipe):
+    return trainer.train(recipe, registry.build("data.sources", recipe.data))
+
+
+@pytest.fixture
+def run(tiny):
+    """A run that trained a wider backbone with its heads, and left a checkpoint."""
+    return train(tiny("run", "backbone.width=48", "backbone.heads=3", "optim.steps=3"))
+
+
+@pytest.fixture
+def backbone(tiny, tmp_path):
+    """The file of a wider backbone, which has no heads."""
+    recipe = tiny("x")
+    section = {**recipe.backbone, "width": 48, "heads": 3}
+    torch.manual_seed(5)
+    model = registry.build("models", section)
+    model.input = type(model.input)(32, tuple(recipe.crops.mean), tuple(recipe.crops.std))
+    save_backbone(tmp_path / "teacher.safetensors", model, section)
+    return tmp_path / "teacher.safetensors"
+
+
+@pytest.fixture
+def job(recipe_file, photos, tmp_path):
+    """job(teacher, share): a recipe of two students, the second with this share, and overrides."""
+
+    def make(teacher, share):
+        path = tmp_path / "students.yaml"
+        path.write_text(recipe_file.read_text() + STUDENTS.replace("SHARE", str(share)))
+        return str(path), [f"data.path={photos}", f"teacher.frozen={teacher}", *DISTIL]
+
+    return make
+
+
+def assert_nearly_the_same(records, weights, one, two):
+    for a, b in zip(records(one), records(two), strict=True):
+        assert a == pytest.approx(b, rel=2e-4)
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=3e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.fixture
+def compare(job, together, records, weights, tmp_path):
+    """compare(teacher, share, words, of_job): a job of two students is nearly the same as each of them alone.
+
+    `words` are overrides; `of_job` those of the job only.
+    """
+
+    def run(teacher, share, words=(), of_job=()):
+        file, overrides = job(teacher, share)
+        overrides += words
+        together(1 + share, "train_students", file, [*overrides, *of_job, f"run.out={tmp_path / 'job'}"])
+        for name, world in (("small", 1), ("large", share)):
+            out = tmp_path / f"alone_{name}"
+            alone = [*overrides, f"run.out={out}", f"student={name}"]
+            if world == 1:
+                train(load_recipe(file, alone))
+            else:
+                together(world, "train", file, alone)
+            assert_nearly_the_same(
+                records, weights, tmp_path / "job" / "students" / name, out / "students" / name
+            )
+        return tmp_path / "job"
+
+    return run
+
+
+def test_two_students_learn_what_each_learns_alone(compare, run):
+    folder = compare(run, 1)
+    for name, width in (("small", 24), ("large", 36)):
+        assert load_backbone(folder / "students" / name).width == width
+        read = load_recipe(folder / "students" / name / "recipe.yaml", of_run=True)
+        assert (read.name, read.teacher.frozen) == (f"students_{name}", str(run))
+    with pytest.raises(LookupError, match=r"that is: .*students/large, .*students/small\."):
+        load_backbone(folder)
+
+
+@pytest.mark.slow
+def test_a_student_on_two_processes_of_three_learns_what_it_learns_alone_on_two(compare, backbone):
+    """Three processes cannot divide a batch of 4 equally; the teacher has no heads; FSDP in the job."""
+    compare(backbone, 2, ["optim.batch=4"], ["run.parallel=fsdp"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_students_on_two_gpus_learn_what_each_learns_alone(compare, run):
+    compare(run, 1, ["run.device=cuda"])
+
+
+@pytest.mark.slow
+def test_students_go_on_bit_for_bit_from_a_step_that_all_have_saved(job, together, run, same_run, tmp_path):
+    file, overrides = job(run, 1)
+    whole, broken = (f"run.out={tmp_path / name}" for name in ("whole", "broken"))
+    together(2, "train_students", file, [*overrides, whole])
+    together(2, "kill_one_student", file, [*overrides, broken], status=(1, 2, -signal.SIGKILL))
+    folders = [tmp_path / "broken" / "students" / name for name in ("small", "large")]
+    shutil.rmtree(folders[1] / "checkpoints" / "step_0000004", ignore_errors=True)  # as if killed before
+    assert newest(folders[1] / "checkpoints").step == 2
+    together(2, "train_students", file, [*overrides, broken])
+    for folder in folders:
+        same_run(tmp_path / "whole" / "students" / folder.name, folder)
