@@ -1,7 +1,6 @@
 """language/losses.py against loops over Python floats, alone and in two processes, and at its ends."""
 
 import math
-import socket
 from multiprocessing import get_context
 
 import pytest
@@ -116,10 +115,10 @@ def gradients(kind, images, texts, captions, numbers):
     return loss.detach(), {name: p.grad for name, p in net.named_parameters()}
 
 
-def half(rank, port, kind, queue):
+def half(rank, store, kind, queue):
     """One of two processes, with half of the rows; then the mean over both, as in data-parallel training."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     part = slice(3 * rank, 3 * rank + 3)
     loss, grads = gradients(kind, rows(0)[part], rows(1)[part], CAPTIONS[part], NUMBERS[part])
     for x in (loss, *grads.values()):
@@ -131,18 +130,15 @@ def half(rank, port, kind, queue):
 
 
 @KINDS
-def test_two_processes_with_half_of_the_rows_have_the_loss_and_gradients_of_one(kind):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+def test_two_processes_with_half_of_the_rows_have_the_loss_and_gradients_of_one(kind, tmp_path):
     context = get_context("fork")
     queue = context.Queue()
-    processes = [context.Process(target=half, args=(rank, port, kind, queue)) for rank in range(2)]
+    processes = [context.Process(target=half, args=(rank, str(tmp_path / 'store'), kind, queue)) for rank in range(2)]
     for process in processes:
         process.start()
     loss, grads = queue.get(timeout=300)
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     want, expected = gradients(kind, rows(0), rows(1), CAPTIONS, NUMBERS)
     assert loss == pytest.approx(want.item(), abs=1e-9)
