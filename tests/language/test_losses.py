@@ -133,7 +133,9 @@ def half(rank, store, kind, queue):
 def test_two_processes_with_half_of_the_rows_have_the_loss_and_gradients_of_one(kind, tmp_path):
     context = get_context("fork")
     queue = context.Queue()
-    processes = [context.Process(target=half, args=(rank, str(tmp_path / 'store'), kind, queue)) for rank in range(2)]
+    processes = [
+        context.Process(target=half, args=(rank, str(tmp_path / "store"), kind, queue)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     loss, grads = queue.get(timeout=300)
