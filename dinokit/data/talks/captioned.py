@@ -11,7 +11,7 @@ import numpy as np
 
 from dinokit.config.registry import check_at_least
 from dinokit.data.scenes.captioned import Board, CaptionedWorld
-from dinokit.data.scenes.sentences import FAMILIES, ask, describe
+from dinokit.data.scenes.sentences import FAMILIES, ask, describe, quad
 from dinokit.data.talks import MARK, Talk, Turn
 from dinokit.runtime.launch import digest
 
@@ -31,11 +31,17 @@ class Config:
     things: tuple[int, int] = (1, 4)  # least and most in a picture
     families: tuple[str, ...] = ()  # of questions; none: all
     captions: float = 0.0  # share of talks that ask for a description
+    # share of the questions that come from groups of two pictures with exchanged things: only who sees which
+    # colour belongs to which outline answers them
+    groups: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least(self, size=32, count=1, seed=0, captions=0)
-        if self.captions > 1:
-            raise ValueError(f"captions={self.captions}: it is a share, from 0 to 1.")
+        check_at_least(self, size=32, count=1, seed=0, captions=0, groups=0)
+        for key, share in {"captions": self.captions, "groups": self.groups}.items():
+            if share > 1:
+                raise ValueError(f"{key}={share}: it is a share, from 0 to 1.")
+        if self.groups and self.things[1] < 2:
+            raise ValueError(f"groups={self.groups} needs pictures of two things, and things={self.things}.")
 
 
 class Captioned:
@@ -69,6 +75,11 @@ class Captioned:
             board = self.world.board(index)
             return self._talk(key, board, REQUEST, describe(board), "caption")
         family = self.families[index % len(self.families)]
+        if rng.random() < cfg.groups:
+            group = quad(self.world, family, index)
+            one, which = int(rng.integers(2)), int(rng.integers(2))
+            text, right = group.questions[which], group.answers[one][which]
+            return self._talk(key, group.boards[one], text, right, family)
         of_all = bool(rng.random() < 0.5)  # a count: few boards have one of a colour, which would be rare
         for attempt in range(ATTEMPTS):
             board = self.world.board(index + attempt * cfg.count)

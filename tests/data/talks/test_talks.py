@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinokit.data.scenes.sentences import FAMILIES
+from dinokit.data.scenes.captioned import CaptionedWorld
+from dinokit.data.scenes.sentences import FAMILIES, quad
 from dinokit.data.talks import MARK, Turn, captioned, llava
 
 HUMAN, GPT = {"from": "human", "value": f"{MARK}\nwhat is it?"}, {"from": "gpt", "value": "A cat."}
@@ -33,6 +34,28 @@ def test_a_share_of_the_talks_are_descriptions():
         captioned.Config(captions=2)
     with pytest.raises(ValueError, match="families has 'size'; there is: colour"):
         captioned.build(captioned.Config(families=("size",)))
+
+
+def test_a_share_of_the_questions_come_from_groups():
+    """Each of the two pictures and two questions of a group comes equally often."""
+    keys = {"size": 32, "families": ("shape",), "things": (2, 3)}
+    world = CaptionedWorld(32, 0, "train", (2, 3))
+    source = captioned.build(captioned.Config(groups=0.5, **keys))
+    drawn = Counter()
+    for number in range(200):
+        talk, group = source[number], quad(world, "shape", number)
+        said = talk.turns[0].text.removeprefix(f"{MARK} "), talk.turns[1].text
+        for one, board in enumerate(group.boards):
+            if np.array_equal(talk.images[0], world.draw(board).image):
+                assert group.answers[one][group.questions.index(said[0])] == said[1]
+                drawn[one, said[0] == group.questions[0]] += 1
+    assert 65 < drawn.total() < 135  # within five deviations of 100
+    assert len(drawn) == 4
+    assert min(drawn.values()) > 5
+    with pytest.raises(ValueError, match="groups=2: it is a share"):
+        captioned.Config(groups=2)
+    with pytest.raises(ValueError, match="groups=1 needs pictures of two things"):
+        captioned.Config(groups=1, things=(1, 1))
 
 
 def test_half_of_the_counts_are_of_a_colour():
