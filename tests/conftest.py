@@ -8,12 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from dinokit.models.vit import Config, VisionTransformer
 from dinokit.runtime.signals import STOP_SIGNALS
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# A loaded machine is no failure, and two runs of one commit try the same examples.
+settings.register_profile(
+    "dinokit",
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("dinokit")
 
 GOLDEN = Path(os.environ.get("DINOKIT_GOLDEN", Path(__file__).parent / "golden"))
 

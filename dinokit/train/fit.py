@@ -1,6 +1,5 @@
 """Whether a run fits the memory of its device, and what makes it smaller: estimates."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ TRIED = 6_000  # student tokens in a step of a dry run, at most
 SECONDS = 2.0  # in which images are looked at before a training
 REPEATED = 0.02  # share of exact duplicates in a sample that is worth a line
 SAVED = 0.8  # of what is in memory: a checkpoint has no gradients
+MEMINFO = Path("/proc/meminfo")  # of Linux
 
 
 def memory_needed(recipe: Recipe) -> float:
@@ -46,13 +46,16 @@ def planned(recipe: Recipe, device: torch.device, seconds: float) -> dict[str, A
 
 
 def memory_available(device: torch.device) -> float:
-    """GiB that are free on a device now; infinite where the system does not say."""
+    """GiB that are free on a device now; infinite where the system does not say.
+
+    On Linux, the kernel's MemAvailable: files that it has cached make room where a process needs it.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GIB
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    except (ValueError, OSError, AttributeError):  # macOS and Windows have no such number
+    if not MEMINFO.exists():  # macOS and Windows have no such number
         return float("inf")
+    line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 2**10 / GIB
 
 
 def savings(recipe: Recipe) -> list[tuple[str, float]]:

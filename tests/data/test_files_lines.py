@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinokit.data import files as module
@@ -18,7 +18,6 @@ def by_python(data: bytes) -> list[str]:
     return [line.decode("utf-8", "surrogateescape") for line in lines if line and not line.startswith(b"#")]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(pieces=st.lists(PIECES, max_size=60), mark=st.booleans(), end=st.booleans(), block=st.integers(1, 40))
 def test_they_are_those_that_python_reads(tmp_path, monkeypatch, pieces, mark, end, block):
     monkeypatch.setattr(module, "BLOCK", block)

@@ -40,8 +40,8 @@ def start(folder: Path, rest: str) -> subprocess.Popen[str]:
     """A process group of its own that runs SCRIPT and `rest`, and has printed its first lines."""
     (folder / "run.py").write_text(SCRIPT + rest)
     process = subprocess.Popen(
-        [sys.executable, str(folder / "run.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        [sys.executable, "-W", "ignore:This DataLoader will create", str(folder / "run.py")],  # on one core
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert list(islice(process.stdout, 3)) == ["0\n", "1\n", "2\n"]

@@ -15,7 +15,7 @@ from dinokit.eval._metrics import DEPTH_CROPS, Confusion, depth_errors
 from dinokit.eval.depth import gradient_loss, scale_invariant_loss
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.data())
 def test_windows_cover_every_pixel_stay_inside_and_have_one_size(height, width, crop, data):
     stride = data.draw(st.integers(1, crop))

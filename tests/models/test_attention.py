@@ -30,7 +30,7 @@ DEVICES = [
 @pytest.mark.parametrize("where", DEVICES, ids=str)
 @pytest.mark.parametrize("attend", [attention.attend, fused.attend])
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     groups=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=4),
     heads=st.sampled_from([1, 3]),

@@ -91,8 +91,10 @@ def terminal(monkeypatch):
         monkeypatch.setattr(sys, "stderr", file)
 
         def written():
+            file.write("\0")  # what was written before it has been read once it has come
             file.flush()
-            time.sleep(0.1)
+            while b"\0" not in b"".join(read):
+                time.sleep(0.01)
             text = b"".join(read).decode()
             read.clear()
             return text

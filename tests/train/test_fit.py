@@ -80,6 +80,12 @@ def test_the_look_ends_when_its_time_is_over(tiny, monkeypatch):
     assert 1 <= source.read <= 5
 
 
+@pytest.mark.skipif(not fit.MEMINFO.exists(), reason="needs Linux")
+def test_cached_files_count_as_free_memory():
+    other = pytest.importorskip("psutil").virtual_memory().available / 2**30
+    assert fit.memory_available(CPU) == pytest.approx(other, abs=0.5)  # other programs may take some between
+
+
 def test_what_is_needed_is_state_and_the_activations_of_the_images_at_once():
     recipe = large()
     parts = replace(recipe, run=replace(recipe.run, accumulate=4))

@@ -4,7 +4,7 @@ import csv
 import pickle
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dinokit.data import files as module
@@ -28,7 +28,6 @@ def by_python(path):
     return paths, paths, [labels, splits]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     rows=st.lists(st.tuples(VALUES.filter(str.strip), VALUES, VALUES), max_size=40),
     quoting=st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
