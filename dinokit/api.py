@@ -26,7 +26,7 @@ from dinokit.commands import train as train_command
 from dinokit.commands.export import Config as ExportConfig
 from dinokit.commands.export import export as export_backbone
 from dinokit.config import registry
-from dinokit.config.load import section_values
+from dinokit.config.load import checked_values, section_values
 from dinokit.curate.image_sets import ImageSearch
 from dinokit.data.decode import SUFFIXES as IMAGE_SUFFIXES
 from dinokit.data.files import reader_of
@@ -376,7 +376,7 @@ def export(model: Model, to: str, out: str | Path, **settings: Any) -> list[str]
     else:
         given = _backbone(model).cpu()
     values = {"weights": weights, "to": to, "out": str(out), **settings}
-    return list(export_backbone(ExportConfig(**section_values("commands", "export", values, "")), given))
+    return list(export_backbone(ExportConfig(**checked_values(ExportConfig, values)), given))
 
 
 def _backbone(model: Model) -> Backbone:

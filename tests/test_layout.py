@@ -154,7 +154,7 @@ def test_a_function_fits_on_a_page(file: str) -> None:
 
 
 # Base classes of the project; inheritance from others is refused.
-BASES = {"Backbone", "ImageConfig", "ClassificationConfig", "DenseConfig"}
+BASES = {"Backbone", "FrozenRun", "ImageConfig", "ClassificationConfig", "DenseConfig"}
 
 
 def test_only_base_classes_are_inherited_from() -> None:

@@ -9,22 +9,18 @@ dinokit align align_coco weights=runs/photos data.path=IMAGES data.annotations=c
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dinokit import evaluation
-from dinokit.commands import Command, config_lines
-from dinokit.commands._frozen import check_recipe, read_recipe
+from dinokit.commands import Command
+from dinokit.commands import _frozen as frozen
 from dinokit.config import registry
+from dinokit.config.load import read_recipe
 from dinokit.language.align_recipe import Config
 
 MULTI_PROCESS = RESUMES = True
 SHORT = {
-    "weights": "backbone.weights",
-    "out": "run.out",
-    "device": "run.device",
-    "seed": "run.seed",
+    **frozen.SHORT_KEYS,
     "workers": "run.workers",
     "precision": "run.precision",
     "batch": "optim.batch",
@@ -38,37 +34,29 @@ def words() -> list[str]:
 
 def run(command: Command) -> dict[str, Any]:
     cfg = check(command)
-    section = dict(cfg.backbone)
-    weights = section.pop("weights", None)
     from dinokit.features import fingerprint
     from dinokit.language.align import train
     from dinokit.language.trainer import check_began
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.distributed import launch
     from dinokit.runtime.launch import check_consistency, digest, process_group, run_lock
-    from dinokit.runtime.log import read_records
     from dinokit.train.run_dir import TIMES, image_fingerprint, open_run
 
     device, out = pick_device(cfg.run.device), Path(cfg.run.out)
     assert cfg.data is not None
     with process_group(device, cfg.run.timeout_minutes) as watchdog, run_lock(out):
-        backbone = evaluation.load_evaluated(weights, section or None, cfg.run.device)
-        settings = dict(cfg.data)
-        if "channels" in settings:
-            settings["channels"] = backbone.channels
-        source = registry.build("data.captions", settings)
+        backbone = frozen.load_backbone(cfg, cfg.run.device)
+        source = frozen.open_source("data.captions", cfg.data, backbone.channels)
         facts = {"fingerprint of the backbone": fingerprint(backbone), **image_fingerprint(source)}
         facts["captions"] = digest([source.captions(index) for index in range(len(source))])
         del facts[TIMES]  # copied images are the same images
         check_consistency(facts, out, "run.out")
-        open_run(cfg, partial(read_recipe, room="language", module="align_recipe", config=Config), "align")
+        open_run(cfg, lambda path: read_recipe(path, Config), "align")
         check_began(out, facts, cfg.run.resume == "never")
         head = train(cfg, backbone, source, watchdog)
-    records = [record for record in read_records(out) if "loss" in record]
-    last: dict[str, Any] = records[-1] if records else {}
-    if weights and launch().rank == 0:
-        print(f"dinokit eval zeroshot weights={weights} align={out} test.path=LABELLED")
-    return {"out": out, "head": head, "steps": cfg.optim.steps, "last": last}
+    if cfg.backbone.get("weights") and launch().rank == 0:
+        print(f"dinokit eval zeroshot weights={cfg.backbone['weights']} align={out} test.path=LABELLED")
+    return {"out": out, "head": head, "steps": cfg.optim.steps, "last": frozen.last_record(out)}
 
 
 def check(command: Command) -> Config:
@@ -77,13 +65,9 @@ def check(command: Command) -> Config:
     Raises:
         ValueError, LookupError: for an unknown recipe or key, a wrong value, or neither weights nor backbone.
     """
-    cfg: Config = check_recipe(command, "align", "language", "align_recipe", Config)
-    if cfg.data is None:
-        have = ", ".join(registry.names("data.captions"))
-        raise ValueError(f"data.name must be given, images with captions; there is: {have}.")
+    cfg: Config = frozen.check_recipe(command, "align", Config, "data", "images with captions")
     return cfg
 
 
 def describe(words: Sequence[str]) -> str:
-    recipes = f"recipes: {', '.join(registry.recipe_names('align'))}"
-    return "\n".join([recipes, "keys:", *config_lines(Config)])
+    return "\n".join(frozen.describe_recipe("align", Config))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dinokit.commands import RECIPE_KEYS, Command, key_lines
 from dinokit.config import registry
-from dinokit.config.load import Recipe, load_recipe, parse_overrides, section_values
+from dinokit.config.load import Recipe, checked_values, load_recipe, parse_overrides
 from dinokit.config.registry import check_at_least, suggest
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _read_settings(command: Command) -> tuple[str, Recipe, Config]:
     if len(given) > 1:
         raise ValueError(f"Several recipes are given: {', '.join(given)}. Leave all but one out.")
     own |= {"recipe": given[0]} if given else {}
-    cfg = Config(**section_values("commands", "bench", own, "", sections))
+    cfg = Config(**checked_values(Config, own, "", sections))
     for text in settings:
         if text.startswith("optim.batch="):
             raise ValueError(f"{text}: bench takes the number of images as {text.removeprefix('optim.')}.")

@@ -20,7 +20,7 @@ from typing import Any
 
 from dinokit.commands import Command, config_lines, parse_part
 from dinokit.config import registry
-from dinokit.config.load import merge_settings, parse_overrides, read_mapping, section_values
+from dinokit.config.load import checked_values, merge_settings, parse_overrides, read_mapping, section_values
 from dinokit.config.values import validated
 from dinokit.curate.settings import OLD_STAGES, SHARED, STAGES, Config, Seeds, Share
 
@@ -70,7 +70,7 @@ def read_settings(values: dict[str, Any]) -> tuple[Config, Any, dict[str, Seeds]
     Raises:
         ValueError, LookupError: for settings that cannot work; each names the key and the way out.
     """
-    cfg = Config(**section_values("curate", "settings", values, ""))
+    cfg = Config(**checked_values(Config, values))
     sections, rules = {"pool": _source_section("pool", cfg.pool)}, {}
     for name, section in cfg.seeds.items():
         label = f"seeds.{name}"

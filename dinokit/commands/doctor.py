@@ -22,7 +22,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from dinokit.commands import Command, FailedError, key_lines
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least
 from dinokit.runtime.files import printable
 
@@ -62,7 +62,7 @@ def run(command: Command) -> dict[str, Any]:
     values = parse_overrides(command.settings)
     if isinstance(values.get("data"), dict):
         values["data"] = {"name": "folder", **values["data"]}
-    cfg = Config(**section_values("commands", "doctor", values, ""))
+    cfg = Config(**checked_values(Config, values))
     from dinokit.curate.hashing import scan_with_near_duplicates
     from dinokit.data.scan import findings
     from dinokit.data.sources.memory import as_source

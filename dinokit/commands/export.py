@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit.commands import Command, _card, key_lines
 from dinokit.config import registry
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least, suggest
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Config:
 
 def run(command: Command) -> dict[str, Any]:
     command.no_words(" Give weights=FILE to=FORMAT out=PATH.")
-    cfg = Config(**section_values("commands", "export", parse_overrides(command.settings), ""))
+    cfg = Config(**checked_values(Config, parse_overrides(command.settings)))
     lines = []
     for line in export(cfg):
         print(line)

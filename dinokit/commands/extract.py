@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dinokit.commands import Command, FailedError, _outcome, key_lines, parse_part
 from dinokit.config import registry
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 from dinokit.runtime.files import printable, write_text
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def check(command: Command) -> Config:
         values["tokens"] = values["tokens"].split(",")
     if isinstance(values.get("data"), dict):
         values["data"] = {"name": "folder", **values["data"]}
-    config = Config(**section_values("commands", "extract", values, ""))
+    config = Config(**checked_values(Config, values))
     parse_part(config.part)
     for token in config.tokens:
         if token not in TOKENS:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.commands import Command, image_files, key_lines
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least, check_from_file, suggest
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(command: Command) -> dict[str, Any]:
         near = suggest(action, [*ACTIONS])
         raise ValueError(f"dinokit imagine takes one of {', '.join(ACTIONS)}.{near} See --help.")
     given = parse_overrides(command.settings)
-    cfg = Config(**section_values("commands", "imagine", given, ""))
+    cfg = Config(**checked_values(Config, given))
     _refuse_unread(action, given)
     if action == "train":
         Command(rest, []).no_words(" Give weights=FILE_OR_RUN and out=DIR.")

@@ -10,27 +10,20 @@ dinokit instruct instruct_llava15_qwen05b weights=BACKBONE language.path=QWEN da
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinokit import evaluation
 from dinokit.commands import Command, config_lines
-from dinokit.commands._frozen import check_recipe, read_recipe
+from dinokit.commands import _frozen as frozen
 from dinokit.config import registry
-from dinokit.config.load import merge_settings, section_values
+from dinokit.config.load import merge_settings, read_recipe, section_values
 from dinokit.language.recipe import Config, Stage, stages_of
 
 if TYPE_CHECKING:
     from dinokit.data.talks import TalkSource
 
 MULTI_PROCESS = RESUMES = True
-SHORT = {
-    "weights": "backbone.weights",
-    "out": "run.out",
-    "device": "run.device",
-    "seed": "run.seed",
-}
+SHORT = frozen.SHORT_KEYS
 
 
 def words() -> list[str]:
@@ -45,28 +38,24 @@ def run(command: Command) -> dict[str, Any]:
         needed(package)
     if any("lora" in stage.trains for stage in stages_of(cfg).values()):
         needed("peft", "lora")
-    from dinokit.features import frozen
+    from dinokit import features
     from dinokit.language.instruct import train
     from dinokit.language.model import without_bars
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.distributed import launch
     from dinokit.runtime.launch import process_group, run_lock
-    from dinokit.runtime.log import read_records
     from dinokit.train.run_dir import open_run
 
     without_bars()
-    section = dict(cfg.backbone)
-    weights = section.pop("weights", None)
     talks = {name: talks_of(cfg, stage) for name, stage in stages_of(cfg).items()}
-    backbone = evaluation.load_evaluated(weights, section or None, "cpu")
+    backbone = frozen.load_backbone(cfg, "cpu")
     out, device = Path(cfg.run.out), pick_device(cfg.run.device)
-    with process_group(device, cfg.run.timeout_minutes) as watchdog, run_lock(out), frozen(backbone):
-        open_run(cfg, partial(read_recipe, room="language", module="recipe", config=Config), "instruct")
+    with process_group(device, cfg.run.timeout_minutes) as watchdog, run_lock(out), features.frozen(backbone):
+        open_run(cfg, lambda path: read_recipe(path, Config), "instruct")
         model = train(cfg, backbone, talks, watchdog)
-    records = [record for record in read_records(out) if "loss" in record]
     if launch().rank == 0:
         print(f'dinokit ask {out} PHOTO.jpg "describe the picture"')
-    return {"out": out, "model": model, "last": records[-1] if records else {}}
+    return {"out": out, "model": model, "last": frozen.last_record(out)}
 
 
 def talks_of(cfg: Config, stage: Stage) -> "TalkSource":
@@ -87,17 +76,13 @@ def check(command: Command) -> Config:
     Raises:
         ValueError, LookupError: for an unknown recipe or key, a wrong value, or neither weights nor backbone.
     """
-    cfg: Config = check_recipe(command, "instruct", "language", "recipe", Config)
-    if cfg.data is None:
-        have = ", ".join(registry.names("data.talks"))
-        raise ValueError(f"data.name must be given, talks about images; there is: {have}.")
+    cfg: Config = frozen.check_recipe(command, "instruct", Config, "data", "talks about images")
     for stage in stages_of(cfg).values():
-        merged = merge_settings(cfg.data, stage.data)
+        merged = merge_settings(cfg.data or {}, stage.data)
         _checked(merged.pop("name"), merged)
     return cfg
 
 
 def describe(words: Sequence[str]) -> str:
-    recipes = f"recipes: {', '.join(registry.recipe_names('instruct'))}"
     stage = [line.replace("    ", "    stages.NAME.", 1) for line in config_lines(Stage)]
-    return "\n".join([recipes, "keys:", *config_lines(Config), *stage])
+    return "\n".join([*frozen.describe_recipe("instruct", Config), *stage])

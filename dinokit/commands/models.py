@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from dinokit.commands import Command
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least, suggest
 from dinokit.hub import RELEASED
 from dinokit.runtime.files import printable
@@ -32,7 +32,7 @@ class Config:
 
 
 def run(command: Command) -> dict[str, Any]:
-    cfg = Config(**section_values("commands", "models", parse_overrides(command.settings), ""))
+    cfg = Config(**checked_values(Config, parse_overrides(command.settings)))
     if command.words[:1] == ["join"]:
         return _join(command.words[1:], cfg)
     if cfg.out:

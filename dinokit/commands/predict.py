@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from dinokit.commands import Command, image_files, key_lines
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least
 from dinokit.runtime.files import atomic, file_cell, printable, text_cell
 
@@ -53,7 +53,7 @@ def run(command: Command) -> dict[str, Any]:
     values = parse_overrides(command.settings)
     if isinstance(values.get("data"), dict):
         values["data"] = {"name": "folder", **values["data"]}
-    cfg = Config(**section_values("commands", "predict", values, ""))
+    cfg = Config(**checked_values(Config, values))
     if bool(command.words) == bool(cfg.data):
         raise ValueError("Which images? Give files or folders, or data.path, and not both.")
     from dinokit.data.sources.memory import as_source

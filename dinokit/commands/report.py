@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.commands import Command, key_lines
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Config:
 
 
 def run(command: Command) -> dict[str, Any]:
-    cfg = Config(**section_values("commands", "report", parse_overrides(command.settings), ""))
+    cfg = Config(**checked_values(Config, parse_overrides(command.settings)))
     if not command.words:
         found = sorted(str(file.parent) for file in Path("runs").glob("*/recipe.yaml"))
         there = f" Here is: {', '.join(found)}." if found else ""

@@ -29,7 +29,7 @@ from typing import Any
 from dinokit import evaluation
 from dinokit.commands import RECIPE_KEYS, Command, FailedError, full_key, key_lines
 from dinokit.config import registry
-from dinokit.config.load import load_recipe, parse_overrides, section_values
+from dinokit.config.load import checked_values, load_recipe, parse_overrides
 from dinokit.config.registry import check_at_least
 from dinokit.train.schedule import accumulation
 
@@ -58,7 +58,7 @@ def run(command: Command) -> dict[str, Any]:
     name = command.one_word("recipe", registry.recipe_names())
     own = [text for text in command.settings if text.partition("=")[0] in OWN]
     given = [text for text in command.settings if text not in own]
-    cfg = Config(**section_values("commands", "scaling", parse_overrides(own), ""))
+    cfg = Config(**checked_values(Config, parse_overrides(own)))
     world, steps, rounds = cfg.processes, cfg.steps, cfg.rounds
     settings = [*given, *FIXED, f"optim.steps={steps}"]
     fixed = {text.partition("=")[0] for text in (*FIXED, "optim.steps=", "run.out=")}

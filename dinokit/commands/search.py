@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.commands import Command, image_files, key_lines
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(command: Command) -> dict[str, Any]:
     values = parse_overrides(command.settings)
     if isinstance(values.get("data"), dict):
         values["data"] = {"name": "folder", **values["data"]}
-    cfg = Config(**section_values("commands", "search", values, ""))
+    cfg = Config(**checked_values(Config, values))
     if not command.words:
         kind, example = ("text", '"a red disc"') if cfg.align else ("image", "index=FOLDER photo.jpg")
         raise ValueError(f"Which {kind}? Give one or several: dinokit search ... {example}")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.commands import Command, key_lines
-from dinokit.config.load import parse_overrides, section_values
+from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least, only_if
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Config:
 
 
 def run(command: Command) -> dict[str, Any]:
-    cfg = Config(**section_values("commands", "segment", parse_overrides(command.settings), ""))
+    cfg = Config(**checked_values(Config, parse_overrides(command.settings)))
     word = Path(command.one_word("image or folder"))
     images, root = _images(word)
     if len(images) > 1 and not cfg.everything and not cfg.like:

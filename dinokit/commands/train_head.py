@@ -11,21 +11,13 @@ dinokit train-head head_promptable_scenes weights=runs/photos objects.name=sa1b 
 from collections.abc import Sequence
 from typing import Any
 
-from dinokit import evaluation
-from dinokit.commands import Command, config_lines
-from dinokit.commands._frozen import check_recipe
+from dinokit.commands import Command
+from dinokit.commands import _frozen as frozen
 from dinokit.config import registry
 from dinokit.segment.recipe import Config
 
 MULTI_PROCESS = RESUMES = True
-SHORT = {
-    "weights": "backbone.weights",
-    "out": "run.out",
-    "device": "run.device",
-    "seed": "run.seed",
-    "batch": "optim.batch",
-    "steps": "optim.steps",
-}
+SHORT = {**frozen.SHORT_KEYS, "batch": "optim.batch", "steps": "optim.steps"}
 
 
 def words() -> list[str]:
@@ -34,23 +26,16 @@ def words() -> list[str]:
 
 def run(command: Command) -> dict[str, Any]:
     cfg = check(command)
-    section = dict(cfg.backbone)
-    weights = section.pop("weights", None)
     from dinokit.runtime.distributed import launch
-    from dinokit.runtime.log import read_records
     from dinokit.segment.training import train_head
 
-    backbone = evaluation.load_evaluated(weights, section or None, cfg.run.device)
     assert cfg.objects is not None
-    settings = dict(cfg.objects)
-    if "channels" in settings:
-        settings["channels"] = backbone.channels
-    head = train_head(cfg, backbone, registry.build("data.objects", settings))
-    records = [record for record in read_records(head.parent) if "loss" in record]
-    last: dict[str, Any] = records[-1] if records else {}
+    backbone, weights = frozen.load_backbone(cfg, cfg.run.device), cfg.backbone.get("weights")
+    head = train_head(cfg, backbone, frozen.open_source("data.objects", cfg.objects, backbone.channels))
     if weights and launch().rank == 0:
         prompt = "like=[EXAMPLE.jpg,MASK.png]" if cfg.kind == "in_context" else "points=[[X,Y,1]]"
         print(f"dinokit segment PHOTO.jpg weights={weights} head={head.parent} {prompt}")
+    last = frozen.last_record(head.parent)
     return {"out": head.parent, "head": head, "steps": cfg.optim.steps, "last": last}
 
 
@@ -60,13 +45,9 @@ def check(command: Command) -> Config:
     Raises:
         ValueError, LookupError: for an unknown recipe or key, a wrong value, or neither weights nor backbone.
     """
-    cfg: Config = check_recipe(command, "head", "segment", "recipe", Config)
-    if cfg.objects is None:
-        have = ", ".join(registry.names("data.objects"))
-        raise ValueError(f"objects.name must be given, images with masks of objects; there is: {have}.")
+    cfg: Config = frozen.check_recipe(command, "head", Config, "objects", "images with masks of objects")
     return cfg
 
 
 def describe(words: Sequence[str]) -> str:
-    recipes = f"recipes: {', '.join(registry.recipe_names('head'))}"
-    return "\n".join([recipes, "keys:", *config_lines(Config)])
+    return "\n".join(frozen.describe_recipe("head", Config))

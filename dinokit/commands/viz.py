@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dinokit import evaluation
 from dinokit.commands import Command, key_lines
 from dinokit.config import registry
-from dinokit.config.load import load_recipe, parse_overrides, section_values
+from dinokit.config.load import checked_values, load_recipe, parse_overrides
 from dinokit.config.registry import check_at_least, only_if
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def run(command: Command) -> dict[str, Any]:
     if kind not in PICTURES:
         near = registry.suggest(kind, list(PICTURES))
         raise ValueError(f"Which picture? There is no '{kind}'.{near} There is: {', '.join(PICTURES)}.")
-    cfg = Config(**section_values("commands", "viz", {**given, "picture": kind}, ""))
+    cfg = Config(**checked_values(Config, {**given, "picture": kind}))
     from dinokit import viz
     from dinokit.runtime.files import unused
 

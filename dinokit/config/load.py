@@ -29,20 +29,13 @@ from dinokit.config.recipe import (
     Teacher,
 )
 from dinokit.config.students import of_student, shares, take_student
-from dinokit.config.values import (
-    check_nesting,
-    first_line,
-    join_key,
-    key_list,
-    keys_without_effect,
-    validated,
-)
+from dinokit.config.values import first_line, join_key, key_list, keys_without_effect, read_yaml, validated
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
-    "keys_without_effect", "load_recipe", "merge_settings", "parse_overrides", "read_data_section",
-    "read_mapping", "read_text_mapping", "run_dir_of", "section_values", "student_shares", "to_yaml",
-    "unresolved",
+    "checked_values", "keys_without_effect", "load_recipe", "merge_settings", "parse_overrides",
+    "read_data_section", "read_mapping", "read_recipe", "read_text_mapping", "run_dir_of", "section_values",
+    "student_shares", "to_yaml", "unresolved",
 ]  # fmt: skip
 DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
         "data.videos": {"name": "davis"}, "data.objects": {"name": "sa1b"},
@@ -149,8 +142,7 @@ def run_dir_of(path: Path) -> Path | None:
 def read_text_mapping(text: str) -> dict[str, Any]:
     """The values of a recipe in a file of weights, unchecked and with ${...} as it stands; {} if damaged."""
     with suppress(Exception):  # as in parse_overrides
-        check_nesting(text)
-        values: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        values = read_yaml(text)
         return values if isinstance(values, dict) else {}
     return {}
 
@@ -162,9 +154,7 @@ def read_data_section(text: str, path: str | Path) -> dict[str, Any]:
         ValueError, LookupError: as load_recipe(); or for what registry.check_from_file() refuses.
     """
     try:
-        check_nesting(text)
-        values: Any = OmegaConf.to_container(OmegaConf.create(text))
-        data = dict(values["data"])
+        data = dict(read_yaml(text)["data"])
     except Exception as error:  # as in parse_overrides
         raise ValueError(f"{path} has a recipe that cannot be read: {first_line(error)}") from None
     registry.check_from_file(data, path, "train.path and test.path")
@@ -228,14 +218,20 @@ def unresolved(values: Any, key: str = "") -> Any:
 def section_values(
     kind: str, name: str, values: Mapping[str, Any], prefix: str, extra_keys: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Check `values` of a section against the Config of a registry entry, and complete them by its defaults.
+    """checked_values() for the entry `name` of the registry `kind`; LookupError if there is none."""
+    return checked_values(registry.read_config(kind, name), values, prefix, extra_keys)
+
+
+def checked_values(
+    cls: type[Any], values: Mapping[str, Any], prefix: str = "", extra_keys: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Check `values` of a section against a Config, and complete them by its defaults.
 
     A field of that Config with metadata {"registry": ...} is a section itself, or None; with "many", a
     mapping of sections. With "split" it is a source of images, by default one of folders.
 
     Args:
-        kind: the registry.
-        name: the entry.
+        cls: the Config, a dataclass.
         values: of the section.
         prefix: the key of the section, for errors.
         extra_keys: further keys to list in the error for an unknown key.
@@ -243,7 +239,6 @@ def section_values(
     Raises:
         ValueError, LookupError: as load_recipe(), and for a key that has no effect.
     """
-    cls = registry.read_config(kind, name)
     for item in fields(cls):
         if "registry" in item.metadata and isinstance(given := values.get(item.name), str):
             key = join_key(prefix, item.name)
@@ -325,14 +320,17 @@ def read_mapping(path: Path, what: str = "recipe", holds: type[Any] = Recipe) ->
         ValueError: if the file cannot be read, or is no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        check_nesting(text)
-        values: Any = OmegaConf.to_container(OmegaConf.create(text))
+        values: Any = read_yaml(path.read_text(encoding="utf-8"))
     except Exception as error:  # as in parse_overrides
         raise ValueError(f"{path} is not a {what}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{path} is not a {what}: it should hold keys such as {key_list(holds)}.")
     return values
+
+
+def read_recipe(path: Path, config: type[Any]) -> Any:
+    """The settings in a YAML file as `config`, a dataclass. Raises as checked_values()."""
+    return config(**checked_values(config, read_mapping(path, holds=config)))
 
 
 def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

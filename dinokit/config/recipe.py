@@ -7,6 +7,8 @@ Units: durations are in optimizer steps, a batch is images over all processes, s
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from dinokit.config.registry import check_at_least
+
 MISSING: Any = "???"  # OmegaConf's mark for "must be given"
 
 # Keys of the section `backbone` that are not in the Config of its model: the weights that training starts
@@ -218,3 +220,20 @@ class Recipe:
     def architecture(self) -> dict[str, Any]:
         """The section `backbone` without WEIGHT_KEYS: what the model is built from."""
         return {key: value for key, value in self.backbone.items() if key not in WEIGHT_KEYS}
+
+
+@dataclass
+class FrozenRun:
+    """The section `run` of a training on a frozen backbone: where and how to run."""
+
+    out: str = ""  # the run's folder; empty: runs/NAME-OF-THE-RECIPE
+    resume: Literal["auto", "must", "never"] = "auto"  # must: with a checkpoint; never: anew
+    seed: int = 0
+    device: str = "auto"  # auto: cuda, else mps, else cpu
+    log_every: int = 20
+    checkpoint_every: int = 250
+    keep: int = 2  # newest checkpoints that are kept
+    timeout_minutes: float = 30.0  # without progress, before the run ends with an error
+
+    def __post_init__(self) -> None:
+        check_at_least(self, log_every=1, checkpoint_every=1, keep=1)

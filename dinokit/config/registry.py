@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, field
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import import_module
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -233,7 +234,12 @@ def read_config(kind: str, name: str) -> type[Any]:
         LookupError: if there is no such file, or it defines no Config.
     """
     path = locate(kind, name)
-    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return _config_in(path, path.read_text(encoding="utf-8"), kind, name)
+
+
+@lru_cache(maxsize=256)
+def _config_in(path: Path, text: str, kind: str, name: str) -> type[Any]:
+    tree = ast.parse(text, str(path))
     used = _used_by_config(tree)
     tree.body = [
         node

@@ -2,7 +2,7 @@
 
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, asdict, fields, is_dataclass
@@ -41,12 +41,15 @@ def validated(
         key = join_key(prefix, str(error.full_key or ""))
         raise ValueError(f"{key or 'The values'}: {first_line(error)}.") from None
     given = _fields(cls, plain, prefix)
-    absent = sorted(str(key) for key in OmegaConf.missing_keys(merged))
-    if absent:
-        keys = [join_key(prefix, key) for key in absent]
-        raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
+    _refuse_absent(OmegaConf.missing_keys(merged), prefix)
     result = cls(**given)
     return {item.name: getattr(result, item.name) for item in fields(cls)}
+
+
+def _refuse_absent(absent: Collection[Any], prefix: str) -> None:
+    if absent:
+        keys = [join_key(prefix, key) for key in sorted(map(str, absent))]
+        raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
 
 
 def _defaults(cls: type[Any]) -> dict[str, Any]:
@@ -98,7 +101,10 @@ def _converted(kind: Any, value: Any, key: str) -> Any:
     if origin in (list, tuple):
         return _list(origin, inside, value, key)
     if isinstance(kind, type) and is_dataclass(kind):
-        return kind(**validated(kind, value, key))
+        _unknown_keys(kind, value, key)
+        given = _fields(kind, _over(_defaults(kind), value), key)
+        _refuse_absent([name for name, each in given.items() if each == MISSING], key)
+        return kind(**given)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ValueError(f"{key}={value}: it is a section, as in {key}.KEY=VALUE.")
@@ -177,9 +183,11 @@ def keys_without_effect(
     A key with its default value is not reported, because a run writes every default into its recipe.
 
     Raises:
-        ValueError: as validated().
+        ValueError: as validated(), if there is a key that can be without effect.
     """
     conditions = {f.name: f.metadata["only_if"] for f in fields(cls) if "only_if" in f.metadata}
+    if not conditions.keys() & set(values):
+        return {}
     actual = validated(cls, values, prefix, extra_keys)
     default = validated(
         cls, {key: value for key, value in values.items() if key not in conditions}, prefix, extra_keys
@@ -229,16 +237,12 @@ def join_key(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix and key else prefix or key
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, without its full stop."""
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-
-
-def check_nesting(text: str) -> None:
-    """Refuse YAML so deep that its reader, which is recursive, would end the process.
+def read_yaml(text: str) -> Any:
+    """YAML as plain values, with ${...} as it stands.
 
     Raises:
-        ValueError: if it is.
+        Exception: those of OmegaConf and its YAML reader have no common base class.
+        ValueError: for YAML so deep that its reader, which is recursive, would end the process.
     """
     steps = depth = 0
     for character in text:
@@ -247,3 +251,9 @@ def check_nesting(text: str) -> None:
     indent = max((len(line) - len(line.lstrip(" -?")) for line in text.splitlines()), default=0)
     if depth > DEEPEST or indent > 4 * DEEPEST:
         raise ValueError("it is nested too deeply")
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without its full stop."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -26,7 +26,7 @@ from dinokit.language.align_recipe import Config
 from dinokit.language.aligned import NAME, About, FrozenTokens, ImageHead, save_aligned
 from dinokit.language.losses import ContrastLoss, step_figures
 from dinokit.language.text import TextTower, build_tower
-from dinokit.language.trainer import last_checkpoint, training_arguments
+from dinokit.language.trainer import keys_of_run, last_checkpoint, training_arguments
 from dinokit.models import Backbone
 from dinokit.runtime.device import pick_device
 from dinokit.runtime.distributed import rank, world_size
@@ -281,23 +281,12 @@ def _log(log: RunLog, step: int, figures: list[dict[str, Tensor]], lr: float) ->
 def _arguments(cfg: Config, batch: int) -> dict[str, Any]:
     """The keys of TrainingArguments."""
     return {
+        **keys_of_run(cfg.run),
         "output_dir": str(Path(cfg.run.out) / "checkpoints"),
         "max_steps": cfg.optim.steps,
         "per_device_train_batch_size": batch,
         "train_sampling_strategy": "sequential",
         "max_grad_norm": cfg.optim.clip,
-        "logging_steps": cfg.run.log_every,
-        "save_steps": cfg.run.checkpoint_every,
-        "save_total_limit": cfg.run.keep,
-        "seed": cfg.run.seed,
-        "bf16": cfg.run.precision == "bf16",
-        "dataloader_num_workers": cfg.run.workers,
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-        "log_level": "error",
     }
 
 

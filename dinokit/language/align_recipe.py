@@ -8,6 +8,7 @@ text   the tower of texts
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dinokit.config.recipe import FrozenRun
 from dinokit.config.registry import check_at_least
 
 OTHERS = {"tiny": ("path", "pool", "train"), "folder": ("width", "depth", "heads", "words")}  # without effect
@@ -72,22 +73,15 @@ class Optim:
 
 
 @dataclass
-class Run:
+class Run(FrozenRun):
     """Where and how to run."""
 
-    out: str = ""  # the run's folder; empty: runs/NAME-OF-THE-RECIPE
-    resume: Literal["auto", "must", "never"] = "auto"  # must: with a checkpoint; never: anew
-    seed: int = 0
-    device: str = "auto"  # auto: cuda, else cpu
+    checkpoint_every: int = 500
     precision: Literal["fp32", "bf16"] = (
         "fp32"  # of the computation; weights stay in fp32, and so does the loss
     )
     workers: int = 0  # loader processes; they have work only where tokens do not fit into memory_gib
     memory_gib: float = 2.0  # that the tokens of all images may take; else they are computed in every step
-    log_every: int = 20
-    checkpoint_every: int = 500
-    keep: int = 2  # newest checkpoints that are kept
-    timeout_minutes: float = 30.0  # without progress, before the run ends with an error
 
 
 @dataclass
@@ -114,7 +108,7 @@ class Config:
         check_at_least(self.head, width=1, depth=0, heads=1, layer_scale=0, drop_path=0, embedding=2)
         check_at_least(self.text, length=2, width=1, depth=1, heads=1, words=1)
         check_at_least(self.optim, steps=1, batch=2, lr=0, text_lr=0, warmup=0, weight_decay=0, clip=0)
-        check_at_least(self.run, workers=0, memory_gib=0, log_every=1, checkpoint_every=1, keep=1)
+        check_at_least(self.run, workers=0, memory_gib=0)
         if self.exchanged and self.loss != "sigmoid":
             raise ValueError("exchanged=true adds texts that no image shows: it needs loss=sigmoid.")
         for name, section in (("head", self.head), ("text", self.text)):

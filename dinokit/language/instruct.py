@@ -33,7 +33,13 @@ from dinokit.language.model import (
 )
 from dinokit.language.recipe import Config, Stage, stages_of
 from dinokit.language.stages import Order, Shares, prepared, shares, steps_of
-from dinokit.language.trainer import check_began, last_checkpoint, stay_frozen, training_arguments
+from dinokit.language.trainer import (
+    check_began,
+    keys_of_run,
+    last_checkpoint,
+    stay_frozen,
+    training_arguments,
+)
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import rank, world_size
 from dinokit.runtime.files import remove
@@ -265,6 +271,7 @@ def make_trainer(
 def arguments(cfg: Config, stage: Stage, steps: int, part: Shares, folder: Path) -> dict[str, Any]:
     """The keys of TrainingArguments for a stage."""
     return {
+        **keys_of_run(cfg.run),
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": part.micro,
@@ -274,19 +281,7 @@ def arguments(cfg: Config, stage: Stage, steps: int, part: Shares, folder: Path)
         "warmup_steps": round(stage.warmup * steps),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.clip,
-        "logging_steps": cfg.run.log_every,
-        "save_steps": cfg.run.checkpoint_every,
-        "save_total_limit": cfg.run.keep,
-        "seed": cfg.run.seed,
-        "bf16": cfg.run.precision == "bf16",
-        "dataloader_num_workers": cfg.run.workers,
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
         "average_tokens_across_devices": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-        "log_level": "error",
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dinokit.config.recipe import FrozenRun
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.config.values import validated
 
@@ -80,20 +81,12 @@ class Stage:
 
 
 @dataclass
-class Run:
+class Run(FrozenRun):
     """Where and how to run."""
 
-    out: str = ""  # the run's folder; empty: runs/NAME-OF-THE-RECIPE
-    resume: Literal["auto", "must", "never"] = "auto"  # must: with a checkpoint; never: anew
-    seed: int = 0
-    device: str = "auto"  # auto: cuda, else cpu
     precision: Literal["fp32", "bf16"] = "fp32"  # of the computation; weights that train stay in fp32
     checkpointing: bool = False  # compute activations of the language model again in place of keeping them
     workers: int = 0  # loader processes
-    log_every: int = 20
-    checkpoint_every: int = 250
-    keep: int = 2  # newest checkpoints that are kept
-    timeout_minutes: float = 30.0  # without progress, before the run ends with an error
 
 
 @dataclass
@@ -120,7 +113,7 @@ class Config:
         check_at_least(self.language, width=8, depth=1, heads=1, hidden=8)
         check_at_least(self.lora, rank=1, alpha=0, dropout=0)
         check_at_least(self, length=8)
-        check_at_least(self.run, log_every=1, checkpoint_every=1, keep=1, workers=0)
+        check_at_least(self.run, workers=0)
         if (self.language.name == "folder") != bool(self.language.path):
             raise ValueError("language.path is the folder of language.name=folder: give both, or neither.")
         if self.view.canvases and self.view.name != "tiles":

@@ -45,6 +45,24 @@ def training_arguments(device: str, **keys: Any) -> Any:
     return args
 
 
+def keys_of_run(run: Any) -> dict[str, Any]:
+    """Keys of TrainingArguments that a recipe's section `run` sets, and those that all trainings share."""
+    return {
+        "logging_steps": run.log_every,
+        "save_steps": run.checkpoint_every,
+        "save_total_limit": run.keep,
+        "seed": run.seed,
+        "bf16": run.precision == "bf16",
+        "dataloader_num_workers": run.workers,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "log_level": "error",
+    }
+
+
 def stay_frozen(module: nn.Module) -> None:
     """Keep a module without gradients and in eval mode, also when train() of a module around it is called."""
     module.requires_grad_(False)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dinokit.config.recipe import FrozenRun
 from dinokit.config.registry import check_at_least
 
 # Metadata of a section that one kind of head reads (dinokit.config.registry.only_if).
@@ -70,17 +71,9 @@ class Optim:
 
 
 @dataclass
-class Run:
+class Run(FrozenRun):
     """Where and how to run; only `seed` changes what is learnt."""
 
-    out: str = ""  # the run's folder; empty: runs/NAME-OF-THE-RECIPE
-    resume: Literal["auto", "must", "never"] = "auto"  # must: with a checkpoint; never: anew
-    seed: int = 0
-    device: str = "auto"  # auto: cuda, else mps, else cpu
-    log_every: int = 20
-    checkpoint_every: int = 250
-    keep: int = 2  # newest checkpoints that are kept
-    timeout_minutes: float = 30.0  # without progress, before the run ends with an error
     memory_gib: float = 2.0  # that images and their features may take; the others are computed again
 
 
@@ -111,7 +104,7 @@ class Config:
         check_at_least(self.prompts, objects=1, min_area=1, box=0, rounds=1)
         check_at_least(self.losses, focal=0, gamma=0, dice=0, quality=0)
         check_at_least(self.optim, steps=1, batch=1, lr=0, warmup=0, weight_decay=0, clip=0)
-        check_at_least(self.run, log_every=1, checkpoint_every=1, keep=1, memory_gib=0)
+        check_at_least(self.run, memory_gib=0)
         if self.prompts.box > 1:
             raise ValueError(f"prompts.box={self.prompts.box}: it is a share, from 0 to 1.")
         if self.kind == "in_context" and self.losses.quality != Losses.quality:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from dinokit.config.load import read_mapping, section_values
+from dinokit.config.load import read_recipe
 from dinokit.data.objects import ObjectSource
 from dinokit.data.sampler import process_places
 from dinokit.features import fingerprint, frozen
@@ -35,15 +35,6 @@ from dinokit.train.run_dir import image_facts, open_run
 from dinokit.train.schedule import cosine
 
 TASKS: dict[str, Any] = {"promptable": PromptableTask, "in_context": InContextTask}
-
-
-def read_recipe(path: Path) -> Config:
-    """The settings in a recipe's file.
-
-    Raises:
-        ValueError, LookupError: for an unknown key, a wrong value or name; it names the key.
-    """
-    return Config(**section_values("segment", "recipe", read_mapping(path, holds=Config), ""))
 
 
 def train_head(cfg: Config, backbone: Backbone, source: ObjectSource) -> Path:
@@ -81,7 +72,7 @@ class HeadTrainer:
         groups: list[dict[str, Any]] = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = AdamW(groups, cfg.optim.lr, weight_decay=cfg.optim.weight_decay, fused=True)
         self.start = saved.step if saved else 0
-        open_run(cfg, read_recipe, "train-head")
+        open_run(cfg, lambda path: read_recipe(path, Config), "train-head")
         if saved is not None:
             self._resume(saved)
         sizes = asdict(cfg.head if cfg.kind == "promptable" else cfg.context)

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from dinokit import bench
 from dinokit.bench import matmul_rate, medians, seconds, settled, wait
 from dinokit.bench.step import Clock
 from dinokit.config.load import load_recipe
@@ -53,8 +54,19 @@ def test_what_auto_is_here_is_settled_and_the_rest_stays():
     assert settled(given) == given
 
 
-def test_the_rate_of_a_machine_is_more_than_a_pocket_calculators():
-    assert matmul_rate(torch.float32, CPU) > 1e8
+@pytest.mark.parametrize(("took", "side"), [(1e-4, 512), (10.0, 256)])
+def test_the_rate_is_that_of_the_large_product_unless_that_would_take_minutes(monkeypatch, took, side):
+    monkeypatch.setitem(bench.SIDE, "cpu", 512)
+    times = iter([took, 3 * took, 2 * took] * 2)
+    seen = []
+
+    def once(work, device):
+        seen.append(work().shape)
+        return next(times)
+
+    monkeypatch.setattr(bench, "once", once)
+    assert matmul_rate(torch.float32, CPU) == pytest.approx(2 * side**3 / took)
+    assert seen[-1] == (side, side)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

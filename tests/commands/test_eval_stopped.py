@@ -213,7 +213,7 @@ def test_a_signal_to_the_last_process_stops_all(what, ranks, number, words, fold
     folder("broken")
     Path("slow").touch()
     processes = started(words(what), ranks)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     while not (Path("looked").exists() and looked() > whole // 3) and time.monotonic() < limit:
         time.sleep(0.01)
     for _ in range(1 if number == signal.SIGINT else 2):  # a scheduler repeats itself

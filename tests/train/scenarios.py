@@ -101,7 +101,7 @@ def unequal(backbone):
 
 def contrast(folder):
     """Loss and gradient of this process's images, compared with those of all processes."""
-    with process_group(CPU, 1):
+    with process_group(CPU, 5):
         z = torch.load(f"{folder}/z.pt").chunk(world_size(), dim=1)[rank()].clone().requires_grad_()
         loss = info_nce(z, 2, 0.2, distributed=True)
         loss.backward()
@@ -110,7 +110,7 @@ def contrast(folder):
 
 def koleo_in_groups(folder, group):
     """Loss and gradient of this process's rows, whose neighbours are searched in its group of all rows."""
-    with process_group(CPU, 1):
+    with process_group(CPU, 5):
         x = torch.load(f"{folder}/x.pt").chunk(world_size())[rank()].clone().requires_grad_()
         loss = koleo(x, distributed=True, group=group)
         loss.backward()
@@ -120,7 +120,7 @@ def koleo_in_groups(folder, group):
 def spread(folder, loss):
     """Loss and gradient of this process's class features (G, B, D), which count with those of all."""
     none = LazyLogits(torch.empty(0, 1), torch.empty(0, 1))
-    with process_group(CPU, 1):
+    with process_group(CPU, 5):
         x = torch.load(f"{folder}/x.pt").chunk(world_size(), dim=1)[rank()].clone().requires_grad_()
         module = registry.build("losses", {"name": loss, "distributed": True})
         value = module(Views(none, none, x, none, none, torch.empty(0), 0.04))
@@ -164,7 +164,7 @@ def hang_in_one(recipe, overrides):
 def leave(how):
     """Join, and part in the way that is named; the threads that still run then are written to stderr."""
     try:
-        with process_group(CPU, 2.0):
+        with process_group(CPU, 5):
             if how == "failed" and rank() == 1:
                 raise ValueError("this was wrong")
             gather_objects(None)
@@ -190,7 +190,7 @@ def golden(name, parallel):
     """The recorded trajectory, each process with its share of the images."""
     tests = runpy.run_path(str(HERE / "test_golden_steps.py"))
     conftest = runpy.run_path(str(HERE.parent / "conftest.py"))
-    with process_group(CPU, 2.0):
+    with process_group(CPU, 5):
         tests["in_several_processes"](conftest["Golden"](name), parallel)
         gather_objects(None)
 

@@ -22,8 +22,8 @@ from dinokit.train.run_dir import open_run
 CPU = torch.device("cpu")
 
 
-def large():
-    return load_recipe("dinov2_vitl14", ["data.path=x", "optim.batch=64"])
+def large(*overrides):
+    return load_recipe("dinov2_vitl14", ["data.path=x", "optim.batch=64", *overrides])
 
 
 class Photos:
@@ -87,11 +87,12 @@ def test_cached_files_count_as_free_memory():
 
 
 def test_what_is_needed_is_state_and_the_activations_of_the_images_at_once():
-    recipe = large()
+    recipe = large("backbone.depth=2")
     parts = replace(recipe, run=replace(recipe.run, accumulate=4))
     saved = fit.memory_needed(recipe) - fit.memory_needed(parts)
     assert saved == pytest.approx(activation_memory(recipe, 64)[1] - activation_memory(recipe, 16)[1])
-    assert fit.memory_needed(recipe) > state_memory(recipe) > 5 * 4 * 300e6 / 2**30  # ViT-L has 304 million
+    # a block of ViT-L has 12.6 million parameters
+    assert fit.memory_needed(recipe) > state_memory(recipe) > 5 * 4 * 25e6 / 2**30
 
 
 @pytest.mark.slow

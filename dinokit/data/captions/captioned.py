@@ -13,7 +13,8 @@ from PIL import Image
 
 from dinokit.config.registry import check_at_least
 from dinokit.data.decode import ImageLike
-from dinokit.data.scenes.captioned import COLOURS, SHAPES, Board, CaptionedWorld
+from dinokit.data.scenes import split_counts
+from dinokit.data.scenes.captioned import COLOURS, SHAPES, Board, Boards
 from dinokit.data.scenes.sentences import describe, exchanged, name
 
 
@@ -41,13 +42,11 @@ class Captioned:
             ValueError: if `things` are not fewest and most, from 1 to 4.
         """
         self.cfg = cfg
-        splits = ("train", "test") if cfg.split == "all" else (cfg.split,)
-        counts = {"train": cfg.count, "test": cfg.test_count, "novel": cfg.test_count}
-        few, most = cfg.things
-        self._worlds = [(CaptionedWorld(cfg.size, cfg.seed, s, (few, most)), counts[s]) for s in splits]
+        counts = split_counts(cfg.split, cfg.count, cfg.test_count, novel=cfg.test_count)
+        self._boards = Boards(cfg.size, cfg.seed, counts, cfg.things)
 
     def __len__(self) -> int:
-        return sum(count for _, count in self._worlds)
+        return len(self._boards)
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         """The image, RGB.
@@ -55,13 +54,11 @@ class Captioned:
         Raises:
             IndexError: if there is no such image.
         """
-        world, number = self._locate(index)
-        return Image.fromarray(world.draw(world.board(number)).image), -1
+        return Image.fromarray(self._boards[index][1].image), -1
 
     def board(self, index: int) -> Board:
         """What is in the image. Raises as []."""
-        world, number = self._locate(index)
-        return world.board(number)
+        return self._boards.board(index)
 
     def captions(self, index: int) -> Sequence[Sequence[str]]:
         """Those of the whole, of one thing and, where there are more, of two."""
@@ -78,16 +75,7 @@ class Captioned:
 
     def name(self, index: int) -> str:
         """As in 'captioned test 17'."""
-        world, number = self._locate(index)
-        return f"captioned {world.split} {number}"
-
-    def _locate(self, index: int) -> tuple[CaptionedWorld, int]:
-        number = index
-        for world, count in self._worlds:
-            if 0 <= number < count:
-                return world, number
-            number -= count
-        raise IndexError(f"There is no image {index}: there are {len(self)}, counted from 0.")
+        return self._boards.name(index)
 
 
 def parts(colour: int, shape: int) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from dinokit.data.captions import joined
 from dinokit.data.decode import ImageLike, decode
-from dinokit.data.files import check_below, existing
+from dinokit.data.files import existing
+from dinokit.data.objects.coco import annotation_file, listed_images
 from dinokit.data.sources import choose_split
 from dinokit.runtime.files import read_regular
 
@@ -32,8 +33,7 @@ class Coco:
             ValueError: if it does not exist, is no such file, or names no image with a caption.
         """
         self._root, self._channels = existing(cfg.path), cfg.channels
-        beside = self._root / cfg.annotations
-        file = beside if beside.is_file() else existing(cfg.annotations)
+        file = annotation_file(self._root, cfg.annotations)
         try:
             content = json.loads(read_regular(file))
             names = {entry["id"]: str(entry["file_name"]) for entry in content["images"]}
@@ -45,13 +45,7 @@ class Coco:
                 f"annotations={cfg.annotations} is no file of captions: it needs `images` and `annotations` "
                 f"with `caption` (COCO's captions_*.json)."
             ) from None
-        for name in names.values():
-            check_below(name, file)
-        unknown = of_image.keys() - names.keys()
-        if unknown or not of_image:
-            what = f"captions of images that it does not list, such as {min(unknown, key=str)}"
-            raise ValueError(f"{file} has {what if unknown else 'no caption'}.")
-        keys = sorted(of_image, key=str)
+        keys = listed_images(names, of_image, file, "captions", "no caption")
         files = [names[key] for key in keys]
         rows = choose_split(cfg.split, cfg.test_share, files, len(files), None, str(file))
         self._names = [files[row] for row in rows]

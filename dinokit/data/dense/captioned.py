@@ -12,7 +12,8 @@ from PIL import Image
 from dinokit.config.registry import check_at_least
 from dinokit.data.decode import ImageLike
 from dinokit.data.dense import IGNORE
-from dinokit.data.scenes.captioned import COLOURS, SHAPES, CaptionedWorld
+from dinokit.data.scenes import split_counts
+from dinokit.data.scenes.captioned import COLOURS, SHAPES, Boards
 
 
 @dataclass
@@ -36,16 +37,14 @@ class CaptionedMaps:
         Raises:
             ValueError: if `things` are not fewest and most, from 1 to 4.
         """
-        splits = ("train", "test") if cfg.split == "all" else (cfg.split,)
-        counts = {"train": cfg.count, "test": cfg.test_count}
-        few, most = cfg.things
-        self._worlds = [(CaptionedWorld(cfg.size, cfg.seed, s, (few, most)), counts[s]) for s in splits]
+        counts = split_counts(cfg.split, cfg.count, cfg.test_count)
+        self._boards = Boards(cfg.size, cfg.seed, counts, cfg.things)
         self.labels = cfg.labels
         pairs = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
         self.classes = {"colour": COLOURS, "shape": SHAPES, "pair": pairs}[cfg.labels]
 
     def __len__(self) -> int:
-        return sum(count for _, count in self._worlds)
+        return len(self._boards)
 
     def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
         """The image, RGB, and its map.
@@ -53,9 +52,7 @@ class CaptionedMaps:
         Raises:
             IndexError: if there is no such image.
         """
-        world, number = self._locate(index)
-        board = world.board(number)
-        picture = world.draw(board)
+        board, picture = self._boards[index]
         of = {"colour": lambda t: t.colour, "shape": lambda t: t.shape}
         label = of.get(self.labels, lambda t: t.colour * len(SHAPES) + t.shape)
         table = np.array([IGNORE, *(label(thing) for thing in board.things)], np.int16)
@@ -63,16 +60,7 @@ class CaptionedMaps:
 
     def name(self, index: int) -> str:
         """As in 'captioned test 17'."""
-        world, number = self._locate(index)
-        return f"captioned {world.split} {number}"
-
-    def _locate(self, index: int) -> tuple[CaptionedWorld, int]:
-        number = index
-        for world, count in self._worlds:
-            if 0 <= number < count:
-                return world, number
-            number -= count
-        raise IndexError(f"There is no image {index}: there are {len(self)}, counted from 0.")
+        return self._boards.name(index)
 
 
 build = CaptionedMaps

@@ -58,20 +58,7 @@ class ParquetDense:
         )
         self.classes: Sequence[str] = self._read_map.classes
         self._channels = cfg.channels
-        self._images, self._maps = (
-            parquet.build(
-                parquet.Config(
-                    path=cfg.path,
-                    image=name,
-                    label="",
-                    split_column=cfg.split_column,
-                    split=cfg.split,
-                    test_share=cfg.test_share,
-                    memory_gib=cfg.memory_gib,
-                )
-            )
-            for name in (cfg.image, column)
-        )
+        self._images, self._maps = (parquet.column(cfg, name) for name in (cfg.image, column))
 
     def __len__(self) -> int:
         return len(self._images)

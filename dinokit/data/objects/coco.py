@@ -36,8 +36,7 @@ class Coco:
             ValueError: if it does not exist, is no such file, or names no image with an instance.
         """
         self._root, self._channels = existing(cfg.path), cfg.channels
-        beside = self._root / cfg.annotations
-        self._file = beside if beside.is_file() else existing(cfg.annotations)
+        self._file = annotation_file(self._root, cfg.annotations)
         try:
             content = json.loads(read_regular(self._file))
             categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
@@ -54,12 +53,8 @@ class Coco:
                 f"annotations={cfg.annotations} is no file of instances: it needs `images`, `annotations` "
                 f"and `categories` (COCO's instances_*.json)."
             ) from None
-        for name in names.values():
-            check_below(name, self._file)
-        unknown = of_image.keys() - images.keys()
-        if unknown or not of_image:
-            what = f"masks of images that it does not list, such as {min(unknown, key=str)}"
-            raise ValueError(f"{self._file} has {what if unknown else 'no mask of a single object'}.")
+        none = "no mask of a single object"
+        keys = listed_images(names, of_image, self._file, "masks", none)
         if used - categories.keys():
             raise ValueError(
                 f"{self._file} has masks of category_id={min(used - categories.keys())}, which its "
@@ -67,7 +62,6 @@ class Coco:
             )
         self.classes: Sequence[str] = [categories[key] for key in sorted(categories)]
         self._label = {key: label for label, key in enumerate(sorted(categories))}
-        keys = sorted(of_image, key=str)
         self._names, self._instances = names, of_image
         files = [names[key] for key in keys]
         rows = choose_split(cfg.split, cfg.test_share, files, len(files), None, str(self._file))
@@ -99,6 +93,43 @@ class Coco:
     def name(self, index: int) -> str:
         """The path of the image."""
         return str(self.file(index))
+
+
+def annotation_file(root: Path, annotations: str) -> Path:
+    """The JSON file: below the folder of the images, or at a path of its own.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    beside = root / annotations
+    return beside if beside.is_file() else existing(annotations)
+
+
+def listed_images(
+    names: Mapping[Any, str], of_image: Mapping[Any, Any], file: Path, what: str, none: str
+) -> list[Any]:
+    """The ids of the images that have annotations, sorted as text.
+
+    Args:
+        names: the file names of all images, by id.
+        of_image: the annotations, by id.
+        file: that has them, for errors.
+        what: the annotations are, for errors.
+        none: of them, for errors.
+
+    Raises:
+        ValueError: if a name leads out of the folder, an id has no name, or there is no annotation.
+    """
+    for name in names.values():
+        check_below(name, file)
+    unknown = of_image.keys() - names.keys()
+    if unknown:
+        raise ValueError(
+            f"{file} has {what} of images that it does not list, such as {min(unknown, key=str)}."
+        )
+    if not of_image:
+        raise ValueError(f"{file} has {none}.")
+    return sorted(of_image, key=str)
 
 
 def read_segmentation(value: Any, size: tuple[int, int], name: str) -> Rle:

@@ -54,8 +54,8 @@ class ParquetObjects:
             )
         self.classes: Sequence[str] = named
         self._channels = cfg.channels
-        self._images, self._instances = (_column(cfg, name) for name in (cfg.image, cfg.instances))
-        self._masks = _column(cfg, cfg.mask) if cfg.mask else None
+        self._images, self._instances = (parquet.column(cfg, name) for name in (cfg.image, cfg.instances))
+        self._masks = parquet.column(cfg, cfg.mask) if cfg.mask else None
         self._read_classes = class_maps(named) if cfg.mask else None
 
     def __len__(self) -> int:
@@ -93,16 +93,6 @@ def _most_frequent(classes: np.ndarray) -> int:
     """The class of most of the pixels (n,) that have one; -1 if none has."""
     known = classes[classes >= 0]
     return int(np.bincount(known).argmax()) if len(known) else -1
-
-
-def _column(cfg: Config, column: str) -> parquet.Parquet:
-    """The files in one column, of the rows of the split."""
-    return parquet.build(
-        parquet.Config(
-            path=cfg.path, image=column, label="", split_column=cfg.split_column, split=cfg.split,
-            test_share=cfg.test_share, memory_gib=cfg.memory_gib,
-        )
-    )  # fmt: skip
 
 
 build = ParquetObjects

@@ -13,7 +13,7 @@ from PIL import Image
 from dinokit.config.registry import check_at_least
 from dinokit.data.decode import ImageLike
 from dinokit.data.objects import Objects, objects_of_ids
-from dinokit.data.scenes import NAMES, Scene, World
+from dinokit.data.scenes import NAMES, Scene, World, locate, split_counts
 
 
 @dataclass
@@ -47,11 +47,11 @@ class SceneObjects:
             what = f"there is no kind '{wrong[0]}'" if wrong else "two kinds or more are needed"
             raise ValueError(f"kinds={list(cfg.kinds)}: {what}. There is: {', '.join(NAMES)}.")
         self._kinds = [NAMES.index(name) for name in dict.fromkeys(cfg.kinds or NAMES)]
-        self._worlds = {split: World(cfg.size, cfg.seed, split) for split in ("train", "test")}
+        self._counts = split_counts(cfg.split, cfg.count, cfg.test_count)
+        self._worlds = {split: World(cfg.size, cfg.seed, split) for split in self._counts}
 
     def __len__(self) -> int:
-        cfg = self.cfg
-        return {"all": cfg.count + cfg.test_count, "train": cfg.count, "test": cfg.test_count}[cfg.split]
+        return sum(self._counts.values())
 
     def __getitem__(self, index: int) -> tuple[ImageLike, Objects]:
         """The image, RGB, and its objects.
@@ -66,21 +66,14 @@ class SceneObjects:
 
     def scene(self, index: int) -> Scene:
         """The image with the class, the object and the depth of each pixel. Raises as []."""
-        split, number = self._locate(index)
+        split, number = locate(index, self._counts)
         world = self._worlds[split]
         return world.mixed(number, self._kinds) if self.cfg.mixed else world.scene(number)
 
     def name(self, index: int) -> str:
         """As in 'scenes train 17'."""
-        split, number = self._locate(index)
+        split, number = locate(index, self._counts)
         return f"scenes {split} {number}"
-
-    def _locate(self, index: int) -> tuple[str, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"There is no scene {index}: there are {len(self)}, counted from 0.")
-        if self.cfg.split != "all":
-            return self.cfg.split, index
-        return ("train", index) if index < self.cfg.count else ("test", index - self.cfg.count)
 
 
 build = SceneObjects

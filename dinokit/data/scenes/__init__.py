@@ -10,7 +10,7 @@ y down. All lengths are in this unit, so another size shows the same scene. Dist
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,27 @@ HAZE = 18.0  # metres in which two thirds of a colour fade
 PEBBLES = 5  # stones and sticks in an image
 # Separate random numbers, so no scene is in two. A new stream goes to the end: places are part of the seed.
 _STREAMS = ("train", "test", "clip train", "clip test", "mixed train", "mixed test")
+
+
+def split_counts(split: str, count: int, test_count: int, **more: int) -> dict[str, int]:
+    """Items of each split that `split` means: all is train, then test; `more` are further splits."""
+    counts = {"train": count, "test": test_count}
+    return counts if split == "all" else {split: {**counts, **more}[split]}
+
+
+def locate(index: int, counts: Mapping[str, int]) -> tuple[str, int]:
+    """The split of item `index` of splits that follow each other, and its number in that split.
+
+    Raises:
+        IndexError: if there is no such item.
+    """
+    number = index
+    for split, count in counts.items():
+        if 0 <= number < count:
+            return split, number
+        number -= count
+    name = split if len(counts) == 1 else "all"
+    raise IndexError(f"There is no image {index}: split '{name}' has {sum(counts.values())}, counted from 0.")
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ dinokit.data.scenes.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.data.scenes import Floats, Labels, _bumps, _colours, _noise
+from dinokit.data.scenes import Floats, Labels, _bumps, _colours, _noise, locate
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white", "black")
 SHAPES = ("disc", "square", "triangle", "cross")
@@ -266,3 +267,36 @@ def _inside(shape: int, u: Floats, v: Floats) -> NDArray[np.floating[Any]]:
         case _:  # a cross
             v = np.abs(v)
             return np.maximum(np.minimum(1 - u, 0.36 - v), np.minimum(0.36 - u, 1 - v))
+
+
+class Boards:
+    """Boards of splits that follow each other, by number."""
+
+    def __init__(self, size: int, seed: int, counts: Mapping[str, int], things: tuple[int, int]) -> None:
+        """Prepare to draw `counts` boards of each split; the others as in CaptionedWorld, which raises."""
+        self._counts = dict(counts)
+        self._worlds = {split: CaptionedWorld(size, seed, split, things) for split in counts}
+
+    def __len__(self) -> int:
+        return sum(self._counts.values())
+
+    def __getitem__(self, index: int) -> tuple[Board, Picture]:
+        """A board, and it drawn.
+
+        Raises:
+            IndexError: if there is none.
+        """
+        split, number = locate(index, self._counts)
+        world = self._worlds[split]
+        board = world.board(number)
+        return board, world.draw(board)
+
+    def board(self, index: int) -> Board:
+        """A board, not drawn. Raises as []."""
+        split, number = locate(index, self._counts)
+        return self._worlds[split].board(number)
+
+    def name(self, index: int) -> str:
+        """As in 'captioned test 17'. Raises as []."""
+        split, number = locate(index, self._counts)
+        return f"captioned {split} {number}"

@@ -13,7 +13,8 @@ from PIL import Image
 
 from dinokit.config.registry import check_at_least
 from dinokit.data.files import stamp_of
-from dinokit.data.scenes.captioned import CELLS, COLOURS, SHAPES, Board, CaptionedWorld, Thing
+from dinokit.data.scenes import split_counts
+from dinokit.data.scenes.captioned import CELLS, COLOURS, SHAPES, Board, Boards, Thing
 from dinokit.data.scenes.sentences import place
 
 
@@ -64,13 +65,11 @@ class Captioned:
         """
         self.cfg = cfg
         self.classes = CLASSES[cfg.labels]
-        self._worlds = {
-            split: CaptionedWorld(cfg.size, cfg.seed, split, (1, cfg.things)) for split in ("train", "test")
-        }
+        counts = split_counts(cfg.split, cfg.count, cfg.test_count)
+        self._boards = Boards(cfg.size, cfg.seed, counts, (1, cfg.things))
 
     def __len__(self) -> int:
-        cfg = self.cfg
-        return {"all": cfg.count + cfg.test_count, "train": cfg.count, "test": cfg.test_count}[cfg.split]
+        return len(self._boards)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """The image, RGB, and its class, -1 without labels.
@@ -78,10 +77,8 @@ class Captioned:
         Raises:
             IndexError: if there is no such image.
         """
-        split, number = self._locate(index)
-        world = self._worlds[split]
-        board = world.board(number)
-        return Image.fromarray(world.draw(board).image), self._label(board)
+        board, picture = self._boards[index]
+        return Image.fromarray(picture.image), self._label(board)
 
     def board(self, index: int) -> Board:
         """What is in an image.
@@ -89,13 +86,11 @@ class Captioned:
         Raises:
             IndexError: if there is no such image.
         """
-        split, number = self._locate(index)
-        return self._worlds[split].board(number)
+        return self._boards.board(index)
 
     def name(self, index: int) -> str:
         """As in 'captioned train 17'."""
-        split, number = self._locate(index)
-        return f"captioned {split} {number}"
+        return self._boards.name(index)
 
     def stamp(self) -> str:
         """A stamp of the settings and of a drawn image, which changes when the renderer changes."""
@@ -113,15 +108,6 @@ class Captioned:
             case "shape":
                 return thing.shape
         return thing.cell
-
-    def _locate(self, index: int) -> tuple[str, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(
-                f"There is no image {index}: split '{self.cfg.split}' has {len(self)}, counted from 0."
-            )
-        if self.cfg.split != "all":
-            return self.cfg.split, index
-        return ("train", index) if index < self.cfg.count else ("test", index - self.cfg.count)
 
 
 build = Captioned

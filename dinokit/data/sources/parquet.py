@@ -153,6 +153,12 @@ class Parquet:
 build = Parquet
 
 
+def column(cfg: Any, name: str) -> Parquet:
+    """The files in one column, of the rows of the split; `cfg` has the keys of split and memory of Config."""
+    keys = ("path", "split_column", "split", "test_share", "memory_gib")
+    return Parquet(Config(image=name, label="", **{key: getattr(cfg, key) for key in keys}))
+
+
 def _labels(columns: Sequence["Columns"]) -> tuple[Sequence[str], np.ndarray]:
     """The classes of all files; (rows,) labels."""
     if any(file.classes != columns[0].classes for file in columns):

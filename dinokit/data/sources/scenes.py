@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.data.files import stamp_of
-from dinokit.data.scenes import NAMES, Scene, World
+from dinokit.data.scenes import NAMES, Scene, World, locate, split_counts
 
 STORE_BYTES = 2**29  # of address space for one size, seed and split; pages that nothing wrote take no memory
 
@@ -47,12 +47,12 @@ class Scenes:
         _check(cfg)
         self.cfg = cfg
         self.classes = NAMES
-        for split in ("train", "test") if cfg.split == "all" else (cfg.split,):
+        self._counts = split_counts(cfg.split, cfg.count, cfg.test_count)
+        for split in self._counts:
             _store(cfg.size, cfg.seed, split)
 
     def __len__(self) -> int:
-        cfg = self.cfg
-        return {"all": cfg.count + cfg.test_count, "train": cfg.count, "test": cfg.test_count}[cfg.split]
+        return sum(self._counts.values())
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """The image, RGB, and its class.
@@ -60,7 +60,7 @@ class Scenes:
         Raises:
             IndexError: if there is no such scene.
         """
-        split, number = self._locate(index)
+        split, number = locate(index, self._counts)
         image = _store(self.cfg.size, self.cfg.seed, split).image(number)
         return Image.fromarray(image), number % len(NAMES)
 
@@ -70,26 +70,17 @@ class Scenes:
         Raises:
             IndexError: if there is no such scene.
         """
-        split, number = self._locate(index)
+        split, number = locate(index, self._counts)
         return _store(self.cfg.size, self.cfg.seed, split).world.scene(number)
 
     def name(self, index: int) -> str:
         """As in 'scenes train 17'."""
-        split, number = self._locate(index)
+        split, number = locate(index, self._counts)
         return f"scenes {split} {number}"
 
     def stamp(self) -> str:
         """A stamp of the settings and of a rendered scene, which changes when the renderer changes."""
         return stamp_of([], self.cfg, self.scene(0).image)
-
-    def _locate(self, index: int) -> tuple[str, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(
-                f"There is no scene {index}: split '{self.cfg.split}' has {len(self)}, counted from 0."
-            )
-        if self.cfg.split != "all":
-            return self.cfg.split, index
-        return ("train", index) if index < self.cfg.count else ("test", index - self.cfg.count)
 
 
 class _Store:
