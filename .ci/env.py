@@ -60,10 +60,17 @@ def requirements() -> list[str]:
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     build, project = asked["build-system"], asked["project"]
     extras = project["optional-dependencies"]
-    dependencies = project["dependencies"]
+    run_time, tools = [*project["dependencies"], *extras["cpu"]], [*extras["dev"], *extras["docs"]]
     if VERSIONS == "lowest":
-        dependencies = [each.replace(">=", "==") for each in dependencies]
-    return [*build["requires"], *dependencies, *extras["cpu"], *extras["dev"], *extras["docs"]]
+        # Of what users install, also by extras, which `dev` repeats; not of pytest and the like.
+        users = {each for name in extras.keys() - {"dev", "docs", "gpu"} for each in extras[name]}
+        run_time = [lowest(each) for each in run_time]
+        tools = [lowest(each) if each in users else each for each in tools]
+    return [*build["requires"], *run_time, *tools]
+
+
+def lowest(requirement: str) -> str:
+    return requirement.replace(">=", "==", 1)
 
 
 def make_shared(cache: Path) -> Path:

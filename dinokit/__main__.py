@@ -92,6 +92,10 @@ def _run(argv: Sequence[str]) -> None:
     try:
         with _outcome.streams(command.flags):
             result = module.run(command)
+    except (LookupError, ValueError) as error:
+        if not (command.words or command.settings):
+            error.add_note(f"As in: {_example(module, name)}")
+        raise
     except KeyboardInterrupt:
         if getattr(module, "RESUMES", False):
             raise KeyboardInterrupt("the same command resumes") from None
@@ -111,6 +115,12 @@ def _overview() -> str:
     letters = {option: f"{letter}, " for letter, option in LETTERS.items()}
     options = {f"{letters.get(option, '')}{option}": text for option, text in OPTIONS.items()}
     return "\n".join([*lines, *(f"    {option:<17}{text}" for option, text in options.items())])
+
+
+def _example(module: ModuleType, name: str) -> str:
+    """The first example in the docstring of a command."""
+    lines = (module.__doc__ or "").splitlines()[1:]
+    return next(line for line in lines if line.startswith(f"dinokit {name}"))
 
 
 def _help(module: ModuleType, words: Sequence[str]) -> str:

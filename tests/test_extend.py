@@ -36,6 +36,8 @@ def test_the_commands_of_the_page_run_in_the_folder_of_the_files(folder):
                              capture_output=True, text=True)  # fmt: skip
         assert run.returncode == 0, run.stderr
         shown.append(run.stdout)
+    assert "dinokit.load_backbone('runs/mine', trust=['my_package'])" in shown[0]
+    assert "dinokit export" not in shown[0]  # no format has this backbone
     assert "keys of my_package.spread:\n    weight = 0.5" in shown[1]
     assert "pixels of the images" in shown[2]
     assert '"distance": ' in shown[3]
@@ -51,4 +53,4 @@ def test_a_key_of_a_loss_of_another_package_is_given_as_any_other(folder, monkey
     assert recipe.losses["my_package.spread"]["weight"] == 2
     assert recipe.losses["koleo"]["weight"] == 0.2
     for name in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]  # monkeypatch would put it back after the test

@@ -188,6 +188,19 @@ def test_no_score_is_cut_short_however_many_there_are(tmp_path, capsys, monkeypa
     assert all(shown.count(f" {score:.4f} ") == 2 for score in scores.values())
 
 
+def test_names_are_whole_in_a_pipe_and_fold_where_a_width_is_given(tmp_path, capsys, monkeypatch):
+    name = "runs/" + "a_folder_with_a_long_name/" * 4
+    results.append(tmp_path, line(name, a_score_with_a_long_name=0.5, another_score_with_a_long_name=0.25))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main(["results", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert name in shown
+    assert "another_score_with_a_long_name" in shown
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["results", str(tmp_path)]) == 0
+    assert name not in capsys.readouterr().out
+
+
 def test_what_was_found_while_training_is_shown_at_its_best_and_at_the_end(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()

@@ -1,4 +1,4 @@
-"""dinokit ask MODEL IMAGE... "QUESTION": what a model of dinokit instruct answers.
+"""dinokit ask MODEL IMAGE... "QUESTION": ask a model of dinokit instruct about images.
 
 MODEL is a run of dinokit instruct, or a folder that it or transformers wrote. The last word is the question;
 <image> in it says where an image stands, else all stand before it. A video, or a folder of its frames, is

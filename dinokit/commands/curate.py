@@ -1,10 +1,11 @@
-"""dinokit curate RECIPE pool.path=POOL [seeds.NAME.path=...] [against.NAME.path=...] out=DIR: a training set.
+"""dinokit curate RECIPE pool.path=POOL out=DIR [key=value ...]: select a training set from a pool of images.
 
-Builds a training set from a pool of images. It removes duplicates and images that show an evaluation image,
-then takes the images that are similar to the seeds. Without seeds it takes all that are left, or
-balance.images=COUNT of them, drawn evenly. DIR/manifest.csv trains with data.name=manifest
-data.path=DIR/manifest.csv; DIR/report.html shows what was removed and selected. The same command resumes
-after a stop. stage=NAME ends after a stage; with part=I/N this machine computes only its share of it.
+Builds a training set from a pool of images. It removes duplicates and images that show an evaluation image
+(against.NAME.path), then takes the images that are similar to the seeds (seeds.NAME.path). Without seeds it
+takes all that are left, or balance.images=COUNT of them, drawn evenly. DIR/manifest.csv trains with
+data.name=manifest data.path=DIR/manifest.csv; DIR/report.html shows what was removed and selected. The same
+command resumes after a stop. stage=NAME ends after a stage; with part=I/N this machine computes only its
+share of it.
 
 dinokit curate curate_small weights=runs/photos pool.path=POOL seeds.flowers.path=FLOWERS out=curated
 dinokit curate curate_small weights=runs/photos pool.path=POOL balance.images=10_000 out=balanced

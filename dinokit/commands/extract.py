@@ -73,7 +73,8 @@ def run(command: Command) -> dict[str, Any]:
     shares = of * ours.world
     with folder_lock(Path(config.out), f"{number + of * ours.rank}-{shares}" if shares > 1 else ""):
         images, done = _begin(config)
-        print(f"{images} images, {done} of them done already, out={config.out}", flush=True)
+        some = f", {done} of them done already" if done else ""
+        print(f"{images} images{some}, out={config.out}", flush=True)
         screen = Screen(images, done)
         with screen.progress:
             _compute(config, screen)

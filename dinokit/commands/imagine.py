@@ -1,4 +1,4 @@
-"""dinokit imagine train | draw DIR CAPTION | decode DIR IMAGE | eval DIR: experimental, draws from words.
+"""dinokit imagine train | draw DIR CAPTION | decode DIR IMAGE | eval DIR: draw from words (experimental).
 
 As Emu2 does, a small language model learns to predict the next word, or the next visual embedding, on
 captioned boards of one or two things; a decoder turns embeddings into pixels. decode shows images beside what

@@ -25,6 +25,8 @@ REGISTRIES = {
     "videos": "data.videos",
     "pairs": "data.pairs",
     "clips": "data.clips",
+    "captions": "data.captions",
+    "talks": "data.talks",
     "commands": "commands",
 }
 KINDS = [*REGISTRIES, "recipes"]

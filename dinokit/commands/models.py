@@ -1,4 +1,4 @@
-"""dinokit models [PATTERN | identify FILE | join FILE FILE out=FILE]: released models, and files of weights.
+"""dinokit models [PATTERN | identify FILE | join FILE FILE out=FILE]: list released models, identify files.
 
 The list shows name, parameters, patch size, licence, whether the file is in the cache of torch.hub, and URL.
 identify prints the format of a file, its backbone, and whether all its tensors are used. heads=N gives the

@@ -1,4 +1,4 @@
-"""dinokit predict weights=FILE_OR_RUN head=FOLDER [IMAGE_OR_FOLDER ...] [key=value ...]: labels, as CSV.
+"""dinokit predict weights=FILE_OR_RUN head=FOLDER [IMAGE_OR_FOLDER ...] [key=value ...]: label images.
 
 head is what `dinokit eval linear` or `dinokit eval logreg` saved in the run's folder, or in its out=FOLDER.
 labelled.path=FOLDER in its place, one sub-folder a class, lets the k nearest labelled images vote. Images are
@@ -76,8 +76,9 @@ def run(command: Command) -> dict[str, Any]:
             [row._replace(file=printable(row.file), label=printable(row.label)) for row in rows], sys.stdout
         )
     unreadable = sum(not row.label for row in rows)
+    some = f", {unreadable} of them cannot be read" if unreadable else ""
     where = f": {cfg.out}" if cfg.out else ""
-    print(f"{len(rows)} images, {unreadable} of them cannot be read{where}", file=sys.stderr)
+    print(f"{len(rows)} images{some}{where}", file=sys.stderr)
     return {"images": len(rows), "unreadable": unreadable, "out": cfg.out}
 
 

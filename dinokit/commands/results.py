@@ -1,4 +1,4 @@
-"""dinokit results DIR...: results of evaluators, as tables over runs and checkpoints, best first.
+"""dinokit results DIR...: print results of evaluators as tables over runs and checkpoints, best first.
 
 Every results.jsonl in these folders and below is read; the best of each column is bold. Every
 metrics.jsonl is read too, for evaluations during training: at the last step of a run and at its best.
@@ -7,6 +7,7 @@ dinokit results runs
 dinokit results runs/photos runs/try --json
 """
 
+import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ def run(command: Command) -> dict[str, Any]:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 10_000  # a pipe has no width: names are whole; rich would take 80 characters
     for table in tables:
         _show(console, table)
     return {"tables": [asdict(table) for table in tables]}

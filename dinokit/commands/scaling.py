@@ -1,4 +1,4 @@
-"""dinokit scaling RECIPE [key=value ...]: how much faster several processes train on this machine than one.
+"""dinokit scaling RECIPE [key=value ...]: measure the speed of several processes against that of one.
 
 Trains the same steps in three ways, in turns, so that other work on the machine slows all of them equally:
 

@@ -1,4 +1,4 @@
-"""dinokit search index=FEATURES_OR_CURATION IMAGE_OR_FOLDER ...: similar images, as a table and a picture.
+"""dinokit search index=FEATURES_OR_CURATION IMAGE_OR_FOLDER ...: find similar images.
 
 index is a folder that `dinokit extract` or `dinokit curate` wrote. The picture is out=nearest.png: a row
 for each image, the query first. weights=FILE_OR_RUN says where the weights are now, if they were moved.

@@ -1,4 +1,4 @@
-"""dinokit segment IMAGE|FOLDER weights=FILE_OR_RUN [head=RUN] PROMPT [out=PATH]: masks of objects.
+"""dinokit segment IMAGE|FOLDER weights=FILE_OR_RUN [head=RUN] PROMPT [out=PATH]: segment objects.
 
 PROMPT is points=[[x,y,1],[x,y,0]] (1 on the object, 0 beside it), box=[x0,y0,x1,y1], mask=FILE.png (white on
 the object so far), several of these for one object, or everything=true for all objects. Numbers are pixels of

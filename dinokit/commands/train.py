@@ -316,9 +316,11 @@ def show_next(recipe: Recipe, has_labels: bool) -> None:
         ["export", f"weights={out}", *export],
         ["report", out],
     ]
+    if "." in recipe.backbone["name"]:  # of another package: no format has it
+        commands.pop(2)
     print("What next:")
     arguments = f"{out!r}, trust={own}" if own else repr(out)
-    print(f"  from dinokit.weights import load_backbone; backbone = load_backbone({arguments})  # in Python")
+    print(f"  import dinokit; backbone = dinokit.load_backbone({arguments})  # in Python")
     for words in commands:
         print(f"  dinokit {shlex.join([*words, *trust])}")
 

@@ -88,8 +88,8 @@ def run(command: Command) -> dict[str, Any]:
     words = [str(given.pop("picture")), *command.words] if "picture" in given else command.words
     kind, *places = words or [""]
     if kind not in PICTURES:
-        near = registry.suggest(kind, list(PICTURES))
-        raise ValueError(f"Which picture? There is no '{kind}'.{near} There is: {', '.join(PICTURES)}.")
+        none = f" There is no '{kind}'.{registry.suggest(kind, [*PICTURES])}" if kind else ""
+        raise ValueError(f"Which picture?{none} There is: {', '.join(PICTURES)}.")
     cfg = Config(**checked_values(Config, {**given, "picture": kind}))
     from dinokit import viz
     from dinokit.runtime.files import unused

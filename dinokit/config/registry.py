@@ -331,6 +331,6 @@ def locate(kind: str, name: str) -> Path:
     have = names(kind)
     raise LookupError(
         f"'{name}' is not in the registry '{kind}', which has: {', '.join(have)}.{suggest(name, have)} "
-        f"To add it, write {name.rpartition('.')[2]}.py there, or give a dotted path such as "
-        f"my_package.my_module."
+        f"To add it, write {name.rpartition('.')[2]}.py there, or name a module of a package in this folder, "
+        f"or of an installed one, in full: my_package.my_module."
     )

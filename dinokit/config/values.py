@@ -49,7 +49,8 @@ def validated(
 def _refuse_absent(absent: Collection[Any], prefix: str) -> None:
     if absent:
         keys = [join_key(prefix, key) for key in sorted(map(str, absent))]
-        raise ValueError(f"{' and '.join(keys)} must be given, as in {keys[0]}=VALUE.")
+        listed = " and ".join(filter(None, [", ".join(keys[:-1]), keys[-1]]))
+        raise ValueError(f"{listed} must be given, as in {keys[0]}=VALUE.")
 
 
 def _defaults(cls: type[Any]) -> dict[str, Any]:

@@ -140,6 +140,16 @@ def test_missing_data_and_wrong_usage_have_different_statuses(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name", ["train", "eval", "extract", "export", "predict", "search", "viz", "curate", "sweep"]
+)
+def test_a_command_alone_is_answered_with_an_example(name, capsys):
+    assert main([name]) == 2
+    example = capsys.readouterr().err.splitlines()[-1].strip().removeprefix("As in: ")
+    assert example in (registry.find("commands", name).__doc__ or "").splitlines()[1:]
+    assert example.startswith(f"dinokit {name} ")
+
+
 def test_an_unexpected_error_is_one_with_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(registry.find("commands", "list"), "entries", operator.index)
     assert main(["list", "losses"]) == 1

@@ -322,7 +322,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(recipe, mess
         ("optim: [1", "line 1, column 8"),
         ("- optim", "it should hold keys such as name (must be given), backbone,"),
         ("", "it should hold keys such as name (must be given), backbone,"),
-        ("name: x", "optim.batch and optim.lr and optim.steps must be given, as in optim.batch=VALUE."),
+        ("name: x", "optim.batch, optim.lr and optim.steps must be given, as in optim.batch=VALUE."),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_with_the_place(tmp_path, text, message):

@@ -154,7 +154,13 @@ def write_folder(
     write_text(out / "config.json", json.dumps(config, indent=2))
     write_text(out / "preprocessor_config.json", json.dumps(_processor(net), indent=2))
     write_tensors(out / "model.safetensors", tensors, metadata_of(net))
-    model, report = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    shows, progress = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging
+    progress.disable_progress_bar()  # of a second, among the lines of the command
+    try:
+        model, report = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    finally:
+        if shows:
+            progress.enable_progress_bar()
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
         raise ValueError(f"transformers {transformers.__version__} does not take all of it: {wrong}.")
