@@ -9,7 +9,7 @@ to=onnx     out=X.onnx: a graph from images to cls and patches; size=N fixes the
 The command loads the new file with that library, compares the features and prints the largest difference.
 It replaces an older file at out only after that. Folders get a model card, README.md, with recipe, results,
 licence and limits; push=USER/NAME uploads the folder to Hugging Face. A run of a timm_vit can be written for
-timm and onnx, one of a dinov3 for timm, hf and dinov3, one of a timm_convnext for timm and hf.
+timm and onnx, one of a dinov3 for timm, hf, dinov3 and onnx, one of a timm_convnext for timm and hf.
 
 dinokit export weights=runs/photos to=timm out=photos_timm
 dinokit export weights=runs/photos to=hf out=photos_hf push=marie/photos-vits16 licence=apache-2.0

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -326,8 +327,30 @@ def test_fill_takes_the_same_files(tmp_path):
 def test_what_a_format_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"timm has no DINOv3 with backbone\.rope_sides=max"):
         list(export(drawn(rope_sides="max"), "timm", tmp_path / "x"))
-    with pytest.raises(ValueError, match="can be exported with to=timm and to=hf and to=dinov3, not onnx"):
-        list(export(drawn(), "onnx", tmp_path / "x.onnx"))
+    with pytest.raises(ValueError, match="with to=timm and to=hf and to=dinov3 and to=onnx, not dinov2"):
+        list(export(drawn(), "dinov2", tmp_path / "x.pth"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"registers": 0, "ffn": "swiglu", "qkv_bias": "none", "untied_cls_norm": True, "rope_sides": "max"},
+        {"rope_sides": "min", "layer_scale": 0.0},
+    ],
+)
+def test_one_graph_takes_images_of_any_size(values, tmp_path):
+    vit = drawn(**values)
+    list(export(vit, "onnx", tmp_path / "x.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    for number, (h, w) in enumerate(IMAGES, 1):
+        x = torch.randn(number, 3, h, w, generator=torch.Generator().manual_seed(number))
+        with torch.no_grad():
+            tokens = vit([x], [None])[0]
+        found = session.run(None, {"images": x.numpy()})
+        for got, want in zip(map(torch.from_numpy, found), (tokens.cls, tokens.patches), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

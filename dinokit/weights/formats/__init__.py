@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 WRITERS = {
     "VisionTransformer": {"timm": "timm", "hf": "huggingface", "dinov2": "dinov2", "onnx": "onnx"},
     "TimmViT": {"timm": "timm", "onnx": "onnx"},
-    "DINOv3": {"timm": "timm_dinov3", "hf": "huggingface_dinov3", "dinov3": "dinov3"},
+    "DINOv3": {"timm": "timm_dinov3", "hf": "huggingface_dinov3", "dinov3": "dinov3", "onnx": "onnx"},
     "TimmConvNeXt": {"timm": "timm_convnext", "hf": "huggingface_convnext"},
 }
 SAME_IMAGE = 0.999  # cosine of class tokens, where two libraries prepare an image alike

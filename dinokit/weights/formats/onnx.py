@@ -2,7 +2,7 @@
 
 Positions are resampled by two small matrices, one for each side of the grid: the bicubic kernel at the
 distance of every new position from every old one. So the graph takes any size, with offset and antialiasing,
-and needs no operator that differs between runtimes.
+and needs no operator that differs between runtimes. Rotary positions are a function of the grid as they are.
 
     M  side of the stored grid     h, w  the patch grid of an image     D  width
 """
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinokit.models import Backbone
+from dinokit.models.dinov3 import DINOv3
 from dinokit.models.vit import VisionTransformer
 from dinokit.weights.formats import Exported, metadata_of
 
@@ -25,7 +26,7 @@ MAX_BYTES = 2**31 - 2**20  # of one protobuf file, less space for the graph; lar
 def write(vit: Any, out: Path, size: int | None = None) -> Exported:
     """Write one file for any number of images, and `*.data` beside it for more than two gigabytes of weights.
 
-    `vit` is a VisionTransformer of ours, or a TimmViT with a `size`.
+    `vit` is a VisionTransformer or DINOv3 of ours, or a TimmViT with a `size`.
 
     Raises:
         ValueError: if the size is not a multiple of the patch.
@@ -37,9 +38,9 @@ def write(vit: Any, out: Path, size: int | None = None) -> Exported:
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ModuleNotFoundError as error:
         raise RuntimeError(f"to=onnx needs {error.name}: pip install '.[onnx]' in the clone") from None
-    ours = isinstance(vit, VisionTransformer)
-    graph: nn.Module = Graph(vit) if ours else TokenGraph(vit)
-    side = size or vit.patch * (vit.side + 1)
+    graphs: dict[type, type[nn.Module]] = {VisionTransformer: Graph, DINOv3: RotaryGraph}
+    graph = graphs.get(type(vit), TokenGraph)(vit)
+    side = size or vit.patch * (vit.input.size // vit.patch + 1)
     dynamic = {0: torch.export.Dim("batch")}
     if size is None:
         dynamic |= {2: vit.patch * torch.export.Dim("rows"), 3: vit.patch * torch.export.Dim("columns")}
@@ -50,7 +51,7 @@ def write(vit: Any, out: Path, size: int | None = None) -> Exported:
             input_names=["images"], output_names=["cls", "patches"],
         )  # fmt: skip
     assert program is not None
-    program.model.metadata_props.update(metadata_of(vit) if ours else {})
+    program.model.metadata_props.update(metadata_of(vit) if type(vit) in graphs else {})
     program.save(out, external_data=sum(p.numel() * 4 for p in vit.parameters()) > MAX_BYTES)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
 
@@ -82,7 +83,7 @@ class Graph(nn.Module):
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
-        self.vit, self.heads, self.positions = vit, vit.heads, Positions(vit)
+        self.vit, self.positions = vit, Positions(vit)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(b, C, h, w) -> class tokens (b, D), patches (b, N, D)."""
@@ -96,15 +97,59 @@ class Graph(nn.Module):
         x = torch.cat([*parts, maps.flatten(2).transpose(1, 2) + position], dim=1)
         block: Any
         for block in vit.blocks:
-            x = x + block.ls1(self._attend(block.attn, block.norm1(x)))
+            x = x + block.ls1(attended(block.attn, block.norm1(x)))
             x = x + block.ls2(block.mlp(block.norm2(x)))
         x = vit.norm(x)
         return x[:, 0], x[:, 1 + vit.registers :]
 
-    def _attend(self, attn: Any, x: Tensor) -> Tensor:
-        q, k, v = attn.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return attn.proj(out)
+
+class RotaryGraph(nn.Module):
+    """A dinov3 in plain tensor operations, without branches that depend on a size."""
+
+    def __init__(self, vit: DINOv3) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, C, h, w) -> class tokens (b, D), patches (b, N, D)."""
+        vit = self.vit
+        maps = vit.patch_embed.maps(images)
+        b, _, h, w = maps.shape
+        table = self._table(torch.arange(h), torch.arange(w))
+        tokens = [vit.cls_token, vit.storage_tokens] if vit.registers else [vit.cls_token]
+        parts = [token.expand(b, -1, -1) for token in tokens]
+        x = torch.cat([*parts, maps.flatten(2).transpose(1, 2)], dim=1)
+        block: Any
+        for block in vit.blocks:
+            x = x + block.ls1(attended(block.attn, block.norm1(x), table))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        found = vit.tokens(x, 0)
+        return found.cls, found.patches
+
+    def _table(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Rope.table() of a grid: the numbers 0 to h - 1 and 0 to w - 1 -> (2, 1 + R + h w, d)."""
+        rope = self.vit.rope_embed
+        h, w = (torch.ones_like(x, dtype=torch.float32).sum() for x in (rows, columns))
+        longer, shorter = torch.maximum(h, w), torch.minimum(h, w)
+        by_row, by_column = {"separate": (h, w), "max": (longer, longer), "min": (shorter, shorter)}[
+            rope.sides
+        ]
+        down, across = (rows + 0.5) / by_row, (columns + 0.5) / by_column
+        grid = torch.stack(torch.meshgrid(down, across, indexing="ij"), dim=-1).flatten(0, 1)
+        return rope.table(2 * grid - 1, 1 + self.vit.registers)
+
+
+def attended(attn: Any, x: Tensor, table: Tensor | None = None) -> Tensor:
+    """Attention (b, n, D) -> (b, n, D); with a table, queries and keys are turned as by rotate()."""
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+    if table is not None:
+        q, k = (_turned(part, *table) for part in (q, k))
+    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Positions(nn.Module):
