@@ -120,7 +120,7 @@ def _overview() -> str:
 def _example(module: ModuleType, name: str) -> str:
     """The first example in the docstring of a command."""
     lines = (module.__doc__ or "").splitlines()[1:]
-    return next(line for line in lines if line.startswith(f"dinokit {name}"))
+    return next((line for line in lines if line.startswith(f"dinokit {name}")), f"dinokit help {name}")
 
 
 def _help(module: ModuleType, words: Sequence[str]) -> str:

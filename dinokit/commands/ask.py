@@ -83,6 +83,8 @@ def _file(cfg: Config, model: str) -> dict[str, Any]:
     root = existing(cfg.images) if cfg.images else file.parent
     lines = enumerate(read_regular(file).decode("utf-8").splitlines(), 1)
     records = [_record(file, number, line, root, cfg.frames) for number, line in lines if line.strip()]
+    if not records:
+        raise ValueError(f"questions={file} has no question.")
     asker = Asker(open_model(model, pick_device(cfg.device)), cfg.most)
     written: list[str] = []
     starts = range(0, len(records), cfg.batch)
@@ -105,17 +107,23 @@ def _record(file: Path, number: int, line: str, root: Path, frames: int) -> dict
     try:
         value = json.loads(line)
         record = {"question_id": value.get("question_id", number), "text": str(value["text"])}
-        given = value.get("image") or value.get("video") or []
+        given, video = value.get("image") or [], value.get("video") or []
     except (ValueError, KeyError, AttributeError):
         raise ValueError(
             f"{file}, line {number}: it is no question. One is {{'question_id': 1, 'image': 'a.jpg', 'text': "
             f"'what is there ?'}}."
         ) from None
-    names = [str(name) for name in (given if isinstance(given, list) else [given])]
+    if given and video:
+        raise ValueError(f"{file}, line {number}: it has an image and a video; a question has one of them.")
+    if video and "<video>" not in record["text"]:  # some files write <image> for a video too
+        record["text"] = record["text"].replace("<image>", "<video>", 1)
+    paths = given or video
+    names = [str(name) for name in (paths if isinstance(paths, list) else [paths])]
     missing = [name for name in names if not (root / name).is_file() and clip_at(root / name) is None]
     if missing:
+        what = "video or folder of frames" if video else "image"
         raise ValueError(
-            f"{file}, line {number}: there is no image {root / missing[0]}. images= is their folder."
+            f"{file}, line {number}: there is no {what} {root / missing[0]}. images= is their folder."
         )
     shown = sum(frames if _is_clip(root / name) else 1 for name in names)
     question([None] * shown, _marked(record["text"], frames), f"{file}, line {number}")  # checks the marks

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from dinokit.data.talks import Talk, TalkSource
+from dinokit.data.talks import MARK, Talk, TalkSource
 from dinokit.data.talks.llava import Llava
 from dinokit.language.labels import CHECKED, Collate, Counter, Labels
 from dinokit.language.model import Answerer
@@ -80,6 +80,7 @@ def prepared(
     collate = Collate(answerer.processor, labels, stage.blank)
     if isinstance(talks, Llava):
         for record in talks.records:
-            labels.check_texts(record.key, record.turns, len(record.images))
+            images = sum(turn.text.count(MARK) for turn in record.turns)
+            labels.check_texts(record.key, record.turns, images)
     collate([order[place] for place in range(min(len(talks), len(order), CHECKED))])
     return order, collate

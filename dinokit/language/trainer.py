@@ -79,14 +79,14 @@ def check_began(out: Path, facts: Mapping[str, Any], anew: bool) -> None:
         anew: whether the run begins anew, and what is recorded is forgotten.
 
     Raises:
-        ValueError: if a fact is another one than at the begin of the run; it names the fact.
+        ValueError: if a fact is another one than at the beginning of the run; it names the fact.
     """
     file = out / BEGAN
     before = json.loads(read_regular(file)) if file.exists() and not anew else facts
     for name, value in facts.items():
-        if before.get(name) != value:
+        if before.get(name, value) != value:  # a run of an older version may not have recorded it
             raise ValueError(
-                f"The {name} was {before.get(name)} when {out} began, and now is {value}: a run resumes with "
+                f"The {name} was {before[name]} when {out} began, and now is {value}: a run resumes with "
                 f"what it began with. Bring it back, choose another out, or begin anew with run.resume=never."
             )
     gather_objects(None)  # all have read it

@@ -38,7 +38,7 @@ def printed(capsys, *words, rounds=2):
     assert found["threads"] == torch.get_num_threads()
     given = found.get("as given", found)
     for rates in (given, found.get("plain", given)):
-        assert min(rates["matmul_fp32"], rates["matmul_bf16"]) > 0
+        assert {"matmul_fp32", "matmul_bf16"} <= rates.keys()  # their arithmetic: test_machine.py
     return found
 
 

@@ -221,6 +221,20 @@ def test_a_folder_of_frames_is_asked_about_as_the_images_that_it_shows(
     (tmp_path / "q.jsonl").write_text(json.dumps(record))
     ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=a.jsonl", "most=3", "frames=3"]))
     assert json.loads((tmp_path / "a.jsonl").read_text())["text"]
+    first = json.loads((tmp_path / "a.jsonl").read_text())["text"]
+    (tmp_path / "q.jsonl").write_text(json.dumps({**record, "text": "<image> what colour is it"}))
+    ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=a.jsonl", "most=3", "frames=3"]))
+    assert json.loads((tmp_path / "a.jsonl").read_text())["text"] == first
+    for changed, message in (
+        ({**record, "image": "a.png"}, "an image and a video"),
+        ({**record, "video": "none"}, "there is no video or folder of frames none"),
+    ):
+        (tmp_path / "q.jsonl").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=b.jsonl"]))
+    (tmp_path / "q.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"q.jsonl has no question"):
+        ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=b.jsonl"]))
     (tmp_path / "q.jsonl").write_text(json.dumps({**record, "text": "<video> or <video>"}))
     with pytest.raises(ValueError, match=r"line 1: 6 times <image> for 3 images"):
         ask.run(command_of("ask", ["model", "questions=q.jsonl", "out=b.jsonl", "frames=3"]))

@@ -75,7 +75,7 @@ class Captioned:
             board = self.world.board(index)
             return self._talk(key, board, REQUEST, describe(board), "caption")
         family = self.families[index % len(self.families)]
-        if rng.random() < cfg.groups:
+        if cfg.groups and rng.random() < cfg.groups:
             group = quad(self.world, family, index)
             one, which = int(rng.integers(2)), int(rng.integers(2))
             text, right = group.questions[which], group.answers[one][which]

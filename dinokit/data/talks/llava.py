@@ -82,11 +82,14 @@ class Llava:
         return len(self.records)
 
     def fingerprint(self) -> str:
-        """Of the records, and of the sizes of their images and videos."""
-        named = {name for record in self.records for name in (*record.images, record.video)}
-        names = sorted(named - {""})
-        sizes = [(self._root / name).stat().st_size for name in names]
-        return digest([self.records, names, sizes])
+        """Of the records, and of the sizes of their images and videos; pixels are not compared."""
+        named = {name for record in self.records for name in (*record.images, record.video)} - {""}
+        places = [self._root / name for name in sorted(named)]
+        files = [
+            file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])
+        ]
+        sizes = [(str(file.relative_to(self._root)), file.stat().st_size) for file in files]
+        return digest([self.records, sizes])
 
     def __getitem__(self, index: int) -> Talk:
         record = self.records[index]
