@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 _group: Any = None  # of the processes that work together; None: all that were started
+_timeout: timedelta | None = None  # of connect(); torch gives a new group half an hour, not that of the first
 FIRST_PORT, PORTS = 12_000, 18_000  # below the ports that Linux gives to outgoing connections
 
 
@@ -127,6 +129,13 @@ def memory() -> int:
     return (min(have, int(text)) if text.isdecimal() else have) // launch().local_world
 
 
+def connect(backend: str, store: Any, number: int, world: int, timeout: timedelta) -> None:
+    """Connect the processes that were started; this group and those made later wait `timeout` for others."""
+    global _timeout
+    _timeout = timeout
+    dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
+
+
 def world_size() -> int:
     """The number of processes that work together."""
     return dist.get_world_size(_group) if dist.is_available() and dist.is_initialized() else 1
@@ -145,7 +154,7 @@ def part(parts: Sequence[Sequence[int]]) -> Iterator[None]:
     """
     global _group
     ours = dist.get_rank()
-    groups = [dist.new_group(list(ranks)) for ranks in parts]
+    groups = [dist.new_group(list(ranks), timeout=_timeout) for ranks in parts]
     _group = next(group for group, ranks in zip(groups, parts, strict=True) if ours in ranks)
     try:
         yield
@@ -161,9 +170,9 @@ def group() -> Any:
 def new_cpu_group() -> Any:
     """Another group of the processes that work together, for tensors on CPUs. All of them call it."""
     if _group is None:
-        return dist.new_group(backend="gloo")
+        return dist.new_group(backend="gloo", timeout=_timeout)
     ranks = dist.get_process_group_ranks(_group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return dist.new_group(ranks, _timeout, "gloo", use_local_synchronization=True)
 
 
 def max_of_everyone(x: Tensor) -> Tensor:

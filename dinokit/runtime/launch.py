@@ -31,6 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from dinokit.runtime.distributed import (
     Launch,
     broadcast,
+    connect,
     gather_objects,
     launch,
     rank,
@@ -77,7 +78,7 @@ def process_group(device: torch.device, minutes: float) -> "Iterator[Watchdog]":
     address = "env://" if ours.by == "torchrun" else f"tcp://{ours.address}:{ours.port}"
     store, _, _ = next(rendezvous(address, ours.rank, ours.world, timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=ours.rank, world_size=ours.world, timeout=longer)
+    connect(backend, store, ours.rank, ours.world, longer)
     leaving = threading.Event()
     watcher = threading.Thread(target=_exit_after_a_failure, args=(store.clone(), leaving), daemon=True)
     watcher.start()
