@@ -76,11 +76,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        # As they are now: a writing thread may outlive the block in which these processes work together.
+        self.rank, self.world = rank(), world_size()
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
         _no_warning_of_one_process()
         # A group of its own: messages of the writing threads must not mix with those of the step.
-        self.group: Any = new_cpu_group() if world_size() > 1 else None
+        self.group: Any = new_cpu_group() if self.world > 1 else None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Copy the state after `step` steps, and write the copy in the background.
@@ -121,8 +123,15 @@ class Checkpoints:
             f"the folder to another disk and set run.out to it), then give the same command again."
         )
 
+    def remove_after(self, step: int) -> None:
+        """Remove checkpoints of more than `step` steps, from which the run did not resume."""
+        if self.rank == 0:
+            for path in self.folder.glob(PATTERN):
+                if _step(path) > step:
+                    remove(path)
+
     def __enter__(self) -> "Checkpoints":
-        if rank() == 0:
+        if self.rank == 0:
             self._remove_old()  # which a process that was killed had no time for
         return self
 
@@ -132,13 +141,13 @@ class Checkpoints:
         """Wait for what is being written; not after an error among several, for some may be gone."""
         if kind is None:
             self.finish()
-        self.thread.shutdown(wait=world_size() == 1)
+        self.thread.shutdown(wait=self.world == 1)
 
     def _write(self, step: int, tensors: dict[str, Any], values: dict[str, Any]) -> None:
         path = self.folder / f"step_{step:07d}"
         temporary = self.folder / f".{path.name}.part"
         try:
-            if rank() == 0:
+            if self.rank == 0:
                 remove(temporary)
                 temporary.mkdir(parents=True)
             self._gather(None)  # nobody writes before the folder is there
@@ -146,14 +155,14 @@ class Checkpoints:
             single = self.group is None
             state_dict_saver.save(tensors, storage_writer=writer, process_group=self.group, no_dist=single)
             # Each process lists the file that it wrote; the number in its name is the rank, from 1.
-            entries = [_entry(p) for p in sorted(temporary.glob(f"shard-{rank() + 1:05d}-*"))]
+            entries = [_entry(p) for p in sorted(temporary.glob(f"shard-{self.rank + 1:05d}-*"))]
             files = {name: entry for each in self._gather(entries) for name, entry in each}
-            if rank() == 0:
+            if self.rank == 0:
                 self._complete(temporary, path, {"step": step, "values": values, "files": files})
             self._gather(None)
         except (OSError, RuntimeError, CheckpointException) as error:
             full = full_disk(_cause(error), path, temporary)
-            if rank() == 0:
+            if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(self.failure(step, full or error)) from None
 
@@ -176,14 +185,14 @@ class Checkpoints:
     def _gather(self, x: Any) -> list[Any]:
         if self.group is None:
             return [x]
-        gathered: list[Any] = [None] * world_size()
+        gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, x, group=self.group)
         return gathered
 
 
-def complete(folder: Path) -> list[SavedCheckpoint]:
-    """All checkpoints of a run, the newest first. Raises as newest()."""
-    return list(_found(folder))
+def readable(folder: Path) -> list[SavedCheckpoint]:
+    """All checkpoints of a run, the newest first, without those whose complete.json cannot be read."""
+    return list(_found(folder, skip_damaged=True))
 
 
 def newest(folder: Path) -> SavedCheckpoint | None:
@@ -232,14 +241,14 @@ def to_resume(out: Path, resume: str) -> SavedCheckpoint | None:
     return saved
 
 
-def _found(folder: Path) -> Iterator[SavedCheckpoint]:
-    """The checkpoints of a run, the newest first. Raises as newest()."""
+def _found(folder: Path, skip_damaged: bool = False) -> Iterator[SavedCheckpoint]:
+    """The checkpoints of a run, the newest first. Raises as newest(), unless it skips what is damaged."""
     for path in sorted(folder.glob(PATTERN), key=_step, reverse=True):
         try:
             yield _read_mark(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if not path.exists():
-                continue  # it was old, and was removed meanwhile
+            if skip_damaged or not path.exists():
+                continue  # or it was old, and was removed meanwhile
             reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).rstrip(".")
             raise ValueError(
                 f"{path} is damaged: {MARK} in it cannot be read: {reason}. Copy it back, or move the folder "

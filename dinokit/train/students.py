@@ -13,7 +13,6 @@ G  global crops      N  patches of one      w  width before the prototypes; with
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from dinokit.data.sampler import process_places
 from dinokit.data.sources import ImageSource
 from dinokit.losses import uses
 from dinokit.runtime.distributed import (
+    broadcast,
     gather_from_everyone,
     group,
     launch,
@@ -39,7 +39,7 @@ from dinokit.runtime.launch import check_consistency, digest
 from dinokit.train import checkpoint
 from dinokit.train.checkpoint import SavedCheckpoint
 from dinokit.train.networks import FrozenTeacher
-from dinokit.train.run_dir import image_facts
+from dinokit.train.run_dir import run_facts, with_precision
 
 if TYPE_CHECKING:
     from dinokit.train.step import Step
@@ -59,43 +59,49 @@ class Students:
 
 
 @contextmanager
-def together(students: Students | None, recipe: Recipe, source: ImageSource) -> Iterator[None]:
+def together(
+    students: Students | None, recipe: Recipe, source: ImageSource, device: torch.device
+) -> Iterator[Recipe]:
     """For the length of the block, the processes of a student work together. All processes enter it.
 
     Args:
         students: of the job; None: a recipe of one student, for which nothing changes.
         recipe: of this process's student.
         source: the images.
+        device: of this process.
+
+    Gives the recipe, for several students with run.precision resolved: they exchange tensors, so all have
+    that of process 0.
 
     Raises:
-        ValueError: if the processes were not given the same command, code and images.
+        ValueError: if the processes were not given the same command, code, kind of device and images.
     """
     if students is None:
-        yield
+        yield recipe
         return
     optim = {"batch": recipe.optim.batch, "steps": recipe.optim.steps}
     out = Path(recipe.run.out)
     of_all = {
         **{key: value for key, value in asdict(recipe).items() if key not in ("name", "backbone", "heads")},
         "optim": optim, "data": None, "run": {**asdict(recipe.run), "out": str(out.parent)},
-        "teacher": asdict(recipe.teacher),
     }  # fmt: skip
     facts = {
-        "version of dinokit": version("dinokit"),
+        **run_facts(recipe, source),
         "list of students": digest({name: [*ranks] for name, ranks in students.ranks.items()}),
         "recipe": digest(of_all),
-        **image_facts(source),
     }
     check_consistency(facts, out.parent, "run.out")
+    recipe = with_precision(recipe, device)
     with part(list(students.ranks.values())):
-        yield
+        yield recipe
 
 
 def resume_together(out: Path, saved: SavedCheckpoint | None) -> SavedCheckpoint | None:
     """The checkpoint of this student in folder `out` from which all students resume; None: from step 0.
 
     Processes are killed at any time, so some students may have a checkpoint that others lack: the newest
-    that all have counts. Only the first may be missing altogether: a job was killed while it was written.
+    that all have counts. Only the first may be missing altogether, in the folder of a run that began: a job
+    was killed while it was written. Process 0 of a student reads its folder for all of them.
     Without several students, `saved` is returned.
 
     Args:
@@ -107,15 +113,17 @@ def resume_together(out: Path, saved: SavedCheckpoint | None) -> SavedCheckpoint
     """
     if group() is None:
         return saved
-    mine = {each.step: each for each in checkpoint.complete(out / "checkpoints")} if saved else {}
-    everyone: dict[str, list[int]] = {}
-    for name, steps in objects_of_everyone((out.name, sorted(mine))):
-        everyone.setdefault(name, steps)
-    common = set.intersection(*map(set, everyone.values()))
+    mine: dict[int, SavedCheckpoint] = {}
+    if rank() == 0 and saved is not None:
+        mine = {each.step: each for each in checkpoint.readable(out / "checkpoints")}
+    mine, began = broadcast((mine, (out / "recipe.yaml").is_file()))
+    everyone = {name: facts for name, *facts in objects_of_everyone((out.name, sorted(mine), began))}
+    common = set.intersection(*(set(steps) for steps, _ in everyone.values()))
     if common:
         return mine[max(common)]
-    if max(map(len, everyone.values())) > 1:
-        have = "; ".join(f"{name} {steps or 'none'}" for name, steps in everyone.items())
+    found = {step for steps, _ in everyone.values() for step in steps}
+    if len(found) > 1 or (found and not all(began for _, began in everyone.values())):
+        have = "; ".join(f"{name} {steps or 'none'}" for name, (steps, _) in everyone.items())
         raise ValueError(
             f"The students in {out.parent} have no checkpoint of the same step: {have}. Copy the lost ones "
             f"back, train those that are behind alone (student=NAME), or begin anew with run.resume=never."
@@ -181,6 +189,10 @@ class SharedTeacher:
                 cls, patches = self.teacher.shared_tokens(tokens.cls[0], tokens.patches)
                 rows.append((cls, patches.view(len(some), grid, patches.shape[-1])))
         return torch.cat([cls for cls, _ in rows]), torch.cat([patches for _, patches in rows])
+
+    def wait(self) -> None:
+        """Wait until all processes call it."""
+        objects_of_everyone(None)
 
     def is_any(self, number: int) -> bool:
         """Whether a number is above 0 in any process. All processes call it."""

@@ -84,7 +84,7 @@ def train(
     keep_freed_memory(recipe.run)
     with (
         process_group(device, recipe.run.timeout_minutes) as watchdog,
-        together(students, recipe, source),
+        together(students, recipe, source, device) as recipe,
         run_lock(out),
     ):
         check_consistency(run_facts(recipe, source), out, "run.out")
@@ -122,6 +122,8 @@ class Trainer:
         if saved is not None:
             self.resume(saved)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
+        if saved is not None and self.step.shared is not None:
+            self.checkpoints.remove_after(self.start)  # other students lack them
         label = out.name if self.step.shared else ""
         settings = unresolved(asdict(recipe))
         self.log = RunLog(out, recipe.optim.steps, self.start, recipe.run.log, settings, label)
@@ -172,13 +174,9 @@ class Trainer:
             self.log.info(f"finished: {self.out / 'teacher.safetensors'}")
 
     def skipped_by_anyone(self) -> bool:
-        """Whether the last step was skipped; of several students, by any of them.
-
-        No student begins a checkpoint before all have written the last one, so that they can resume together.
-        """
+        """Whether the last step was skipped; of several students, by any of them."""
         if self.step.shared is None:
             return self.skipped.in_a_row > 0
-        self.checkpoints.finish()
         return self.step.shared.is_any(self.skipped.in_a_row)
 
     def losses_change_at(self, step: int) -> bool:
@@ -320,7 +318,13 @@ class Trainer:
             self.log.info(f"verdict after step {step}: {verdict.name}: {verdict.text}")
 
     def save_checkpoint(self, step: int) -> None:
-        """Save the teacher for use, and a checkpoint to resume from."""
+        """Save the teacher for use, and a checkpoint to resume from.
+
+        No student begins a checkpoint before all have written the last one, so that they can resume together.
+        """
+        if self.step.shared is not None:
+            self.checkpoints.finish()
+            self.step.shared.wait()
         backbone = unsharded_backbone(self.recipe, self.step.model.ema.backbone)
         if rank() == 0:
             # The checkpoint comes last: a run that is killed in between repeats the last steps, and this.

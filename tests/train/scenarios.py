@@ -47,11 +47,14 @@ def train_students(recipe, overrides):
 
 
 def kill_one_student(recipe, overrides):
-    """The last process is killed in its fifth step, after the checkpoints of steps 2 and 4 were begun."""
+    """The last process is killed in its fifth step, after the first student has saved step 4."""
     real = Step.__call__
+    out = Path(next(text for text in overrides if text.startswith("run.out=")).partition("=")[2])
 
     def step(self, batch):
         if batch.step == 4 and int(os.environ["RANK"]) == 1:
+            while not (out / "students" / "small" / "checkpoints" / "step_0000004").exists():
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, batch)
 
