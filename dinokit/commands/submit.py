@@ -27,7 +27,7 @@ from dinokit import slurm
 from dinokit.commands import Command, config_lines, read_command
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, parse_overrides, student_shares
-from dinokit.config.students import ranks_of
+from dinokit.config.students import check_keep, ranks_of
 from dinokit.slurm import dotted_names, is_dotted
 from dinokit.slurm.profile import Config, load_profile, profile_names
 
@@ -300,12 +300,14 @@ def _check(words: Sequence[str], profile: Config, tasks: int) -> set[str]:
             word = command.one_word("recipe", registry.recipe_names())
             alone = any(text.startswith("student=") for text in command.settings)
             share = {} if alone else student_shares(word, command.settings)
-            recipe = load_recipe(word, [*command.settings, *(f"student={key}" for key in list(share)[:1])])
-            modules |= dotted_names(vars(recipe))
+            chosen = [[f"student={key}"] for key in share] or [[]]
+            recipes = [load_recipe(word, [*command.settings, *one]) for one in chosen]
+            modules |= set().union(*(dotted_names(vars(recipe)) for recipe in recipes))
             if share:
-                ranks_of(share, profile.nodes * tasks, recipe.optim.batch)
+                ranks_of(share, profile.nodes * tasks, recipes[0].optim.batch)
+                check_keep(recipes[0])
             else:
-                _check_batch(recipe, profile.nodes, tasks)
+                _check_batch(recipes[0], profile.nodes, tasks)
         elif hasattr(module, "check"):
             module.check(command)
     except ValueError as error:

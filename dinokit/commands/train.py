@@ -31,7 +31,7 @@ from dinokit.commands import RECIPE_KEYS, Command, FailedError, key_lines
 from dinokit.commands._outcome import MEMORY, exit_status
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, read_mapping, student_shares
-from dinokit.config.students import ranks_of
+from dinokit.config.students import check_keep, ranks_of
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageSource
@@ -69,10 +69,11 @@ def _students(command: Command) -> "Students | None":
     """
     from dinokit.runtime.distributed import launch
 
-    if not command.words or any(text.startswith("student=") for text in command.settings):
+    # minutes= is for a run without a recipe: recipe_and_speed() says so.
+    if not command.words or any(text.startswith(("student=", "minutes=")) for text in command.settings):
         return None
     word, ours = command.one_word("recipe", registry.recipe_names()), launch()
-    share = student_shares(word, [text for text in command.settings if not text.startswith("minutes=")])
+    share = student_shares(word, command.settings)
     if not share:
         return None
     every = [
@@ -83,6 +84,7 @@ def _students(command: Command) -> "Students | None":
     command.settings = [*command.settings, f"student={name}"]
     if ours.world == 1:
         return None
+    check_keep(every[0])
     from dinokit.train.students import Students
 
     return Students(name, ranks)

@@ -60,15 +60,10 @@ def of_student(recipe: Recipe, name: str) -> Recipe:
     """The recipe with the student's own name and folder.
 
     Raises:
-        ValueError: if it has no frozen teacher, or keeps one checkpoint alone.
+        ValueError: if it has no frozen teacher.
     """
     if not recipe.teacher.frozen:
         raise ValueError("students learn from one frozen teacher: give teacher.frozen=FILE_OR_RUN.")
-    if recipe.run.keep < 2:
-        raise ValueError(
-            "run.keep=1: students resume together from a step that all of them have saved, and a stop may "
-            "come when only some have saved the last one. Set run.keep=2 or more."
-        )
     out = Path(recipe.run.out) / FOLDER / name
     return replace(recipe, name=f"{recipe.name}_{name}", run=replace(recipe.run, out=str(out)))
 
@@ -81,6 +76,15 @@ def shares(values: Mapping[str, Any], changes: Mapping[str, Any], merge: Merge) 
     """
     sections = _sections(values.get("students"), changes.get("students"), merge)
     return {name: section["share"] for name, section in sections.items()}
+
+
+def check_keep(recipe: Recipe) -> None:
+    """Raise a ValueError if a recipe of students that are trained together keeps one checkpoint alone."""
+    if recipe.run.keep < 2:
+        raise ValueError(
+            "run.keep=1: students resume together from a step that all of them have saved, and a stop may "
+            "come when only some have saved the last one. Set run.keep=2 or more."
+        )
 
 
 def ranks_of(share: Mapping[str, int], world: int, batch: int) -> dict[str, range]:
@@ -103,10 +107,12 @@ def ranks_of(share: Mapping[str, int], world: int, batch: int) -> dict[str, rang
     if world not in fitting:
         listed = ", ".join(f"{name} {each}" for name, each in share.items())
         way = f"Start one of: {', '.join(map(str, fitting[:12]))}." if fitting else ""
+        alone = f" To train one of them alone, add student={next(iter(share))}." if world == 1 else ""
         raise ValueError(
             f"{world} {'process' if world == 1 else 'processes'} cannot be shared as the recipe says "
             f"({listed}: a multiple of {total}; each student's processes divide optim.batch={batch}). "
             + (way or "No number does: change students.NAME.share or optim.batch.")
+            + alone
         )
     ranks, first = {}, 0
     for name, each in share.items():

@@ -99,17 +99,14 @@ def together(
 def resume_together(out: Path, saved: SavedCheckpoint | None) -> SavedCheckpoint | None:
     """The checkpoint of this student in folder `out` from which all students resume; None: from step 0.
 
-    Processes are killed at any time, so some students may have a checkpoint that others lack: the newest
-    that all have counts. Only the first may be missing altogether, in the folder of a run that began: a job
-    was killed while it was written. Process 0 of a student reads its folder for all of them.
-    Without several students, `saved` is returned.
+    Process 0 of a student reads its folder for all of them. Without several students, `saved` is returned.
 
     Args:
         out: the folder of this student's run.
         saved: the checkpoint from which it would resume alone.
 
     Raises:
-        ValueError: if there is no step that all students have saved.
+        ValueError: as common_step().
     """
     if group() is None:
         return saved
@@ -117,18 +114,34 @@ def resume_together(out: Path, saved: SavedCheckpoint | None) -> SavedCheckpoint
     if rank() == 0 and saved is not None:
         mine = {each.step: each for each in checkpoint.readable(out / "checkpoints")}
     mine, began = broadcast((mine, (out / "recipe.yaml").is_file()))
-    everyone = {name: facts for name, *facts in objects_of_everyone((out.name, sorted(mine), began))}
+    everyone = objects_of_everyone((out.name, (sorted(mine), began)))
+    return mine.get(common_step(dict(everyone), out.parent))
+
+
+def common_step(everyone: Mapping[str, tuple[list[int], bool]], folder: Path) -> int:
+    """The newest step that all students have saved; 0: none has saved any, or all begin anew.
+
+    Processes are killed at any time, so some students may have a checkpoint that others lack. Only the first
+    may be missing altogether, in the folder of a run that began: a job was killed while it was written.
+
+    Args:
+        everyone: by name of the student, the steps of its checkpoints, and whether its folder is of a run.
+        folder: of all students, for the message.
+
+    Raises:
+        ValueError: if there is no such step, and this job was not killed at its first checkpoint.
+    """
     common = set.intersection(*(set(steps) for steps, _ in everyone.values()))
     if common:
-        return mine[max(common)]
+        return max(common)
     found = {step for steps, _ in everyone.values() for step in steps}
     if len(found) > 1 or (found and not all(began for _, began in everyone.values())):
         have = "; ".join(f"{name} {steps or 'none'}" for name, (steps, _) in everyone.items())
         raise ValueError(
-            f"The students in {out.parent} have no checkpoint of the same step: {have}. Copy the lost ones "
+            f"The students in {folder} have no checkpoint of the same step: {have}. Copy the lost ones "
             f"back, train those that are behind alone (student=NAME), or begin anew with run.resume=never."
         )
-    return None
+    return 0
 
 
 class SharedTeacher:

@@ -3,7 +3,7 @@
 import pytest
 
 from dinokit.config.load import load_recipe, student_shares
-from dinokit.config.students import ranks_of
+from dinokit.config.students import check_keep, ranks_of
 
 RECIPE = """
 backbone: {name: vit, size: 32, width: 24, depth: 2, heads: 2, patch: 8}
@@ -69,7 +69,6 @@ def test_a_student_can_be_left_out_or_added(file):
         (["students.large.optim.batch=4"], ValueError, r"give optim\.batch for all"),
         (["students.large.share=0"], ValueError, r"large\.share=0: it is a whole number, 1 or more"),
         (["students.a/b.share=1"], ValueError, "the name is one of a folder"),
-        (["student=small", "run.keep=1"], ValueError, r"Set run\.keep=2"),
         (["student=small", "teacher.frozen=''"], ValueError, r"give teacher\.frozen="),
     ],
 )
@@ -81,6 +80,12 @@ def test_what_is_no_recipe_of_students_is_refused_in_words(file, given, kind, an
 def test_a_student_of_a_recipe_that_has_none_is_refused():
     with pytest.raises(ValueError, match="has no section `students`"):
         load_recipe("scenes_cpu", ["student=small"])
+
+
+def test_one_checkpoint_is_enough_for_a_student_alone_only(file):
+    recipe = load_recipe(file, ["student=small", "run.keep=1"])
+    with pytest.raises(ValueError, match=r"Set run\.keep=2"):
+        check_keep(recipe)
 
 
 def test_processes_are_shared_in_proportion():
@@ -98,5 +103,7 @@ def test_shares_that_do_not_fit_name_numbers_that_do():
         ranks_of({"a": 1, "b": 2}, 4, 8)
     with pytest.raises(ValueError, match=r"9 processes .*optim\.batch=8.*Start one of: 3, 6, 12\."):
         ranks_of({"a": 1, "b": 2}, 9, 8)  # b would have 6
+    with pytest.raises(ValueError, match=r"^1 process cannot .*Start one of: 3, 6, 12\. .* add student=a\."):
+        ranks_of({"a": 1, "b": 2}, 1, 8)
     with pytest.raises(ValueError, match="No number does"):
         ranks_of({"a": 3, "b": 1}, 4, 8)

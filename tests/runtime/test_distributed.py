@@ -28,6 +28,4 @@ def test_groups_that_are_made_later_wait_as_long_as_the_first(connected):
         made += [distributed.group(), distributed.new_cpu_group()]
     assert len(made) == 3
     for group in made:
-        assert abs(waits(group) - timedelta(hours=5)) < timedelta(
-            seconds=1
-        )  # kept in milliseconds
+        assert abs(waits(group) - timedelta(hours=5)) < timedelta(seconds=1)  # kept in milliseconds

@@ -114,3 +114,11 @@ def test_the_name_of_a_recipe_adds_no_line_to_the_script(tmp_path, monkeypatch, 
     script = capsys.readouterr().out
     assert "--job-name=train-a-b-SBATCH---hold-" in script
     assert not [line for line in script.splitlines() if line.startswith("#SBATCH --hold")]
+
+
+def test_a_mistake_in_any_student_is_found_before_the_job(capsys):
+    job = ["submit", "profile=cpu", "tasks=37", "--dry-run", "--", "train", "dinov3_distill"]
+    job += ["teacher.frozen=run", "data.path=list"]
+    assert main(job) == 0
+    assert main([*job, "students.vitl16.backbone.widht=3"]) == 2
+    assert "widht" in capsys.readouterr().err

@@ -2,14 +2,18 @@
 
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+from dinokit.commands import Command
+from dinokit.commands import train as train_command
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
 from dinokit.train import trainer
-from dinokit.train.checkpoint import newest
+from dinokit.train.checkpoint import Checkpoints, newest, readable
+from dinokit.train.students import common_step
 from dinokit.weights import load_backbone, save_backbone
 
 STUDENTS = """
@@ -110,6 +114,42 @@ def test_a_student_on_two_processes_of_three_learns_what_it_learns_alone_on_two(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_students_on_two_gpus_learn_what_each_learns_alone(compare, run):
     compare(run, 1, ["run.device=cuda"])
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "step"),
+    [
+        (([], False), ([], False), 0),  # a new job
+        (([2, 4], True), ([2], True), 2),  # killed while the second was written
+        (([2], True), ([], True), 0),  # killed while the first was written
+        (([2], True), ([], False), None),  # another student was added, or its folder lost
+        (([2], True), ([4], True), None),
+        (([2, 4], True), ([], True), None),
+    ],
+)
+def test_students_resume_from_a_step_of_all_or_say_why_not(small, large, step):
+    everyone = {"small": small, "large": large}
+    if step is not None:
+        assert common_step(everyone, Path("job")) == step
+    else:
+        with pytest.raises(ValueError, match=r"no checkpoint of the same step: small \[.*run\.resume=never"):
+            common_step(everyone, Path("job"))
+
+
+def test_minutes_are_refused_for_a_recipe_of_students_as_for_any(job):
+    file, overrides = job("teacher", 1)
+    with pytest.raises(ValueError, match=r"minutes=3 is for a run without a recipe"):
+        train_command.run(Command([file], [*overrides, "minutes=3"]))
+
+
+def test_checkpoints_that_others_lack_are_removed_and_damaged_older_ones_skipped(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", keep=9) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, {"x": torch.ones(1)}, {})
+        checkpoints.finish()
+        (checkpoints.folder / "step_0000002" / "complete.json").write_text("{")
+        checkpoints.remove_after(3)
+    assert [saved.step for saved in readable(checkpoints.folder)] == [3, 1]
 
 
 @pytest.mark.slow
