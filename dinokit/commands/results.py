@@ -7,7 +7,6 @@ dinokit results runs
 dinokit results runs/photos runs/try --json
 """
 
-import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -34,8 +33,8 @@ def run(command: Command) -> dict[str, Any]:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 10_000  # a pipe has no width: names are whole; rich would take 80 characters
+    if not console.is_terminal and console.width == 80:  # rich's own choice where COLUMNS is not set
+        console.width = 10_000  # a pipe has no width: names are whole
     for table in tables:
         _show(console, table)
     return {"tables": [asdict(table) for table in tables]}

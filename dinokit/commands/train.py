@@ -67,15 +67,16 @@ def _students(command: Command) -> "Students | None":
     Raises:
         ValueError, LookupError: as load_recipe(), for every student; or if the shares do not fit.
     """
-    from dinokit.runtime.distributed import launch
-
     # minutes= is for a run without a recipe: recipe_and_speed() says so.
     if not command.words or any(text.startswith(("student=", "minutes=")) for text in command.settings):
         return None
-    word, ours = command.one_word("recipe", registry.recipe_names()), launch()
+    word = command.one_word("recipe", registry.recipe_names())
     share = student_shares(word, command.settings)
     if not share:
         return None
+    from dinokit.runtime.distributed import launch
+
+    ours = launch()
     every = [
         load_recipe(word, [*command.settings, f"student={name}"], evaluation.architecture) for name in share
     ]

@@ -95,7 +95,7 @@ def test_a_folder_in_the_place_of_the_file_to_write_is_refused(capsys, tmp_path,
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("export", "out and to and weights must be given"),
+        ("export", "out, to and weights must be given"),
         ("export weights=x to=tim out=y", "There is no format to=tim. Did you mean 'timm'"),
         ("export weights=x to=timm ou=y", "there is no key 'ou'. Did you mean 'out'"),
         ("export weights=x to=hf out=y size=224", "size=224 is for to=onnx"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dinokit.config import registry
-from dinokit.config.load import read_mapping, section_values
+from dinokit.config.load import checked_values, read_mapping
 from dinokit.language import align
 from dinokit.language.align import Pairs, train
 from dinokit.language.align_recipe import Config, Head, Optim, Run, Text, View
@@ -330,7 +330,7 @@ def test_recipes_are_read_and_wrong_settings_are_named():
         if name == "align_coco":
             values["data"] |= {"path": "X", "annotations": "Y"}
             values["text"]["path"] = "Z"
-        cfg = Config(**section_values("language", "align_recipe", values, ""))
+        cfg = Config(**checked_values(Config, values, ""))
         assert asdict(cfg)["loss"] in ("sigmoid", "clip")
     with pytest.raises(ValueError, match=r"text\.path is the folder of text.name=folder"):
         Config(text=Text(name="folder"))
