@@ -7,6 +7,7 @@ dinokit results runs
 dinokit results runs/photos runs/try --json
 """
 
+import shutil
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,8 @@ def run(command: Command) -> dict[str, Any]:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal and console.width == 80:  # rich's own choice where COLUMNS is not set
-        console.width = 10_000  # a pipe has no width: names are whole
+    if not console.is_terminal:  # a pipe has no width: names are whole, unless COLUMNS is set
+        console.width = shutil.get_terminal_size((10_000, 24)).columns
     for table in tables:
         _show(console, table)
     return {"tables": [asdict(table) for table in tables]}

@@ -110,9 +110,8 @@ class Trainer:
         self.evaluators, self.watchdog, self.draw, self.callbacks = evaluators, watchdog, draw, callbacks
         self.start = saved.step if saved else 0
         self.loader = self.step.loader(source, self.start, recipe.optim.steps)
-        open_run(
-            recipe, plan=plan
-        )  # after all checks: a recipe that does not fit its images leaves no folder
+        # After all checks: a recipe that does not fit its images leaves no folder.
+        open_run(recipe, plan=plan)
         if saved is None and recipe.backbone.get("weights"):
             from dinokit.train.pretrained import save_start
 
@@ -124,8 +123,7 @@ class Trainer:
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
         if saved is not None and self.step.shared is not None:
             self.checkpoints.remove_after(self.start)  # other students lack them
-        label = out.name if self.step.shared else ""
-        settings = unresolved(asdict(recipe))
+        label, settings = out.name if self.step.shared else "", unresolved(asdict(recipe))
         self.log = RunLog(out, recipe.optim.steps, self.start, recipe.run.log, settings, label)
         self.pending: list[dict[str, Tensor]] = []  # losses of steps that were not logged yet
         self.new_unreadable: dict[str, str] = {}
@@ -149,7 +147,6 @@ class Trainer:
                 stopping = stop.on_any_process() and not last
                 save = step % run.checkpoint_every == 0 or last or stopping
                 due = [e for e in self.evaluators if step % e.every == 0 or last]
-
                 if step % run.log_every == 0 or save or due or self.losses_change_at(step):
                     losses = self.fetch_losses(step)  # one wait for the device
                     self.log_losses(self.without_skipped(losses, step), step)
