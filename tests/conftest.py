@@ -1,8 +1,11 @@
 """What the tests share: one thread, the recorded numbers, small vits, images of noise."""
 
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +66,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings("default"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """A function that gives a port for processes that meet.
+
+    Linux gives the ports above to every connection that a program opens, so one of those that is free now may
+    be taken before the processes have started.
+    """
+
+    def find():
+        while True:
+            port = random.SystemRandom().randrange(20_000, 32_700)
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("localhost", port))
+                return port
+
+    return find
 
 
 @pytest.fixture

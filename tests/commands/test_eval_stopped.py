@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -169,12 +168,9 @@ def test_a_demo_that_is_stopped_at_its_last_step_does_not_evaluate(words, folder
     assert Path("run/teacher.safetensors").exists()
 
 
-def started(words, ranks=1):
+def started(words, ranks, port):
     """As a shell does it, or a launcher: a process a rank."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    many = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    many = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     processes = []
     for rank in range(ranks):
         env = {**os.environ, **({"RANK": str(rank), "LOCAL_RANK": str(rank), **many} if ranks > 1 else {})}
@@ -205,14 +201,14 @@ def ended(processes):
         ("segmentation", 2, signal.SIGTERM),
     ],
 )
-def test_a_signal_to_the_last_process_stops_all(what, ranks, number, words, folder):
+def test_a_signal_to_the_last_process_stops_all(what, ranks, number, words, folder, free_port):
     folder("whole")
-    alone = ended(started(words(what), ranks))
+    alone = ended(started(words(what), ranks, free_port()))
     assert [status for status, _, _ in alone] == [0] * ranks, alone
     whole = looked()
     folder("broken")
     Path("slow").touch()
-    processes = started(words(what), ranks)
+    processes = started(words(what), ranks, free_port())
     limit = time.monotonic() + 300
     while not (Path("looked").exists() and looked() > whole // 3) and time.monotonic() < limit:
         time.sleep(0.01)
@@ -224,7 +220,7 @@ def test_a_signal_to_the_last_process_stops_all(what, ranks, number, words, fold
         assert "Traceback" not in err
     assert looked() < whole
     Path("slow").unlink()
-    again = ended(started(words(what), ranks))
+    again = ended(started(words(what), ranks, free_port()))
     assert [status for status, _, _ in again] == [0] * ranks, again
     assert scores(again[0][1]) == scores(alone[0][1])
     assert looked() < whole + 2 * 12

@@ -50,8 +50,8 @@ class Lives:
         folder: for what they print, and for the number of their changes of files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.number = folder, 0
+    def __init__(self, folder: Path, free_port) -> None:
+        self.folder, self.number, self.free_port = folder, 0, free_port
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(list(PRELOAD))
 
@@ -252,8 +252,8 @@ def _plain(x, without=frozenset()):
 
 
 @pytest.fixture(scope="session")
-def lives(tmp_path_factory):
-    return Lives(tmp_path_factory.mktemp("lives"))
+def lives(tmp_path_factory, free_port):
+    return Lives(tmp_path_factory.mktemp("lives"), free_port)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -111,9 +110,7 @@ def test_of_two_that_start_together_one_works(training):
 
 
 def test_of_two_processes_that_train_a_head_one_prints_the_next_command(lives, trained, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{probe.getsockname()[1]}"}
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{lives.free_port()}"}
     words = ["train-head", "head_promptable_scenes", f"weights={trained}", "out=head", "size=32"]
     words += ["steps=1", "batch=2", "device=cpu"]
     processes = [

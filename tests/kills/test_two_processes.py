@@ -4,7 +4,6 @@ import logging
 import random
 import shutil
 import signal
-import socket
 import time
 from multiprocessing.connection import wait
 
@@ -17,14 +16,11 @@ WORDS = "run.workers=0", "optim.batch=4"
 
 def start_both(lives, cwd, words, kill_at=(None, None)):
     """Start two processes with the environment that torchrun gives them."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     shared = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": f"{port}",
+        "MASTER_PORT": f"{lives.free_port()}",
     }
     return [
         lives.start(cwd, words, kill_at[rank], **shared, RANK=f"{rank}", LOCAL_RANK=f"{rank}")

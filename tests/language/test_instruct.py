@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -283,17 +282,14 @@ def test_a_start_with_another_connector_is_refused(recipe, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_of_slurm_learn_what_those_of_torchrun_do(recipe, tmp_path) -> None:
+def test_processes_of_slurm_learn_what_those_of_torchrun_do(recipe, tmp_path, free_port) -> None:
     """srun sets other variables than torchrun, and transformers' Trainer reads torchrun's alone."""
     want = trained(recipe, tmp_path / "one")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     words = [sys.executable, "-m", "dinokit", "instruct", str(recipe), f"out={tmp_path / 'two'}"]
     common = {
         "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     both = [
         subprocess.Popen(

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import runpy
-import socket
 import time
 import weakref
 from pathlib import Path
@@ -140,16 +139,13 @@ RACES = "Address already in use", "EADDRINUSE", "Connection refused"  # of two p
 class Together:
     """Several processes that were started together, as a launcher would."""
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: Path, free_port) -> None:
+        self.log, self.free_port = log, free_port
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["dinokit.train.trainer", "dinokit.models.vit"])
 
     def start(self, world: int, job: str, *arguments: object) -> list:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = str(probe.getsockname()[1])
-        processes = []
+        port, processes = str(self.free_port()), []
         for rank in range(world):
             environment = {
                 "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
@@ -188,8 +184,8 @@ class Together:
 
 
 @pytest.fixture
-def together(tmp_path):
-    return Together(tmp_path / "stderr.txt")
+def together(tmp_path, free_port):
+    return Together(tmp_path / "stderr.txt", free_port)
 
 
 @pytest.fixture
