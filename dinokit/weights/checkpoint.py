@@ -56,6 +56,8 @@ def locate(source: str | Path) -> Path:
         ValueError: if the folder is a diffusion pipeline.
     """
     path = Path(source)
+    if path.exists() and not path.is_dir():  # in this order: another process may make the folder in between
+        return path
     if path.is_dir():
         for name in (NAME, *FOREIGN_NAMES):
             if (path / name).is_file():
@@ -70,8 +72,6 @@ def locate(source: str | Path) -> Path:
         raise LookupError(
             f"There is no {NAME} in the folder {path}, nor {' or '.join(FOREIGN_NAMES[:3])}.{hint}"
         )
-    if path.exists():
-        return path
     if not path.parent.is_dir():
         raise LookupError(f"There is no file {path}, and no folder {path.parent} (looked from {Path.cwd()}).")
     weights = _weights_in(path.parent)
