@@ -27,9 +27,9 @@ from dinokit.commands.export import Config as ExportConfig
 from dinokit.commands.export import export as export_backbone
 from dinokit.config import registry
 from dinokit.config.load import checked_values, section_values
+from dinokit.config.values import source_of
 from dinokit.curate.image_sets import ImageSearch
 from dinokit.data.decode import SUFFIXES as IMAGE_SUFFIXES
-from dinokit.data.files import reader_of
 from dinokit.data.loader import image_loader
 from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageSource
@@ -393,6 +393,6 @@ def _section(images: Any, labels: bool = False) -> dict[str, Any] | None:
         return dict(images)
     if not isinstance(images, str | Path) or Path(images).suffix.lower() in IMAGE_SUFFIXES:
         return None
-    name = reader_of(str(images))
+    name = source_of(str(images))
     by_folder = {"labels": "folders"} if labels and name == "folder" else {}
     return {"name": name, "path": str(images), **by_folder}

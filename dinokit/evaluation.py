@@ -10,13 +10,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dinokit.config import registry
-from dinokit.config.load import (
-    keys_without_effect,
-    merge_settings,
-    read_data_section,
-    read_mapping,
-    section_values,
-)
+from dinokit.config.load import merge_settings, read_data_section, read_mapping, section_values
+from dinokit.config.values import keys_without_effect
 
 if TYPE_CHECKING:
     from dinokit.models import Backbone

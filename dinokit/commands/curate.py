@@ -22,7 +22,7 @@ from typing import Any
 from dinokit.commands import Command, config_lines, parse_part
 from dinokit.config import registry
 from dinokit.config.load import checked_values, merge_settings, parse_overrides, read_mapping, section_values
-from dinokit.config.values import validated
+from dinokit.config.values import validated, with_source
 from dinokit.curate.settings import OLD_STAGES, SHARED, STAGES, Config, Seeds, Share
 
 RESUMES = True
@@ -105,7 +105,8 @@ def _source_section(label: str, section: Any) -> tuple[dict[str, Any] | None, st
         if embeddings:
             return None, embeddings
         raise ValueError(f"{label}.path must be given: a folder of images; or {label}.embeddings.")
-    name = str(values.pop("name", "folder"))
+    name = str(with_source(values)["name"])
+    values.pop("name", None)
     try:
         return {"name": name, **section_values("data.sources", name, values, label)}, embeddings
     except LookupError as error:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from dinokit.commands import Command, FailedError, key_lines
 from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least
+from dinokit.config.values import with_source
 from dinokit.runtime.files import printable
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Config:
 def run(command: Command) -> dict[str, Any]:
     values = parse_overrides(command.settings)
     if isinstance(values.get("data"), dict):
-        values["data"] = {"name": "folder", **values["data"]}
+        values["data"] = with_source(values["data"])
     cfg = Config(**checked_values(Config, values))
     from dinokit.curate.hashing import scan_with_near_duplicates
     from dinokit.data.scan import findings

@@ -26,6 +26,7 @@ from dinokit.commands import Command, _card, key_lines
 from dinokit.config import registry
 from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least, suggest
+from dinokit.config.values import with_source
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +45,7 @@ class Config:
     to: str = "???"  # timm, hf, dinov2, dinov3 or onnx
     out: str = "???"  # the file or folder to write
     size: int = 0  # pixels of the images, for to=onnx; 0: any multiple of the patch
-    images: str = ""  # folder of photographs to compare preprocessing on; empty: training data
+    images: str = ""  # photographs to compare preprocessing on; empty: training data
     heads: int = 0  # of attention, if the file does not say
     push: str = ""  # USER/NAME on the hub of Hugging Face, for a folder of hf or timm
     public: bool = False  # whether a new repository can be seen by everybody
@@ -124,7 +125,7 @@ def _images(cfg: Config, backbone: "Backbone") -> Iterator[tuple["Image.Image", 
         return
     source = None
     if cfg.images:
-        source = registry.build("data.sources", {"name": "folder", "path": cfg.images})
+        source = registry.build("data.sources", with_source({"path": cfg.images}))
     elif cfg.weights:
         with suppress(ValueError, LookupError):  # the data are elsewhere, or of a package that is not trusted
             section = evaluation.training_data(cfg.weights)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dinokit.commands import Command, FailedError, _outcome, key_lines, parse_part
 from dinokit.config import registry
 from dinokit.config.load import checked_values, parse_overrides
+from dinokit.config.values import with_source
 from dinokit.runtime.files import printable, write_text
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def check(command: Command) -> Config:
     if isinstance(values.get("tokens"), str):
         values["tokens"] = values["tokens"].split(",")
     if isinstance(values.get("data"), dict):
-        values["data"] = {"name": "folder", **values["data"]}
+        values["data"] = with_source(values["data"])
     config = Config(**checked_values(Config, values))
     parse_part(config.part)
     for token in config.tokens:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from dinokit.commands import Command, image_files, key_lines
 from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least
+from dinokit.config.values import with_source
 from dinokit.runtime.files import atomic, file_cell, printable, text_cell
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Config:
 def run(command: Command) -> dict[str, Any]:
     values = parse_overrides(command.settings)
     if isinstance(values.get("data"), dict):
-        values["data"] = {"name": "folder", **values["data"]}
+        values["data"] = with_source(values["data"])
     cfg = Config(**checked_values(Config, values))
     if bool(command.words) == bool(cfg.data):
         raise ValueError("Which images? Give files or folders, or data.path, and not both.")

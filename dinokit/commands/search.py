@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dinokit.commands import Command, image_files, key_lines
 from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least
+from dinokit.config.values import with_source
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageLike
@@ -52,7 +53,7 @@ class Config:
 def run(command: Command) -> dict[str, Any]:
     values = parse_overrides(command.settings)
     if isinstance(values.get("data"), dict):
-        values["data"] = {"name": "folder", **values["data"]}
+        values["data"] = with_source(values["data"])
     cfg = Config(**checked_values(Config, values))
     if not command.words:
         kind, example = ("text", '"a red disc"') if cfg.align else ("image", "index=FOLDER photo.jpg")

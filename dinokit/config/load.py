@@ -29,20 +29,22 @@ from dinokit.config.recipe import (
     Teacher,
 )
 from dinokit.config.students import of_student, shares, take_student
-from dinokit.config.values import first_line, join_key, key_list, keys_without_effect, read_yaml, validated
+from dinokit.config.values import (
+    first_line,
+    join_key,
+    key_list,
+    read_yaml,
+    refuse_without_effect,
+    validated,
+    with_source,
+)
 
 __all__ = [
     "CropGroup", "Crops", "Head", "Heads", "Masks", "Optim", "Recipe", "Run", "Teacher",
-    "checked_values", "keys_without_effect", "load_recipe", "merge_settings", "parse_overrides",
+    "checked_values", "load_recipe", "merge_settings", "parse_overrides",
     "read_data_section", "read_mapping", "read_recipe", "read_text_mapping", "run_dir_of", "section_values",
     "student_shares", "to_yaml", "unresolved",
 ]  # fmt: skip
-DEFAULT_SOURCE = {"data.sources": {"name": "folder", "labels": "folders"}, "data.dense": {"name": "folders"},
-        "data.videos": {"name": "davis"}, "data.objects": {"name": "sa1b"},
-        "data.captions": {"name": "folder"}, "data.pairs": {"name": "spair"},
-        "data.clips": {"name": "folders"}}  # fmt: skip
-
-
 # Texts with ${...} by their key and the value they gave: what is written keeps them unresolved.
 _unresolved: dict[tuple[str, str], str] = {}
 
@@ -245,7 +247,7 @@ def checked_values(
             inside = f"{key}.NAME" if "many" in item.metadata else key
             raise ValueError(f"{key}={given}: it is a section. Give {inside}.path={given}")
     result = validated(cls, values, prefix, extra_keys)
-    _refuse_without_effect(keys_without_effect(cls, values, prefix, extra_keys), prefix)
+    refuse_without_effect(cls, values, prefix, extra_keys)
     for item in fields(cls):
         if "registry" in item.metadata and result[item.name]:
             key, many = join_key(prefix, item.name), "many" in item.metadata
@@ -256,19 +258,13 @@ def checked_values(
     return result
 
 
-def _refuse_without_effect(reasons: Mapping[str, str], prefix: str) -> None:
-    if reasons:
-        keys: dict[str, list[str]] = {}
-        for key, reason in reasons.items():
-            keys.setdefault(reason, []).append(join_key(prefix, key))
-        listed = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in keys.items())
-        raise ValueError(f"{listed}. Remove the keys that have no effect, or change the settings they need.")
-
-
 def _source(item: "Field[Any]", section: Any, prefix: str) -> dict[str, Any]:
+    kind = item.metadata["registry"]
     if "split" in item.metadata and isinstance(section, Mapping) and "name" not in section:
-        section = {**DEFAULT_SOURCE[item.metadata["registry"]], **section}
-    return _section(item.metadata["registry"], section, prefix)
+        section = with_source(section, kind)
+        if kind == "data.sources" and section["name"] == "folder":
+            section = {"labels": "folders", **section}
+    return _section(kind, section, prefix)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,23 @@ from omegaconf.errors import OmegaConfBaseException
 from dinokit.config import registry
 
 DEEPEST = 100  # levels of YAML
+SOURCE_OF_SUFFIX = {
+    ".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest", ".tsv": "manifest"
+}  # fmt: skip
+DEFAULT_SOURCE = {
+    "data.dense": "folders", "data.videos": "davis", "data.objects": "sa1b", "data.captions": "folder",
+    "data.pairs": "spair", "data.clips": "folders",
+}  # fmt: skip
+
+
+def source_of(path: str) -> str:
+    """The source of images that reads a path: by its suffix, else a folder."""
+    return SOURCE_OF_SUFFIX.get(Path(path).suffix.lower(), "folder")
+
+
+def with_source(section: Mapping[str, Any], kind: str = "data.sources") -> dict[str, Any]:
+    """The section of a source, with a name if it has none: for images, of the source that reads its path."""
+    return {"name": DEFAULT_SOURCE.get(kind) or source_of(str(section.get("path", ""))), **section}
 
 
 def validated(
@@ -207,6 +224,18 @@ def keys_without_effect(
                 reasons[key] = f"only {registry.condition_text(other, condition)}, and {but}"
                 break
     return reasons
+
+
+def refuse_without_effect(
+    cls: type[Any], values: Mapping[str, Any], prefix: str, extra_keys: Sequence[str] = ()
+) -> None:
+    """Raises ValueError if some of `values` have no effect; it names them with the reason."""
+    keys: dict[str, list[str]] = {}
+    for key, reason in keys_without_effect(cls, values, prefix, extra_keys).items():
+        keys.setdefault(reason, []).append(join_key(prefix, key))
+    if keys:
+        listed = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in keys.items())
+        raise ValueError(f"{listed}. Remove the keys that have no effect, or change the settings they need.")
 
 
 def _unknown_keys(cls: type[Any], values: object, prefix: str, extra_keys: Sequence[str] = ()) -> None:

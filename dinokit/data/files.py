@@ -14,6 +14,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from dinokit.config import registry
+from dinokit.config.values import SOURCE_OF_SUFFIX
 from dinokit.data import dicom
 from dinokit.data.decode import HEIC, MAX_PIXELS, ImageLike, Orient, decode
 from dinokit.runtime.files import read_regular
@@ -27,9 +28,6 @@ BLOCK = 2**24  # bytes read at a time
 NEWLINE, HASH, SPACE = 10, 35, 32
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write before UTF-8
 _reported: set[str] = set()  # lines about files that were left out
-_READERS = {
-    ".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest", ".tsv": "manifest"
-}  # fmt: skip
 
 
 class Strings(Protocol):
@@ -251,16 +249,11 @@ def check_below(name: str, file: Path) -> None:
         raise ValueError(f"{file} names the image {name!r}, which is not below the folder of images.")
 
 
-def reader_of(path: str) -> str:
-    """The source that reads a path: by its suffix, else a folder."""
-    return _READERS.get(Path(path).suffix.lower(), "folder")
-
-
 def wrong_kind(path: Path, expected: str) -> ValueError:
     """The error for a path that another source reads; `expected` is what this source reads."""
-    other = "folder" if path.is_dir() else _READERS.get(path.suffix.lower(), "")
+    other = "folder" if path.is_dir() else SOURCE_OF_SUFFIX.get(path.suffix.lower(), "")
     kind = "a folder" if path.is_dir() else "a file"
-    hint = f" To read it, set name={other}." if other else ""
+    hint = f" To read it, set name={other} in the same section." if other else ""
     return ValueError(f"path='{path}' is {kind}, but this source reads {expected}.{hint}")
 
 
@@ -282,8 +275,8 @@ def nothing_found(path: Path, expected: Iterable[str], others: Counter[str]) -> 
     if not others:
         return ValueError(f"path='{path}' has no file at all; searched for {', '.join(expected)}.")
     found = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(6))
-    readers = sorted({_READERS[suffix] for suffix in others if suffix in _READERS})
-    hint = f" To read those, set name={' or '.join(readers)}." if readers else ""
+    readers = sorted({SOURCE_OF_SUFFIX[suffix] for suffix in others if suffix in SOURCE_OF_SUFFIX})
+    hint = f" To read those, set name={' or '.join(readers)} in the same section." if readers else ""
     return ValueError(f"path='{path}' has no {', '.join(expected)}; it has: {found}.{hint}")
 
 

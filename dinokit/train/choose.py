@@ -15,7 +15,7 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe
-from dinokit.data.files import reader_of
+from dinokit.config.values import source_of
 from dinokit.data.loader import MAX_WORKERS
 from dinokit.data.scan import scan
 from dinokit.data.sources import ImageSource
@@ -80,7 +80,7 @@ def choose(
     of_data = [text for text in settings if text.startswith(("data.", "backbone.channels="))]
     if given is None:
         path = dict(text.partition("=")[::2] for text in of_data)["data.path"]
-        choice.set("data.name", reader_of(path), "by the path")
+        choice.set("data.name", source_of(path), "by the path")
 
     def opened() -> ImageSource:
         if given is not None:

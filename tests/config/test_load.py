@@ -126,6 +126,13 @@ def test_evaluation_data_given_by_its_path_alone_is_a_folder_with_a_class_a_sub_
     assert (knn["test"]["name"], knn["test"]["path"]) == ("tar", "b")
 
 
+def test_evaluation_data_given_by_a_file_are_read_by_the_source_of_its_suffix(base):
+    given = ["evals.knn.train.path=a.parquet", "evals.knn.test.path=b.csv"]
+    knn = load_recipe(base, given).evals["knn"]
+    assert (knn["train"]["name"], knn["test"]["name"]) == ("parquet", "manifest")
+    assert "labels" not in knn["train"]  # they are a column of the file
+
+
 METHODS = {
     "segmentation": ["linear", "ms", "knn", "logreg", "majority"],
     "depth": ["linear", "dpt", "mean"],

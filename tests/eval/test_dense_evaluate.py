@@ -15,7 +15,8 @@ from torch import nn
 
 from dinokit import evaluation
 from dinokit.config import registry
-from dinokit.config.load import keys_without_effect, section_values
+from dinokit.config.load import section_values
+from dinokit.config.values import keys_without_effect
 from dinokit.data.predictions import NAME, Predictions
 from dinokit.eval import depth, segmentation, video
 from dinokit.models import Backbone, Input, Tokens

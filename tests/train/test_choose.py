@@ -6,7 +6,7 @@ from PIL import Image
 
 from dinokit.__main__ import main
 from dinokit.config.load import load_recipe
-from dinokit.data.files import reader_of
+from dinokit.config.values import source_of
 from dinokit.train.choose import choose
 
 QUICK = ["optim.steps=3", "run.workers=0", "backbone.depth=1", "run.precision=fp32", "evals.knn=null"]
@@ -69,7 +69,7 @@ def test_too_few_images_are_refused_with_what_to_do(folder):
     [("a/b", "folder"), ("x.parquet", "parquet"), ("x.tar", "tar"), ("list.txt", "manifest")],
 )
 def test_the_kind_of_source_follows_from_the_path(path, kind):
-    assert reader_of(path) == kind
+    assert source_of(path) == kind
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dinokit.config import registry
 from dinokit.config.load import section_values
+from dinokit.config.values import with_source
 from dinokit.data.decode import SUFFIXES, ImageLike, as_image, suffix
-from dinokit.data.files import reader_of
 from dinokit.data.sources import ImageSource
 
 IMAGE_KEYS, LABEL_KEYS = ("image", "img", "pixel_values"), ("label", "labels", "target")
@@ -65,7 +65,7 @@ def as_source(images: Any, channels: int = 3) -> ImageSource:
     if isinstance(images, Mapping) and "name" in images:
         return _from_section(dict(images), channels)
     if isinstance(images, str | Path) and suffix(str(images)) not in SUFFIXES:
-        return _from_section({"name": reader_of(str(images)), "path": str(images)}, channels)
+        return _from_section(with_source({"path": str(images)}), channels)
     if callable(getattr(images, "name", None)) and hasattr(images, "classes"):
         source: ImageSource = images
         return source
