@@ -27,6 +27,7 @@ REGISTRIES = {
     "data.videos": ("Sources of videos", "test.name=NAME test.KEY=VALUE"),
     "data.pairs": ("Sources of pairs of images with points", "test.name=NAME test.KEY=VALUE"),
     "data.clips": ("Sources of clips with classes", "test.name=NAME test.KEY=VALUE"),
+    "data.talks": ("Talks about images", "data.name=NAME data.KEY=VALUE, of dinokit instruct"),
     "eval": ("Evaluators", "dinokit eval NAME KEY=VALUE, or evals.NAME.KEY=VALUE in a recipe"),
 }
 # Modules of the Python reference, with the question that each answers.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config.registry import check_at_least, only_if, source_field
+from dinokit.data.boxes import Box, box_iou
 from dinokit.data.decode import ImageLike
 from dinokit.data.objects import ndimage
 from dinokit.data.transforms import size_of
@@ -33,8 +34,6 @@ from dinokit.segment.prompts import boxes_of
 FAR = 1e-5  # weight between patches whose cosine is not above the threshold: the graph stays connected
 MOST = 10_000  # patches of an image: their graph takes 2.4 GB
 RIGHT = 0.5  # IoU from which a box counts
-
-Box = tuple[float, float, float, float]  # edges: left, top, right, bottom, in pixels of the image as stored
 
 
 @dataclass
@@ -91,7 +90,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
 
 
 def find_box(cfg: Config, dense: DenseBackbone, image: ImageLike) -> Box:
-    """The box of the object that TokenCut finds."""
+    """The box of the object that TokenCut finds, in pixels of the image as stored."""
     patches, grid = patches_of(dense, image, cfg.resize)
     if (count := patches[0].numel()) > MOST:
         raise ValueError(
@@ -139,11 +138,3 @@ def centre_box(size: tuple[int, int], share: float) -> Box:
     """A box in the middle of an image of `size` (H, W), with `share` of each side."""
     (height, width), margin = size, (1 - share) / 2
     return margin * width, margin * height, (1 - margin) * width, (1 - margin) * height
-
-
-def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes of positive area."""
-    across, down = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
-    both = max(across, 0.0) * max(down, 0.0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return both / (sum(areas) - both)

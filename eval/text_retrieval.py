@@ -1,4 +1,4 @@
-"""Retrieval between images and captions by the cosine of a text alignment (`dinokit align`).
+"""Retrieval between images, or videos, and captions by the cosine of a text alignment (`dinokit align`).
 
 Each image looks for its captions among those of all images, and each caption for its image: recall@k is the
 share that has a right one among the first k (CLIP, arXiv 2103.00020). Captions describe the whole image.
@@ -6,6 +6,10 @@ A caption that several images share is right for each of them.
 
 A caption with the colours of two things exchanged has the same words as the right one: whoever reads a bag of
 words is right in exactly half of these (as in Winoground, arXiv 2204.03162).
+
+The vector of a video is the mean of those of its frames (CLIP4Clip's mean pooling, arXiv 2104.08860). It does
+not know their order: a video and the same backwards have one vector, so of captions that differ in a
+direction it cannot choose. The frame in the middle alone is the baseline.
 
     N  images     M  captions     E  width of the common space
 """
@@ -15,14 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.config import registry
 from dinokit.config.registry import check_at_least, source_field
+from dinokit.data.clips import Clip
 from dinokit.eval._align import vectors_of
 from dinokit.features import Subset, spread
 from dinokit.language.aligned import Aligned, load_aligned
 from dinokit.models import Backbone
+from dinokit.runtime.log import watch
+from dinokit.video.sampling import Sampling
 
 TIE = 1e-5  # of cosines: the sum over words depends on their order in its last bits
 
@@ -32,11 +40,12 @@ class Config:
     test: dict[str, Any] | None = source_field("data.captions", "test", labels=False)
     align: str = ""  # the folder of a run of dinokit align, on these weights
     k: tuple[int, ...] = (1, 5, 10)  # of recall@k
+    frames: int = 8  # of a video, one from each of so many equal parts
     max_test: int = 0  # images, drawn evenly from the set; 0: all
     batch: int = 64  # images at a time
 
     def __post_init__(self) -> None:
-        check_at_least(self, k=1, max_test=0, batch=1)
+        check_at_least(self, k=1, frames=1, max_test=0, batch=1)
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
@@ -46,7 +55,8 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         'text recall@1' and so on, of images that look for captions; 'image recall@1', of captions that look
         for images; 'shuffled recall@1', of images with the captions of others, the level of chance; 'swap',
         of images with a caption whose colours can be exchanged: how often the right one is nearer, where the
-        source has such captions, and 'swaps', their number; 'images_test', 'captions_test'.
+        source has such captions, and 'swaps', their number; 'images_test', 'captions_test'. Of videos all are
+        of the mean over frames, and 'middle frame text recall@1' and 'middle frame image recall@1' of one.
 
     Raises:
         ValueError, LookupError: if images and alignment do not fit; the message names the key to set.
@@ -62,17 +72,38 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     if len(numbers) < 2:
         raise ValueError(f"test.name={section['name']} has fewer than two images: nothing to look for.")
     aligned = load_aligned(cfg.align, backbone)
-    images, _ = vectors_of(aligned, chosen, cfg.batch)
+    middle = vectors_of(aligned, chosen, cfg.batch)[0]
+    videos = hasattr(source, "clip")
+    images = pooled_frames(cfg, aligned, [source.clip(n) for n in numbers]) if videos else middle
     captions = [source.captions(number)[0] for number in numbers]
     texts = [*dict.fromkeys(text for each in captions for text in each)]
     right = pairs(captions, texts)
-    cosine = images @ aligned.text(texts).cpu().T
+    vectors = aligned.text(texts).cpu()
+    cosine = images @ vectors.T
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     scores = {f"text recall@{k}": recall(cosine, right, k) for k in cfg.k}
     scores |= {f"image recall@{k}": recall(cosine.T, right.T, k) for k in cfg.k}
     scores |= {f"shuffled recall@{k}": recall(cosine, right[order], k) for k in cfg.k[:1]}
+    if videos:
+        alone = middle @ vectors.T
+        for key, table, fits in (("text", alone, right), ("image", alone.T, right.T)):
+            scores |= {f"middle frame {key} recall@{k}": recall(table, fits, k) for k in cfg.k[:1]}
     scores |= swap_scores(aligned, source, numbers, images)
     return scores | {"images_test": len(images), "captions_test": len(texts)}
+
+
+def pooled_frames(cfg: Config, aligned: Aligned, clips: Sequence[Clip]) -> Tensor:
+    """The mean of the vectors of a clip's frames, on the unit sphere again, (N, E) on the CPU.
+
+    Raises:
+        OSError, ValueError: if a clip cannot be read, with its name.
+    """
+    sampling, rows = Sampling("even", cfg.frames), []
+    for clip in watch(clips, len(clips), "videos"):
+        taken, real = sampling(clip.seconds(range(len(clip))))
+        frames = clip.frames([frame for frame, once in zip(taken, real, strict=True) if once])
+        rows.append(aligned.image([*frames]).mean(dim=0).cpu())
+    return F.normalize(torch.stack(rows), dim=1)
 
 
 def pairs(captions: Sequence[Sequence[str]], texts: Sequence[str]) -> Tensor:

@@ -7,6 +7,7 @@ where dinokit is not installed.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinokit.data.scenes.regions import REGIONS, WORDS
 from dinokit.data.scenes.sentences import VOCABULARY
 from dinokit.data.talks import MARK
 from dinokit.features import fingerprint
@@ -94,7 +96,7 @@ def build_model(cfg: Config, backbone: Backbone) -> Answerer:
     """
     torch.manual_seed(cfg.run.seed)
     tower = tower_of(backbone, cfg.view.size, cfg.view.layer)
-    language, tokenizer = language_model(cfg.language)
+    language, tokenizer = language_model(cfg.language, vocabulary(cfg))
     image_id = tokenizer.convert_tokens_to_ids(MARK)
     model = assemble(tower, language, cfg.view, image_id, cfg.connector)
     settings = model.generation_config
@@ -106,15 +108,29 @@ def build_model(cfg: Config, backbone: Backbone) -> Answerer:
     return Answerer(model, processor_of(tower, tokenizer, cfg.view, cfg.connector))
 
 
-def language_model(cfg: Language) -> tuple[Any, Any]:
+def vocabulary(cfg: Config) -> tuple[str, ...]:
+    """The words that a tiny language model knows: those of boxes only if some talks of the recipe have boxes.
+
+    Words that it does not need would change how a model begins.
+    """
+    sections = [cfg.data, *(stage.get("data") for stage in cfg.stages.values() if stage)]
+    asked = {family for section in sections for family in (section or {}).get("families") or ()}
+    return VOCABULARY + WORDS * bool(asked & {*REGIONS})
+
+
+def language_model(cfg: Language, words: Sequence[str]) -> tuple[Any, Any]:
     """A causal language model and its tokenizer, which has the image's symbol and one for padding.
+
+    Args:
+        cfg: which.
+        words: that a tiny one knows.
 
     Raises:
         ValueError, LookupError: if the folder has no such model; nothing is downloaded.
     """
     transformers = needed("transformers")
     if cfg.name == "tiny":
-        tokenizer = word_tokenizer(VOCABULARY, chat=True)
+        tokenizer = word_tokenizer(words, chat=True)
         if cfg.width % cfg.heads:
             raise ValueError(f"language.width={cfg.width} is no multiple of language.heads={cfg.heads}.")
         config = transformers.LlamaConfig(

@@ -68,7 +68,8 @@ def prepared(
 
     Raises:
         ValueError: if the batch cannot be divided, a text has a symbol of the language model, or one of the
-            first talks does not fit; it names the stage's key or the talk.
+            first talks does not fit or has an answer with an unknown word; it names the stage's key or the
+            talk.
     """
     stages = stages_of(cfg)
     stage = stages[name]
@@ -82,5 +83,12 @@ def prepared(
         for record in talks.records:
             images = sum(turn.text.count(MARK) for turn in record.turns)
             labels.check_texts(record.key, record.turns, images)
-    collate([order[place] for place in range(min(len(talks), len(order), CHECKED))])
+    first = [order[place] for place in range(min(len(talks), len(order), CHECKED))]
+    unknown = answerer.tokenizer.unk_token_id
+    learnt = [unknown is not None and unknown in row for row in collate(first)["labels"].tolist()]
+    if unknown not in stops and any(learnt):
+        raise ValueError(
+            f"{first[learnt.index(True)].key}: the language model does not know a word of the answer, so it "
+            f"would learn to say {answerer.tokenizer.unk_token}. Take one that knows the words of the talks."
+        )
     return order, collate

@@ -81,6 +81,51 @@ def test_an_untrained_model_has_every_column_and_no_answer(run):
     assert scores["all"] == 0
 
 
+@pytest.fixture(scope="module")
+def boxed(tmp_path_factory):
+    """An untrained model on smaller patches, which knows the words of boxes, and the folder of its run."""
+    out, backbone = tmp_path_factory.mktemp("boxed"), build({**RAW, "patch": 4})
+    small = Language(width=32, depth=2, heads=2, hidden=48)
+    cfg = Config(language=small, stages={"one": {"data": {"families": ["ground"]}}, "no": None})
+    save_model(build_model(cfg, backbone), out / "model", about(cfg, backbone))
+    return out
+
+
+def test_models_on_other_backbones_have_columns_of_their_own(run, boxed):
+    cfg = vqa.Config(
+        model=str(run), beside={"small": str(boxed)}, families=("exist",), count=2, groups=1, size=32
+    )
+    scores = vqa.evaluate(cfg, build(RAW))
+    assert {"all small", "exist small", "exist small group"} <= set(scores)
+    with pytest.raises(ValueError, match=r"beside.blank: there is a column 'blank'"):
+        vqa.Config(beside={"blank": "runs/chat"})
+    with pytest.raises(LookupError, match="has no model that answers"):
+        vqa.evaluate(vqa.Config(model=str(run), beside={"none": str(run / "none")}), build(RAW))
+
+
+def test_questions_about_boxes_need_a_model_that_knows_their_words(run, boxed):
+    cfg = vqa.Config(model=str(boxed), families=("ground", "point"), count=3, groups=1, size=32)
+    scores = vqa.evaluate(cfg, build({**RAW, "patch": 4}))
+    assert {"ground", "point novel", "ground group", "ground centre"} <= set(scores)
+    with pytest.raises(ValueError, match="the language model does not know 'box'"):
+        vqa.evaluate(vqa.Config(model=str(run), families=("ground",), count=1, size=32), build(RAW))
+
+
+def test_a_box_is_right_from_an_overlap_of_half_on():
+    assert vqa.is_right("red", "red")
+    assert not vqa.is_right("red", "[0.00, 0.00, 1.00, 1.00]")
+    box = "[0.00, 0.00, 0.50, 0.50]"
+    assert vqa.is_right(box, "[0.0, 0.0, 0.5, 0.3]")  # 0.6 of the area
+    assert not vqa.is_right(box, "[0.0, 0.0, 0.5, 0.25]")  # exactly half is not above
+    for nothing in ("", "top left", "[0.5, 0.5, 0.0, 0.0]"):
+        assert not vqa.is_right(box, nothing)
+    # Of mean size in the middle: it overlaps none of four corners, and is the fifth box itself.
+    edges = [(0.0, 0.0), (0.8, 0.0), (0.0, 0.8), (0.8, 0.8), (0.4, 0.4)]
+    boxes = [f"[{x:.2f}, {y:.2f}, {x + 0.2:.2f}, {y + 0.2:.2f}]" for x, y in edges]
+    assert vqa._centre(boxes) == {"ground centre": [0, 0, 0, 0, 1]}
+    assert vqa._centre([]) == {}
+
+
 def test_a_model_on_another_backbone_is_refused(run):
     other = build({**RAW, "cell": 8})
     with pytest.raises(ValueError, match="trained on another backbone than the one that is evaluated"):

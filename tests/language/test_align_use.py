@@ -15,6 +15,7 @@ from dinokit.__main__ import main
 from dinokit.config import registry
 from dinokit.data.dense import IGNORE
 from dinokit.data.scenes.captioned import COLOURS, SHAPES
+from dinokit.eval import text_retrieval
 from dinokit.eval._align import class_words, of_classes
 from dinokit.eval.text_retrieval import pairs, recall, swap_scores
 from dinokit.eval.zeroshot_segmentation import pointing
@@ -28,6 +29,8 @@ TINY = [
     "head.embedding=8", "text.width=16", "text.depth=1", "text.heads=2", "steps=2", "batch=4", "device=cpu",
     "run.log_every=1",
 ]  # fmt: skip
+
+SPLITS = ("all", "train", "test")
 
 
 def build(kind, **section):
@@ -248,6 +251,88 @@ def test_a_bag_of_words_is_right_in_half_of_the_swaps(trained):
     assert without["swap"] == 0.5
     assert as_it_is["swap"] > 0.6  # after two steps many differ by less than a tie
     assert 10 < without["swaps"] == as_it_is["swaps"]
+
+
+def test_captions_of_boards_in_motion_are_true():
+    source = build("data.captions", name="moving", size=32, count=6, test_count=10, frames=9)
+    assert len(source) == 16
+    assert source.name(8) == "captioned test 2"
+    for index in range(16):
+        (whole,), (moves,) = source.captions(index)
+        clip, way = source.clip(index), moves.split()[-1]
+        assert whole.startswith(moves)
+        frames = clip.frames(range(9)).astype(int)
+        assert np.array_equal(np.asarray(source[index][0]), frames[4])
+        changed = abs(frames[[0, -1]] - np.median(frames, axis=0)).sum(axis=3) > 60
+        (y0, x0), (y1, x1) = (np.argwhere(each).mean(axis=0) for each in changed)
+        steps = {"left": x0 - x1, "right": x1 - x0, "up": y0 - y1, "down": y1 - y0}
+        assert way == max(steps, key=steps.get)
+        opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[way]
+        other = moves.replace(f"moves {way}", f"moves {opposite}")
+        assert source.exchanged(index) == (whole, whole.replace(moves, other, 1))
+
+
+def test_videos_of_a_list_with_their_captions(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for n in range(3):
+            Image.new("RGB", (8, 6), (n, 0, 0)).save(tmp_path / f"{name}/{n}.png")
+    lines = ["path,label", "a,a dog  runs", "b,a cat", '"a",it runs']
+    (tmp_path / "v.csv").write_text("\n".join(lines))
+    source = build("data.captions", name="videos", path=str(tmp_path / "v.csv"))
+    assert [source.captions(n) for n in range(len(source))] == [[["a dog runs", "it runs"]], [["a cat"]]]
+    assert source[0][0][0, 0, 0] == 1
+    assert len(source.clip(1)) == 3
+    (tmp_path / "v.csv").write_text("path,label,split\na,a dog,train\nb,a cat,test\n")
+    parts = [
+        build("data.captions", name="videos", path=str(tmp_path / "v.csv"), split=each) for each in SPLITS
+    ]
+    assert [[each.name(n)[-1] for n in range(len(each))] for each in parts] == [["a", "b"], ["a"], ["b"]]
+    (tmp_path / "v.csv").write_text("path,label\na,a dog\nc,a cat\n")
+    with pytest.raises(ValueError, match=r"line 3: .*c does not exist"):
+        build("data.captions", name="videos", path=str(tmp_path / "v.csv"))
+
+
+def test_videos_and_captions_find_each_other_by_the_mean_of_frames(trained, capsys, tmp_path, monkeypatch):
+    """Against loops over frames; a video and the same backwards have one vector."""
+    monkeypatch.chdir(tmp_path)
+    files = [f"weights={trained / 'vit.safetensors'}", f"align={trained / 'run'}", "device=cpu"]
+    keys = {"name": "moving", "size": 32, "split": "test", "test_count": 16, "frames": 9}
+    words = [f"test.{key}={value}" for key, value in keys.items()]
+    found = scores(capsys, "eval", "text_retrieval", *files, *words, "frames=3", "k=[1,4]")
+    aligned = load_aligned(trained / "run", trained / "vit.safetensors", "cpu")
+    source = build("data.captions", **keys)
+    texts = aligned.text([source.captions(n)[0][0] for n in range(16)])
+    for frames, name, ks in (([1, 4, 7], "", (1, 4)), ([4], "middle frame ", (1,))):
+        rows = []
+        for n in range(16):
+            mean = sum(aligned.image(source.clip(n).frames([frame])[0])[0] for frame in frames)
+            rows.append(mean / mean.norm())
+        cosine = torch.stack(rows) @ texts.T
+        for k in ks:
+            for side, table in (("text", cosine), ("image", cosine.T)):
+                right = [(row > row[i]).sum().item() < k for i, row in enumerate(table)]
+                assert found[f"{name}{side} recall@{k}"] == pytest.approx(sum(right) / 16)
+    assert found["swaps"] == 16
+    cfg = text_retrieval.Config(frames=9)
+    pooled = [
+        text_retrieval.pooled_frames(cfg, aligned, [clip])
+        for clip in (source.clip(0), Backwards(source.clip(0)))
+    ]
+    torch.testing.assert_close(*pooled, rtol=0, atol=1e-6)
+
+
+class Backwards:
+    """A clip with its frames in the opposite order."""
+
+    def __init__(self, clip):
+        self.clip, self.seconds = clip, clip.seconds
+
+    def __len__(self):
+        return len(self.clip)
+
+    def frames(self, indices):
+        return self.clip.frames([len(self.clip) - 1 - index for index in indices])
 
 
 def test_search_and_segment_by_words(trained, capsys, tmp_path):

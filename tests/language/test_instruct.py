@@ -14,6 +14,8 @@ from PIL import Image
 
 from dinokit.commands import instruct
 from dinokit.commands import read_command as command_of
+from dinokit.data.scenes.regions import WORDS
+from dinokit.data.scenes.sentences import VOCABULARY
 from dinokit.data.talks.captioned import Config as Talks
 from dinokit.data.talks.captioned import build as captioned
 from dinokit.language import instruct as instruct_module
@@ -24,6 +26,7 @@ from dinokit.language.lora import merge_lora
 from dinokit.language.model import open_model
 from dinokit.language.recipe import Config, Lora, Stage, stages_of
 from dinokit.language.stages import Order
+from dinokit.language.words import SPECIAL
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -101,6 +104,24 @@ def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(recipe, tmp_p
             if label != -100:
                 total, count = total - float(logits[place - 1, label]), count + 1
     assert got == pytest.approx(total / count, rel=1e-4)
+
+
+def test_words_of_boxes_are_known_only_where_a_stage_asks_for_boxes(recipe, tmp_path) -> None:
+    """A model without them begins as it always did: more words would be other random numbers."""
+    keys = "stages.second=null", "stages.first.steps=1", "stages.first.lr=0"
+    trained(recipe, tmp_path / "plain", *keys)
+    trained(recipe, tmp_path / "boxes", *keys, "stages.first.data.families=[ground,colour]")
+    plain, boxes = (open_model(tmp_path / name) for name in ("plain", "boxes"))
+    sizes = [len(each.tokenizer) for each in (plain, boxes)]
+    assert sizes == [len(VOCABULARY) + len(SPECIAL), len(VOCABULARY) + len(SPECIAL) + len(WORDS)]
+    for word in ("box", "[0.12,", "0.97,", "1.00]"):
+        assert (plain.tokenizer.convert_tokens_to_ids(word) == plain.tokenizer.unk_token_id) is True
+        assert boxes.tokenizer.convert_tokens_to_ids(word) != boxes.tokenizer.unk_token_id
+    ids = boxes.tokenizer("[0.12, 0.50, 0.97, 1.00]", add_special_tokens=False)["input_ids"]
+    assert boxes.tokenizer.decode(ids) == "[0.12, 0.50, 0.97, 1.00]"
+    start = f"start={tmp_path / 'plain'}", "stages.first.data.families=[ground]"
+    with pytest.raises(ValueError, match="the language model does not know a word of the answer"):
+        trained(recipe, tmp_path / "on", *keys, *start)
 
 
 def test_lora_changes_nothing_at_first_and_merges_into_equal_logits(answering) -> None:

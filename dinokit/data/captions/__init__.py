@@ -16,10 +16,13 @@ from dinokit.data.decode import ImageLike
 class CaptionSource(Protocol):
     """Images with captions by number, in an order that never changes.
 
-    An optional method:
+    Optional methods:
 
         exchanged(index) -> tuple[str, str] | None   a caption of the image, and the same with the colours of
-                                                     two things exchanged; None where it shows too few
+                                                     two things exchanged; None where it shows too few. Of a
+                                                     video, the same with the opposite direction
+        clip(index) -> Clip                          of a source of videos, whose images are the frames in the
+                                                     middle: all frames (dinokit.data.clips)
     """
 
     classes: Sequence[str]  # none: it can stand in the place of a source of images

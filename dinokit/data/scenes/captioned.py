@@ -36,6 +36,7 @@ COLOUR_COUNTS: dict[int, tuple[tuple[int, ...], ...]] = {
     4: ((1, 1, 1, 1), (2, 1, 1), (2, 2), (3, 1)),
 }
 CELLS = 9
+CODES = 6  # squares along a side of a cell, where the truth is shown in place of things
 CELL = 2 / 3  # side of a cell
 HUES = np.array([0, 120, 232, 57, 290, 180]) / 360  # of the colours that have one
 HUE_RANGE = 3 / 360
@@ -102,8 +103,9 @@ class CaptionedWorld:
     """Draws boards, pictures and clips; each is a function of its index and of the arguments here."""
 
     def __init__(
-        self, size: int = 64, seed: int = 0, split: str = "train", things: tuple[int, int] = (1, 4)
-    ) -> None:
+        self, size: int = 64, seed: int = 0, split: str = "train", things: tuple[int, int] = (1, 4),
+        truth: bool = False,
+    ) -> None:  # fmt: skip
         """Prepare to draw.
 
         Args:
@@ -111,6 +113,7 @@ class CaptionedWorld:
             seed: 0 or more.
             split: train, test or novel.
             things: fewest and most on a board, from 1 to 4.
+            truth: show what is known of each cell as black and white squares, in place of the picture.
 
         Raises:
             ValueError: if a number is out of its range, or there is no such split.
@@ -124,7 +127,11 @@ class CaptionedWorld:
         for name, value, least in (("size", size, 32), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"captioned: {name}={value}, but it must be {least} or more.")
-        self.size, self.seed, self.split, self.things = size, seed, split, things
+        if truth and size % (3 * CODES):
+            raise ValueError(
+                f"captioned: with truth=true, size={size} must be a multiple of {3 * CODES}, such as 72."
+            )
+        self.size, self.seed, self.split, self.things, self.truth = size, seed, split, things, truth
         self.novel = split == "novel"
         self._axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
         self._blotches = _bumps(size, 7)
@@ -163,7 +170,21 @@ class CaptionedWorld:
         canvas = _Canvas(self, board)
         for number, thing in enumerate(board.things, start=1):
             canvas.paint(thing, number)
-        return Picture(canvas.pixels(), canvas.instances)
+        return Picture(self._codes(board) if self.truth else canvas.pixels(), canvas.instances)
+
+    def _codes(self, board: Board) -> Labels:
+        """(S, S, 3): in each cell a white square for its colour, outline and size, and one for the cell."""
+        numbers = [[len(COLOURS) + len(SHAPES) + 2 + cell] for cell in range(CELLS)]
+        for thing in board.things:
+            size = len(COLOURS) + len(SHAPES) + thing.large
+            numbers[thing.cell] += [thing.colour, len(COLOURS) + thing.shape, size]
+        squares = np.zeros((3 * CODES, 3 * CODES), np.uint8)
+        for cell, held in enumerate(numbers):
+            for number in held:
+                row, column = divmod(number, CODES)
+                squares[cell // 3 * CODES + row, cell % 3 * CODES + column] = 255
+        side = self.size // (3 * CODES)
+        return np.repeat(np.kron(squares, np.ones((side, side), np.uint8))[:, :, None], 3, axis=2)
 
     def clip(self, index: int, frames: int) -> Clip:
         """Clip `index`, whose label is `index` modulo the number of directions.

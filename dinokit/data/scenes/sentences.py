@@ -163,8 +163,8 @@ def exchanged(board: Board, rng: np.random.Generator) -> Board | None:
 
     None where no two things can be, as with one thing or one colour. A board without a novel pair gets none.
     """
-    for i, j in _couples(board, rng):
-        if twin := _swapped(board, i, j, "colour"):
+    for i, j in couples_of(board, rng):
+        if twin := swapped(board, i, j, "colour"):
             return twin
     return None
 
@@ -204,12 +204,12 @@ def _twin(
         things = tuple(replace(t, colour=other.get(t.colour, t.colour)) for t in board.things)
         novel = any(thing.novel for thing in board.things)
         return (Board(things, board.key), (("count", one), ("count", two))) if valid(things, novel) else None
-    couples = _couples(board, rng)
+    couples = couples_of(board, rng)
     if not couples:
         return None
     i, j = couples[0]
     first, second = board.things[i], board.things[j]
-    twin = _swapped(board, i, j, "cell" if family in ("where", "relation") else "colour")
+    twin = swapped(board, i, j, "cell" if family in ("where", "relation") else "colour")
     if twin is None:
         return None
     pairs = (first.colour, first.shape), (second.colour, second.shape)
@@ -224,7 +224,7 @@ def _twin(
     return twin, meanings[family]
 
 
-def _couples(board: Board, rng: np.random.Generator) -> list[tuple[int, int]]:
+def couples_of(board: Board, rng: np.random.Generator) -> list[tuple[int, int]]:
     """The pairs of things in random order; those with a novel thing come first, in which it is the first."""
     n = len(board.things)
     couples = [(i, j) for i in range(n) for j in range(n) if i != j]
@@ -232,7 +232,7 @@ def _couples(board: Board, rng: np.random.Generator) -> list[tuple[int, int]]:
     return sorted(couples, key=lambda couple: not board.things[couple[0]].novel)
 
 
-def _swapped(board: Board, i: int, j: int, attribute: str) -> Board | None:
+def swapped(board: Board, i: int, j: int, attribute: str) -> Board | None:
     """The board with an attribute of two things exchanged; None if nothing changes or it is not allowed."""
     things = list(board.things)
     values = [getattr(things[k], attribute) for k in (j, i)]

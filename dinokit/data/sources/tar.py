@@ -38,16 +38,21 @@ class Config:
 
 
 class Tar:
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, text: str = "") -> None:
         """Read the headers.
+
+        Args:
+            cfg: the settings.
+            text: a suffix such as .txt, of the texts beside the images that text() reads; then there are no
+                labels.
 
         Raises:
             ValueError: if there is no such file, one is compressed or damaged, there is no image, or none in
-                the split.
+                the split; or if a key has two texts.
         """
         self._files = shards(cfg.path, ".tar")
         self._channels, self.max_pixels, self.orient = cfg.channels, cfg.max_pixels, cfg.orient
-        index = _Index()
+        index = _Index(text)
         self._members = Names.of(
             name for number, file in enumerate(self._files) for name in index.read(number, file)
         )
@@ -55,6 +60,7 @@ class Tar:
             raise ValueError(f"path='{cfg.path}': {len(self._files)} tar file(s) without an image.")
         report_left_out(cfg.path, index.others)
         self._shards, self._offsets, self._sizes = index.positions()
+        self._texts, self._lengths = np.array(index.texts, np.int64), np.array(index.lengths, np.int64)
         self.classes: Sequence[str]
         self.classes, self._labels = class_ids(index.labels.codes, index.labels.words)
         named = None if cfg.split == "all" else (self._shards, splits_of_files(self._files))
@@ -79,8 +85,22 @@ class Tar:
             OSError: if it is cut short.
         """
         row = self._rows[index]
-        size = int(self._sizes[row])
-        data = os.pread(self._open(int(self._shards[row])), size, int(self._offsets[row]))
+        return self._read(index, int(self._offsets[row]), int(self._sizes[row]))
+
+    def text(self, index: int) -> bytes:
+        """The content of the text beside the image; none if there is no such member.
+
+        Raises:
+            OSError: if it is cut short.
+        """
+        return self._read(index, int(self._texts[self._rows[index]]), self.text_size(index))
+
+    def text_size(self, index: int) -> int:
+        """The bytes of the text beside the image; 0 if there is none."""
+        return int(self._lengths[self._rows[index]])
+
+    def _read(self, index: int, place: int, size: int) -> bytes:
+        data = os.pread(self._open(int(self._shards[self._rows[index]])), size, place)
         if len(data) < size:
             raise OSError(
                 f"{self.name(index)} is cut short: the file ends after {len(data)} of its {size} bytes."
@@ -122,9 +142,11 @@ build = Tar
 
 
 class _Index:
-    """The positions of the images in all files, in columns."""
+    """The positions of the images in all files, in columns, and of the texts of a suffix beside them."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.texts, self.lengths = array("q"), array("q")  # first bytes and sizes; of no text both are 0
         self.labels = Categorical()
         self.others: Counter[str] = Counter()  # members of other suffixes
         self._shards, self._offsets, self._sizes = array("i"), array("q"), array("q")
@@ -133,6 +155,7 @@ class _Index:
         """Index the images of one file; yields their names."""
         labels: dict[str, str] = {}  # by key
         names: list[str] = []
+        texts: dict[str, tuple[int, int]] = {}  # by key
         try:
             with open_regular(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
                 for member in _members(tar):
@@ -144,7 +167,9 @@ class _Index:
                         self._shards.append(shard)
                         self._offsets.append(member.offset_data)
                         self._sizes.append(member.size)
-                    elif kind in (".cls", ".json"):
+                    elif self.text and kind == self.text:
+                        _add_text(texts, member, member.name[: -len(kind)])
+                    elif not self.text and kind in (".cls", ".json"):
                         content = tar.extractfile(member)
                         assert content is not None, member.name
                         labels[member.name[: -len(kind)]] = _label(content.read(_LABEL), kind, member.name)
@@ -156,6 +181,10 @@ class _Index:
             folder, slash, base = name.rpartition("/")
             stem, key = name[: name.rfind(".")], folder + slash + base.partition(".")[0]
             self.labels.add(labels.get(stem, labels.get(key, "")))
+            if self.text:
+                place, size = texts.get(stem, texts.get(key, (0, 0)))
+                self.texts.append(place)
+                self.lengths.append(size)
         yield from names
 
     def positions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,6 +231,12 @@ def _check_end(file: IO[bytes], end: int, last: str) -> None:
     if size == end or zeros - end >= max(10_240, size & -size) + 1024:
         what = f"{size - end:,} bytes of zeros" if size > end else "no end mark"
         raise ValueError(f"behind its member {last} follows {what}: later members are lost")
+
+
+def _add_text(texts: dict[str, tuple[int, int]], member: tarfile.TarInfo, key: str) -> None:
+    if key in texts:
+        raise ValueError(f"its member {member.name} is there twice")
+    texts[key] = member.offset_data, member.size
 
 
 def _label(content: bytes, kind: str, name: str) -> str:

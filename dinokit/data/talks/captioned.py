@@ -2,6 +2,7 @@
 
 Several questions about one picture would answer each other: after "where is the red star" nobody has to look
 for the colour of the star. Families come by turns, and a share of the talks asks for a description instead.
+The families `ground` and `point` ask for the box of a thing, and for the thing in a box.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,7 +12,8 @@ import numpy as np
 
 from dinokit.config.registry import check_at_least
 from dinokit.data.scenes.captioned import Board, CaptionedWorld
-from dinokit.data.scenes.sentences import FAMILIES, ask, describe, quad
+from dinokit.data.scenes.regions import REGIONS, group_of, question_of
+from dinokit.data.scenes.sentences import FAMILIES, describe
 from dinokit.data.talks import MARK, Talk, Turn
 from dinokit.runtime.launch import digest
 
@@ -29,11 +31,16 @@ class Config:
     # novel: with pairs of colour and outline that are never in the other two
     split: Literal["train", "test", "novel"] = "train"
     things: tuple[int, int] = (1, 4)  # least and most in a picture
-    families: tuple[str, ...] = ()  # of questions; none: all
+    # of questions: colour, shape, count, where, exist, relation, ground, point; none: all but the last two,
+    # whose answers and questions are boxes
+    families: tuple[str, ...] = ()
     captions: float = 0.0  # share of talks that ask for a description
     # share of the questions that come from groups of two pictures with exchanged things: only who sees which
     # colour belongs to which outline answers them
     groups: float = 0.0
+    # show the colour, outline and size of each cell as black and white squares in place of the picture, to
+    # see what a model answers that sees all: size must be a multiple of 18
+    truth: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(self, size=32, count=1, seed=0, captions=0, groups=0)
@@ -54,10 +61,12 @@ class Captioned:
             ValueError: if there is no such family, or things are out of range.
         """
         self.cfg, self.families = cfg, cfg.families or FAMILIES
-        unknown = [family for family in self.families if family not in FAMILIES]
+        have = (*FAMILIES, *REGIONS)
+        unknown = [family for family in self.families if family not in have]
         if unknown:
-            raise ValueError(f"families has '{unknown[0]}'; there is: {', '.join(FAMILIES)}.")
-        self.world = CaptionedWorld(cfg.size, cfg.seed, cfg.split, (cfg.things[0], cfg.things[1]))
+            raise ValueError(f"families has '{unknown[0]}'; there is: {', '.join(have)}.")
+        things = cfg.things[0], cfg.things[1]
+        self.world = CaptionedWorld(cfg.size, cfg.seed, cfg.split, things, cfg.truth)
         self[0]
 
     def __len__(self) -> int:
@@ -65,7 +74,10 @@ class Captioned:
 
     def fingerprint(self) -> str:
         """Of the settings, of which all talks are a function."""
-        return digest(asdict(self.cfg))
+        settings = asdict(self.cfg)
+        if not settings["truth"]:
+            del settings["truth"]  # runs that began before there was this key go on
+        return digest(settings)
 
     def __getitem__(self, index: int) -> Talk:
         cfg = self.cfg
@@ -76,14 +88,14 @@ class Captioned:
             return self._talk(key, board, REQUEST, describe(board), "caption")
         family = self.families[index % len(self.families)]
         if cfg.groups and rng.random() < cfg.groups:
-            group = quad(self.world, family, index)
+            group = group_of(self.world, family, index)
             one, which = int(rng.integers(2)), int(rng.integers(2))
             text, right = group.questions[which], group.answers[one][which]
             return self._talk(key, group.boards[one], text, right, family)
         of_all = bool(rng.random() < 0.5)  # a count: few boards have one of a colour, which would be rare
         for attempt in range(ATTEMPTS):
             board = self.world.board(index + attempt * cfg.count)
-            question = ask(board, family, rng)
+            question = question_of(self.world, board, family, rng)
             if question is not None and (family != "count" or (len(question.meaning) == 1) == of_all):
                 return self._talk(key, board, question.text, question.answer, family)
         raise ValueError(

@@ -5,19 +5,25 @@ A record is {"id", "image": a path or a list of them, absent for text alone, "co
 "video": the path of a video, or of a folder of its frames, for which <video> stands in the text. The model
 is shown some of its frames as images, as in LLaVA-NeXT-Interleave (arXiv 2407.07895). All records are checked
 when it is opened.
+
+A box in a text, [left, top, right, bottom], is learnt in parts of the image's sides, as the image is shown:
+whole, without a border. LLaVA-1.5's own file has parts of the image with a border that makes it square:
+boxes=padded turns them into parts of the image.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dinokit.config.registry import check_at_least
+from dinokit.data.boxes import Box, boxes_in, with_boxes
 from dinokit.data.clip_files import clip_at, clip_frames
-from dinokit.data.decode import decode
+from dinokit.data.decode import ImageLike, decode
 from dinokit.data.files import check_below, existing
 from dinokit.data.talks import MARK, VIDEO, Talk, Turn, check_turns
+from dinokit.data.transforms import size_of
 from dinokit.runtime.files import read_regular
 from dinokit.runtime.launch import digest
 
@@ -32,6 +38,9 @@ class Config:
     marks: Literal["refuse", "prepend"] = "refuse"
     front: bool = False  # move the marks of a turn to its very front, with a line break after, as LLaVA does
     first: int = 0  # records that are read, from the first; 0: all
+    # boxes in the texts are in parts of the image, padded: of the square that it makes with a border on two
+    # sides, as LLaVA-1.5's file has them; pixels: in pixels of the upright image
+    boxes: Literal["parts", "padded", "pixels"] = "parts"
     frames: int = 8  # of a video that are shown, at even steps from its first to its last
     channels: int = 3
 
@@ -60,10 +69,12 @@ class Llava:
         """
         file = existing(cfg.path)
         self._root = existing(cfg.images) if cfg.images else file.parent
-        self._channels, self._frames = cfg.channels, cfg.frames
+        self._channels, self._frames, self._boxes = cfg.channels, cfg.frames, cfg.boxes
         self.records = [_record(cfg, number, value) for number, value in _values(file, cfg.first)]
         if not self.records:
             raise ValueError(f"path={cfg.path} has no record.")
+        if cfg.boxes != "parts":
+            self._check_boxes(cfg.boxes)
         present: dict[str, bool] = {}
         for record in self.records:
             for name in filter(None, (*record.images, record.video)):
@@ -78,6 +89,28 @@ class Llava:
                         f"the paths in {file} begin in; repair it, or remove the record."
                     )
 
+    def _check_boxes(self, unit: str) -> None:
+        """Refuse a file without a box in this unit, and a box whose image is not known."""
+        with_box = [
+            record
+            for record in self.records
+            if any(_is_in(unit, box) for turn in record.turns for box in boxes_in(turn.text))
+        ]
+        shown = [record for record in with_box if record.images or record.video]
+        several = next((record for record in shown if len(record.images) != 1), None)
+        if several:
+            raise ValueError(
+                f"{several.key} has a box, and boxes={unit} needs the one image that it is in: there are "
+                f"{len(several.images)} images{' and a video' * bool(several.video)}. Write its boxes in "
+                f"parts of their image, and leave out boxes=."
+            )
+        if not shown:
+            what = "from 0 to 1" if unit == "padded" else "in pixels"
+            raise ValueError(
+                f"boxes={unit}, and no text about an image has a box [left, top, right, bottom] {what}. "
+                f"Leave out boxes=, or set boxes={'pixels' if unit == 'padded' else 'padded'}."
+            )
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -89,7 +122,7 @@ class Llava:
             file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])
         ]
         sizes = [(str(file.relative_to(self._root)), file.stat().st_size) for file in files]
-        return digest([self.records, sizes])
+        return digest([self.records, sizes] + [self._boxes] * (self._boxes != "parts"))
 
     def __getitem__(self, index: int) -> Talk:
         record = self.records[index]
@@ -98,7 +131,22 @@ class Llava:
             return Talk(record.key, tuple(frames), record.turns)
         paths = [self._root / name for name in record.images]
         images = tuple(decode(read_regular(path), str(path), self._channels) for path in paths)
-        return Talk(record.key, images, record.turns)
+        return Talk(record.key, images, self._turns(record.turns, images))
+
+    def _turns(self, turns: tuple[Turn, ...], images: Sequence[ImageLike]) -> tuple[Turn, ...]:
+        """The turns with their boxes in parts of the image."""
+        if self._boxes == "parts" or len(images) != 1:
+            return turns
+        sides = size_of(images[0])
+        unit = max(sides) if self._boxes == "padded" else 1
+        border = [(max(sides) - side) / 2 if self._boxes == "padded" else 0.0 for side in sides]
+
+        def part(box: Box) -> Box | None:
+            edges = [(edge * unit - border[n % 2]) / sides[n % 2] for n, edge in enumerate(box)]
+            left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in edges)
+            return (left, top, right, bottom) if _is_in(self._boxes, box) else None
+
+        return tuple(replace(turn, text=with_boxes(turn.text, part)) for turn in turns)
 
 
 def _values(file: Path, first: int) -> Iterator[tuple[str, Any]]:
@@ -144,6 +192,11 @@ def _record(cfg: Config, place: str, value: Any) -> Record:
             turns[first] = Turn("user", "\n".join([MARK] * shown + [turns[first].text]))
     check_turns(key, turns, shown)
     return Record(key, images, tuple(turns), video)
+
+
+def _is_in(unit: str, box: Box) -> bool:
+    """Whether four numbers are a box in the unit that `boxes` names, and not another list of a text."""
+    return all(0 <= edge <= 1 for edge in box) == (unit == "padded")
 
 
 def _front(text: str) -> str:

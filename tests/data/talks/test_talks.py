@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinokit.data.boxes import box_in
 from dinokit.data.scenes.captioned import CaptionedWorld
 from dinokit.data.scenes.sentences import FAMILIES, quad
 from dinokit.data.talks import MARK, Turn, captioned, llava
+from dinokit.runtime.launch import digest
 
 HUMAN, GPT = {"from": "human", "value": f"{MARK}\nwhat is it?"}, {"from": "gpt", "value": "A cat."}
+RECORDED = "8d08f34fffdc"  # of the sixty talks
 
 
 def test_families_come_by_turns_and_a_talk_is_a_function_of_its_number():
@@ -56,6 +59,32 @@ def test_a_share_of_the_questions_come_from_groups():
         captioned.Config(groups=2)
     with pytest.raises(ValueError, match="groups=1 needs pictures of two things"):
         captioned.Config(groups=1, things=(1, 1))
+
+
+def test_other_families_do_not_change_the_talks_that_were_there():
+    """Texts and answers as they were before families about boxes came, recorded then."""
+    source = captioned.build(captioned.Config(size=32, captions=0.2, groups=0.3))
+    said = [" / ".join(turn.text for turn in source[number].turns) for number in range(60)]
+    assert digest(said) == RECORDED
+    again = captioned.build(captioned.Config(size=32, captions=0.2, groups=0.3, families=FAMILIES))
+    assert [" / ".join(turn.text for turn in again[number].turns) for number in range(60)] == said
+
+
+def test_families_about_boxes_are_asked_where_they_are_named():
+    source = captioned.build(captioned.Config(size=32, families=("ground", "point"), groups=0.3))
+    for number in range(20):
+        asked, said = (turn.text for turn in source[number].turns)
+        boxes = [box_in(text) is not None for text in (asked, said)]
+        assert boxes == [number % 2 == 1, number % 2 == 0]
+        assert source[number].family == ("ground", "point")[number % 2]
+
+
+def test_codes_in_place_of_pictures_have_the_same_talks():
+    plain, codes = (captioned.build(captioned.Config(size=72, truth=truth)) for truth in (False, True))
+    for number in range(6):
+        assert plain[number].turns == codes[number].turns
+        assert set(np.unique(codes[number].images[0])) == {0, 255}
+    assert plain.fingerprint() != codes.fingerprint()
 
 
 def test_half_of_the_counts_are_of_a_colour():
@@ -115,6 +144,38 @@ def test_a_fingerprint_changes_with_a_text_and_with_an_image(written, tmp_path):
     image = next(tmp_path.rglob("a.png"))
     image.write_bytes(image.read_bytes() + b"0")
     assert written(record).fingerprint() != first
+
+
+def test_boxes_of_a_padded_square_and_in_pixels_become_parts_of_the_image(written):
+    """The image has 8 x 6 pixels, so a square of it has a border of one pixel above and below."""
+
+    def asked(box, **keys):
+        record = {"image": "a.png", "conversations": [{**HUMAN, "value": f"{MARK} what is in {box}?"}, GPT]}
+        text = {"conversations": [{"from": "human", "value": "sort [4, 3, 2, 1]"}, GPT]}
+        source = written(record, text, **keys)
+        assert source[1].turns[0].text == "sort [4, 3, 2, 1]"
+        return source[0].turns[0].text.removeprefix(f"{MARK} what is in ").removesuffix("?"), source
+
+    assert asked("[0.1, 0.2, 0.3, 0.44]")[0] == "[0.1, 0.2, 0.3, 0.44]"
+    assert asked("[0.25, 0.125, 0.5, 0.5]", boxes="padded")[0] == "[0.25, 0.00, 0.50, 0.50]"
+    assert asked("[0, 0, 1, 1]", boxes="padded")[0] == "[0.00, 0.00, 1.00, 1.00]"
+    assert asked("[2, 3, 4, 6]", boxes="pixels")[0] == "[0.25, 0.50, 0.50, 1.00]"
+    texts = {asked("[0.25, 0.125, 0.5, 0.5]", **keys)[1].fingerprint() for keys in ({}, {"boxes": "padded"})}
+    assert len(texts) == 2
+    with pytest.raises(
+        ValueError, match=r"boxes=padded, and no text about an image has a box .* from 0 to 1"
+    ):
+        asked("[2, 3, 4, 6]", boxes="padded")
+    with pytest.raises(ValueError, match=r"boxes=pixels, and no text .* in pixels. .*boxes=padded"):
+        asked("[0.1, 0.2, 0.3, 0.4]", boxes="pixels")
+    two = {
+        "image": ["a.png", "a.png"],
+        "conversations": [{**HUMAN, "value": f"{MARK}{MARK} [1, 2, 3, 4]"}, GPT],
+    }
+    with pytest.raises(
+        ValueError, match=r"record 1 has a box, and boxes=pixels needs the one image .* 2 images"
+    ):
+        written(two, boxes="pixels")
 
 
 def test_marks_are_moved_and_added_where_it_is_asked_for(written):
