@@ -9,6 +9,9 @@ dinokit list recipes --json
 """
 
 import ast
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +33,7 @@ REGISTRIES = {
     "commands": "commands",
 }
 KINDS = [*REGISTRIES, "recipes"]
+WIDTH = 110  # characters of a line on a terminal, however wide it is
 
 
 def run(command: Command) -> dict[str, Any]:
@@ -41,8 +45,13 @@ def run(command: Command) -> dict[str, Any]:
         )
     found = {kind: entries(kind) for kind in command.words or KINDS}
     width = max(len(name) for lines in found.values() for name in lines)
+    columns = shutil.get_terminal_size((10_000, 24)).columns  # a pipe has no width, unless COLUMNS is set
+    columns = max(min(columns, WIDTH) if sys.stdout.isatty() else columns, width + 30)
     for kind, lines in found.items():
-        print("\n".join([f"{kind}:", *(f"    {name:<{width}}  {text}" for name, text in lines.items())]))
+        print(f"{kind}:")
+        for name, text in lines.items():
+            wrapped = textwrap.wrap(text, columns - width - 6, break_on_hyphens=False)
+            print(f"    {name:<{width}}  " + f"\n{' ' * (width + 6)}".join(wrapped))
     return found
 
 

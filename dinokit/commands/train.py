@@ -258,7 +258,10 @@ def pretrain(
     except (RuntimeError, MemoryError) as error:
         if exit_status(error) != MEMORY:
             raise
-        raise FailedError(fit.out_of_memory(recipe, device, error), MEMORY) from error
+        failed = FailedError(fit.out_of_memory(recipe, device, error), MEMORY)
+        for note in getattr(error, "__notes__", ()):
+            failed.add_note(note)
+        raise failed from error
     return source
 
 

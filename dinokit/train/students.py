@@ -57,6 +57,13 @@ class Students:
         """The process that writes for this student."""
         return self.ranks[self.name][0]
 
+    @property
+    def where(self) -> str:
+        """For errors: which process this is, and which student each has."""
+        ours = launch().rank
+        listed = "; ".join(f"{name} {', '.join(map(str, each))}" for name, each in self.ranks.items())
+        return f"This is process {ours}, of student {self.name}. Students, by process: {listed}."
+
 
 @contextmanager
 def together(
@@ -93,7 +100,11 @@ def together(
     check_consistency(facts, out.parent, "run.out")
     recipe = with_precision(recipe, device)
     with part(list(students.ranks.values())):
-        yield recipe
+        try:
+            yield recipe
+        except Exception as error:
+            error.add_note(students.where)
+            raise
 
 
 def resume_together(out: Path, saved: SavedCheckpoint | None) -> SavedCheckpoint | None:
@@ -212,7 +223,10 @@ class SharedTeacher:
         return bool(max_of_everyone(torch.tensor(number)) > 0)
 
     def _as_everyone(self, batch: Batch) -> Batch:
-        """The batch with pixels of the type that all processes have, and unreadable images of all."""
+        """The batch with pixels of the type that all processes have, and unreadable images of all.
+
+        It reduces two numbers between CPUs, before anything is on a GPU: nothing waits for one.
+        """
         floats = batch.global_crops.dtype != torch.uint8
         flags = max_of_everyone(torch.tensor([int(floats), int(bool(batch.unreadable))])).tolist()
         if flags[0] and not floats:

@@ -180,6 +180,21 @@ def test_every_entry_is_listed_with_a_line(kind):
     assert all(len(text) > 5 and "\n" not in text for text in found.values()), found
 
 
+def test_lists_are_wrapped_on_a_terminal_and_whole_in_a_pipe(capsys, monkeypatch):
+    name, text = max(entries("recipes").items(), key=lambda entry: len(entry[1]))
+    assert len(text) > 150
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main(["list", "recipes"]) == 0
+    assert any(line.split(maxsplit=1) == [name, text] for line in capsys.readouterr().out.splitlines())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for columns, most in ((80, 80), (300, 110)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["list", "recipes"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= most
+        assert f"{name} {text}" in " ".join(" ".join(lines).split())
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_a_script_that_its_shell_reads(shell, capsys, tmp_path):
     assert main(["completion", shell]) == 0

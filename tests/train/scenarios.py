@@ -52,7 +52,7 @@ def kill_one_student(recipe, overrides):
     out = Path(next(text for text in overrides if text.startswith("run.out=")).partition("=")[2])
 
     def step(self, batch):
-        if batch.step == 4 and int(os.environ["RANK"]) == 1:
+        if batch.step == 4 and is_last():
             while not (out / "students" / "small" / "checkpoints" / "step_0000004").exists():
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -69,19 +69,24 @@ def several_runs(recipe, runs):
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
 
 
-def stop_after(recipe, overrides, steps):
+def stop_after(recipe, overrides, steps, job="train"):
     """The last process is asked to stop after so many steps: one of all, by a real signal."""
     real, calls = Step.__call__, []
 
     def step(self, batch):
         losses = real(self, batch)
         calls.append(batch.step)
-        if len(calls) == steps and rank() == world_size() - 1:
+        if len(calls) == steps and is_last():
             signal.raise_signal(signal.SIGTERM)
         return losses
 
     Step.__call__ = step
-    train(recipe, overrides)
+    globals()[job](recipe, overrides)
+
+
+def is_last():
+    """Whether no process was started after this one."""
+    return int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
 
 def save_for_ever(folder, first):
@@ -131,17 +136,17 @@ def spread(folder, loss):
         torch.save({"loss": value.detach(), "grad": x.grad}, f"{folder}/{rank()}.pt")
 
 
-def fail_in_one(recipe, overrides):
-    """Process 1 fails in its third step."""
+def fail_in_one(recipe, overrides, job="train"):
+    """The last process fails in its third step."""
     real = Step.__call__
 
     def failing_step(self, batch):
-        if batch.step == 2 and rank() == 1:
+        if batch.step == 2 and is_last():
             raise RuntimeError("a bug in one process")
         return real(self, batch)
 
     Step.__call__ = failing_step
-    train(recipe, overrides)
+    globals()[job](recipe, overrides)
 
 
 def hang_in_one(recipe, overrides):
@@ -209,5 +214,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.stderr.write(f"ERROR {type(error).__name__}: {error}\n")
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        sys.stderr.write(f"ERROR {type(error).__name__}: {error}{notes}\n")
         sys.exit(2)

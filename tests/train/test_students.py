@@ -164,3 +164,46 @@ def test_students_go_on_bit_for_bit_from_a_step_that_all_have_saved(job, togethe
     together(2, "train_students", file, [*overrides, broken])
     for folder in folders:
         same_run(tmp_path / "whole" / "students" / folder.name, folder)
+
+
+OF_LARGE = "This is process 1, of student large. Students, by process: small 0; large 1."
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words", "said"),
+    [
+        ("fail_in_one", [], "RuntimeError: a bug in one process"),
+        ("train_students", ["students.large.optim.lr=1e30", "run.max_skipped=1"], "in a row were skipped"),
+    ],
+)
+def test_a_student_that_fails_ends_all_with_a_message_that_names_it(
+    job, together, backbone, tmp_path, scenario, words, said
+):
+    """One process raises; or the weights of one student become so large that its losses are not finite."""
+    file, overrides = job(backbone, 1)
+    more = ["train_students"] if scenario == "fail_in_one" else []
+    output = together(
+        2, scenario, file, [*overrides, *words, f"run.out={tmp_path / 'job'}"], *more, status=(1, 2)
+    )
+    assert said in output
+    assert OF_LARGE in output
+    assert "of student small" not in output  # what follows from it is not reported
+    folder = tmp_path / "job" / "students"
+    assert "skipped" not in (folder / "small" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_students_that_are_stopped_save_each_and_go_on_bit_for_bit(
+    job, together, backbone, same_run, tmp_path
+):
+    file, overrides = job(backbone, 1)
+    whole, broken = (f"run.out={tmp_path / name}" for name in ("whole", "broken"))
+    together(2, "train_students", file, [*overrides, whole])
+    rarely = [*overrides, "run.checkpoint_every=100", broken]
+    output = together(2, "stop_after", file, rarely, 3, "train_students", status=(130,))
+    assert "Error" not in output
+    folders = [tmp_path / "broken" / "students" / name for name in ("small", "large")]
+    assert [newest(folder / "checkpoints").step for folder in folders] == [3, 3]
+    together(2, "train_students", file, [*overrides, broken])
+    for folder in folders:
+        same_run(tmp_path / "whole" / "students" / folder.name, folder)
