@@ -4,7 +4,7 @@ b  images of a step     C  channels     D  width     H, W  of an image     h, w 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, cast
 
@@ -34,6 +34,8 @@ from dinokit.runtime.partial import PartialResult
 AT_ONCE = 16  # windows that the backbone sees at a time
 BLOCK = 512  # patches compared at a time: with 100,000 others, a block of cosines is 200 MiB
 
+Schedule = Callable[[int, int, int], float]  # a step, all steps and those of the warm-up -> a factor
+Rates = Sequence[tuple[list[nn.Parameter], Schedule]]  # parameters with the factor of their learning rate
 Batch = tuple[list[Map], Tensor]  # of a training step: feature maps of each block, and the truth (b, H, W)
 Window = tuple[int, int, int, int]  # top, left, bottom, right
 
@@ -297,8 +299,8 @@ def _warmup(step: int, warmup: int, ratio: float) -> float:
 
 def train_head(
     cfg: AdamWSettings, head: nn.Module, batches: Callable[[int], Iterator[tuple[Any, Tensor]]],
-    loss: Callable[[Any, Tensor, int], Tensor], schedule: Callable[[int, int, int], float],
-    partial: PartialResult, clip: float = 0.0,
+    loss: Callable[[Any, Tensor, int], Tensor], schedule: Schedule | Rates, partial: PartialResult,
+    clip: float = 0.0,
 ) -> None:  # fmt: skip
     """Train `head` in place by AdamW, and leave it in eval mode.
 
@@ -307,16 +309,19 @@ def train_head(
         head: on the device to compute on, equal in all processes.
         batches: of this process, from the given step on.
         loss: of maps, or what else `batches` gives, and truth at a step, (); it calls the head.
-        schedule: factor of the learning rate, from the step, all steps and those of the warm-up.
+        schedule: factor of the learning rate of all parameters, or of each part of them.
         partial: the state to resume from; it stays until the scores are computed.
         clip: largest gradient norm; 0 is off.
 
     Raises:
         ValueError: if the loss is not finite.
     """
-    kernels = [p for p in head.parameters() if p.ndim > 1]
-    others = [p for p in head.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    factors: list[Schedule] = []
+    for parameters, factor in [(list(head.parameters()), schedule)] if callable(schedule) else schedule:
+        groups.append({"params": [p for p in parameters if p.ndim > 1]})
+        groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+        factors += [factor, factor]
     optimizer = torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay)
     head.train()
     warmup = round(cfg.warmup * cfg.steps)
@@ -332,8 +337,8 @@ def train_head(
 
     with partial.saved_on_exit(training_state):
         for maps, truth in watch(remaining, cfg.steps, "train head", start, together=True):
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * schedule(step, cfg.steps, warmup)
+            for group, factor in zip(optimizer.param_groups, factors, strict=True):
+                group["lr"] = cfg.lr * factor(step, cfg.steps, warmup)
             value = loss(maps, truth, step)
             if not value.isfinite():
                 raise ValueError(
@@ -353,11 +358,12 @@ def train_head(
 
 
 def _average_over_processes(head: nn.Module) -> None:
-    """Average gradients and batch statistics, in one sum of all of them concatenated."""
+    """Average gradients, and statistics of what is in training mode, in one sum of all concatenated."""
     if world_size() == 1:
         return
     tensors = [p.grad for p in head.parameters() if p.grad is not None]
-    tensors += [buffer for buffer in head.buffers() if buffer.is_floating_point()]
+    buffers = [buffer for module in head.modules() if module.training for buffer in module.buffers(False)]
+    tensors += [buffer for buffer in buffers if buffer.is_floating_point()]
     total = all_reduce_sum(torch.cat([x.flatten() for x in tensors])) / world_size()
     for x, mean in zip(tensors, total.split([x.numel() for x in tensors]), strict=True):
         x.copy_(mean.view_as(x))

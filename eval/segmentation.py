@@ -8,7 +8,7 @@ seconds to minutes; `majority` gives every pixel the most frequent class of the 
     b  images of a step     C  classes     D  width     H, W  of an image     h, w  patches down and across
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,10 @@ from torch import Tensor
 from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import SegmentationTransform, resize_image, resize_map, shorter_side_to
-from dinokit.data.predictions import Sampler
 from dinokit.eval import DenseConfig
 from dinokit.eval._dense import (
     DenseBackbone,
     labels_of_nearest,
-    open_dense,
     poly,
     read_pairs,
     slide,
@@ -33,7 +31,7 @@ from dinokit.eval._dense import (
     training_batches,
 )
 from dinokit.eval._images import count_shared, named_optimistic, partial_result
-from dinokit.eval._metrics import Confusion
+from dinokit.eval._segmentation import Predict, open_splits, segmentation_scores
 from dinokit.features import Map, device_of, frozen, last_blocks
 from dinokit.features.extract import check_finite
 from dinokit.features.tokens import padding
@@ -43,8 +41,6 @@ from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_sum, rank
 from dinokit.runtime.log import watch
 from dinokit.runtime.partial import PartialResult
-
-Predict = Callable[[Tensor], Tensor]  # an image (C, H, W) -> logits or shares of each pixel (classes, H, W)
 
 WITH_HEAD = ("linear", "ms")  # methods with a head
 TRAINED: dict[str, Any] = {"method": ("linear", "ms"), "head": False}  # settings that need a trained head
@@ -113,13 +109,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     Raises:
         ValueError, LookupError: if the data do not fit; the message names the key to set.
     """
-    train = open_dense(cfg.train, "train", "mask", backbone, cfg.max_train)
-    test = open_dense(cfg.test, "test", "mask", backbone, cfg.max_test)
-    if list(train.classes) != list(test.classes):
-        raise ValueError(
-            f"The classes of train ({', '.join(train.classes[:5])} ...) and test "
-            f"({', '.join(test.classes[:5])} ...) are not the same, or not in the same order."
-        )
+    train, test = open_splits(cfg, backbone)
     shared = count_shared(cfg, train, test)
     more: dict[str, float] = {}
     partial = partial_result(cfg, "segmentation", backbone)
@@ -131,9 +121,11 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
             predict = _with_head(cfg, backbone, train, partial)
         else:
             predict, more = _with_patch_bank(cfg, backbone, train)
-        scores = _scores(cfg, predict, test, device_of(backbone))
+        mirrored = cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms")
+        flips = (False, True) if mirrored else (False,)
+        scores = segmentation_scores(cfg, predict, test, device_of(backbone), cfg.scales, flips)
         for size in cfg.sizes:
-            scores |= _at_another_size(cfg, backbone, predict, test, size)
+            scores |= _at_another_size(cfg, backbone, predict, test, size, flips)
     partial.remove()
     return {**named_optimistic(scores, shared), **more, "images_train": len(train), "images_test": len(test)}
 
@@ -216,38 +208,15 @@ def _majority(train: DenseSource, workers: int, device: torch.device) -> Predict
     return lambda image: one_hot.expand(-1, *image.shape[1:])
 
 
-@torch.no_grad()
-def _scores(cfg: Config, predict: Predict, test: DenseSource, device: torch.device) -> dict[str, float]:
-    """Scores over all test images; predictions at all scales, plain and mirrored, are averaged."""
-    confusion = Confusion(len(test.classes), device)
-    flips = (False, True) if cfg.flip == "yes" or (cfg.flip == "auto" and cfg.method == "ms") else (False,)
-    several = len(cfg.scales) * len(flips) > 1
-    samples = Sampler(cfg.out, len(test), test.classes)
-    for pair in read_pairs(test, cfg.workers, "test images", share=True):
-        image = pair.image.float() / 255
-        total = torch.zeros((), device=device)
-        for scale in cfg.scales:
-            resized = resize_image(image, *shorter_side_to(image, round(cfg.resize * scale)))
-            for flip in flips:
-                logits = predict(resized.flip(-1) if flip else resized)
-                logits = to_size((logits.flip(-1) if flip else logits)[None], *pair.target.shape)[0]
-                total = total + (logits.softmax(dim=0) if several else logits)
-        predicted = total.argmax(dim=0)
-        confusion.add(predicted, pair.target.to(device))
-        samples.add(pair.index, test.name(pair.index), pair.image, pair.target, predicted)
-    samples.save()
-    return confusion.scores(test.classes)
-
-
 def _at_another_size(
-    cfg: Config, backbone: Backbone, predict: Predict, test: DenseSource, size: float
+    cfg: Config, backbone: Backbone, predict: Predict, test: DenseSource, size: float, flips: Sequence[bool]
 ) -> dict[str, float]:
     """The mIoU of test images of `size` times cfg.resize, and the mean cosine of patches at the two sizes.
 
     For the cosine, sides are rounded to multiples of the patch; the larger grid is interpolated to the other.
     """
-    other = replace(cfg, scales=(size,), out="")
-    miou = _scores(other, predict, test, device_of(backbone))["mIoU"]
+    other = replace(cfg, out="")
+    miou = segmentation_scores(other, predict, test, device_of(backbone), (size,), flips)["mIoU"]
     dense, sums = _dense_backbone(cfg, backbone), torch.zeros(2, dtype=torch.float64)
     for pair in read_pairs(test, cfg.workers, "test images at two sizes", share=True):
         image, maps = pair.image.float() / 255, []

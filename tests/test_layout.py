@@ -64,7 +64,7 @@ DOORS = {
     "peft": "dinokit/language/*.py",
     "pillow_heif": "dinokit/data/decode.py",
     "pyarrow": "dinokit/*parquet.py",
-    "scipy": "dinokit/data/objects/__init__.py",
+    "scipy": "dinokit/data/objects/__init__.py eval/eomt.py",
     "sklearn": "dinokit/embedder.py",
     "submitit": "slurm/submit.py",
     "tifffile": "dinokit/data/decode.py",

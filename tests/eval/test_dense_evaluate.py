@@ -228,7 +228,7 @@ def test_a_training_that_was_stopped_resumes_with_the_same_settings_and_weights_
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(segmentation, "_scores", interrupted)
+        patch.setattr(segmentation, "segmentation_scores", interrupted)
         with pytest.raises(KeyboardInterrupt):
             segmentation.evaluate(segment(blobs, out=str(out), steps=3), Colours())
     (state,) = out.glob(".segmentation_*.pt")  # trained to the end, and not evaluated yet

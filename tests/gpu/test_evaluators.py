@@ -23,6 +23,7 @@ VIDEO = {"test": {"name": "scenes", "size": 64, "videos": 1, "frames": 4}, "size
 TEST = {key: value for key, value in IMAGES.items() if "train" not in key}
 ONLINE = {"mode": "online", "blocks": [1], "lr": [1e-3], "steps": 3, "step_batch": 8}
 COPIES = {"features": "copy", "whiten": {"name": "scenes", "count": 40, "split": "train"}, "scales": [1, 0.5]}
+JOINT = {"queries": 6, "blocks": 1, "points": 32, "steps": 3, "batch": 4}
 WINDOWS = {"resize": 64, "crop": 32, "stride": 24}
 CASES = {
     "knn": {**IMAGES, **WHOLE, "k": [5, 20], "few_shot": [2], "tries": 2},
@@ -37,6 +38,7 @@ CASES = {
     "segmentation, ms": {**PAIRS, **HEAD, **WINDOWS, "method": "ms", "augment": True, "scales": [1, 1.5]},
     "segmentation, knn": {**PAIRS, "method": "knn", "resize": 64, "bank": 500},
     "segmentation, logreg": {**PAIRS, "method": "logreg", "resize": 64, "bank": 200, "c": [0.01, 1.0]},
+    "eomt": {**PAIRS, **WINDOWS, **JOINT},
     "depth": {**PAIRS, **HEAD, "crop": [32, 32], "layers": 1, "bins": 16, "flip": True},
     "depth, dpt": {**PAIRS, **HEAD, "crop": [32, 32], "method": "dpt", "augment": True, "features": 16},
     "video": VIDEO,
