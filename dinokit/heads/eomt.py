@@ -177,7 +177,8 @@ def _through(block: nn.Module, x: Tensor, rotations: tuple[Tensor, ...], visible
         return block(rows, batch).view_as(x)
     attention = block.get_submodule("attn")
     qkv = attention.project(block.norm1(rows), batch).view(*x.shape[:2], -1)  # type: ignore[operator]
-    mixed = F.scaled_dot_product_attention(*split_heads(qkv, 3, attention.heads), attn_mask=visible)  # type: ignore[arg-type]
+    q, k, v = split_heads(qkv, 3, attention.heads)  # type: ignore[arg-type]
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
     rows = rows + block.ls1(attention.proj(mixed))  # type: ignore[operator]
     return (rows + block.ls2(block.mlp(block.norm2(rows)))).view_as(x)  # type: ignore[operator]

@@ -1,7 +1,10 @@
 """EoMT's matches and losses against brute force and transformers; then whole evaluations."""
 
 import json
+import subprocess
+import sys
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +174,9 @@ def config(**values):
     return eomt.Config(**section_values("eval", "eomt", given, "eomt"))
 
 
+FEW = {"steps": 4, "batch": 2, "max_train": 8, "max_test": 3, "blocks": 1, "save_every": 2}
+
+
 def small_vit(depth=4):
     torch.manual_seed(0)
     sizes = {"width": 96, "depth": depth, "heads": 3, "patch": 8, "size": 64}
@@ -178,8 +184,7 @@ def small_vit(depth=4):
 
 
 def test_a_training_that_was_stopped_ends_in_the_same_scores(tmp_path, monkeypatch):
-    few = {"steps": 4, "batch": 2, "max_train": 8, "max_test": 3, "blocks": 1, "save_every": 2}
-    whole = eomt.evaluate(config(**few), small_vit(2))
+    whole = eomt.evaluate(config(**FEW), small_vit(2))
     assert json.loads(json.dumps(whole)) == whole
     assert whole["images_train"] == 8
     calls = []
@@ -194,11 +199,46 @@ def test_a_training_that_was_stopped_ends_in_the_same_scores(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(eomt, "segments_loss", stops)
         with pytest.raises(KeyboardInterrupt):
-            eomt.evaluate(config(**few, out=str(tmp_path)), small_vit(2))
+            eomt.evaluate(config(**FEW, out=str(tmp_path)), small_vit(2))
     assert list(tmp_path.glob(".eomt_*.pt"))
-    again = eomt.evaluate(config(**few, out=str(tmp_path)), small_vit(2))
+    again = eomt.evaluate(config(**FEW, out=str(tmp_path)), small_vit(2))
     assert {name: again[name] for name in whole} == whole
     assert not list(tmp_path.glob(".eomt_*.pt"))
+
+
+def gradient_of_classes(classes, truth):
+    """Of the loss for masks of logit 0, whose match is decided by the classes alone."""
+    classes = classes.clone().requires_grad_()
+    eomt.segments_loss([Segments(torch.zeros(*classes.shape[:2], 8, 8), classes)], truth, 16).backward()
+    return classes.grad
+
+
+WORKER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch, torch.distributed as dist
+from test_eomt import FEW, config, eomt, gradient_of_classes, small_vit
+rank = int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/meet", rank=rank, world_size=2)
+classes, truth = torch.load(f"{sys.argv[2]}/given.pt")
+gradient = gradient_of_classes(classes[rank : rank + 1], truth[rank : rank + 1])
+print(json.dumps([gradient.tolist(), eomt.evaluate(config(**FEW), small_vit(2))]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradient_of_one_and_the_same_scores(tmp_path):
+    truth = torch.full((2, 8, 8), 1)
+    truth[1, :4], truth[1, 5:] = 0, IGNORE  # one class in the first image, two in the second
+    classes = segments().classes
+    torch.save((classes, truth), tmp_path / "given.pt")
+    words = [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(tmp_path)]
+    both = [subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    (one, scores), (two, others) = (json.loads(run.communicate(timeout=300)[0]) for run in both)
+    whole = gradient_of_classes(classes, truth)
+    assert torch.allclose(torch.tensor(one + two) / 2, whole, atol=1e-7)  # gradients are averaged
+    assert scores == others
 
 
 @pytest.mark.slow
