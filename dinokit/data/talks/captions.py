@@ -23,9 +23,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least(self, each=1)
-        wrong = next((text for text in self.requests if not text.strip() or MARK in text), None)
-        if wrong is not None or not self.requests:
-            raise ValueError(f"requests={[*self.requests]}: give one text or more, without {MARK} in them.")
+        if not self.requests or not all(text.strip() for text in self.requests):
+            raise ValueError(f"requests={[*self.requests]}: give one text or more.")
 
 
 class Captions:
@@ -35,8 +34,10 @@ class Captions:
         """Open the source.
 
         Raises:
-            ValueError, LookupError: if there is none, or it cannot be opened.
+            ValueError, LookupError: if there is none, it cannot be opened, or a request has a mark.
         """
+        for request in cfg.requests:
+            check_turns("requests", self._turns(request, "-"), 1)
         if not cfg.source:
             have = ", ".join(registry.names("data.captions"))
             raise ValueError(f"source.name must be given, images with captions; there is: {have}.")
@@ -55,10 +56,13 @@ class Captions:
     def __getitem__(self, index: int) -> Talk:
         turn, number = divmod(index, len(self.source))
         captions, request = self._captions(number), self.cfg.requests[index % len(self.cfg.requests)]
-        turns = Turn("user", f"{MARK}\n{request}"), Turn("assistant", captions[turn % len(captions)])
-        key = self.source.name(number)
+        turns, key = self._turns(request, captions[turn % len(captions)]), self.source.name(number)
         check_turns(key, turns, 1)
         return Talk(key, (self.source[number][0],), turns, "caption")
+
+    @staticmethod
+    def _turns(request: str, caption: str) -> tuple[Turn, ...]:
+        return Turn("user", f"{MARK}\n{request}"), Turn("assistant", caption)
 
     def _captions(self, number: int) -> Sequence[str]:
         """Those of the whole image."""

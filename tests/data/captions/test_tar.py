@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dinokit.config import registry
+from dinokit.config.load import section_values
 from dinokit.data.talks import MARK, captions
 
 
@@ -160,5 +161,12 @@ def test_captions_become_talks(shards):
         ValueError, match=r"source\.name must be given, images with captions; there is: captioned"
     ):
         captions.build(captions.Config())
-    with pytest.raises(ValueError, match="without <image>"):
-        captions.Config(requests=(f"{MARK} what",))
+    with pytest.raises(ValueError, match="requests: 2 times <image> for 1 images"):
+        captions.build(captions.Config(**{**keys, "requests": (f"{MARK} what",)}))
+    with pytest.raises(ValueError, match="give one text or more"):
+        captions.Config(requests=("",))
+    # As a command checks it, before the file is imported.
+    section = section_values("data.talks", "captions", {"source": {"name": "tar", "path": "x"}}, "data")
+    assert section["source"]["field"] == ""
+    with pytest.raises(ValueError, match=r"no key 'feild' in 'data\.source'"):
+        section_values("data.talks", "captions", {"source": {"name": "tar", "feild": "x"}}, "data")
