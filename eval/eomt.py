@@ -12,13 +12,14 @@ where a mask is uncertain (PointRend, arXiv 1912.08193). The backbone that is ev
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.config.registry import check_at_least
+from dinokit.config.registry import check_at_least, only_if
 from dinokit.data.dense import IGNORE, DenseSource
 from dinokit.data.dense_transforms import SegmentationTransform
 from dinokit.data.loader import dense_training_loader
@@ -30,6 +31,7 @@ from dinokit.eval._segmentation import open_splits, segmentation_scores
 from dinokit.features import device_of, normalised
 from dinokit.features.tokens import padded, padding
 from dinokit.heads.eomt import POWER, EoMT, Segments, joint_blocks, restricted_shares
+from dinokit.heads.released import load_head, save_head
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
 from dinokit.runtime.distributed import all_reduce_sum, rank, world_size
@@ -45,22 +47,24 @@ DRAWS = 17  # stream of random numbers
 @dataclass
 class Config(DenseConfig):
     resize: int = 512  # pixels of the shorter side
-    tune: Literal["all", "joint", "none"] = "all"  # of the copy: all, the blocks that see queries, or nothing
+    # of the copy: all, the blocks that see queries, or nothing
+    tune: Literal["all", "joint", "none"] = only_if("all", head=False)
     blocks: int = 0  # last blocks that see queries; 0: as published, 3 of 12, 4 of 24 and 5 of 40
     queries: int = 100  # each gives one mask and one class: at least as many as classes in an image
     crop: int = 512  # pixels of crops and windows
     stride: int = 341  # pixels between windows
-    ratio: tuple[float, ...] = (0.5, 2.0)  # of random resizing
-    steps: int = 39_153  # 31 epochs of ADE20K
-    batch: int = 16  # crops a step
-    lr: float = 1e-4
-    layer_decay: float = 0.8  # the rate of a block over that of the next one
-    weight_decay: float = 0.05
+    ratio: tuple[float, ...] = only_if((0.5, 2.0), head=False)  # of random resizing
+    steps: int = only_if(39_153, head=False)  # 31 epochs of ADE20K
+    batch: int = only_if(16, head=False)  # crops a step
+    lr: float = only_if(1e-4, head=False)
+    layer_decay: float = only_if(0.8, head=False)  # the rate of a block over that of the next one
+    weight_decay: float = only_if(0.05, head=False)
     # share of the steps: 500 of 39,153; the copy is tuned only after it, with a warm-up twice as long
-    warmup: float = 0.0128
-    clip: float = 0.01  # largest gradient norm; 0 is off
-    points: int = 12_544  # at which masks are compared
-    save_every: int = 500  # steps
+    warmup: float = only_if(0.0128, head=False)
+    clip: float = only_if(0.01, head=False)  # largest gradient norm; 0 is off
+    points: int = only_if(12_544, head=False)  # at which masks are compared
+    save_every: int = only_if(500, head=False)  # steps
+    head: str = ""  # eomt.pth that such an evaluation wrote into `out`; nothing is trained
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +104,10 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     # Without fp16, whose gradients would have to be scaled: on a GPU without bf16, auto is fp32.
     dtype = DTYPES[pick_precision(cfg.precision, device)]
     tuned = _Tuned(cfg, backbone, train, None if dtype == torch.float16 else dtype)
-    tuned.train(partial)
+    if cfg.head:
+        load_head(cfg.head, tuned.head.eval(), f"EoMT on such a backbone, with queries={cfg.queries}")
+    else:
+        tuned.train(partial)
 
     def shares(windows: Tensor) -> Tensor:
         size = (windows.shape[2], windows.shape[3])
@@ -144,6 +151,8 @@ class _Tuned:
         rates = learning_rates(self.head, cfg.layer_decay)
         with torch.random.fork_rng(devices=[]):
             train_head(cfg, self.head, batches, self._loss, rates, partial, cfg.clip)
+        if cfg.out and rank() == 0:
+            save_head(Path(cfg.out) / "eomt.pth", self.head)
 
     def _loss(self, images: Tensor, truth: Tensor, step: int) -> Tensor:
         # Anew for each step, so a training that resumes draws as one that was not stopped.
@@ -208,10 +217,9 @@ def segments_loss(found: Sequence[Segments], truth: Tensor, points: int) -> Tens
         points: at which masks are compared; drawn from the global generator.
     """
     device, none = found[0].masks.device, found[0].classes.shape[2] - 1
-    labels = [ids.unique() for ids in truth]
-    labels = [each[each != IGNORE].long() for each in labels]
+    labels = [ids[ids != IGNORE].unique().long().to(device, non_blocking=True) for ids in truth]
+    truth = truth.to(device, non_blocking=True)
     targets = [(ids == each[:, None, None]).float() for ids, each in zip(truth, labels, strict=True)]
-    labels, targets = ([x.to(device, non_blocking=True) for x in each] for each in (labels, targets))
     queries = found[0].masks.shape[1]
     matched = sum(min(len(each), queries) for each in labels)
     weight = matched + NO_OBJECT * (len(truth) * queries - matched)
@@ -257,7 +265,7 @@ def match(
         places = torch.rand(1, points, 2, device=masks.device)
         logits, true = (at_points(x, places.expand(len(x), -1, -1)) for x in (masks, target))
         costs.append(pair_costs(logits, true) - CLASS * classes.softmax(-1)[:, label])
-    flat = torch.cat([each.flatten() for each in costs]).cpu()  # the device is waited for once
+    flat = torch.cat([each.flatten() for each in costs]).cpu()  # one wait for the device a block
     assign, pairs = _scipy().linear_sum_assignment, []
     for cost, part in zip(costs, flat.split([each.numel() for each in costs]), strict=True):
         pairs.append(assign(part.view(cost.shape).nan_to_num(nan=1e30).numpy()))

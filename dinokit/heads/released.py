@@ -32,6 +32,21 @@ def save_head(path: Path, head: nn.Module) -> None:
         torch.save({"state_dict": tensors}, file)
 
 
+def load_head(path: str | Path, head: nn.Module, what: str) -> None:
+    """Read what save_head() wrote into a head of the same shape.
+
+    Args:
+        path: of the file.
+        head: to fill.
+        what: it is, for messages.
+
+    Raises:
+        LookupError: if there is no such file.
+        ValueError: if it is of another head.
+    """
+    _load(head, _read(path), path, what)
+
+
 def load_segmenter(path: str | Path, backbone: Backbone) -> tuple[LinearSegmenter, list[int]]:
     """A segmentation head, and the blocks whose patches, after the final norm, are concatenated for it.
 

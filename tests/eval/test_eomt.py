@@ -169,11 +169,13 @@ def config(**values):
         split: {"name": "scenes", "split": split, "size": 64, "count": 120, "test_count": 40}
         for split in ("train", "test")
     }
-    small = {"resize": 64, "crop": 64, "stride": 64, "queries": 16, "blocks": 2, "points": 256, "workers": 0}
-    given = {**data, **small, "precision": "fp32", **values}
+    small = {"resize": 64, "crop": 64, "stride": 64, "queries": 16, "blocks": 2, "workers": 0}
+    points = {} if "head" in values else {"points": 256}
+    given = {**data, **small, **points, "precision": "fp32", **values}
     return eomt.Config(**section_values("eval", "eomt", given, "eomt"))
 
 
+TRAINED = ("steps", "batch", "save_every")
 FEW = {"steps": 4, "batch": 2, "max_train": 8, "max_test": 3, "blocks": 1, "save_every": 2}
 
 
@@ -204,6 +206,13 @@ def test_a_training_that_was_stopped_ends_in_the_same_scores(tmp_path, monkeypat
     again = eomt.evaluate(config(**FEW, out=str(tmp_path)), small_vit(2))
     assert {name: again[name] for name in whole} == whole
     assert not list(tmp_path.glob(".eomt_*.pt"))
+    # The file has all of the network: the backbone that is given need not be the tuned one.
+    file = tmp_path / "eomt.pth"
+    own = {key: value for key, value in FEW.items() if key not in TRAINED}
+    read = eomt.evaluate(config(**own, head=str(file)), small_vit(2))
+    assert {name: read[name] for name in whole} == whole
+    with pytest.raises(ValueError, match=r"eomt.pth is not EoMT on such a backbone, with queries=3"):
+        eomt.evaluate(config(**own, head=str(file), queries=3), small_vit(2))
 
 
 def gradient_of_classes(classes, truth):
@@ -244,7 +253,7 @@ def test_two_processes_have_the_gradient_of_one_and_the_same_scores(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("tune", ["all", "none"])
 def test_it_learns_scenes_far_above_the_most_frequent_class(tune):
-    cfg = config(steps=300, batch=8, lr=1e-3, warmup=0.05, tune=tune)
+    cfg = config(steps=300, batch=8, lr=2e-3, warmup=0.05, tune=tune)
     scores = eomt.evaluate(cfg, small_vit())
     data = {"train": cfg.train, "test": cfg.test, "workers": 0, "resize": 64, "method": "majority"}
     base = segmentation.evaluate(
