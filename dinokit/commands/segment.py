@@ -1,10 +1,10 @@
 """dinokit segment IMAGE|FOLDER weights=FILE_OR_RUN [head=RUN] PROMPT [out=PATH]: segment objects.
 
 PROMPT is points=[[x,y,1],[x,y,0]] (1 on the object, 0 beside it), box=[x0,y0,x1,y1], mask=FILE.png (white on
-the object so far), several of these for one object, or everything=true for all objects. Numbers are pixels of
-the image. A mask is written as PNG, white on the object, with a picture of it over the image; everything
-writes for each image its JSON in the layout of SA-1B (`dinokit train-head objects.name=sa1b` reads it), a PNG
-of numbers and a picture.
+the object so far), strokes=[[[x,y],[x,y],...],...] (lines on the object) or strokes=FILE.png, several of
+these for one object, or everything=true for all objects. Numbers are pixels of the image. A mask is written
+as PNG, white on the object, with a picture of it over the image; everything writes for each image its JSON in
+the layout of SA-1B (`dinokit train-head objects.name=sa1b` reads it), a PNG of numbers and a picture.
 
 With a head of kind in_context, like=[EXAMPLE.jpg,MASK.png] finds in IMAGE, or in all images of FOLDER, what
 is marked in an example: white on black, or numbers from 1. like=[[A.jpg,A.png],[B.jpg,B.png]] gives several.
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from dinokit.data.decode import ImageLike
     from dinokit.segment.predictor import Predictor
+    from dinokit.segment.strokes import Strokes
 
 COLOURS = ((230, 60, 60), (60, 180, 75), (0, 130, 200), (245, 180, 40), (145, 30, 180), (70, 220, 220))
 
@@ -51,6 +52,7 @@ class Config:
     points: tuple[tuple[float, ...], ...] = ()  # x, y, and 1 on the object or 0 beside it
     box: tuple[float, ...] = ()  # x0, y0, x1, y1 around the object
     mask: str = ""  # a PNG of the object so far, to be corrected by points
+    strokes: tuple[Any, ...] = ()  # on the object: a line of points, several lines, or a PNG, white on them
     text: str = ""  # words for what to mark, with align
     align: str = ""  # with text: the folder of a run of dinokit align on these weights
     # without a head: cosines above this share of the way from the lowest to the highest are marked
@@ -66,7 +68,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least(self, side=1, quality=0, stability=0, level=0)
-        prompts = [key for key in ("points", "box", "mask", "text") if getattr(self, key)]
+        prompts = [key for key in ("points", "box", "mask", "strokes", "text") if getattr(self, key)]
         alone = len(prompts) == 1 and (self.head or not self.several)
         if bool(self.text) != bool(self.align) or (self.text and not alone):
             raise ValueError(
@@ -84,7 +86,7 @@ class Config:
             )
         if not prompts and not self.everything and not self.like:
             raise ValueError(
-                "Give a prompt: points=[[x,y,1]], box=[x0,y0,x1,y1], mask=FILE, text=WORDS or "
+                "Give a prompt: points=[[x,y,1]], box=[x0,y0,x1,y1], mask=FILE, strokes=FILE, text=WORDS or "
                 "everything=true."
             )
         for point in self.points:
@@ -237,24 +239,36 @@ def _point(cfg: Config, image: "ImageLike") -> list[tuple[float, ...]]:
     return [(x + 0.5, y + 0.5, 1)]
 
 
+def _white(path: str) -> "np.ndarray":
+    """The pixels of a PNG that are nearer to white than to black, (H, W) bool."""
+    from dinokit.data.decode import decode_map
+    from dinokit.runtime.files import read_regular
+
+    mask = decode_map(read_regular(Path(path)), path)
+    return mask >= max(1, (int(mask.max()) + 1) // 2)
+
+
+def _strokes(given: tuple[Any, ...]) -> "Strokes | None":
+    """The key `strokes` as Predictor.predict() takes it: the PNG that it names, or its lines."""
+    if len(given) == 1 and isinstance(given[0], str):
+        return _white(given[0])
+    return given or None
+
+
 def _one(cfg: Config, predictor: "Predictor", targets: Mapping[Path, list[Path]]) -> dict[str, Any]:
     """The masks of one prompt, as PNG files beside each other."""
     from PIL import Image
 
-    from dinokit.data.decode import as_image, decode_map
-    from dinokit.runtime.files import read_regular
+    from dinokit.data.decode import as_image
 
     ((path, (*files, picture)),) = targets.items()
     image = as_image(path, predictor.encoder.channels)
     predictor.set_image(image)
-    mask = None
-    if cfg.mask:
-        mask = decode_map(read_regular(Path(cfg.mask)), cfg.mask)
-        mask = mask >= max(1, (int(mask.max()) + 1) // 2)
+    mask = _white(cfg.mask) if cfg.mask else None
     points = _point(cfg, image) if cfg.text else cfg.points
     signs = [int(point[2]) if len(point) == 3 else 1 for point in points]
     answer = predictor.predict(
-        [point[:2] for point in points], signs, cfg.box or None, mask, several=cfg.several
+        [point[:2] for point in points], signs, cfg.box or None, mask, cfg.several, _strokes(cfg.strokes)
     )
     shown = min(len(files), len(answer.masks))  # the best of those that a head gives, with names for three
     files = files[:shown]

@@ -23,9 +23,10 @@ from dinokit.data.objects.rle import Rle, encode
 from dinokit.models import Backbone
 from dinokit.segment.encoder import Encoder
 from dinokit.segment.promptable import Answer, Embedded, PromptableHead
-from dinokit.segment.prompts import UP, Frame, Prompt, boxes_of, empty_prompt
+from dinokit.segment.prompts import UP, Frame, Prompt, boxes_of, check_box, check_points, empty_prompt
 from dinokit.segment.released import Sam
 from dinokit.segment.saved import load_both
+from dinokit.segment.strokes import Strokes, stroke_mask, stroke_points
 
 AT_ONCE = 64  # prompts that the decoder sees at a time
 
@@ -114,6 +115,7 @@ class Predictor:
         box: Sequence[float] | np.ndarray | None = None,
         mask: Tensor | np.ndarray | None = None,
         several: bool = False,
+        strokes: Strokes | None = None,
     ) -> Masks:
         """The mask of one object.
 
@@ -123,12 +125,14 @@ class Predictor:
             box: x0, y0, x1, y1 around it, edges.
             mask: of the object so far: logits of an earlier answer (1, g, g), or (H, W) bool.
             several: three masks, the likeliest first; for a prompt that fits more than one object.
+            strokes: on the object: (H, W) bool, a line [(x, y), (x, y), ...], or several lines. They become
+                points, as stroke_points() says.
 
         Raises:
             ValueError: if there is no image, no prompt, or one outside the image; it says which.
         """
         embedded, frame = self._embedded()
-        prompt = self._as_prompt(points, signs, box, mask, frame)
+        prompt = self._as_prompt(points, signs, box, mask, strokes, frame)
         return self._answer(embedded, frame, prompt, several)
 
     def refine(self, points: Points, signs: Sequence[int] | np.ndarray = (), several: bool = False) -> Masks:
@@ -142,7 +146,7 @@ class Predictor:
             raise ValueError("There is no mask to refine yet: call predict() first.")
         if not len(points):
             raise ValueError("refine() needs at least one point.")
-        new, before = self._as_prompt(points, signs, None, self._last, frame), self._prompt
+        new, before = self._as_prompt(points, signs, None, self._last, None, frame), self._prompt
         prompt = replace(
             new,
             points=torch.cat([before.points, new.points], dim=1),
@@ -162,22 +166,26 @@ class Predictor:
         signs: Sequence[int] | np.ndarray,
         box: Sequence[float] | np.ndarray | None,
         mask: Tensor | np.ndarray | None,
+        strokes: Strokes | None,
         frame: Frame,
     ) -> Prompt:
         """Check what the user gives, and put it on the canvas."""
         size, device = (frame.height, frame.width), self.encoder.device
         places = [[float(number) for number in point] for point in points]
         given = [float(sign) for sign in signs] or [1.0] * len(places)
-        if not places and box is None and mask is None:
-            raise ValueError("Give a prompt: points, a box or a mask.")
+        if not places and box is None and mask is None and strokes is None:
+            raise ValueError("Give a prompt: points, a box, a mask or strokes.")
         check_points(places, size)
         if len(given) != len(places) or set(given) - {0, 1}:
             raise ValueError(
                 f"signs={list(signs)}: give one for each of the {len(places)} points, 1 on the object or 0 "
                 f"beside it."
             )
-        if places and not any(given) and box is None and mask is None:
+        if places and not any(given) and box is None and mask is None and strokes is None:
             raise ValueError("All points have sign 0: give one on the object, a box or a mask as well.")
+        if strokes is not None:
+            on_strokes = stroke_points(stroke_mask(strokes, size)).tolist()
+            places, given = places + on_strokes, given + [1.0] * len(on_strokes)
         prompt = empty_prompt(torch.zeros(1, dtype=torch.int64, device=device))
         prompt.points = frame.points_to_canvas(torch.tensor(places).view(-1, 2))[None].to(device)
         prompt.signs = torch.tensor([given], device=device).long()
@@ -260,39 +268,6 @@ class Predictor:
             return []
         boxes, best = torch.tensor([f.box for f in found]).float(), torch.tensor([f.quality for f in found])
         return [found[i] for i in nms(boxes, best, overlap).tolist()]
-
-
-def check_points(points: Sequence[Sequence[float]], size: tuple[int, int]) -> None:
-    """Refuse what is no point, or is outside an image of `size` (height, width).
-
-    Raises:
-        ValueError: it names the first one, and the size.
-    """
-    height, width = size
-    for point in points:
-        if len(point) != 2:
-            raise ValueError(f"points: {list(point)} is none; each point is two numbers, x and y.")
-        x, y = point
-        if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(
-                f"The point ({x:g}, {y:g}) is outside the image, which is {width} pixels wide and {height} "
-                f"high: x goes from 0 to {width - 1}, y from 0 to {height - 1}."
-            )
-
-
-def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
-    """Refuse a box that is none, or that leaves an image of `size` (height, width).
-
-    Raises:
-        ValueError: it says what a box is.
-    """
-    height, width = size
-    if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-        raise ValueError(
-            f"box={list(box)}: it is four numbers x0, y0, x1, y1, the left and upper edge before the others."
-        )
-    if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
-        raise ValueError(f"box={list(box)} leaves the image, which is {width} pixels wide and {height} high.")
 
 
 def _grid(frame: Frame, side: int) -> Tensor:

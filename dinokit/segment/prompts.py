@@ -9,6 +9,7 @@ y1), edges, half open: the box of the pixel (3, 4) is (3, 4, 4, 5).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,6 +124,39 @@ def boxes_of(masks: Tensor) -> Tensor:
     x1 = masks.shape[2] - columns.flip(1).argmax(dim=1)
     y1 = masks.shape[1] - rows.flip(1).argmax(dim=1)
     return torch.stack([x0, y0, x1, y1], dim=1).float()
+
+
+def check_points(points: Sequence[Sequence[float]], size: tuple[int, int]) -> None:
+    """Refuse what is no point, or is outside an image of `size` (height, width).
+
+    Raises:
+        ValueError: it names the first one, and the size.
+    """
+    height, width = size
+    for point in points:
+        if len(point) != 2:
+            raise ValueError(f"points: {list(point)} is none; each point is two numbers, x and y.")
+        x, y = point
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(
+                f"The point ({x:g}, {y:g}) is outside the image, which is {width} pixels wide and {height} "
+                f"high: x goes from 0 to {width - 1}, y from 0 to {height - 1}."
+            )
+
+
+def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
+    """Refuse a box that is none, or that leaves an image of `size` (height, width).
+
+    Raises:
+        ValueError: it says what a box is.
+    """
+    height, width = size
+    if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(
+            f"box={list(box)}: it is four numbers x0, y0, x1, y1, the left and upper edge before the others."
+        )
+    if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
+        raise ValueError(f"box={list(box)} leaves the image, which is {width} pixels wide and {height} high.")
 
 
 def channel_norm(width: int) -> LayerNorm2d:

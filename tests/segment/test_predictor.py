@@ -15,9 +15,11 @@ from dinokit.commands.train_head import check
 from dinokit.config import registry
 from dinokit.config.registry import find_recipe
 from dinokit.segment.encoder import Encoder
-from dinokit.segment.predictor import Predictor, check_box
+from dinokit.segment.predictor import Predictor
 from dinokit.segment.promptable import Answer, Embedded, PromptableHead
+from dinokit.segment.prompts import check_box
 from dinokit.segment.recipe import Head
+from dinokit.segment.strokes import stroke_mask, stroke_points
 from dinokit.weights.formats.native import save_backbone
 
 
@@ -75,6 +77,15 @@ def test_numbers_may_be_arrays(predictor, photo):
         assert torch.equal(one.logits, other.logits)
 
 
+def test_strokes_are_points_for_a_head_without_strokes(predictor, photo):
+    predictor.set_image(photo)
+    line = [(5, 3), (30, 12)]
+    points = stroke_points(stroke_mask(line, (20, 50)))
+    drawn = predictor.predict(points=[(40, 2)], signs=[0], strokes=line)
+    same = predictor.predict(points=[(40, 2), *points], signs=[0] + [1] * len(points))
+    assert torch.equal(drawn.logits, same.logits)
+
+
 def test_a_new_image_replaces_the_old_one(predictor, photo):
     predictor.set_image(photo)
     first = predictor.predict(points=[(10, 5)]).logits
@@ -89,7 +100,7 @@ def test_a_new_image_replaces_the_old_one(predictor, photo):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ({}, "Give a prompt: points, a box or a mask"),
+        ({}, "Give a prompt: points, a box, a mask or strokes"),
         ({"points": [(50, 3)]}, r"\(50, 3\) is outside the image, which is 50 pixels wide and 20 high"),
         ({"points": [(3, 3)], "signs": [1, 0]}, "give one for each of the 1 points"),
         ({"points": [(3, 3)], "signs": [2]}, "1 on the object or 0"),
@@ -100,6 +111,7 @@ def test_a_new_image_replaces_the_old_one(predictor, photo):
         ({"box": (9, 0, 3, 3)}, "the left and upper edge before the others"),
         ({"box": (1, 2, 3)}, "four numbers"),
         ({"mask": np.ones((50, 20), bool)}, "The mask has 20 x 50 pixels, the image 50 x 20"),
+        ({"strokes": [(3, 3), (50, 3)]}, r"\(50, 3\) is outside the image"),
         ({"mask": torch.zeros(1, 3, 3)}, r"this has the shape \(1, 3, 3\)"),
     ],
 )
@@ -211,6 +223,17 @@ def test_a_prompt_on_the_command_line_writes_a_mask(trained, tmp_path, capsys):
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["masks"] == 3
     assert (tmp_path / "mask_3.png").is_file()
+
+
+def test_strokes_are_lines_or_a_picture(trained, tmp_path, capsys):
+    words = ["segment", str(trained / "photos" / "0.png"), *arguments(trained)]
+    mask = stroke_mask([[(5, 5), (20, 9)], [(30, 30)]], (48, 48))
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "drawn.png")
+    for number, strokes in enumerate(("[[[5,5],[20,9]],[[30,30]]]", tmp_path / "drawn.png")):
+        assert main([*words, f"strokes={strokes}", f"out={tmp_path / f'{number}.png'}"]) == 0
+    assert (pixels(tmp_path / "0.png") == pixels(tmp_path / "1.png")).all()
+    assert main([*words, "strokes=[[5,5],[48,9]]"]) != 0
+    assert "(48, 9) is outside the image" in capsys.readouterr().err
 
 
 def test_torch_hub_gives_a_predictor(trained):

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dinokit.segment.predictor import check_points
 from dinokit.segment.promptable import PromptableHead, TwoWayBlock
-from dinokit.segment.prompts import PADDING, Frame, PromptEncoder, empty_prompt
+from dinokit.segment.prompts import PADDING, Frame, PromptEncoder, check_points, empty_prompt
 from dinokit.segment.recipe import Head
 
 
