@@ -11,6 +11,7 @@ FEW = 2_000  # images up to which raw pixels are evaluated too, which takes seco
 UNITS = {
     "mAP": "mean average precision {:.3f} of 1",
     "mIoU@1": "one click gives the mask of an object up to an overlap of {:.3f} of 1 (mIoU@1)",
+    "cIoU": "what phrases ask for and the answers overlap by {:.3f} of 1 (cIoU)",
     "mIoU": "the classes of pixels overlap by {:.3f} of 1 (mIoU)",
     "rmse": "depth is wrong by {:.3g} (RMSE)",
     "pair_accuracy": "{:.3f} of the clips are right both forwards and backwards",

@@ -10,6 +10,9 @@ With a head of kind in_context, like=[EXAMPLE.jpg,MASK.png] finds in IMAGE, or i
 is marked in an example: white on black, or numbers from 1. like=[[A.jpg,A.png],[B.jpg,B.png]] gives several.
 Without head=, weights is a folder of Hugging Face with a released SAM, or for like= with a released SegGPT.
 
+With a head of kind unified, text="a red disc" marks what has these words, region=[OTHER.jpg,MASK.png] what
+looks like the object that is white in MASK. Both go together, and with the other prompts.
+
 text="a red disc" with align=RUN of `dinokit align` marks the pixels that fit the words; with a promptable
 head= its point is where they fit best.
 
@@ -17,6 +20,7 @@ dinokit segment photo.jpg weights=runs/demo head=runs/head points=[[120,80,1],[4
 dinokit segment photo.jpg weights=runs/demo head=runs/head box=[30,20,200,180] several=true out=mask.png
 dinokit segment PHOTOS weights=runs/demo head=runs/head everything=true out=masks
 dinokit segment PHOTOS weights=runs/demo head=runs/examples like=[a.jpg,a.png] out=masks
+dinokit segment photo.jpg weights=runs/demo head=runs/unified text="a red disc" out=mask.png
 dinokit segment photo.jpg weights=runs/demo align=runs/aligned text="a red disc" out=mask.png
 """
 
@@ -37,8 +41,8 @@ if TYPE_CHECKING:
 
     from dinokit.data.decode import ImageLike
     from dinokit.segment.predictor import Predictor
-    from dinokit.segment.strokes import Strokes
 
+PROMPTS = ("points", "box", "mask", "strokes", "text", "region")
 COLOURS = ((230, 60, 60), (60, 180, 75), (0, 130, 200), (245, 180, 40), (145, 30, 180), (70, 220, 220))
 
 
@@ -53,7 +57,8 @@ class Config:
     box: tuple[float, ...] = ()  # x0, y0, x1, y1 around the object
     mask: str = ""  # a PNG of the object so far, to be corrected by points
     strokes: tuple[Any, ...] = ()  # on the object: a line of points, several lines, or a PNG, white on them
-    text: str = ""  # words for what to mark, with align
+    text: str = ""  # words for what to mark, for a unified head, or with align
+    region: tuple[str, ...] = ()  # for a unified head: another image and a mask of an object in it
     align: str = ""  # with text: the folder of a run of dinokit align on these weights
     # without a head: cosines above this share of the way from the lowest to the highest are marked
     level: float = only_if(0.5, text=True, head=False)
@@ -68,13 +73,15 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least(self, side=1, quality=0, stability=0, level=0)
-        prompts = [key for key in ("points", "box", "mask", "strokes", "text") if getattr(self, key)]
-        alone = len(prompts) == 1 and (self.head or not self.several)
-        if bool(self.text) != bool(self.align) or (self.text and not alone):
+        prompts = [key for key in PROMPTS if getattr(self, key)]
+        alone = prompts == ["text"] and (self.head or not self.several)
+        if (self.align and not alone) or (self.text and not self.align and not self.head):
             raise ValueError(
-                "text=WORDS needs align=RUN, which dinokit align made on these weights, and goes with no "
-                "other prompt; several=true needs head=RUN besides."
+                "text=WORDS needs align=RUN, which dinokit align made on these weights, or head=RUN of a "
+                "unified head. With align it goes with no other prompt; several=true needs head=RUN besides."
             )
+        if self.region and len(self.region) != 2:
+            raise ValueError(f"region={list(self.region)}: it is an image and a mask in it, [a.jpg,a.png].")
         if prompts and (self.everything or self.like):
             other = "everything=true finds all objects" if self.everything else "like finds what is marked"
             raise ValueError(f"{other}; {prompts[0]} asks for one object. Leave one out.")
@@ -86,8 +93,8 @@ class Config:
             )
         if not prompts and not self.everything and not self.like:
             raise ValueError(
-                "Give a prompt: points=[[x,y,1]], box=[x0,y0,x1,y1], mask=FILE, strokes=FILE, text=WORDS or "
-                "everything=true."
+                "Give a prompt: points=[[x,y,1]], box=[x0,y0,x1,y1], mask=FILE, strokes=FILE, text=WORDS, "
+                "region=[IMAGE,MASK] or everything=true."
             )
         for point in self.points:
             if len(point) not in (2, 3) or (len(point) == 3 and point[2] not in (0, 1)):
@@ -167,9 +174,8 @@ def _targets(cfg: Config, images: list[Path], root: Path) -> dict[Path, list[Pat
         else:
             mask = (out / name).with_suffix(".png")
             result[path] = [mask, mask.with_name(f"{mask.stem}_overlay.jpg")]
-    images_read = {
-        Path(str(path)).resolve() for path in [*images, *(p for pair in cfg.examples for p in pair)]
-    }
+    read = [*images, *cfg.region, *(path for pair in cfg.examples for path in pair)]
+    images_read = {Path(str(path)).resolve() for path in read}
     written: dict[Path, Path] = {}
     for path, files in result.items():
         for file in files:
@@ -248,13 +254,6 @@ def _white(path: str) -> "np.ndarray":
     return mask >= max(1, (int(mask.max()) + 1) // 2)
 
 
-def _strokes(given: tuple[Any, ...]) -> "Strokes | None":
-    """The key `strokes` as Predictor.predict() takes it: the PNG that it names, or its lines."""
-    if len(given) == 1 and isinstance(given[0], str):
-        return _white(given[0])
-    return given or None
-
-
 def _one(cfg: Config, predictor: "Predictor", targets: Mapping[Path, list[Path]]) -> dict[str, Any]:
     """The masks of one prompt, as PNG files beside each other."""
     from PIL import Image
@@ -265,11 +264,14 @@ def _one(cfg: Config, predictor: "Predictor", targets: Mapping[Path, list[Path]]
     image = as_image(path, predictor.encoder.channels)
     predictor.set_image(image)
     mask = _white(cfg.mask) if cfg.mask else None
-    points = _point(cfg, image) if cfg.text else cfg.points
+    strokes: Any = cfg.strokes or None
+    if strokes and isinstance(strokes[0], str):
+        strokes = _white(strokes[0])
+    region = (cfg.region[0], _white(cfg.region[1])) if cfg.region else None
+    points, text = (_point(cfg, image), "") if cfg.align else (cfg.points, cfg.text)
     signs = [int(point[2]) if len(point) == 3 else 1 for point in points]
-    answer = predictor.predict(
-        [point[:2] for point in points], signs, cfg.box or None, mask, cfg.several, _strokes(cfg.strokes)
-    )
+    places = [point[:2] for point in points]
+    answer = predictor.predict(places, signs, cfg.box or None, mask, cfg.several, strokes, text, region)
     shown = min(len(files), len(answer.masks))  # the best of those that a head gives, with names for three
     files = files[:shown]
     for file, each in zip(files, answer.masks[:shown], strict=True):
@@ -277,6 +279,7 @@ def _one(cfg: Config, predictor: "Predictor", targets: Mapping[Path, list[Path]]
     _save(overlay(image, [answer.masks[0]]), picture)
     return {
         "masks": len(files),
+        **({"words": answer.words} if answer.words else {}),
         "quality": [round(float(q), 4) for q in answer.quality],
         "area": [int(each.sum()) for each in answer.masks],
         "out": [str(file) for file in files],

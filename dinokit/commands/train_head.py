@@ -33,7 +33,8 @@ def run(command: Command) -> dict[str, Any]:
     backbone, weights = frozen.load_backbone(cfg, cfg.run.device), cfg.backbone.get("weights")
     head = train_head(cfg, backbone, frozen.open_source("data.objects", cfg.objects, backbone.channels))
     if weights and launch().rank == 0:
-        prompt = "like=[EXAMPLE.jpg,MASK.png]" if cfg.kind == "in_context" else "points=[[X,Y,1]]"
+        prompts = {"in_context": "like=[EXAMPLE.jpg,MASK.png]", "unified": "text=WORDS"}
+        prompt = prompts.get(cfg.kind, "points=[[X,Y,1]]")
         print(f"dinokit segment PHOTO.jpg weights={weights} head={head.parent} {prompt}")
     last = frozen.last_record(head.parent)
     return {"out": head.parent, "head": head, "steps": cfg.optim.steps, "last": last}

@@ -5,6 +5,7 @@ else, objects of other classes too, is the rest. So the examples alone say what 
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -128,6 +129,8 @@ def marked(items: list[Item], label: int, encoder: Encoder) -> Examples:
 
 class InContextTask:
     """What training needs of a head that segments by example."""
+
+    about: ClassVar[dict[str, Any]] = {}  # what its file says beside the sizes of the head
 
     def __init__(self, cfg: Config, items: Items) -> None:
         self.cfg, self.items = cfg, items

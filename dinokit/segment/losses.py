@@ -9,6 +9,7 @@ objects, a decoder that finds nothing is nearly right.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
@@ -38,6 +39,19 @@ def iou(a: Any, b: Any) -> Any:
     """Intersection over union of masks (..., P) bool, tensors or arrays: (...); 1 if both are empty."""
     both, either = (a & b).sum(-1), (a | b).sum(-1)
     return (both + (either == 0)) / (either + (either == 0))
+
+
+def words_loss(logits: Tensor, names: Tensor) -> Tensor:
+    """Cross entropy of each word, its mean over the words and the sum over answers, as a scalar.
+
+    Args:
+        logits: (M, V).
+        names: (M, V) 1 for a word of the object, 0 for the others; NaN in rows whose object has no name.
+    """
+    named = ~names.isnan().any(dim=1) if names.shape[1] else names.new_zeros(len(names), dtype=torch.bool)
+    target = names.nan_to_num()
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (each.sum(dim=1) * named).sum() / max(1, names.shape[1])
 
 
 @dataclass

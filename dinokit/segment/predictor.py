@@ -22,11 +22,22 @@ from dinokit.data.decode import as_image
 from dinokit.data.objects.rle import Rle, encode
 from dinokit.models import Backbone
 from dinokit.segment.encoder import Encoder
+from dinokit.segment.phrases import as_words, read_phrase
 from dinokit.segment.promptable import Answer, Embedded, PromptableHead
-from dinokit.segment.prompts import UP, Frame, Prompt, boxes_of, check_box, check_points, empty_prompt
+from dinokit.segment.prompts import (
+    UP,
+    Frame,
+    Prompt,
+    boxes_of,
+    check_box,
+    check_points,
+    empty_prompt,
+    mask_logits,
+)
 from dinokit.segment.released import Sam
 from dinokit.segment.saved import load_both
 from dinokit.segment.strokes import Strokes, stroke_mask, stroke_points
+from dinokit.segment.unified import UnifiedHead, shares_of
 
 AT_ONCE = 64  # prompts that the decoder sees at a time
 
@@ -40,6 +51,7 @@ class Masks:
     masks: np.ndarray  # (A, H, W) bool
     quality: np.ndarray  # (A,): the IoU that the head expects of each
     logits: Tensor  # (A, g, g) on the canvas, to be given back as `mask`
+    words: tuple[str, ...] = ()  # of a unified head: those that fit the single answer, the likeliest first
 
 
 @dataclass
@@ -55,14 +67,14 @@ class Found:
 
 
 class Predictor:
-    """A backbone and a promptable head, or SAM, with one image at a time.
+    """A backbone and a promptable or unified head, or SAM, with one image at a time.
 
     Args:
         head: in eval mode.
         encoder: of the images, with the backbone.
     """
 
-    def __init__(self, head: PromptableHead | Sam, encoder: Encoder | Sam) -> None:
+    def __init__(self, head: PromptableHead | UnifiedHead | Sam, encoder: Encoder | Sam) -> None:
         self.head, self.encoder = head, encoder
         self._image: tuple[Embedded, Frame] | None = None
         self._prompt: Prompt | None = None
@@ -85,7 +97,7 @@ class Predictor:
             sam = Sam(weights, device)
             return cls(sam, sam)
         module, encoder = load_both(weights, head, device, "promptable")
-        return cls(cast(PromptableHead, module), encoder)
+        return cls(cast(PromptableHead | UnifiedHead, module), encoder)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -116,8 +128,10 @@ class Predictor:
         mask: Tensor | np.ndarray | None = None,
         several: bool = False,
         strokes: Strokes | None = None,
+        text: str = "",
+        region: tuple[Any, Any] | None = None,
     ) -> Masks:
-        """The mask of one object.
+        """The mask of one object; of a text or a region, of all objects that fit.
 
         Args:
             points: (x, y) each, in pixels; several points are one object.
@@ -125,14 +139,33 @@ class Predictor:
             box: x0, y0, x1, y1 around it, edges.
             mask: of the object so far: logits of an earlier answer (1, g, g), or (H, W) bool.
             several: three masks, the likeliest first; for a prompt that fits more than one object.
-            strokes: on the object: (H, W) bool, a line [(x, y), (x, y), ...], or several lines. They become
-                points, as stroke_points() says.
+            strokes: on the object: (H, W) bool, a line [(x, y), (x, y), ...], or several lines. For a head
+                that is not unified they become points, as stroke_points() says.
+            text: words for what to mark, for a unified head that knows them.
+            region: for a unified head, another image as of set_image() and a mask (H, W) bool in it, for what
+                looks like that here.
 
         Raises:
-            ValueError: if there is no image, no prompt, or one outside the image; it says which.
+            ValueError: if there is no image, no prompt, one outside the image, or one that the head does not
+                take; it says which.
         """
         embedded, frame = self._embedded()
-        prompt = self._as_prompt(points, signs, box, mask, strokes, frame)
+        others = any(each is not None for each in (box, mask, region)) or bool(text)
+        if not (len(points) or others or strokes is not None):
+            raise ValueError("Give a prompt: points, a box, a mask, strokes, a text or a region.")
+        drawn = None if strokes is None else stroke_mask(strokes, (frame.height, frame.width))
+        if isinstance(self.head, UnifiedHead):
+            prompt = self._as_prompt(points, signs, box, mask, frame, others or drawn is not None)
+            prompt = self._with_more(self.head, prompt, frame, drawn, text, region)
+        elif text or region is not None:
+            raise ValueError(
+                f"{'text' if text else 'region'}: this head takes none. Give a unified one, which "
+                f"dinokit train-head head_unified_scenes trains."
+            )
+        else:
+            on_strokes = [] if drawn is None else stroke_points(drawn).tolist()
+            given = [*([*signs] or [1] * len(points)), *[1] * len(on_strokes)]
+            prompt = self._as_prompt([*points, *on_strokes], given, box, mask, frame, others)
         return self._answer(embedded, frame, prompt, several)
 
     def refine(self, points: Points, signs: Sequence[int] | np.ndarray = (), several: bool = False) -> Masks:
@@ -146,12 +179,12 @@ class Predictor:
             raise ValueError("There is no mask to refine yet: call predict() first.")
         if not len(points):
             raise ValueError("refine() needs at least one point.")
-        new, before = self._as_prompt(points, signs, None, self._last, None, frame), self._prompt
+        new, before = self._as_prompt(points, signs, None, self._last, frame, True), self._prompt
         prompt = replace(
-            new,
+            before,
             points=torch.cat([before.points, new.points], dim=1),
             signs=torch.cat([before.signs, new.signs], dim=1),
-            boxes=before.boxes,
+            masks=new.masks,
         )
         return self._answer(embedded, frame, prompt, several)
 
@@ -166,26 +199,21 @@ class Predictor:
         signs: Sequence[int] | np.ndarray,
         box: Sequence[float] | np.ndarray | None,
         mask: Tensor | np.ndarray | None,
-        strokes: Strokes | None,
         frame: Frame,
+        others: bool,
     ) -> Prompt:
-        """Check what the user gives, and put it on the canvas."""
+        """Check points, box and mask, and put them on the canvas; `others`: there is more than points."""
         size, device = (frame.height, frame.width), self.encoder.device
         places = [[float(number) for number in point] for point in points]
         given = [float(sign) for sign in signs] or [1.0] * len(places)
-        if not places and box is None and mask is None and strokes is None:
-            raise ValueError("Give a prompt: points, a box, a mask or strokes.")
         check_points(places, size)
         if len(given) != len(places) or set(given) - {0, 1}:
             raise ValueError(
                 f"signs={list(signs)}: give one for each of the {len(places)} points, 1 on the object or 0 "
                 f"beside it."
             )
-        if places and not any(given) and box is None and mask is None and strokes is None:
+        if places and not any(given) and not others:
             raise ValueError("All points have sign 0: give one on the object, a box or a mask as well.")
-        if strokes is not None:
-            on_strokes = stroke_points(stroke_mask(strokes, size)).tolist()
-            places, given = places + on_strokes, given + [1.0] * len(on_strokes)
         prompt = empty_prompt(torch.zeros(1, dtype=torch.int64, device=device))
         prompt.points = frame.points_to_canvas(torch.tensor(places).view(-1, 2))[None].to(device)
         prompt.signs = torch.tensor([given], device=device).long()
@@ -200,7 +228,7 @@ class Predictor:
     def _mask_prompt(self, mask: Tensor | np.ndarray, frame: Frame) -> Tensor:
         """Logits of an earlier answer, or a mask of the image, on the decoder's grid: (1, 1, g, g)."""
         embedded, _ = self._embedded()
-        grid = tuple(UP * n for n in embedded.cells.shape[2:])
+        grid = (UP * embedded.cells.shape[2], UP * embedded.cells.shape[3])
         x = torch.as_tensor(mask)
         if x.dtype == torch.bool:
             if tuple(x.shape) != (frame.height, frame.width):
@@ -208,15 +236,45 @@ class Predictor:
                     f"The mask has {_pixels(x)} pixels, the image {frame.width} x {frame.height}: they must "
                     f"be of one size."
                 )
-            on_canvas = frame.mask_to_canvas(x)[None, None].float()
-            # Logits of a sure answer; a learnt mask has values of this size.
-            return 16 * torch.nn.functional.interpolate(on_canvas, grid, mode="area") - 8
+            return mask_logits(frame.mask_to_canvas(x)[None], grid)
         if x.ndim != 3 or len(x) != 1 or tuple(x.shape[1:]) != grid:
             raise ValueError(
                 f"mask: give the `logits` of an answer with one mask, (1, {grid[0]}, {grid[1]}), or a mask "
                 f"of booleans of the image's size; this has the shape {tuple(x.shape)} and type {x.dtype}."
             )
         return x[None].float()
+
+    @torch.no_grad()
+    def _with_more(
+        self,
+        head: UnifiedHead,
+        prompt: Prompt,
+        frame: Frame,
+        strokes: np.ndarray | None,
+        text: str,
+        region: tuple[Any, Any] | None,
+    ) -> Prompt:
+        """The prompt with what only a unified head takes."""
+        embedded, device = self._embedded()[0], self.encoder.device
+        grid = (embedded.cells.shape[2], embedded.cells.shape[3])
+        if strokes is not None:
+            on_canvas = frame.mask_to_canvas(torch.from_numpy(strokes.copy()))
+            prompt = replace(prompt, strokes=shares_of(on_canvas[None], grid).to(device))
+        if text:
+            prompt = replace(
+                prompt, words=as_words(read_phrase(text, head.words), head.words)[None].to(device)
+            )
+        if region is not None:
+            features, _, other = self.encoder.encode(as_image(region[0], self.encoder.channels))
+            mask = torch.as_tensor(np.asarray(region[1]))
+            if mask.dtype != torch.bool or tuple(mask.shape) != (other.height, other.width) or not mask.any():
+                raise ValueError(
+                    f"region: its mask is booleans of its image's size, {other.width} x {other.height}, and "
+                    f"marks something; this one has {_pixels(mask)} pixels and type {mask.dtype}."
+                )
+            shares = shares_of(other.mask_to_canvas(mask)[None], grid).to(device)
+            prompt = replace(prompt, region=head.refer(head.decoder.neck(features[None]), shares))
+        return prompt
 
     @torch.no_grad()
     def _answer(self, embedded: Embedded, frame: Frame, prompt: Prompt, several: bool) -> Masks:
@@ -227,7 +285,7 @@ class Predictor:
         logits = answer.logits[0, rows]
         self._prompt, self._last = prompt, logits[:1]
         masks = (frame.from_canvas(logits) > 0).cpu().numpy()
-        return Masks(masks, answer.quality[0, rows].cpu().numpy(), logits)
+        return Masks(masks, answer.quality[0, rows].cpu().numpy(), logits, _likely(self.head, answer))
 
     @torch.no_grad()
     def everything(
@@ -284,6 +342,14 @@ def _stability(logits: Tensor, offset: float = 1.0) -> Tensor:
     """The IoU of each mask (M, g, g) at `offset` above 0 and below it; 0 for one that is empty at both."""
     high, low = ((logits > threshold).flatten(1).sum(dim=1) for threshold in (offset, -offset))
     return high / low.clamp(min=1)
+
+
+def _likely(head: Any, answer: Answer) -> tuple[str, ...]:
+    """The words that fit the single answer rather than not, the likeliest first."""
+    if answer.words is None:
+        return ()
+    order = answer.words[0].argsort(descending=True).tolist()
+    return tuple(head.words[i] for i in order if answer.words[0, i] > 0)
 
 
 def _pixels(mask: Tensor) -> str:

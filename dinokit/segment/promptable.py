@@ -34,6 +34,8 @@ class Answer:
 
     logits: Tensor  # (M, 1 + A, 4 h, 4 w); above 0 is object
     quality: Tensor  # (M, 1 + A): the IoU that the head expects of each
+    tokens: Tensor | None = None  # (M, 1 + A, c): what the masks are made from
+    words: Tensor | None = None  # (M, V) logits: the names of the single answer; of a unified head
 
 
 class Perceptron(nn.Sequential):
@@ -163,18 +165,32 @@ class PromptableHead(nn.Module):
 
     def forward(self, embedded: Embedded, prompt: Prompt) -> Answer:
         """The answers to M prompts; each is independent of the others."""
+        return self.decode(embedded, prompt, *self.prompts(prompt, embedded.side))
+
+    def decode(
+        self, embedded: Embedded, prompt: Prompt, tokens: Tensor, used: Tensor, dense: Tensor | float = 0.0
+    ) -> Answer:
+        """The answers to M prompts that are encoded.
+
+        Args:
+            embedded: their images.
+            prompt: of which the images and earlier masks are read.
+            tokens: (M, T, c) of the prompts.
+            used: (M, T) bool, False for padding.
+            dense: (M, c, h, w), added to the cells beside the earlier masks.
+        """
         m, (h, w) = len(prompt.image), embedded.cells.shape[2:]
-        tokens, used = self.prompts(prompt, embedded.side)
         own = torch.cat([self.quality_token, self.mask_tokens])
         tokens = torch.cat([own.expand(m, -1, -1), tokens], dim=1)
         used = torch.cat([used.new_ones(m, len(own)), used], dim=1)
-        cells = embedded.cells[prompt.image] + self.prompts.dense(prompt.masks)
+        cells = embedded.cells[prompt.image] + self.prompts.dense(prompt.masks) + dense
         x, cells = self.transformer(tokens, cells.flatten(2).transpose(1, 2), self.prompts.grid(h, w), used)
         cells = cells.transpose(1, 2).unflatten(2, (h, w))
         fine = self.up2(F.gelu(self.up_norm(self.up1(cells))))
         if embedded.detail is not None:
             fine = fine + embedded.detail[prompt.image]
-        kernels = torch.stack([kernel(x[:, 1 + k]) for k, kernel in enumerate(self.kernels)], dim=1)
+        masks = x[:, 1 : len(own)]
+        kernels = torch.stack([kernel(masks[:, k]) for k, kernel in enumerate(self.kernels)], dim=1)
         logits = torch.einsum("mac,mchw->mahw", kernels, F.gelu(fine))
         quality = self.quality(x[:, 0])
-        return Answer(logits, quality.sigmoid() if self.config.bounded else quality)
+        return Answer(logits, quality.sigmoid() if self.config.bounded else quality, masks)

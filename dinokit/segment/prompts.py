@@ -10,7 +10,8 @@ y1), edges, half open: the box of the pixel (3, 4) is (3, 4, 4, 5).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,13 @@ class Prompt:
     points: Tensor  # (M, n, 2) pixels; n may be 0
     signs: Tensor  # (M, n) int64: FOREGROUND, BACKGROUND or PADDING
     boxes: Tensor  # (M, 4) edges; NaN where there is none
-    masks: Tensor | None = None  # (M, 1, 4 h, 4 w) logits of the answer before; None: there is none yet
+    masks: Tensor | None = (
+        None  # (M, 1, 4 h, 4 w) logits of the answer before; None, or NaN: there is none yet
+    )
+    # What only a unified head reads (dinokit.segment.unified); None: no prompt has it.
+    strokes: Tensor | None = None  # (M, h, w) the share of each patch under strokes; 0 everywhere: none
+    region: Tensor | None = None  # (M, m + 1, c) patches of another image; NaN where there is none
+    words: Tensor | None = None  # (M, V) 1 at the words of a text; 0 everywhere: none
 
     def with_points(self, points: Tensor, signs: Tensor) -> "Prompt":
         """The prompt with one more point for each object: (M, 2), (M,)."""
@@ -102,8 +109,8 @@ class Prompt:
 
     def rows(self, chosen: slice) -> "Prompt":
         """Some of the prompts."""
-        masks = None if self.masks is None else self.masks[chosen]
-        return Prompt(self.image[chosen], self.points[chosen], self.signs[chosen], self.boxes[chosen], masks)
+        parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Prompt(**{name: x if x is None else x[chosen] for name, x in parts.items()})
 
 
 def empty_prompt(image: Tensor) -> Prompt:
@@ -124,6 +131,11 @@ def boxes_of(masks: Tensor) -> Tensor:
     x1 = masks.shape[2] - columns.flip(1).argmax(dim=1)
     y1 = masks.shape[1] - rows.flip(1).argmax(dim=1)
     return torch.stack([x0, y0, x1, y1], dim=1).float()
+
+
+def mask_logits(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Masks on the canvas (M, S, S) bool -> logits (M, 1, 4 h, 4 w), as large as those of a sure answer."""
+    return 16 * F.interpolate(masks[:, None].float(), grid, mode="area") - 8
 
 
 def check_points(points: Sequence[Sequence[float]], size: tuple[int, int]) -> None:
@@ -217,5 +229,10 @@ class PromptEncoder(nn.Module):
         return torch.cat([points, corners], dim=1), torch.cat([prompt.signs != PADDING, used], dim=1)
 
     def dense(self, masks: Tensor | None) -> Tensor:
-        """Logits (M, 1, 4 h, 4 w) -> (M, c, h, w); None -> (1, c, 1, 1)."""
-        return self.no_mask[None, :, None, None] if masks is None else self.mask(masks)
+        """Logits (M, 1, 4 h, 4 w), NaN for prompts without -> (M, c, h, w); None -> (1, c, 1, 1)."""
+        none = self.no_mask[None, :, None, None]
+        if masks is None:
+            return none
+        return torch.where(
+            masks.isnan().flatten(1).any(dim=1)[:, None, None, None], none, self.mask(masks.nan_to_num())
+        )

@@ -7,7 +7,8 @@ from dinokit.config.recipe import FrozenRun
 from dinokit.config.registry import check_at_least
 
 # Metadata of a section that one kind of head reads (dinokit.config.registry.only_if).
-PROMPTABLE = {"only_if": {"kind": ("promptable",)}}
+PROMPTABLE = {"only_if": {"kind": ("promptable", "unified")}}
+UNIFIED = {"only_if": {"kind": ("unified",)}}
 IN_CONTEXT = {"only_if": {"kind": ("in_context",)}}
 
 
@@ -32,7 +33,8 @@ class Losses:
     alpha: float = -1.0  # weight of the object's cells in the focal loss, from 0 to 1; below 0: no weight
     gamma: float = 0.0  # 0: cross entropy. SAM: focal 20, alpha 0.25, gamma 2, dice 1, quality 1
     dice: float = 5.0
-    quality: float = 1.0  # with kind=promptable
+    quality: float = 1.0  # with kind=promptable or unified
+    words: float = 1.0  # of the names of answers, with kind=unified
 
 
 @dataclass
@@ -41,8 +43,34 @@ class Prompts:
 
     objects: int = 6  # of an image in a step; drawn again if it has fewer
     min_area: int = 24  # pixels of the canvas; smaller objects are not asked for
-    box: float = 0.25  # share of objects whose first prompt is a box, with noise, and no click
+    # share of objects whose first prompt is a box, with noise, and no click; with kind=promptable
+    box: float = 0.25
     rounds: int = 4  # answers for an object in a step: the first, and one after each further click
+
+
+@dataclass
+class Unified:
+    """What a unified head has beside its decoder, and the odds of the first prompts that it learns from."""
+
+    samples: int = 8  # patches of strokes, or of a region of another image, that become tokens
+    memory: int = 4  # patches under the last answer that become tokens; 0: none
+    embedding: int = 64  # width of the vectors of words, if they are learned
+    align: str = (
+        ""  # the folder of a run of dinokit align on these weights: vectors of words that stay as they are
+    )
+    point: float = 0.2
+    box: float = 0.1
+    stroke: float = 0.1
+    mask: float = 0.05
+    region: float = 0.25  # an object of the same class in another image
+    text: float = 0.3  # words of the object's class
+    both: float = 0.2  # share of first prompts of two kinds
+    absent: float = 0.2  # share of texts that nothing in the image fits: the answer is empty
+
+    @property
+    def odds(self) -> dict[str, float]:
+        """Of each kind of prompt."""
+        return {kind: getattr(self, kind) for kind in ("point", "box", "stroke", "mask", "region", "text")}
 
 
 @dataclass
@@ -82,7 +110,8 @@ class Config:
     """A whole training of a head on a frozen backbone."""
 
     name: str = ""  # of the recipe
-    kind: Literal["promptable", "in_context"] = "promptable"  # of the head: by prompts, or by examples
+    # of the head: by clicks and boxes, by examples, or by prompts of any kind
+    kind: Literal["promptable", "in_context", "unified"] = "promptable"
     backbone: dict[str, Any] = field(default_factory=dict)  # weights=FILE_OR_RUN, or name=NAME and its keys
     start: str = ""  # a trained head of the same sizes to begin with, or the folder of its run
     layers: int = 1  # last blocks of the backbone whose patches are concatenated
@@ -93,6 +122,7 @@ class Config:
     head: Head = field(default_factory=Head, metadata=PROMPTABLE)
     context: Context = field(default_factory=Context, metadata=IN_CONTEXT)
     prompts: Prompts = field(default_factory=Prompts, metadata=PROMPTABLE)
+    unified: Unified = field(default_factory=Unified, metadata=UNIFIED)
     losses: Losses = field(default_factory=Losses)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
@@ -101,11 +131,23 @@ class Config:
         check_at_least(self, layers=1, size=0)
         check_at_least(self.head, width=64, depth=1, heads=1, hidden=1, answers=0)
         check_at_least(self.context, width=1, depth=1, heads=1, hidden=1, nearest=0, shots=1, min_area=1)
-        check_at_least(self.prompts, objects=1, min_area=1, box=0, rounds=1)
-        check_at_least(self.losses, focal=0, gamma=0, dice=0, quality=0)
+        check_at_least(self.prompts, objects=1, min_area=1, rounds=1)
+        check_at_least(self.losses, focal=0, gamma=0, dice=0, quality=0, words=0)
         check_at_least(self.optim, steps=1, batch=1, lr=0, warmup=0, weight_decay=0, clip=0)
         check_at_least(self.run, memory_gib=0)
-        if self.prompts.box > 1:
-            raise ValueError(f"prompts.box={self.prompts.box}: it is a share, from 0 to 1.")
+        check_at_least(self.unified, samples=1, memory=0, embedding=1, **dict.fromkeys(self.unified.odds, 0))
+        if not sum(self.unified.odds.values()):
+            raise ValueError(f"unified: give one of {', '.join(self.unified.odds)} odds above 0.")
+        shares = {"prompts.box": self.prompts.box}
+        shares |= {f"unified.{key}": getattr(self.unified, key) for key in ("both", "absent")}
+        for key, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{key}={share}: it is a share, from 0 to 1.")
         if self.kind == "in_context" and self.losses.quality != Losses.quality:
-            raise ValueError("losses.quality: only with kind=promptable. Remove it.")
+            raise ValueError("losses.quality: only with kind=promptable or unified. Remove it.")
+        if self.kind != "unified" and self.losses.words != Losses.words:
+            raise ValueError("losses.words: only with kind=unified. Remove it.")
+        if self.unified.align and self.unified.embedding != Unified.embedding:
+            raise ValueError("unified.embedding: the vectors are those of unified.align. Remove it.")
+        if self.kind == "unified" and self.prompts.box != Prompts.box:
+            raise ValueError("prompts.box: only with kind=promptable. Set unified.box.")

@@ -9,6 +9,7 @@ place), so neither a resumption nor the number of processes changes what is lear
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from dinokit.data.sampler import generator, image_at
 from dinokit.segment.encoder import Encoder, Item, Items
-from dinokit.segment.losses import answer_loss
-from dinokit.segment.promptable import PromptableHead
-from dinokit.segment.prompts import BACKGROUND, FOREGROUND, PADDING, boxes_of, empty_prompt
+from dinokit.segment.losses import answer_loss, words_loss
+from dinokit.segment.promptable import Embedded, PromptableHead
+from dinokit.segment.prompts import BACKGROUND, FOREGROUND, PADDING, Prompt, boxes_of, empty_prompt
 from dinokit.segment.recipe import Config, Losses, Prompts
+from dinokit.segment.unified import UnifiedHead
 
 STREAM = 11  # of random numbers of a place
 ATTEMPTS = 50  # images tried for one that has an object
@@ -37,7 +39,10 @@ class Sample:
     image: Tensor  # (m, S, S) bool, False in the padding
     draws: Tensor  # (m, R) in [0, 1), of the clicks
     noise: Tensor  # (m, 4) normal, of the boxes
-    boxed: Tensor  # (m,) bool: those whose first prompt is a box
+    boxed: Tensor  # (m,) bool: those whose first prompt has a box
+    clicked: Tensor  # (m,) bool: those whose first prompt has a click
+    index: int  # of the image
+    numbers: list[int]  # of the objects, m of them
 
 
 def objects_on_canvas(item: Item, min_area: int) -> list[int]:
@@ -74,46 +79,75 @@ def draw_sample(items: Items, cfg: Prompts, seed: int, step: int, batch: int, pl
     return Sample(
         item.canvas, item.features, truth, image.bool().expand_as(truth),
         torch.from_numpy(draws.astype(np.float32)), torch.from_numpy(noise.astype(np.float32)),
-        torch.from_numpy(boxed),
+        torch.from_numpy(boxed), torch.from_numpy(~boxed), index, numbers,
     )  # fmt: skip
 
 
-def rounds_loss(
-    head: PromptableHead, encoder: Encoder, samples: list[Sample], rounds: int, losses: Losses
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of these samples, a sum over objects and rounds, and sums of what the log shows."""
+@dataclass
+class Batch:
+    """The samples of a step together, on the device of the head."""
+
+    embedded: Embedded
+    truth: Tensor  # (M, S, S) bool
+    image: Tensor  # (M, S, S) bool
+    draws: Tensor  # (M, R)
+    prompt: Prompt  # the first one: clicks and boxes
+
+
+def as_batch(head: PromptableHead | UnifiedHead, encoder: Encoder, samples: list[Sample]) -> Batch:
+    """Embed the images of samples and put their first clicks and boxes together."""
     device, m = encoder.device, len(samples[0].truth)
     canvases = torch.stack([s.canvas for s in samples])
     features = torch.stack([s.features for s in samples]).to(device).float()
-    truth, image, draws, noise, boxed = (
+    truth, image, draws, noise, boxed, clicked = (
         torch.cat([getattr(s, key) for s in samples]).to(device)
-        for key in ("truth", "image", "draws", "noise", "boxed")
+        for key in ("truth", "image", "draws", "noise", "boxed", "clicked")
     )
-    embedded = head.embed(features, encoder.pixels(canvases))
     prompt = empty_prompt(torch.arange(len(samples), device=device).repeat_interleave(m))
     points, signs = first_clicks(truth, draws[:, 0])
-    prompt = prompt.with_points(points, torch.where(boxed, PADDING, signs))
+    prompt = prompt.with_points(points, torch.where(clicked, signs, PADDING))
     boxes = noisy_boxes(boxes_of(truth), noise, encoder.side)
     prompt = replace(prompt, boxes=torch.where(boxed[:, None], boxes, prompt.boxes))
-    total, logs = torch.zeros((), device=device), {}
+    return Batch(head.embed(features, encoder.pixels(canvases)), truth, image, draws, prompt)
+
+
+def rounds_loss(
+    head: PromptableHead | UnifiedHead, batch: Batch, losses: Losses, names: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, a sum over objects and rounds, and sums of what the log shows.
+
+    Args:
+        head: in training.
+        batch: with the first prompts.
+        losses: their weights.
+        names: (M, V) of the objects, as of words_loss(), if the head gives names.
+    """
+    prompt, truth, rounds, side = batch.prompt, batch.truth, batch.draws.shape[1], batch.embedded.side
+    total, logs = torch.zeros((), device=truth.device), {}
     for number in range(rounds):
-        answer = head(embedded, prompt)
+        answer = head(batch.embedded, prompt)
         parts = answer_loss(answer, truth, losses, several=number == 0)
         total = total + parts.loss
         logs[f"iou_{number + 1}"] = parts.iou
         if number == 0:
             logs |= {"iou_best": parts.best, "quality_error": parts.quality_error}
+        if names is not None:
+            of_words = words_loss(answer.words, names)
+            total = total + losses.words * of_words
+            logs["words"] = of_words.detach()
         if number + 1 < rounds:
             carried = answer.logits[:, :1].detach()
             prompt = replace(prompt, masks=carried)
-            predicted = F.interpolate(carried, (encoder.side,) * 2, mode="bilinear", align_corners=False)
-            points, signs = next_clicks(truth, predicted[:, 0] > 0, image, draws[:, number + 1])
+            predicted = F.interpolate(carried, (side,) * 2, mode="bilinear", align_corners=False)
+            points, signs = next_clicks(truth, predicted[:, 0] > 0, batch.image, batch.draws[:, number + 1])
             prompt = prompt.with_points(points, signs)
     return total, {"loss": total.detach(), **logs}
 
 
 class PromptableTask:
     """What training needs of a promptable head."""
+
+    about: ClassVar[dict[str, Any]] = {}  # what its file says beside the sizes of the head
 
     def __init__(self, cfg: Config, items: Items) -> None:
         self.cfg, self.items = cfg, items
@@ -126,7 +160,8 @@ class PromptableTask:
             draw_sample(self.items, cfg.prompts, cfg.run.seed, step, cfg.optim.batch, place)
             for place in places
         ]
-        total, logs = rounds_loss(self.head, self.items.encoder, samples, cfg.prompts.rounds, cfg.losses)
+        batch = as_batch(self.head, self.items.encoder, samples)
+        total, logs = rounds_loss(self.head, batch, cfg.losses)
         count = cfg.optim.batch * cfg.prompts.objects
         return total / count, {name: value / count for name, value in logs.items()}
 

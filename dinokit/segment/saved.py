@@ -1,9 +1,9 @@
 """Files of heads: the tensors, and in the metadata everything that is needed to use them."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -13,14 +13,15 @@ from dinokit.runtime.device import pick_device
 from dinokit.segment.encoder import Encoder
 from dinokit.segment.in_context import InContextHead
 from dinokit.segment.promptable import PromptableHead
-from dinokit.segment.recipe import Context, Head
+from dinokit.segment.recipe import Context, Head, Unified
+from dinokit.segment.unified import UnifiedHead
 from dinokit.weights import load_backbone
 from dinokit.weights.checkpoint import read_safetensors, write_tensors
 from dinokit.weights.formats.native import LARGEST
 
 NAME = "head.safetensors"
 KEY = "dinokit_head"  # of the metadata
-SIZES: dict[str, type[Head] | type[Context]] = {"promptable": Head, "in_context": Context}
+SIZES: dict[str, type[Head] | type[Context]] = {"promptable": Head, "in_context": Context, "unified": Head}
 
 
 @dataclass
@@ -34,6 +35,8 @@ class SavedHead:
     fingerprint: str  # of the backbone
     objects: dict[str, Any] | None  # the section of the images that it was trained on
     steps: int
+    unified: dict[str, Any] = field(default_factory=dict)  # of a unified head: sizes beside its decoder
+    words: list[str] = field(default_factory=list)  # likewise: that it knows
 
 
 def save_head(path: Path, head: nn.Module, about: SavedHead) -> None:
@@ -58,14 +61,16 @@ def load_head(path: str | Path, backbone: Backbone, kind: str) -> tuple[nn.Modul
     try:
         tensors, metadata = read_safetensors(file)
         about = SavedHead(**json.loads(metadata[KEY]))
-        config = SIZES[about.kind](**about.config)
+        config, more = SIZES[about.kind](**about.config), Unified(**about.unified)
         sizes = [about.size, about.layers, config.width, config.depth, config.hidden]
+        sizes += [more.samples, more.memory + 1, more.embedding]
         # Before anything of these sizes is built.
-        if config.depth > len(tensors) or not all(type(n) is int and 0 < n <= LARGEST for n in sizes):
+        wrong = config.depth > len(tensors) or not all(type(word) is str for word in about.words)
+        if wrong or not all(type(n) is int and 0 < n <= LARGEST for n in sizes):
             raise ValueError(f"sizes {sizes}")  # noqa: TRY301 - named below
     except (KeyError, OverflowError, TypeError, ValueError, RuntimeError):
         raise ValueError(f"{file} is no head that dinokit train-head saved.") from None
-    if about.kind != kind:
+    if about.kind != kind and (about.kind, kind) != ("unified", "promptable"):  # it takes all those prompts
         raise ValueError(f"{file} is a head of kind {about.kind}; this needs one of kind {kind}.")
     if about.fingerprint != fingerprint(backbone):
         raise ValueError(
@@ -74,7 +79,9 @@ def load_head(path: str | Path, backbone: Backbone, kind: str) -> tuple[nn.Modul
         )
     encoder = Encoder(backbone, about.size, about.layers)
     head: nn.Module
-    if isinstance(config, Head):
+    if about.kind == "unified":
+        head = UnifiedHead(encoder.width, cast(Head, config), more, about.words, backbone.channels)
+    elif isinstance(config, Head):
         head = PromptableHead(encoder.width, config, backbone.channels)
     else:
         head = InContextHead(encoder.width, config, backbone.channels)

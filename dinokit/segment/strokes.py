@@ -79,3 +79,25 @@ def stroke_points(mask: np.ndarray, most: int = MOST) -> np.ndarray:
         chosen.append(int(away.argmax()))
         away = np.minimum(away, np.linalg.norm(pixels - pixels[chosen[-1]], axis=1))
     return pixels[chosen]
+
+
+def random_stroke(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random walk inside a mask (H, W) bool, as people scribble: 3 to 30 pixels long, 1 to 3 wide.
+
+    Where it would leave the mask it turns; it is shorter where it cannot. An empty mask has an empty stroke.
+    """
+    stroke, pixels = np.zeros_like(mask), np.argwhere(mask)
+    if not len(pixels):
+        return stroke
+    y, x = pixels[rng.integers(len(pixels))].astype(float)
+    angle, width = rng.uniform(0, 2 * np.pi), int(rng.integers(1, 4))
+    for _ in range(int(rng.integers(3, 31))):
+        top, left = max(0, round(y) - (width - 1) // 2), max(0, round(x) - (width - 1) // 2)
+        stroke[top : round(y) + width // 2 + 1, left : round(x) + width // 2 + 1] = True
+        for turn in rng.normal(0, (0.4, 1.0, 2.0, 3.0)):
+            down, right = y + np.sin(angle + turn), x + np.cos(angle + turn)
+            inside = 0 <= round(down) < mask.shape[0] and 0 <= round(right) < mask.shape[1]
+            if inside and mask[round(down), round(right)]:
+                y, x, angle = down, right, angle + turn
+                break
+    return stroke & mask

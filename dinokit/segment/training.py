@@ -25,6 +25,7 @@ from dinokit.runtime.log import RunLog
 from dinokit.runtime.signals import Stopped, stop_signals
 from dinokit.segment.encoder import Encoder, Items
 from dinokit.segment.episodes import InContextTask
+from dinokit.segment.questions import UnifiedTask
 from dinokit.segment.recipe import Config
 from dinokit.segment.rounds import PromptableTask
 from dinokit.segment.saved import NAME, SavedHead, load_head, save_head
@@ -34,7 +35,9 @@ from dinokit.train.not_finite import TrainingError
 from dinokit.train.run_dir import image_facts, open_run
 from dinokit.train.schedule import cosine
 
-TASKS: dict[str, Any] = {"promptable": PromptableTask, "in_context": InContextTask}
+TASKS: dict[str, Any] = {
+    "promptable": PromptableTask, "in_context": InContextTask, "unified": UnifiedTask
+}  # fmt: skip
 
 
 def train_head(cfg: Config, backbone: Backbone, source: ObjectSource) -> Path:
@@ -75,9 +78,9 @@ class HeadTrainer:
         open_run(cfg, lambda path: read_recipe(path, Config), "train-head")
         if saved is not None:
             self._resume(saved)
-        sizes = asdict(cfg.head if cfg.kind == "promptable" else cfg.context)
-        weights = fingerprint(backbone)
-        self.about = SavedHead(cfg.kind, sizes, encoder.side, cfg.layers, weights, cfg.objects, self.start)
+        sizes = asdict(cfg.context if cfg.kind == "in_context" else cfg.head)
+        seen = encoder.side, cfg.layers, fingerprint(backbone)
+        self.about = SavedHead(cfg.kind, sizes, *seen, cfg.objects, self.start, **self.task.about)
 
     def _begin_with(self, path: str, backbone: Backbone) -> None:
         """Take the weights of another head.

@@ -87,6 +87,9 @@ def test_sentences_of_other_scores():
     assert sentence("segmentation", {}, {"mIoU": 0.5}, 3) == (
         "segmentation: the classes of pixels overlap by 0.500 of 1 (mIoU)."
     )
+    assert sentence("referring", {}, {"cIoU": 0.5, "mIoU": 0.6}, 3) == (
+        "referring: what phrases ask for and the answers overlap by 0.500 of 1 (cIoU)."
+    )
     assert sentence("mine", {}, {"something": 1}, 3) == ""
 
 

@@ -100,7 +100,7 @@ def test_a_new_image_replaces_the_old_one(predictor, photo):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ({}, "Give a prompt: points, a box, a mask or strokes"),
+        ({}, "Give a prompt: points, a box, a mask, strokes, a text or a region"),
         ({"points": [(50, 3)]}, r"\(50, 3\) is outside the image, which is 50 pixels wide and 20 high"),
         ({"points": [(3, 3)], "signs": [1, 0]}, "give one for each of the 1 points"),
         ({"points": [(3, 3)], "signs": [2]}, "1 on the object or 0"),
