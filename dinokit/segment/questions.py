@@ -68,7 +68,7 @@ def draw_kinds(cfg: Unified, rng: np.random.Generator) -> set[str]:
 def draw_question(items: Items, cfg: Config, known: list[str], step: int, place: int) -> Question:
     """The question of a place of a step. Raises as draw_sample().
 
-    A region takes a click's place where no other image has an object of the class.
+    A click takes the place of a region where no other image has an object of the class.
     """
     seed, classes = cfg.run.seed, items.source.classes
     sample = draw_sample(items, cfg.prompts, seed, step, cfg.optim.batch, place)
@@ -91,7 +91,7 @@ def draw_question(items: Items, cfg: Config, known: list[str], step: int, place:
         if not kinds & SPATIAL:
             alike = [i for i, label in enumerate(labels) if label == labels[number]]
             meant = alike if "region" in kinds else fitting(phrase, names)
-            truth[row] = union(item, meant)
+            truth[row] = _union(item, meant)
         if "stroke" in kinds:
             strokes[row] = torch.from_numpy(random_stroke(truth[row].numpy(), rng))
         for kind in SPATIAL & kinds:
@@ -105,7 +105,7 @@ def draw_question(items: Items, cfg: Config, known: list[str], step: int, place:
     return Question(sample, strokes, flags["mask"], moved, words, named, regions)
 
 
-def union(item: Item, numbers: list[int]) -> Tensor:
+def _union(item: Item, numbers: list[int]) -> Tensor:
     """The pixels of objects of an image, (S, S) bool on the canvas."""
     mask = torch.zeros(item.canvas.shape[1:], dtype=torch.bool)
     for number in numbers:

@@ -153,6 +153,13 @@ def test_a_head_is_evaluated(backbone, tmp_path, kind):
     assert ("no target" in found) == (kind == "text")
 
 
+def test_clicks_and_boxes_of_a_unified_head_are_evaluated_as_a_promptable_ones(backbone, tmp_path):
+    module = registry.find("eval", "promptable")
+    values = {"test": TEST, "head": head(tmp_path, backbone), "max_test": 2, "clicks": 5}
+    found = module.evaluate(module.Config(**section_values("eval", "promptable", values, "")), backbone)
+    assert {"mIoU@1", "mIoU@5", "mIoU box"} <= found.keys()
+
+
 def test_wrong_settings_get_words(backbone, tmp_path):
     with pytest.raises(ValueError, match="a head of kind unified that dinokit train-head trained"):
         evaluate(config(), backbone)
@@ -186,7 +193,7 @@ def learned(tmp_path_factory):
     cfg = Recipe(
         kind="unified",
         size=64,
-        objects={"name": "maps", **section_values("data.objects", "maps", {**train, "name": None}, "")},
+        objects=train,
         prompts=Prompts(objects=4, rounds=1, min_area=24),
         unified=Unified(point=0.1, box=0, stroke=0.1, mask=0, region=0.3, text=0.5, absent=0.3),
         optim=Optim(steps=400, batch=6, warmup=50),

@@ -102,9 +102,10 @@ def test_two_halves_of_a_batch_give_the_gradient_of_the_whole(source, backbone):
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_ends_as_one_that_did_not(source, backbone, tmp_path):
-    whole = train_head(config(tmp_path / "whole"), backbone, source)
-    cfg = config(tmp_path / "stopped")
+@pytest.mark.parametrize("kind", ["promptable", "unified"])
+def test_a_run_that_stopped_ends_as_one_that_did_not(source, backbone, tmp_path, kind):
+    whole = train_head(replace(config(tmp_path / "whole"), kind=kind), backbone, source)
+    cfg = replace(config(tmp_path / "stopped"), kind=kind)
     code = f"""
 import os, signal, torch
 from dinokit.config import registry

@@ -9,16 +9,16 @@ from PIL import Image
 
 from dinokit.__main__ import main
 from dinokit.config import registry
-from dinokit.features import fingerprint
-from dinokit.segment import questions
-from dinokit.segment.encoder import Encoder, Items
+from dinokit.language.aligned import load_aligned
+from dinokit.segment.encoder import Encoder
 from dinokit.segment.predictor import Predictor
 from dinokit.segment.promptable import PromptableHead
 from dinokit.segment.prompts import mask_logits
 from dinokit.segment.recipe import Head, Unified
-from dinokit.segment.saved import NAME, SavedHead, load_head, save_head
+from dinokit.segment.saved import NAME, load_head
 from dinokit.segment.strokes import stroke_mask
 from dinokit.segment.unified import UnifiedHead
+from dinokit.weights import load_backbone
 from dinokit.weights.checkpoint import read_safetensors, write_tensors
 from dinokit.weights.formats.native import save_backbone
 
@@ -180,7 +180,7 @@ def test_an_image_of_a_region_is_not_written_over(trained, capsys):
 
 
 def test_the_file_of_a_head_has_its_words_and_answers_clicks(trained):
-    backbone = Predictor.load(trained / "vit.safetensors", trained / "head").encoder.backbone
+    backbone = load_backbone(trained / "vit.safetensors")
     head, encoder, about = load_head(trained / "head", backbone, "promptable")
     assert about.kind == "unified"
     assert {"disc", "red"} <= set(head.words) == set(about.words)
@@ -197,7 +197,7 @@ def test_the_file_of_a_head_has_its_words_and_answers_clicks(trained):
     "change", [{"unified": {"samples": -1}}, {"unified": {"size": 3}}, {"words": [1]}, {"words": ["one"]}]
 )
 def test_a_damaged_file_is_refused(trained, tmp_path, change):
-    backbone = Predictor.load(trained / "vit.safetensors", trained / "head").encoder.backbone
+    backbone = load_backbone(trained / "vit.safetensors")
     tensors, metadata = read_safetensors(trained / "head" / NAME)
     about = json.loads(metadata["dinokit_head"]) | change
     write_tensors(tmp_path / NAME, tensors, {"dinokit_head": json.dumps(about)})
@@ -205,26 +205,30 @@ def test_a_damaged_file_is_refused(trained, tmp_path, change):
         load_head(tmp_path, backbone, "unified")
 
 
-def test_vectors_of_an_alignment_are_taken_and_stay(backbone, monkeypatch, tmp_path):
-    """Any object with `text` stands for the tower: vectors are read once, and none is trained."""
+ALIGN = ["data.size=32", "view.size=32", "data.count=16", "head.width=16", "head.depth=1",
+         "head.heads=2", "head.embedding=8", "text.width=16", "text.depth=1", "text.heads=2", "steps=2",
+         "batch=4"]  # fmt: skip
 
-    class Tower:
-        def text(self, texts):
-            return torch.eye(len(texts), 5)
 
-    monkeypatch.setattr(questions, "load_aligned", lambda path, weights: Tower())
-    source = registry.build("data.objects", {"name": "scenes", "size": 32, "count": 6})
-    cfg = questions.Config(kind="unified", size=32, unified=Unified(align="run"))
-    task = questions.UnifiedTask(cfg, Items(source, Encoder(backbone, 32), 1.0))
-    assert torch.equal(task.head.table, torch.eye(len(task.known), 5))
-    assert task.about["unified"]["embedding"] == 5
-    task.loss(0, [0])[0].backward()
-    assert task.head.table.grad is None
-    about = SavedHead("unified", {"hidden": 256}, 32, 1, fingerprint(backbone), None, 0, **task.about)
-    save_head(tmp_path / NAME, task.head, about)
-    read, _, _ = load_head(tmp_path, backbone, "unified")
-    assert torch.equal(read.table, task.head.table)
-    assert read.words == tuple(task.known)
+def test_vectors_of_an_alignment_are_taken_and_stay(trained, tmp_path):
+    pytest.importorskip("transformers")
+    weights, out = trained / "vit.safetensors", ["device=cpu", "run.log_every=1"]
+    assert (
+        main(["align", "align_captioned_cpu", f"weights={weights}", *ALIGN, f"out={tmp_path / 'a'}", *out])
+        == 0
+    )
+    words = [
+        "train-head",
+        "head_unified_scenes",
+        f"weights={weights}",
+        *SIZES,
+        f"unified.align={tmp_path / 'a'}",
+    ]
+    assert main([*words, f"out={tmp_path / 'head'}", "device=cpu"]) == 0
+    backbone = load_backbone(weights)
+    head, _, about = load_head(tmp_path / "head", backbone, "unified")
+    assert about.unified["embedding"] == 8
+    torch.testing.assert_close(head.table, load_aligned(tmp_path / "a", backbone).text(about.words))
 
 
 @pytest.mark.parametrize(
