@@ -29,18 +29,20 @@ from dinokit.runtime.log import watch
 from dinokit.segment.encoder import Encoder, Item, Items
 from dinokit.segment.episodes import find_examples
 from dinokit.segment.losses import iou
-from dinokit.segment.phrases import (
+from dinokit.segment.prompts import empty_prompt
+from dinokit.segment.saved import SavedHead, load_head
+from dinokit.segment.unified import (
     Phrase,
+    UnifiedHead,
     as_words,
     draw_absent,
     draw_phrase,
     fitting,
+    mean_cell,
     names_of,
+    shares_of,
     vocabulary,
 )
-from dinokit.segment.prompts import empty_prompt
-from dinokit.segment.saved import SavedHead, load_head
-from dinokit.segment.unified import UnifiedHead, mean_cell, shares_of
 
 STREAM = 15  # of random numbers, of the phrases of an image
 GIB = 1.0  # of images and features that are kept

@@ -203,10 +203,10 @@ def test_the_packages_of_the_wheel_are_the_folders_on_disk() -> None:
 
 
 def test_the_project_has_few_files() -> None:
-    # 153 for training and evaluation; the rest are commands, tools around them, 22 for segmentation, 67 for
+    # 153 for training and evaluation; the rest are commands, tools around them, 25 for segmentation, 67 for
     # language and motion on frozen features (captioned boards, connectors and their training, texts beside
     # images, drawing, clips), and 3 for encoders that are read only
-    assert len(FILES) <= 296
+    assert len(FILES) <= 299
 
 
 def test_the_training_loop_is_understood_from_few_files() -> None:

@@ -22,22 +22,23 @@ from dinokit.data.decode import as_image
 from dinokit.data.objects.rle import Rle, encode
 from dinokit.models import Backbone
 from dinokit.segment.encoder import Encoder
-from dinokit.segment.phrases import as_words, read_phrase
 from dinokit.segment.promptable import Answer, Embedded, PromptableHead
 from dinokit.segment.prompts import (
     UP,
     Frame,
     Prompt,
+    Strokes,
     boxes_of,
     check_box,
     check_points,
     empty_prompt,
     mask_logits,
+    stroke_mask,
+    stroke_points,
 )
 from dinokit.segment.released import Sam
 from dinokit.segment.saved import load_both
-from dinokit.segment.strokes import Strokes, stroke_mask, stroke_points
-from dinokit.segment.unified import UnifiedHead, shares_of
+from dinokit.segment.unified import UnifiedHead, as_words, read_phrase, shares_of
 
 AT_ONCE = 64  # prompts that the decoder sees at a time
 

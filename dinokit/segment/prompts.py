@@ -13,13 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
 UP = 4  # cells of a mask's grid per patch, down and across
 PADDING, BACKGROUND, FOREGROUND = -1, 0, 1  # signs of points
+STROKE_POINTS = 5  # that all strokes of a prompt become, at most
+
+Strokes = Sequence[Any] | np.ndarray  # (H, W) bool; or a line of points (x, y), or several lines
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,74 @@ def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
         )
     if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
         raise ValueError(f"box={list(box)} leaves the image, which is {width} pixels wide and {height} high.")
+
+
+def stroke_mask(strokes: Strokes, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of strokes, (H, W) bool; lines are one pixel wide.
+
+    Args:
+        strokes: a mask, a line, or several lines.
+        size: height and width of the image.
+
+    Raises:
+        ValueError: if a mask has another size or marks nothing, or a point is none or outside the image.
+    """
+    height, width = size
+    if isinstance(strokes, np.ndarray) and strokes.dtype == bool:
+        if strokes.shape != size:
+            had = " x ".join(str(n) for n in reversed(strokes.shape))
+            raise ValueError(
+                f"The mask of strokes has {had} pixels, the image {width} x {height}: they must be of one "
+                f"size."
+            )
+        if not strokes.any():
+            raise ValueError("strokes: the mask marks no pixel.")
+        return strokes
+    canvas = Image.new("1", (width, height))
+    for line in _lines(strokes):
+        check_points(line, size)
+        pixels = [(min(round(x), width - 1), min(round(y), height - 1)) for x, y in line]
+        ImageDraw.Draw(canvas).line(pixels, fill=1)
+        canvas.putpixel(pixels[-1], 1)  # of one point no line is drawn
+    return np.asarray(canvas)
+
+
+def _lines(strokes: Strokes) -> list[list[list[float]]]:
+    """The lines as lists of points; a line alone is one of them.
+
+    Raises:
+        ValueError: if there is none, or one has no point.
+    """
+    try:
+        single = len(strokes) > 0 and isinstance(strokes[0][0], int | float | np.number)
+        lines = [[[float(n) for n in point] for point in line] for line in ([strokes] if single else strokes)]
+    except (TypeError, ValueError, IndexError, KeyError):
+        lines = []
+    if not lines or not all(lines):
+        raise ValueError(
+            "strokes: give a mask of booleans of the image's size, a line [[x,y],[x,y],...], or several "
+            "lines."
+        )
+    return lines
+
+
+def stroke_points(mask: np.ndarray, most: int = STROKE_POINTS) -> np.ndarray:
+    """Pixels of strokes that lie far from each other: (n, 2) x and y, n at most `most`.
+
+    The first is the pixel nearest to the mean of all, each further one the pixel farthest from those so far;
+    of equal ones the first, row by row.
+
+    Args:
+        mask: (H, W) bool, not empty.
+        most: n, at most.
+    """
+    pixels = np.argwhere(mask)[:, ::-1].astype(float)
+    chosen = [int(np.linalg.norm(pixels - pixels.mean(axis=0), axis=1).argmin())]
+    away = np.linalg.norm(pixels - pixels[chosen[0]], axis=1)
+    while len(chosen) < most and away.max() > 0:
+        chosen.append(int(away.argmax()))
+        away = np.minimum(away, np.linalg.norm(pixels - pixels[chosen[-1]], axis=1))
+    return pixels[chosen]
 
 
 def channel_norm(width: int) -> LayerNorm2d:

@@ -19,12 +19,19 @@ from dinokit.data.sampler import generator
 from dinokit.language.aligned import load_aligned
 from dinokit.segment.encoder import Item, Items
 from dinokit.segment.episodes import find_examples
-from dinokit.segment.phrases import as_words, draw_absent, draw_phrase, fitting, names_of, vocabulary
 from dinokit.segment.prompts import UP, mask_logits
 from dinokit.segment.recipe import Config, Unified
 from dinokit.segment.rounds import Sample, as_batch, draw_sample, rounds_loss
-from dinokit.segment.strokes import random_stroke
-from dinokit.segment.unified import UnifiedHead, shares_of
+from dinokit.segment.unified import (
+    UnifiedHead,
+    as_words,
+    draw_absent,
+    draw_phrase,
+    fitting,
+    names_of,
+    shares_of,
+    vocabulary,
+)
 
 STREAM = 14  # of random numbers of a place
 SHIFT = 2  # pixels of the canvas by which a rough mask is moved at most
@@ -122,6 +129,28 @@ def _region(
         return None
     alike = [i for i, each in enumerate(found[0].objects.labels) if each == label]
     return Region(row, found[0].features, found[0].mask(alike[int(rng.integers(len(alike)))]))
+
+
+def random_stroke(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random walk inside a mask (H, W) bool, as people scribble: 3 to 30 pixels long, 1 to 3 wide.
+
+    Where it would leave the mask it turns; it is shorter where it cannot. An empty mask has an empty stroke.
+    """
+    stroke, pixels = np.zeros_like(mask), np.argwhere(mask)
+    if not len(pixels):
+        return stroke
+    y, x = pixels[rng.integers(len(pixels))].astype(float)
+    angle, width = rng.uniform(0, 2 * np.pi), int(rng.integers(1, 4))
+    for _ in range(int(rng.integers(3, 31))):
+        top, left = max(0, round(y) - (width - 1) // 2), max(0, round(x) - (width - 1) // 2)
+        stroke[top : round(y) + width // 2 + 1, left : round(x) + width // 2 + 1] = True
+        for turn in rng.normal(0, (0.4, 1.0, 2.0, 3.0)):
+            down, right = y + np.sin(angle + turn), x + np.cos(angle + turn)
+            inside = 0 <= round(down) < mask.shape[0] and 0 <= round(right) < mask.shape[1]
+            if inside and mask[round(down), round(right)]:
+                y, x, angle = down, right, angle + turn
+                break
+    return stroke & mask
 
 
 class UnifiedTask:

@@ -17,9 +17,8 @@ from dinokit.config.registry import find_recipe
 from dinokit.segment.encoder import Encoder
 from dinokit.segment.predictor import Predictor
 from dinokit.segment.promptable import Answer, Embedded, PromptableHead
-from dinokit.segment.prompts import check_box
+from dinokit.segment.prompts import check_box, stroke_mask, stroke_points
 from dinokit.segment.recipe import Head
-from dinokit.segment.strokes import stroke_mask, stroke_points
 from dinokit.weights.formats.native import save_backbone
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dinokit.segment.strokes import stroke_mask, stroke_points
+from dinokit.segment.prompts import stroke_mask, stroke_points
 
 
 def distance_to_line(x, y, a, b):

@@ -10,12 +10,21 @@ import torch
 from dinokit.config import registry
 from dinokit.data.scenes.captioned import COLOURS, SHAPES, Boards
 from dinokit.segment.encoder import Encoder, Items
-from dinokit.segment.phrases import as_words, draw_absent, draw_phrase, read_phrase, vocabulary, words_of
 from dinokit.segment.prompts import Prompt, empty_prompt, mask_logits
-from dinokit.segment.questions import UnifiedTask, draw_kinds, draw_question
+from dinokit.segment.questions import UnifiedTask, draw_kinds, draw_question, random_stroke
 from dinokit.segment.recipe import Config, Head, Optim, Prompts, Run, Unified
-from dinokit.segment.strokes import random_stroke
-from dinokit.segment.unified import UnifiedHead, mean_cell, sample_cells, shares_of
+from dinokit.segment.unified import (
+    UnifiedHead,
+    as_words,
+    draw_absent,
+    draw_phrase,
+    mean_cell,
+    read_phrase,
+    sample_cells,
+    shares_of,
+    vocabulary,
+    words_of,
+)
 
 WORDS = ("red", "blue", "disc", "cross")
 CAPTIONED = {

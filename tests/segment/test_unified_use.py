@@ -13,10 +13,9 @@ from dinokit.language.aligned import load_aligned
 from dinokit.segment.encoder import Encoder
 from dinokit.segment.predictor import Predictor
 from dinokit.segment.promptable import PromptableHead
-from dinokit.segment.prompts import mask_logits
+from dinokit.segment.prompts import mask_logits, stroke_mask
 from dinokit.segment.recipe import Head, Unified
 from dinokit.segment.saved import NAME, load_head
-from dinokit.segment.strokes import stroke_mask
 from dinokit.segment.unified import UnifiedHead
 from dinokit.weights import load_backbone
 from dinokit.weights.checkpoint import read_safetensors, write_tensors
