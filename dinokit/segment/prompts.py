@@ -114,8 +114,11 @@ class Prompt:
 
     def rows(self, chosen: slice) -> "Prompt":
         """Some of the prompts."""
-        parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Prompt(**{name: x if x is None else x[chosen] for name, x in parts.items()})
+        parts: dict[str, Any] = {}
+        for item in fields(self):
+            x = getattr(self, item.name)
+            parts[item.name] = None if x is None else x[chosen]
+        return Prompt(**parts)
 
 
 def empty_prompt(image: Tensor) -> Prompt:
