@@ -251,15 +251,15 @@ def test_two_processes_have_the_gradient_of_one_and_the_same_scores(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tune", ["all", "none"])
-def test_it_learns_scenes_far_above_the_most_frequent_class(tune):
-    cfg = config(steps=300, batch=8, lr=2e-3, warmup=0.05, tune=tune)
+def test_it_learns_scenes_far_above_the_most_frequent_class():
+    cfg = config(steps=300, batch=8, lr=2e-3, warmup=0.05)
     scores = eomt.evaluate(cfg, small_vit())
     data = {"train": cfg.train, "test": cfg.test, "workers": 0, "resize": 64, "method": "majority"}
     base = segmentation.evaluate(
         segmentation.Config(**section_values("eval", "segmentation", data, "segmentation")), small_vit()
     )
-    assert scores["mIoU"] > 2 * base["mIoU"]
+    assert scores["mIoU"] > 1.5 * base["mIoU"]
+    assert scores["pixel accuracy"] > base["pixel accuracy"]
 
 
 @pytest.mark.parametrize(
