@@ -156,7 +156,8 @@ def _right(
 ) -> list[float]:
     """1 for each item that is answered right, else 0; the processes share the work."""
     places = range(rank(), len(items), world_size())
-    talks = [question([images[place]], items[place].text) for place in places]
+    key = f"a question of '{text}'"
+    talks = [question([images[place]], items[place].text, key) for place in places]
     answers = _answers(cfg, asker, talks, blank, text)
     own = {
         place: float(is_right(items[place].answer, answer))

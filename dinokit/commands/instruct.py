@@ -10,6 +10,7 @@ dinokit instruct instruct_llava15_qwen05b weights=BACKBONE language.path=QWEN da
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dinokit.commands import Command, config_lines
 from dinokit.commands import _frozen as frozen
 from dinokit.config import registry
 from dinokit.config.load import merge_settings, read_recipe, section_values
+from dinokit.config.registry import suggest
 from dinokit.language.recipe import Config, Stage, stages_of
 
 if TYPE_CHECKING:
@@ -60,14 +62,21 @@ def run(command: Command) -> dict[str, Any]:
 
 def talks_of(cfg: Config, stage: Stage) -> "TalkSource":
     """The talks of a stage: those of the recipe, with the stage's own keys."""
-    section = merge_settings(cfg.data or {}, stage.data)
-    name = section.pop("name", "")
-    source: TalkSource = registry.build("data.talks", {"name": name, **_checked(name, section)})
+    source: TalkSource = registry.build("data.talks", _checked(cfg, stage))
     return source
 
 
-def _checked(name: str, section: dict[str, Any]) -> dict[str, Any]:
-    return section_values("data.talks", name, section, "data")
+def _checked(cfg: Config, stage: Stage) -> dict[str, Any]:
+    section = _section(cfg, stage)
+    name = section.pop("name", "")
+    return {"name": name, **section_values("data.talks", name, section, "data")}
+
+
+def _section(cfg: Config, stage: Stage) -> dict[str, Any]:
+    """The section of a stage's talks. With a name of its own it has nothing of the recipe's."""
+    data = cfg.data or {}
+    other = stage.data.get("name", data.get("name")) != data.get("name")
+    return merge_settings({} if other else data, stage.data)
 
 
 def check(command: Command) -> Config:
@@ -77,9 +86,17 @@ def check(command: Command) -> Config:
         ValueError, LookupError: for an unknown recipe or key, a wrong value, or neither weights nor backbone.
     """
     cfg: Config = frozen.check_recipe(command, "instruct", Config, "data", "talks about images")
-    for stage in stages_of(cfg).values():
-        merged = merge_settings(cfg.data or {}, stage.data)
-        _checked(merged.pop("name"), merged)
+    for name, stage in stages_of(cfg).items():
+        kind = _section(cfg, stage)["name"]
+        have = [field.name for field in fields(registry.read_config("data.talks", kind))]
+        unknown = [key for key in stage.data if key not in ("name", *have)]
+        if unknown:
+            raise ValueError(
+                f"stages.{name}.data.{unknown[0]}: talks '{kind}' have no such key. There is: "
+                f"{', '.join(have)}.{suggest(unknown[0], have)} "
+                f"stages.{name}.data={{}} removes all keys there."
+            )
+        _checked(cfg, stage)
     return cfg
 
 

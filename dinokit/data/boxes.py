@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 Box = tuple[float, float, float, float]  # edges: left, top, right, bottom
 
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"  # 1e-05 too, as Python writes a small one
 _BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
 
 

@@ -261,9 +261,10 @@ def report_left_out(path: Path | str, others: Counter[str], wanted: str = "image
     """Say once how many files of which other suffixes a source leaves out. `wanted`: what it reads."""
     found = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(12))
     text = f"path='{path}': left out, because they are no {wanted} that dinokit reads: {found}"
-    if wanted == "images" and any(suffix in HEIC for suffix in others):
+    images = wanted.startswith("images")
+    if images and any(suffix in HEIC for suffix in others):
         text += ". To read HEIC: pip install pillow-heif"
-    if wanted == "images" and any(suffix in dicom.SUFFIXES for suffix in others):
+    if images and any(suffix in dicom.SUFFIXES for suffix in others):
         text += f". To read DICOM: {dicom.INSTALL}"
     if found and text not in _reported:
         _reported.add(text)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dinokit.data.talks import MARK, Talk, Turn
-from dinokit.language.labels import Counter, Labels, padded, pixels, prompt_of
+from dinokit.language.labels import Counter, Labels, padded, pixels, prompt_of, unknown_word
 from dinokit.language.model import Answerer
 
 
@@ -55,10 +55,9 @@ class Asker:
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
         for talk, row in zip(talks, rows, strict=True):
             if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in row:
-                words = [word for turn in talk.turns for word in turn.text.split()]
-                unknown = [w for w in words if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]
+                word = unknown_word(tokenizer, [turn.text for turn in talk.turns])
                 raise ValueError(
-                    f"{talk.key}: the language model does not know '{(unknown or words)[0]}'. It knows "
+                    f"{talk.key}: the language model does not know '{word}'. It knows "
                     f"{len(tokenizer)} words, which eval vqa asks with."
                 )
         ids, mask = padded(rows, tokenizer.pad_token_id, left=True)

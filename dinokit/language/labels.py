@@ -90,6 +90,13 @@ def stop_ids(tokenizer: Any, generation: Any = None) -> list[int]:
     return sorted(found - {None})
 
 
+def unknown_word(tokenizer: Any, texts: Sequence[str]) -> str:
+    """The first word that the tokenizer does not know; the first of all where none is found."""
+    words, unknown = [word for text in texts for word in text.split()], tokenizer.unk_token_id
+    rows = tokenizer(words, add_special_tokens=False)["input_ids"]
+    return next((word for word, row in zip(words, rows, strict=True) if unknown in row), words[0])
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids of the tokenizer's symbols."""
     added = {number for number, each in tokenizer.added_tokens_decoder.items() if each.special}

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from dinokit.data.talks import MARK, Talk, TalkSource
 from dinokit.data.talks.llava import Llava
-from dinokit.language.labels import CHECKED, Collate, Counter, Labels
+from dinokit.language.labels import CHECKED, Collate, Counter, Labels, unknown_word
 from dinokit.language.model import Answerer
 from dinokit.language.recipe import Config, Stage, stages_of
 from dinokit.runtime.distributed import world_size
@@ -87,8 +87,13 @@ def prepared(
     unknown = answerer.tokenizer.unk_token_id
     learnt = [unknown is not None and unknown in row for row in collate(first)["labels"].tolist()]
     if unknown not in stops and any(learnt):
+        talk, tokenizer = first[learnt.index(True)], answerer.tokenizer
+        word = unknown_word(tokenizer, [turn.text for turn in talk.turns if turn.role == "assistant"])
+        given = f"start={cfg.start}" if cfg.start else f"language.name={cfg.language.name}"
         raise ValueError(
-            f"{first[learnt.index(True)].key}: the language model does not know a word of the answer, so it "
-            f"would learn to say {answerer.tokenizer.unk_token}. Take one that knows the words of the talks."
+            f"{talk.key}: the language model does not know '{word}', a word of the answer, and would "
+            f"learn to say {tokenizer.unk_token}. {given} knows {len(tokenizer)} words; a tiny one has "
+            f"those of the built-in pictures alone. Give a model that knows the words of the talks: "
+            f"language.name=folder language.path=FOLDER, or another start=."
         )
     return order, collate

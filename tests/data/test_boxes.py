@@ -28,6 +28,7 @@ def test_a_box_is_written_and_read():
     assert with_boxes(text, lambda box: (0, 0, 1, 1) if box[0] > 1 else None) == text.replace(
         "[ 10, 20 , 30, 40.5 ]", "[0.00, 0.00, 1.00, 1.00]"
     )
+    assert boxes_in("[1e-05, .25, 5.E-1, +1]") == [(0.00001, 0.25, 0.5, 1)]
     for nothing in ("", "0.1 0.2 0.3 0.4", "[0.3, 0.2, 0.3, 0.4]", "[0.1, 0.4, 0.3, 0.2]"):
         assert box_in(nothing) is None
 

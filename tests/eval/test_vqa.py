@@ -107,6 +107,9 @@ def test_questions_about_boxes_need_a_model_that_knows_their_words(run, boxed):
     cfg = vqa.Config(model=str(boxed), families=("ground", "point"), count=3, groups=1, size=32)
     scores = vqa.evaluate(cfg, build({**RAW, "patch": 4}))
     assert {"ground", "point novel", "ground group", "ground centre"} <= set(scores)
+    cfg = vqa.Config(model=str(boxed), beside={"other": str(run)}, families=("ground",), count=1, size=32)
+    with pytest.raises(ValueError, match="a question of 'other': the language model does not know 'box'"):
+        vqa.evaluate(cfg, build({**RAW, "patch": 4}))
     with pytest.raises(ValueError, match="the language model does not know 'box'"):
         vqa.evaluate(vqa.Config(model=str(run), families=("ground",), count=1, size=32), build(RAW))
 

@@ -288,6 +288,9 @@ def test_videos_of_a_list_with_their_captions(tmp_path):
         build("data.captions", name="videos", path=str(tmp_path / "v.csv"), split=each) for each in SPLITS
     ]
     assert [[each.name(n)[-1] for n in range(len(each))] for each in parts] == [["a", "b"], ["a"], ["b"]]
+    (tmp_path / "v.csv").write_text("path,label,split\na,a dog,test\nb,a cat,test\na,a dog,test\na,it,test")
+    only = build("data.captions", name="videos", path=str(tmp_path / "v.csv"))  # as the default, all
+    assert [only.captions(n) for n in range(len(only))] == [[["a dog", "it"]], [["a cat"]]]
     (tmp_path / "v.csv").write_text("path,label\na,a dog\nc,a cat\n")
     with pytest.raises(ValueError, match=r"line 3: .*c does not exist"):
         build("data.captions", name="videos", path=str(tmp_path / "v.csv"))

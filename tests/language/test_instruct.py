@@ -120,7 +120,9 @@ def test_words_of_boxes_are_known_only_where_a_stage_asks_for_boxes(recipe, tmp_
     ids = boxes.tokenizer("[0.12, 0.50, 0.97, 1.00]", add_special_tokens=False)["input_ids"]
     assert boxes.tokenizer.decode(ids) == "[0.12, 0.50, 0.97, 1.00]"
     start = f"start={tmp_path / 'plain'}", "stages.first.data.families=[ground]"
-    with pytest.raises(ValueError, match="the language model does not know a word of the answer"):
+    with pytest.raises(
+        ValueError, match=r"does not know '\[\d\.\d\d,', a word of .*start=.* language\.name="
+    ):
         trained(recipe, tmp_path / "on", *keys, *start)
 
 
@@ -176,6 +178,11 @@ def test_an_epoch_shows_every_talk_once_in_another_order() -> None:
         ("stages.second.micro=3", "is not divided by 1 processes"),
         ("language.path=LM", "give both, or neither"),
         ("data.families=[size]", "there is: colour, shape"),
+        ("stages.second.data.captoins=1", r"stages\.second\.data\.captoins: .* Did you mean 'captions'"),
+        (
+            "data.name=captions",
+            r"stages\.second\.data\.captions: talks 'captions' .* stages\.second\.data=\{\} removes",
+        ),
         ("weights=runs/demo", "Give either weights=FILE_OR_RUN or backbone.name"),
     ],
 )
@@ -183,6 +190,17 @@ def test_a_wrong_setting_is_named_before_the_first_step(recipe, tmp_path, key, t
     with pytest.raises(ValueError, match=text):
         trained(recipe, tmp_path / "run", key)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_stage_with_talks_of_another_name_has_nothing_of_the_recipes(recipe, tmp_path) -> None:
+    """As a first stage on captions before a second on conversations; here the images are built in."""
+    source = "{name: captioned, size: 32, count: 6, split: train}"
+    own = "stages.first.data.name=captions", f"stages.first.data.source={source}"
+    cfg = instruct.check(command_of("instruct", [str(recipe), f"out={tmp_path / 'run'}", *own]))
+    first, second = (instruct.talks_of(cfg, stage) for stage in stages_of(cfg).values())
+    assert (len(first), first[0].family) == (6, "caption")
+    assert isinstance(second, type(captioned(Talks(size=32))))
+    assert second.cfg.captions == 0.5
 
 
 def test_stages_are_read_in_their_order() -> None:

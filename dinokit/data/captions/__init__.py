@@ -60,5 +60,5 @@ def joined(captions: Sequence[Any], where: str) -> list[str]:
     found = [each for each in found if each]
     if wrong or not found:
         what = f"{wrong[0]!r} is no caption" if wrong else "there is no caption with a word in it"
-        raise ValueError(f"{where}: {what}.")
+        raise ValueError(f"{where}: {what}. Write a text there, or leave the image out.")
     return found

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dinokit.config.registry import suggest
 from dinokit.data.captions import joined
 from dinokit.data.decode import ImageLike
 from dinokit.data.sources import tar
@@ -39,12 +40,11 @@ class Tar:
         self._source = tar.Tar(settings, self._suffix)
         missing = [index for index in range(len(self)) if not self._source.text_size(index)]
         if missing:
-            other = (
-                "field=caption reads KEY.json" if self._suffix == ".txt" else "without field= KEY.txt is read"
-            )
+            other = "set field=caption to read that field of KEY.json"
+            other = other if self._suffix == ".txt" else "leave out field= to read KEY.txt"
             raise ValueError(
                 f"{len(missing)} of {len(self)} images have no {self._suffix} beside them with something in "
-                f"it, such as {self.name(missing[0])}: {other}; or leave these images out of the files."
+                f"it, such as {self.name(missing[0])}: {other}, or leave these images out of the files."
             )
 
     def __len__(self) -> int:
@@ -63,15 +63,17 @@ class Tar:
         try:
             text = self._source.text(index).decode("utf-8-sig")
             found: Any = json.loads(text) if self._field else text.splitlines()
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            raise ValueError(f"{place} beside it cannot be read: {error}.") from None
+        except (ValueError, RecursionError) as error:  # of UTF-8 and of JSON
+            raise ValueError(
+                f"{place} beside it cannot be read: {error}. Repair it, or leave the image out."
+            ) from None
         if self._field:
-            have = ", ".join(map(str, found)) if isinstance(found, dict) else "no fields"
-            if not isinstance(found, dict) or self._field not in found:
-                raise ValueError(f"{place}: there is no field '{self._field}'; there is: {have}.")
+            have = [*found] if isinstance(found, dict) else []
+            if self._field not in have:
+                raise ValueError(
+                    f"{place}: there is no field '{self._field}'; there is: {', '.join(have) or 'none'}."
+                    f"{suggest(self._field, have)} Give field= one that each image has."
+                )
             found = found[self._field]
             found = found if isinstance(found, list) else [found]
         return [joined(found, place)]

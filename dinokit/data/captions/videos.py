@@ -28,18 +28,13 @@ class Videos:
         Raises:
             ValueError: if there is no such list, or a line of it is wrong; the message has its number.
         """
-        parts: tuple[Literal["train", "test"], ...] = (
-            ("train", "test") if cfg.split == "all" else (cfg.split,)
-        )
-        lines: dict[tuple[str, str], Clip] = {}  # a list without a column split has each in both parts
-        for part in parts:
-            found = listed.build(listed.Config(cfg.path, part))
-            lines |= {(clip.name, found.classes[clip.label]): clip for clip in found.clips}
-        self._clips = {clip.name: clip for clip in lines.values()}
+        found = listed.build(listed.Config(cfg.path, cfg.split))
+        self._clips = {clip.name: clip for clip in found.clips}
         self._names = [*self._clips]
         self._captions: dict[str, list[str]] = {each: [] for each in self._names}
-        for each, caption in lines:
-            self._captions[each] += joined([caption], each)
+        for clip in found.clips:
+            said = self._captions[clip.name]
+            said += [text for text in joined([found.classes[clip.label]], clip.name) if text not in said]
 
     def __len__(self) -> int:
         return len(self._names)

@@ -19,8 +19,9 @@ COLUMNS = ("path", "label", "start", "end", "split")
 @dataclass
 class Config:
     path: str = "???"  # a CSV file with a line of column names: path, label, and if wanted start, end, split
-    # auto: that of the section train or test, elsewhere test; without a column split, all clips are in both
-    split: Literal["auto", "train", "test"] = "auto"
+    # auto: that of the section train or test, elsewhere test; all: whatever the column split says; without
+    # such a column, all clips are in both
+    split: Literal["auto", "all", "train", "test"] = "auto"
 
 
 def build(cfg: Config) -> Clips:
@@ -45,7 +46,7 @@ def build(cfg: Config) -> Clips:
     clips = [
         _clip(path, line, row, classes)
         for line, row in rows
-        if "split" not in columns or str(row["split"]).strip() == split
+        if split == "all" or "split" not in columns or str(row["split"]).strip() == split
     ]
     if not clips:
         splits = sorted({str(row.get("split")).strip() for _, row in rows})

@@ -58,7 +58,7 @@ class Tar:
         )
         if not len(self._members):
             raise ValueError(f"path='{cfg.path}': {len(self._files)} tar file(s) without an image.")
-        report_left_out(cfg.path, index.others)
+        report_left_out(cfg.path, index.others, f"images or {text} files" if text else "images")
         self._shards, self._offsets, self._sizes = index.positions()
         self._texts, self._lengths = np.array(index.texts, np.int64), np.array(index.lengths, np.int64)
         self.classes: Sequence[str]

@@ -28,6 +28,7 @@ from dinokit.runtime.files import read_regular
 from dinokit.runtime.launch import digest
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+BEYOND = 0.1  # parts of a side: boxes of photos may go out of the image a little
 
 
 @dataclass
@@ -97,6 +98,14 @@ class Llava:
             if any(_is_in(unit, box) for turn in record.turns for box in boxes_in(turn.text))
         ]
         shown = [record for record in with_box if record.images or record.video]
+        for record in shown:
+            for box in (box for turn in record.turns for box in boxes_in(turn.text)):
+                if _is_in(unit, box) and (box[0] > box[2] or box[1] > box[3]):
+                    raise ValueError(
+                        f"{record.key} has the box {[*box]}, which ends before it begins: boxes={unit} reads "
+                        f"[left, top, right, bottom]. If yours are [left, top, width, height], write them "
+                        f"so, or remove the record."
+                    )
         several = next((record for record in shown if len(record.images) != 1), None)
         if several:
             raise ValueError(
@@ -131,22 +140,37 @@ class Llava:
             return Talk(record.key, tuple(frames), record.turns)
         paths = [self._root / name for name in record.images]
         images = tuple(decode(read_regular(path), str(path), self._channels) for path in paths)
-        return Talk(record.key, images, self._turns(record.turns, images))
+        return Talk(record.key, images, self._turns(record, images))
 
-    def _turns(self, turns: tuple[Turn, ...], images: Sequence[ImageLike]) -> tuple[Turn, ...]:
-        """The turns with their boxes in parts of the image."""
+    def _turns(self, record: Record, images: Sequence[ImageLike]) -> tuple[Turn, ...]:
+        """The turns with their boxes in parts of the image.
+
+        Raises:
+            ValueError: if a box has nothing of the image, as those in another unit.
+        """
         if self._boxes == "parts" or len(images) != 1:
-            return turns
+            return record.turns
         sides = size_of(images[0])
         unit = max(sides) if self._boxes == "padded" else 1
         border = [(max(sides) - side) / 2 if self._boxes == "padded" else 0.0 for side in sides]
+        slack = max(sides) / 100  # pixels: two decimals of the square
 
         def part(box: Box) -> Box | None:
-            edges = [(edge * unit - border[n % 2]) / sides[n % 2] for n, edge in enumerate(box)]
-            left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in edges)
-            return (left, top, right, bottom) if _is_in(self._boxes, box) else None
+            if not _is_in(self._boxes, box):
+                return None
+            pixels = [edge * unit - border[n % 2] for n, edge in enumerate(box)]
+            if any(pixels[n + 2] < -slack or pixels[n] > side + slack for n, side in enumerate(sides)):
+                raise ValueError(
+                    f"{record.key} has the box {[*box]}, which lies outside of its image of {sides[0]} x "
+                    f"{sides[1]} pixels if boxes={self._boxes}. Set boxes= to the unit of the file, repair "
+                    f"the record or remove it."
+                )
+            left, top, right, bottom = (
+                min(max(0.0, edge / sides[n % 2]), 1.0) for n, edge in enumerate(pixels)
+            )
+            return left, top, right, bottom
 
-        return tuple(replace(turn, text=with_boxes(turn.text, part)) for turn in turns)
+        return tuple(replace(turn, text=with_boxes(turn.text, part)) for turn in record.turns)
 
 
 def _values(file: Path, first: int) -> Iterator[tuple[str, Any]]:
@@ -196,7 +220,7 @@ def _record(cfg: Config, place: str, value: Any) -> Record:
 
 def _is_in(unit: str, box: Box) -> bool:
     """Whether four numbers are a box in the unit that `boxes` names, and not another list of a text."""
-    return all(0 <= edge <= 1 for edge in box) == (unit == "padded")
+    return all(-BEYOND <= edge <= 1 + BEYOND for edge in box) == (unit == "padded")
 
 
 def _front(text: str) -> str:

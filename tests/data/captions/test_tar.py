@@ -70,6 +70,16 @@ def test_a_field_of_json_is_one_caption_or_several(shards):
         build(shards, field="text").captions(4)
 
 
+def test_a_field_that_is_nearly_there_is_named(shards):
+    with pytest.raises(ValueError, match=r"no field 'captoin'; .* Did you mean 'caption'\? Give field="):
+        build(shards, field="captoin").captions(0)
+
+
+def test_what_is_left_out_is_neither_image_nor_text(tmp_path, capsys):
+    build(pack(tmp_path / "x.tar", {"1.png": image_of(1), "1.txt": b"a", "1.json": b"{}"}))
+    assert "no images or .txt files that dinokit reads: 1 .json" in "".join(capsys.readouterr())
+
+
 def test_splits_have_no_image_in_common(tmp_path):
     members = {}
     for n in range(100):
@@ -85,12 +95,12 @@ def test_splits_have_no_image_in_common(tmp_path):
 @pytest.mark.parametrize(
     ("members", "keys", "message"),
     [
-        ({"1.png": image_of(1)}, {}, r"1 of 1 images have no \.txt .*1\.png: field=caption reads KEY\.json"),
+        ({"1.png": image_of(1)}, {}, r"1 of 1 images have no \.txt .*1\.png: set field=caption to"),
         ({"1.png": image_of(1), "1.txt": b""}, {}, r"1 of 1 images have no \.txt beside them with something"),
         (
             {"1.png": image_of(1), "1.txt": b"a"},
             {"field": "caption"},
-            r"no \.json .* without field= KEY\.txt",
+            r"no \.json .* leave out field= to read KEY\.txt",
         ),
         ({"1.txt": b"a"}, {}, "without an image"),
     ],
@@ -106,7 +116,7 @@ def test_what_is_wrong_is_named_when_it_is_opened(tmp_path, members, keys, messa
         ("1.txt", b" \n", {}, r"1\.png, \.txt: there is no caption with a word"),
         ("1.txt", b"\xff\xfe", {}, r"1\.png, \.txt beside it cannot be read: 'utf-8'"),
         ("1.json", b"{", {"field": "caption"}, r"1\.png, \.json beside it cannot be read"),
-        ("1.json", b"[1]", {"field": "caption"}, "there is no field 'caption'; there is: no fields"),
+        ("1.json", b"[1]", {"field": "caption"}, "there is no field 'caption'; there is: none"),
         ("1.json", b'{"caption": 3}', {"field": "caption"}, "3 is no caption"),
     ],
 )

@@ -133,6 +133,7 @@ def test_a_list_takes_a_part_of_a_video(tmp_path) -> None:
     assert number_of(late.frames(range(len(late)))) == [10, 11, 12, 13, 14]
     assert number_of(early.frames(range(len(early)))) == [0, 1, 2]
     (test,) = build("listed", path=str(tmp_path / "clips.csv"), split="test").clips
+    assert len(build("listed", path=str(tmp_path / "clips.csv"), split="all").clips) == len(clips.clips) + 1
     assert number_of(test.frames([10])) == [10]
 
 

@@ -168,6 +168,19 @@ def test_boxes_of_a_padded_square_and_in_pixels_become_parts_of_the_image(writte
         asked("[2, 3, 4, 6]", boxes="padded")
     with pytest.raises(ValueError, match=r"boxes=pixels, and no text .* in pixels. .*boxes=padded"):
         asked("[0.1, 0.2, 0.3, 0.4]", boxes="pixels")
+    # Numbers as Python writes small ones; an edge that is a little outside, as some of photos are.
+    assert asked("[1e-05, 0.125, 0.5, 0.5]", boxes="padded")[0] == "[0.00, 0.00, 0.50, 0.50]"
+    assert asked("[-0.01, 0.125, 0.5, 1.01]", boxes="padded")[0] == "[0.00, 0.00, 0.50, 1.00]"
+    assert asked("[6, 3, 9, 7]", boxes="pixels")[0] == "[0.75, 0.50, 1.00, 1.00]"
+    for box, unit in (("[0.1, 0.01, 0.5, 0.1]", "padded"), ("[9, 2, 12, 3]", "pixels")):
+        record = {"image": "a.png", "conversations": [{**HUMAN, "value": f"{MARK} {box}"}, GPT]}
+        with pytest.raises(
+            ValueError, match=rf"record 1 .*lies outside of its image of 8 x 6 .*boxes={unit}\. Set boxes="
+        ):
+            written(record, boxes=unit)[0]
+    for box, unit in (("[0.6, 0.3, 0.2, 0.4]", "padded"), ("[4, 3, 5, 2]", "pixels")):
+        with pytest.raises(ValueError, match=r"record 1 has the box .*ends before it begins: .*width"):
+            asked(box, boxes=unit)
     two = {
         "image": ["a.png", "a.png"],
         "conversations": [{**HUMAN, "value": f"{MARK}{MARK} [1, 2, 3, 4]"}, GPT],
