@@ -70,6 +70,12 @@ def test_a_field_of_json_is_one_caption_or_several(shards):
         build(shards, field="text").captions(4)
 
 
+def test_a_name_with_dots_has_its_own_text_or_that_of_its_key(tmp_path):
+    members = {"1.5.png": image_of(1), "1.5.txt": b"own", "2.left.png": image_of(2), "2.txt": b"of the key"}
+    source = build(pack(tmp_path / "x.tar", members))
+    assert [source.captions(n) for n in range(2)] == [[["own"]], [["of the key"]]]
+
+
 def test_a_field_that_is_nearly_there_is_named(shards):
     with pytest.raises(ValueError, match=r"no field 'captoin'; .* Did you mean 'caption'\? Give field="):
         build(shards, field="captoin").captions(0)
