@@ -21,3 +21,10 @@ def prompt():
         torch.tensor([[FOREGROUND, BACKGROUND], [FOREGROUND, PADDING], [PADDING, PADDING]]),
         torch.tensor([[nan] * 4, [2.0, 3.0, 15.0, 30.0], [0.0, 8.0, 31.0, 16.0]]),
     )
+
+
+@pytest.fixture
+def embedded(head):
+    """Two images of 16 patches for the test file's own `head`."""
+    torch.manual_seed(2)
+    return head.embed(torch.randn(2, 12, 4, 4), torch.randn(2, 3, 32, 32))

@@ -23,12 +23,6 @@ def head():
     return random_head()
 
 
-@pytest.fixture
-def embedded(head):
-    torch.manual_seed(2)
-    return head.embed(torch.randn(2, 12, 4, 4), torch.randn(2, 3, 32, 32))
-
-
 def close(a, b, rows=slice(None)):
     torch.testing.assert_close(a.logits[rows], b.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(a.quality[rows], b.quality, rtol=1e-4, atol=1e-5)

@@ -49,12 +49,6 @@ def head():
 
 
 @pytest.fixture
-def embedded(head):
-    torch.manual_seed(2)
-    return head.embed(torch.randn(2, 12, 4, 4), torch.randn(2, 3, 32, 32))
-
-
-@pytest.fixture
 def asked(head, embedded, prompt):
     """The objects of `prompt`, with more: a stroke and words, words and a region, a region and a mask."""
     torch.manual_seed(3)
