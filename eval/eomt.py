@@ -106,6 +106,11 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     tuned = _Tuned(cfg, backbone, train, None if dtype == torch.float16 else dtype)
     if cfg.head:
         load_head(cfg.head, tuned.head.eval(), f"EoMT on such a backbone, with queries={cfg.queries}")
+        if int(tuned.head.joint) != tuned.head.blocks:
+            raise ValueError(
+                f"head={cfg.head} was tuned with queries in the last {int(tuned.head.joint)} blocks, not in "
+                f"{tuned.head.blocks}: set blocks={int(tuned.head.joint)}."
+            )
     else:
         tuned.train(partial)
 

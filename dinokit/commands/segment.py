@@ -82,6 +82,8 @@ class Config:
             )
         if self.region and len(self.region) != 2:
             raise ValueError(f"region={list(self.region)}: it is an image and a mask in it, [a.jpg,a.png].")
+        if any(isinstance(part, str) for part in self.strokes) and len(self.strokes) != 1:
+            raise ValueError(f"strokes={list(self.strokes)}: give one file, or lines of points.")
         if prompts and (self.everything or self.like):
             other = "everything=true finds all objects" if self.everything else "like finds what is marked"
             raise ValueError(f"{other}; {prompts[0]} asks for one object. Leave one out.")
@@ -174,7 +176,8 @@ def _targets(cfg: Config, images: list[Path], root: Path) -> dict[Path, list[Pat
         else:
             mask = (out / name).with_suffix(".png")
             result[path] = [mask, mask.with_name(f"{mask.stem}_overlay.jpg")]
-    read = [*images, *cfg.region, *(path for pair in cfg.examples for path in pair)]
+    drawn = [part for part in cfg.strokes if isinstance(part, str)]
+    read = [*images, *drawn, *cfg.region, *(path for pair in cfg.examples for path in pair)]
     images_read = {Path(str(path)).resolve() for path in read}
     written: dict[Path, Path] = {}
     for path, files in result.items():

@@ -47,7 +47,7 @@ def joint_blocks(backbone: Backbone, count: int = 0) -> int:
         )
     depth = len(backbone.blocks)
     if count > depth:
-        raise ValueError(f"blocks={count}: the backbone has {depth}.")
+        raise ValueError(f"blocks={count}: the backbone has {depth}. Give {depth} or fewer, or 0.")
     return count or JOINT.get(depth, max(depth // 4, 1))
 
 
@@ -99,6 +99,8 @@ class EoMT(nn.Module):
         super().__init__()
         self.blocks = joint_blocks(backbone, blocks)
         self.backbone, width = deepcopy(backbone).eval(), backbone.width
+        self.joint: Tensor
+        self.register_buffer("joint", torch.tensor(self.blocks))  # no shape in a file shows it
         self.first = len(backbone.blocks) - self.blocks
         self.backbone.requires_grad_(tune == "all")
         if tune == "joint":

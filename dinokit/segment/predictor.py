@@ -161,12 +161,15 @@ class Predictor:
         elif text or region is not None:
             raise ValueError(
                 f"{'text' if text else 'region'}: this head takes none. Give a unified one, which "
-                f"dinokit train-head head_unified_scenes trains."
+                f"dinokit train-head head_unified_scenes trains"
+                f"{'; dinokit segment has align=RUN for text as well' if text else ''}."
             )
         else:
             on_strokes = [] if drawn is None else stroke_points(drawn).tolist()
-            given = [*([*signs] or [1] * len(points)), *[1] * len(on_strokes)]
-            prompt = self._as_prompt([*points, *on_strokes], given, box, mask, frame, others)
+            prompt = self._as_prompt(points, signs, box, mask, frame, others or drawn is not None)
+            if on_strokes:
+                more = self._as_prompt(on_strokes, (), None, None, frame, True)
+                prompt = _with_points_of(prompt, more)
         return self._answer(embedded, frame, prompt, several)
 
     def refine(self, points: Points, signs: Sequence[int] | np.ndarray = (), several: bool = False) -> Masks:
@@ -181,12 +184,7 @@ class Predictor:
         if not len(points):
             raise ValueError("refine() needs at least one point.")
         new, before = self._as_prompt(points, signs, None, self._last, frame, True), self._prompt
-        prompt = replace(
-            before,
-            points=torch.cat([before.points, new.points], dim=1),
-            signs=torch.cat([before.signs, new.signs], dim=1),
-            masks=new.masks,
-        )
+        prompt = replace(_with_points_of(before, new), masks=new.masks)
         return self._answer(embedded, frame, prompt, several)
 
     def _embedded(self) -> tuple[Embedded, Frame]:
@@ -343,6 +341,12 @@ def _stability(logits: Tensor, offset: float = 1.0) -> Tensor:
     """The IoU of each mask (M, g, g) at `offset` above 0 and below it; 0 for one that is empty at both."""
     high, low = ((logits > threshold).flatten(1).sum(dim=1) for threshold in (offset, -offset))
     return high / low.clamp(min=1)
+
+
+def _with_points_of(prompt: Prompt, more: Prompt) -> Prompt:
+    """A prompt with the points of another one after its own."""
+    points = torch.cat([prompt.points, more.points], dim=1)
+    return replace(prompt, points=points, signs=torch.cat([prompt.signs, more.signs], dim=1))
 
 
 def _likely(head: Any, answer: Answer) -> tuple[str, ...]:

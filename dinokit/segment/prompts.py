@@ -200,6 +200,11 @@ def stroke_mask(strokes: Strokes, size: tuple[int, int]) -> np.ndarray:
         if not strokes.any():
             raise ValueError("strokes: the mask marks no pixel.")
         return strokes
+    if isinstance(strokes, np.ndarray) and strokes.ndim == 2 and strokes.shape[1] != 2:
+        raise ValueError(
+            f"strokes: this array has the shape {strokes.shape} and type {strokes.dtype}. A mask is of "
+            f"booleans, such as mask > 0; a line is (n, 2)."
+        )
     canvas = Image.new("1", (width, height))
     for line in _lines(strokes):
         check_points(line, size)

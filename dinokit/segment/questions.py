@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.data.sampler import generator
@@ -107,9 +108,16 @@ def draw_question(items: Items, cfg: Config, known: list[str], step: int, place:
         common = set.intersection(*(set(names[i]) for i in meant)) if meant else set()
         if common:
             named[row] = as_words(common, known)
-    moved = truth.roll(tuple(rng.integers(-SHIFT, SHIFT + 1, 2).tolist()), (1, 2))
+    moved = shifted(truth, *rng.integers(-SHIFT, SHIFT + 1, 2).tolist())
     sample = replace(sample, truth=truth, boxed=flags["box"], clicked=flags["point"])
     return Question(sample, strokes, flags["mask"], moved, words, named, regions)
+
+
+def shifted(masks: Tensor, down: int, right: int) -> Tensor:
+    """Masks (m, S, S) moved by pixels; what leaves the canvas is lost. One that would be lost whole stays."""
+    side, near, far = masks.shape[1], (max(down, 0), max(right, 0)), (max(-down, 0), max(-right, 0))
+    moved = F.pad(masks, (near[1], far[1], near[0], far[0]))[:, far[0] :, far[1] :][:, :side, :side]
+    return torch.where(moved.flatten(1).any(dim=1)[:, None, None], moved, masks)
 
 
 def _union(item: Item, numbers: list[int]) -> Tensor:

@@ -86,15 +86,31 @@ class HeadTrainer:
         """Take the weights of another head.
 
         Raises:
-            ValueError, LookupError: if there is none, or it has other sizes or another backbone.
+            ValueError, LookupError: if there is none, or it has another kind, other sizes or words, or
+                another backbone.
         """
         head, _, about = load_head(path, backbone, self.cfg.kind)
+        if about.kind != self.cfg.kind:
+            raise ValueError(f"start={path} is a head of kind {about.kind}: set kind={about.kind}.")
+        known = self.task.about.get("words", [])
+        if about.words != known:
+            raise ValueError(
+                f"start={path} knows the words {', '.join(about.words) or '(none)'}, and the classes of "
+                f"these objects have {', '.join(known) or '(none)'}: give objects with the same, or leave "
+                f"start out."
+            )
+        aligned = self.task.head.state_dict()["table"].clone() if self.cfg.unified.align else None
         try:
             self.task.head.load_state_dict(head.state_dict())
         except RuntimeError:
             raise ValueError(
-                f"start={path} has other sizes: {about.config}. Give the recipe the same."
+                f"start={path} has other sizes: {about.config | about.unified}. Give the recipe the same."
             ) from None
+        if aligned is not None and not torch.allclose(aligned, head.state_dict()["table"].cpu(), atol=1e-5):
+            raise ValueError(
+                f"start={path} has other vectors of words than unified.align={self.cfg.unified.align}: give "
+                f"the alignment that it was trained with, or leave start out."
+            )
 
     def fit(self, watchdog: Watchdog) -> None:
         """Train until the last step, or until the run is stopped. Raises as train_head()."""

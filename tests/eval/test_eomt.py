@@ -213,6 +213,8 @@ def test_a_training_that_was_stopped_ends_in_the_same_scores(tmp_path, monkeypat
     assert {name: read[name] for name in whole} == whole
     with pytest.raises(ValueError, match=r"eomt.pth is not EoMT on such a backbone, with queries=3"):
         eomt.evaluate(config(**own, head=str(file), queries=3), small_vit(2))
+    with pytest.raises(ValueError, match=r"in the last 1 blocks, not in 2: set blocks=1"):
+        eomt.evaluate(config(**{**own, "blocks": 2}, head=str(file)), small_vit(2))
 
 
 def gradient_of_classes(classes, truth):

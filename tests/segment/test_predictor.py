@@ -110,6 +110,7 @@ def test_a_new_image_replaces_the_old_one(predictor, photo):
         ({"box": (9, 0, 3, 3)}, "the left and upper edge before the others"),
         ({"box": (1, 2, 3)}, "four numbers"),
         ({"mask": np.ones((50, 20), bool)}, "The mask has 20 x 50 pixels, the image 50 x 20"),
+        ({"strokes": [(3, 3), (9, 3)], "signs": [1]}, r"signs=\[1\]: give one for each of the 0 points"),
         ({"strokes": [(3, 3), (50, 3)]}, r"\(50, 3\) is outside the image"),
         ({"mask": torch.zeros(1, 3, 3)}, r"this has the shape \(1, 3, 3\)"),
     ],

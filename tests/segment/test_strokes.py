@@ -65,6 +65,7 @@ def test_a_small_stroke_has_each_pixel_once():
         ([(1, 2, 3)], r"points: \[1.0, 2.0, 3.0\] is none"),
         (np.ones((16, 12), bool), "The mask of strokes has 12 x 16 pixels, the image 16 x 12"),
         (np.zeros((12, 16), bool), "the mask marks no pixel"),
+        (np.full((12, 16), 255, np.uint8), r"the shape \(12, 16\) and type uint8\. A mask is of booleans"),
     ],
 )
 def test_wrong_strokes_get_words(strokes, message):

@@ -11,7 +11,7 @@ from dinokit.config import registry
 from dinokit.data.scenes.captioned import COLOURS, SHAPES, Boards
 from dinokit.segment.encoder import Encoder, Items
 from dinokit.segment.prompts import Prompt, empty_prompt, mask_logits
-from dinokit.segment.questions import UnifiedTask, draw_kinds, draw_question, random_stroke
+from dinokit.segment.questions import UnifiedTask, draw_kinds, draw_question, random_stroke, shifted
 from dinokit.segment.recipe import Config, Head, Optim, Prompts, Run, Unified
 from dinokit.segment.unified import (
     UnifiedHead,
@@ -321,6 +321,18 @@ def test_kinds_have_their_odds():
     }
     assert sum(len(kinds) == 2 for kinds in drawn) / 800 == pytest.approx(0.5, abs=0.06)
     assert sum(kinds == {"point"} for kinds in drawn) / 800 == pytest.approx(0.375, abs=0.06)
+
+
+def test_a_shifted_mask_does_not_come_back_on_the_other_side():
+    masks = torch.rand(3, 9, 9) < 0.5
+    masks[2], masks[2, 0, 4] = False, True
+    for down in (-2, 0, 1):
+        for right in (-1, 0, 2):
+            moved = shifted(masks, down, right)
+            for i in range(3):
+                kept = [(y + down, x + right) for y, x in masks[i].nonzero().tolist()]
+                kept = [[y, x] for y, x in kept if 0 <= y < 9 and 0 <= x < 9]
+                assert sorted(moved[i].nonzero().tolist()) == sorted(kept or masks[i].nonzero().tolist())
 
 
 def test_a_random_stroke_stays_in_its_mask():

@@ -163,6 +163,7 @@ def test_words_and_regions_on_the_command_line(trained, tmp_path, capsys):
         (["region=[a.png]"], "it is an image and a mask in it"),
         (["text=disc", "everything=true"], "Leave one out"),
         (["align=x", "points=[[1,1]]"], "With align it goes with no other prompt"),
+        (["strokes=[a.png,b.png]"], "give one file, or lines of points"),
     ],
 )
 def test_wrong_commands_get_words(trained, settings, message, capsys):
@@ -170,10 +171,11 @@ def test_wrong_commands_get_words(trained, settings, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_image_of_a_region_is_not_written_over(trained, capsys):
+@pytest.mark.parametrize("prompt", ["region=[{0},{0}]", "strokes={0}"])
+def test_a_picture_of_a_prompt_is_not_written_over(trained, prompt, capsys):
     other = trained / "1.png"
     before = other.read_bytes()
-    assert segment(trained, f"region=[{other},{trained / '1_mask.png'}]", f"out={other}") != 0
+    assert segment(trained, prompt.format(other), f"out={other}") != 0
     assert "is one of your images" in capsys.readouterr().err
     assert other.read_bytes() == before
 
@@ -209,7 +211,8 @@ ALIGN = ["data.size=32", "view.size=32", "data.count=16", "head.width=16", "head
          "batch=4"]  # fmt: skip
 
 
-def test_vectors_of_an_alignment_are_taken_and_stay(trained, tmp_path):
+@pytest.mark.slow
+def test_vectors_of_an_alignment_are_taken_and_stay(trained, tmp_path, capsys):
     pytest.importorskip("transformers")
     weights, out = trained / "vit.safetensors", ["device=cpu", "run.log_every=1"]
     assert (
@@ -228,6 +231,29 @@ def test_vectors_of_an_alignment_are_taken_and_stay(trained, tmp_path):
     head, _, about = load_head(tmp_path / "head", backbone, "unified")
     assert about.unified["embedding"] == 8
     torch.testing.assert_close(head.table, load_aligned(tmp_path / "a", backbone).text(about.words))
+    again = [*words, f"start={tmp_path / 'head'}", "device=cpu"]
+    assert main([*again, f"out={tmp_path / 'again'}"]) == 0
+    file = tmp_path / "head" / NAME
+    tensors, metadata = read_safetensors(file)
+    write_tensors(file, tensors | {"table": tensors["table"] + 1}, metadata)
+    capsys.readouterr()
+    assert main([*again, f"out={tmp_path / 'other'}"]) != 0
+    assert "has other vectors of words than unified.align" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["kind=promptable", "prompts.objects=2"], "is a head of kind unified: set kind=unified."),
+        (["objects.maps.labels=shape"], "knows the words black, blue"),
+        (["unified.memory=4", "unified.samples=8", "head.hidden=16"], "'samples': 8"),
+    ],
+)
+def test_a_head_to_begin_with_has_the_same_kind_words_and_sizes(trained, tmp_path, settings, message, capsys):
+    weights = f"weights={trained / 'vit.safetensors'}"
+    words = ["train-head", "head_unified_scenes", weights, *SIZES, f"start={trained / 'head'}", "device=cpu"]
+    assert main([*words, *settings, f"out={tmp_path / 'new'}"]) != 0
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
