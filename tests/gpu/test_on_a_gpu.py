@@ -207,6 +207,7 @@ EVALUATIONS = {
     "logreg": {"size": 32, "resize": 32, "count": 2, "powers": [-2, 0]},
     "retrieval": {"size": 32, "resize": 32},
     "segmentation": {"method": "knn", "resize": 64, "bank": 500},
+    "eomt": {"resize": 64, "crop": 32, "stride": 24, "queries": 6, "blocks": 1, "steps": 1, "batch": 4},
     "depth": {"augment": False, "steps": 3, "batch": 4, "crop": [32, 32], "layers": 1, "bins": 16},
     "video": {
         "test": {"name": "scenes", "size": 64, "videos": 1, "frames": 4},
