@@ -1,7 +1,7 @@
 """Questions on pictures, answered by a model that `dinokit instruct` trained on these features.
 
 The pictures are those of dinokit.data.scenes.captioned, drawn when they are asked for. Every answer is
-compared as a whole, but for boxes, which are right from an overlap (IoU) above 0.5 on. Next to the right
+compared as a whole; a box is right if its overlap (IoU) with the true one is above 0.5. Next to the right
 picture, each question is asked with the picture of another question (shuffled) and with a grey one (blank):
 what is still right there was known without looking. A group is two pictures times two questions with four
 answers, of which a model that reads only the question, or only the picture, can have two right at most (as in

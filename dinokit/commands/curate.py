@@ -105,8 +105,8 @@ def _source_section(label: str, section: Any) -> tuple[dict[str, Any] | None, st
         if embeddings:
             return None, embeddings
         raise ValueError(f"{label}.path must be given: a folder of images; or {label}.embeddings.")
-    name = str(with_source(values)["name"])
-    values.pop("name", None)
+    values = with_source(values)
+    name = str(values.pop("name"))
     try:
         return {"name": name, **section_values("data.sources", name, values, label)}, embeddings
     except LookupError as error:
