@@ -108,7 +108,8 @@ def draw_question(items: Items, cfg: Config, known: list[str], step: int, place:
         common = set.intersection(*(set(names[i]) for i in meant)) if meant else set()
         if common:
             named[row] = as_words(common, known)
-    moved = shifted(truth, *rng.integers(-SHIFT, SHIFT + 1, 2).tolist())
+    ways = rng.integers(-SHIFT, SHIFT + 1, (m, 2)).tolist()
+    moved = torch.cat([shifted(mask[None], *way) for mask, way in zip(truth, ways, strict=True)])
     sample = replace(sample, truth=truth, boxed=flags["box"], clicked=flags["point"])
     return Question(sample, strokes, flags["mask"], moved, words, named, regions)
 

@@ -335,6 +335,21 @@ def test_a_shifted_mask_does_not_come_back_on_the_other_side():
                 assert sorted(moved[i].nonzero().tolist()) == sorted(kept or masks[i].nonzero().tolist())
 
 
+def test_rough_masks_of_an_image_are_moved_each_on_its_own(source, backbone):
+    items, known, steps = Items(source, Encoder(backbone, 64), 1.0), vocabulary(source.classes), []
+    for step in range(10):
+        question = draw_question(items, config(mask=1.0, both=0.0), known, step, 0)
+        assert question.rough.all()
+        ways = set()
+        for truth, moved in zip(question.sample.truth.numpy(), question.moved.numpy(), strict=True):
+            wide = np.pad(truth, 2)
+            places = [(y, x) for y in range(5) for x in range(5)]
+            ways |= {(y, x) for y, x in places if (wide[y : y + 64, x : x + 64] == moved).all()}
+        steps.append(ways)
+    assert {n for ways in steps for way in ways for n in way} == set(range(5))
+    assert sum(len(ways) > 1 for ways in steps) >= 9  # three masks have one way once in 625 steps
+
+
 def test_a_random_stroke_stays_in_its_mask():
     rng, mask = np.random.default_rng(0), np.zeros((20, 20), bool)
     mask[4:12, 3:15] = True
