@@ -177,8 +177,8 @@ def _targets(cfg: Config, images: list[Path], root: Path) -> dict[Path, list[Pat
             mask = (out / name).with_suffix(".png")
             result[path] = [mask, mask.with_name(f"{mask.stem}_overlay.jpg")]
     drawn = [part for part in cfg.strokes if isinstance(part, str)]
-    read = [*images, *drawn, *cfg.region, *(path for pair in cfg.examples for path in pair)]
-    images_read = {Path(str(path)).resolve() for path in read}
+    given = [*drawn, *cfg.region, *(path for pair in cfg.examples for path in pair), cfg.mask]
+    images_read = {Path(str(path)).resolve() for path in [*images, *filter(None, given)]}
     written: dict[Path, Path] = {}
     for path, files in result.items():
         for file in files:

@@ -171,7 +171,7 @@ def test_wrong_commands_get_words(trained, settings, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prompt", ["region=[{0},{0}]", "strokes={0}"])
+@pytest.mark.parametrize("prompt", ["region=[{0},{0}]", "strokes={0}", "mask={0}"])
 def test_a_picture_of_a_prompt_is_not_written_over(trained, prompt, capsys):
     other = trained / "1.png"
     before = other.read_bytes()
