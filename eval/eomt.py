@@ -80,8 +80,11 @@ class Config(DenseConfig):
                 f"warmup={self.warmup} and layer_decay={self.layer_decay}: both are 1 at most, and "
                 f"layer_decay is above 0."
             )
-        if self.precision == "fp16":
-            raise ValueError("precision=fp16: this trains, and fp16 gradients vanish. Take bf16 or fp32.")
+        if self.precision == "fp16" and not self.head:
+            raise ValueError(
+                "precision=fp16: this trains, and fp16 gradients vanish. Take bf16 or fp32; head=FILE, which "
+                "trains nothing, takes fp16 too."
+            )
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
@@ -101,9 +104,11 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
     shared = count_shared(cfg, train, test)
     partial = partial_result(cfg, "eomt", backbone)
     device = device_of(backbone)
-    # Without fp16, whose gradients would have to be scaled: on a GPU without bf16, auto is fp32.
-    dtype = DTYPES[pick_precision(cfg.precision, device)]
-    tuned = _Tuned(cfg, backbone, train, None if dtype == torch.float16 else dtype)
+    # auto without fp16, whose gradients would have to be scaled: on a GPU without bf16 it is fp32.
+    precision = pick_precision(cfg.precision, device)
+    if precision == "fp16" and cfg.precision == "auto":
+        precision = "fp32"
+    tuned = _Tuned(cfg, backbone, train, DTYPES[precision])
     if cfg.head:
         load_head(cfg.head, tuned.head.eval(), f"EoMT on such a backbone, with queries={cfg.queries}")
         if int(tuned.head.joint) != tuned.head.blocks:

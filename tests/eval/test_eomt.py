@@ -211,6 +211,12 @@ def test_a_training_that_was_stopped_ends_in_the_same_scores(tmp_path, monkeypat
     own = {key: value for key, value in FEW.items() if key not in TRAINED}
     read = eomt.evaluate(config(**own, head=str(file)), small_vit(2))
     assert {name: read[name] for name in whole} == whole
+    kinds, plain = [], torch.autocast
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *a, **b: kinds.append(a[1]) or plain(*a, **b))
+        half = eomt.evaluate(config(**own, head=str(file), precision="fp16"), small_vit(2))  # nothing learns
+    assert set(kinds) == {torch.float16}
+    assert half["pixel accuracy"] == pytest.approx(whole["pixel accuracy"], abs=0.02)
     with pytest.raises(ValueError, match=r"eomt.pth is not EoMT on such a backbone, with queries=3"):
         eomt.evaluate(config(**own, head=str(file), queries=3), small_vit(2))
     with pytest.raises(ValueError, match=r"in the last 1 blocks, not in 2: set blocks=1"):
