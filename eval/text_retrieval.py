@@ -32,6 +32,7 @@ from dinokit.models import Backbone
 from dinokit.runtime.log import watch
 from dinokit.video.sampling import Sampling
 
+FRAMES = 8  # of a video
 TIE = 1e-5  # of cosines: the sum over words depends on their order in its last bits
 
 
@@ -40,12 +41,12 @@ class Config:
     test: dict[str, Any] | None = source_field("data.captions", "test", labels=False)
     align: str = ""  # the folder of a run of dinokit align, on these weights
     k: tuple[int, ...] = (1, 5, 10)  # of recall@k
-    frames: int = 8  # of a video, one from each of so many equal parts
+    frames: int = 0  # of a video, one from each of so many equal parts; 0: 8
     max_test: int = 0  # images, drawn evenly from the set; 0: all
     batch: int = 64  # images at a time
 
     def __post_init__(self) -> None:
-        check_at_least(self, k=1, frames=1, max_test=0, batch=1)
+        check_at_least(self, k=1, frames=0, max_test=0, batch=1)
 
 
 def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
@@ -67,13 +68,18 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
         raise ValueError(f"test.name must be given; there is: {', '.join(registry.names('data.captions'))}.")
     section = {**cfg.test, **({"channels": backbone.channels} if "channels" in cfg.test else {})}
     source: Any = registry.build("data.captions", section)
+    videos = hasattr(source, "clip")
+    if cfg.frames and not videos:
+        raise ValueError(
+            f"frames={cfg.frames}: test.name={section['name']} has images, and only videos have frames. "
+            f"Leave frames out, or give videos: test.name=videos or test.name=moving."
+        )
     chosen = spread(source, cfg.max_test)
     numbers = chosen.indices if isinstance(chosen, Subset) else range(len(source))
     if len(numbers) < 2:
         raise ValueError(f"test.name={section['name']} has fewer than two images: nothing to look for.")
     aligned = load_aligned(cfg.align, backbone)
     middle = vectors_of(aligned, chosen, cfg.batch)[0]
-    videos = hasattr(source, "clip")
     images = pooled_frames(cfg, aligned, [source.clip(n) for n in numbers]) if videos else middle
     captions = [source.captions(number)[0] for number in numbers]
     texts = [*dict.fromkeys(text for each in captions for text in each)]
@@ -98,7 +104,7 @@ def pooled_frames(cfg: Config, aligned: Aligned, clips: Sequence[Clip]) -> Tenso
     Raises:
         OSError, ValueError: if a clip cannot be read, with its name.
     """
-    sampling, rows = Sampling("even", cfg.frames), []
+    sampling, rows = Sampling("even", cfg.frames or FRAMES), []
     for clip in watch(clips, len(clips), "videos"):
         taken, real = sampling(clip.seconds(range(len(clip))))
         frames = clip.frames([frame for frame, once in zip(taken, real, strict=True) if once])

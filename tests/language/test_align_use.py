@@ -317,6 +317,9 @@ def test_videos_and_captions_find_each_other_by_the_mean_of_frames(trained, caps
                 right = [(row > row[i]).sum().item() < k for i, row in enumerate(table)]
                 assert found[f"{name}{side} recall@{k}"] == pytest.approx(sum(right) / 16)
     assert found["swaps"] == 16
+    images = ["test.name=captioned", "test.size=32", "test.split=test", "test.test_count=4"]
+    assert main(["eval", "text_retrieval", *files, *images, "frames=8"]) == 2
+    assert "frames=8: test.name=captioned has images" in capsys.readouterr().err
     cfg = text_retrieval.Config(frames=9)
     pooled = [
         text_retrieval.pooled_frames(cfg, aligned, [clip])
