@@ -1,14 +1,17 @@
 """The talks of a stage of `dinokit instruct`: their order, the parts of a batch, what is checked first."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from dinokit.data.talks import MARK, Talk, TalkSource
 from dinokit.data.talks.llava import Llava
-from dinokit.language.labels import CHECKED, Collate, Counter, Labels, unknown_word
+from dinokit.language.labels import CHECKED, Collate, Counter, Labels
 from dinokit.language.model import Answerer
 from dinokit.language.recipe import Config, Stage, stages_of
 from dinokit.runtime.distributed import world_size
@@ -67,9 +70,8 @@ def prepared(
     """The talks of a stage in their order, and what makes batches of them.
 
     Raises:
-        ValueError: if the batch cannot be divided, a text has a symbol of the language model, or one of the
-            first talks does not fit or has an answer with an unknown word; it names the stage's key or the
-            talk.
+        ValueError: if the batch cannot be divided, a text has a symbol of the language model, one of the
+            first talks does not fit, or an answer has an unknown word; it names the stage's key or the talk.
     """
     stages = stages_of(cfg)
     stage = stages[name]
@@ -84,16 +86,37 @@ def prepared(
             images = sum(turn.text.count(MARK) for turn in record.turns)
             labels.check_texts(record.key, record.turns, images)
     first = [order[place] for place in range(min(len(talks), len(order), CHECKED))]
+    collate(first)
     unknown = answerer.tokenizer.unk_token_id
-    learnt = [unknown is not None and unknown in row for row in collate(first)["labels"].tolist()]
-    if unknown not in stops and any(learnt):
-        talk, tokenizer = first[learnt.index(True)], answerer.tokenizer
-        word = unknown_word(tokenizer, [turn.text for turn in talk.turns if turn.role == "assistant"])
-        given = f"start={cfg.start}" if cfg.start else f"language.name={cfg.language.name}"
-        raise ValueError(
-            f"{talk.key}: the language model does not know '{word}', a word of the answer, and would "
-            f"learn to say {tokenizer.unk_token}. {given} knows {len(tokenizer)} words; a tiny one has "
-            f"those of the built-in pictures alone. Give a model that knows the words of the talks: "
-            f"language.name=folder language.path=FOLDER, or another start=."
-        )
+    if unknown is not None and unknown not in stops:
+        # Of talks that do not give their answers without their images, the first are looked at.
+        said = [(talk.key, turn.text) for talk in first for turn in talk.turns if turn.role == "assistant"]
+        check_words(cfg, answerer.tokenizer, chain(said, getattr(talks, "answers", tuple)()))
     return order, collate
+
+
+def check_words(cfg: Config, tokenizer: Any, answers: Iterable[tuple[str, str]]) -> None:
+    """Refuse answers with a word that the language model does not know. Each word is looked up once.
+
+    Args:
+        cfg: names the language model.
+        tokenizer: with an unknown token.
+        answers: key of the talk, and text.
+
+    Raises:
+        ValueError: naming the first such talk, and the word.
+    """
+    words: dict[str, str] = {}  # with the first talk that has it
+    for key, text in answers:
+        for word in text.split():
+            words.setdefault(word, key)
+    rows = tokenizer([*words], add_special_tokens=False)["input_ids"]
+    for word, row in zip(words, rows, strict=True):
+        if tokenizer.unk_token_id in row:
+            given = f"start={cfg.start}" if cfg.start else f"language.name={cfg.language.name}"
+            raise ValueError(
+                f"{words[word]}: the language model does not know '{word}', a word of the answer, and would "
+                f"learn to say {tokenizer.unk_token}. {given} knows {len(tokenizer)} words; a tiny one has "
+                f"those of the built-in pictures alone. Give a model that knows the words of the talks: "
+                f"language.name=folder language.path=FOLDER, or another start=. Or leave such talks out."
+            )

@@ -296,6 +296,32 @@ def test_a_file_of_llava_is_learnt_from(recipe, tmp_path, answering) -> None:
     assert len(trained(recipe, tmp_path / "one", *keys, "stages.second.batch=1")) == 10
 
 
+@pytest.mark.parametrize("kind", ["llava", "captions"])
+def test_an_unknown_word_of_the_last_answer_is_found_before_the_first_step(
+    recipe, tmp_path, answering, kind
+) -> None:
+    """In the random order of 120 talks the last one is not among the first, which are read as a whole."""
+    said = ["red"] * 119 + ["a zebra"]
+    for number, text in enumerate(said):
+        Image.fromarray(answering.picture(number)).save(tmp_path / f"{number:03}.png")
+        (tmp_path / f"{number:03}.txt").write_text(text)
+    asked = {"from": "human", "value": "what colour is the disc\n<image>"}
+    records = [
+        {"image": f"{n:03}.png", "conversations": [asked, {"from": "gpt", "value": text}]}
+        for n, text in enumerate(said)
+    ]
+    (tmp_path / "talks.json").write_text(json.dumps(records))
+    data = {
+        "llava": f"{{name: llava, path: {tmp_path}/talks.json}}",
+        "captions": f"{{name: captions, source: {{name: folder, path: {tmp_path}}}}}",
+    }[kind]
+    text = RECIPE.replace("{name: captioned, size: 32}", data)
+    recipe.write_text(text.replace(", data: {captions: 0.5}", ""))
+    last = {"llava": "record 120", "captions": "119.png"}[kind]
+    with pytest.raises(ValueError, match=rf"{last}: the language model does not know 'zebra'.* leave such"):
+        trained(recipe, tmp_path / "run", "stages.first=null")
+
+
 def test_the_tower_of_the_backbone_is_in_eval_mode_in_every_step(recipe, tmp_path, monkeypatch) -> None:
     modes = []
     built = model_module.build_model

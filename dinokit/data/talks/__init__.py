@@ -37,7 +37,13 @@ class Talk:
 
 
 class TalkSource(Protocol):
-    """Talks by number, in an order that never changes."""
+    """Talks by number, in an order that never changes.
+
+    Optional method:
+
+        answers() -> Iterator[tuple[str, str]]   key and text of every answer that is known without its image;
+                                                 a training looks for unknown words in them, else in the first
+    """
 
     def __len__(self) -> int: ...
 

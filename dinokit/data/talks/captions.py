@@ -3,7 +3,7 @@
 The images are those of any source of captions: `folder`, `coco`, `tar` (WebDataset) or the built-in ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,12 @@ class Captions:
         numbers = range(len(self.source))
         said = [(self.source.name(number), self._captions(number)) for number in numbers]
         return digest([self.cfg.requests, self.cfg.each, said])
+
+    def answers(self) -> Iterator[tuple[str, str]]:
+        """Key and text of every answer."""
+        for number in range(len(self.source)):
+            for caption in self._captions(number)[: self.cfg.each]:
+                yield self.source.name(number), caption
 
     def __getitem__(self, index: int) -> Talk:
         turn, number = divmod(index, len(self.source))

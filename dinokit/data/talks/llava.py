@@ -133,6 +133,13 @@ class Llava:
         sizes = [(str(file.relative_to(self._root)), file.stat().st_size) for file in files]
         return digest([self.records, sizes] + [self._boxes] * (self._boxes != "parts"))
 
+    def answers(self) -> Iterator[tuple[str, str]]:
+        """Key and text of every answer, without those with boxes that are learnt in another unit."""
+        for record in self.records:
+            for text in (turn.text for turn in record.turns if turn.role == "assistant"):
+                if self._boxes == "parts" or not boxes_in(text):
+                    yield record.key, text
+
     def __getitem__(self, index: int) -> Talk:
         record = self.records[index]
         if record.video:
