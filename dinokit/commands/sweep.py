@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 from dinokit import evaluation
 from dinokit.commands import RECIPE_KEYS, Command, FailedError, full_key
 from dinokit.commands._sweep_table import Point, Result, markdown, plot, table_of
+from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, read_mapping
 from dinokit.config.values import validated
 from dinokit.results import lower_is_better
@@ -96,6 +97,7 @@ def run(command: Command) -> dict[str, Any]:
         return report(sweep, out, runs)
     for each in runs:
         _refuse_another_recipe(each)
+        _refuse_another_metric(sweep.metric, each)
     remaining = [each for each in runs if not is_finished(each)]
     if "--slurm" in command.flags:
         return _submit(remaining, path.stem, command)
@@ -174,6 +176,16 @@ def _refuse_another_recipe(each: Run) -> None:
         raise ValueError(
             f"row '{each.row}': {each.out} has a run with other settings: {'; '.join(changes)}. Give the "
             f"sweep another `out`, or rename the row, or delete that folder."
+        )
+
+
+def _refuse_another_metric(metric: str, each: Run) -> None:
+    """Refuse a score of an evaluator that the recipe does not have, before hours of training."""
+    evaluator, have = metric.rpartition("/")[0], [*each.recipe.evals, "health"]
+    if evaluator and evaluator not in have:
+        raise ValueError(
+            f"metric={metric}: row '{each.row}' has no evals.{evaluator}.{registry.suggest(evaluator, have)} "
+            f"There is: {', '.join(have)}."
         )
 
 
@@ -258,14 +270,20 @@ def _submit(remaining: Sequence[Run], title: str, command: Command) -> dict[str,
 
 def choose_metric(runs: Sequence[Run]) -> str:
     """The metric where Config.metric is empty: of several the one that most runs have; without any, ''."""
+    found = Counter({key: n for key, n in _scores(runs).items() if not key.startswith("health/")})
+    knn = Counter({key: count for key, count in found.items() if key.startswith("knn/top1@")})
+    return next((key for key, _ in (knn or found).most_common(1)), "")
+
+
+def _scores(runs: Sequence[Run]) -> Counter[str]:
+    """The scores in the records of runs, with the number of runs that have each."""
     from dinokit.runtime.log import read_records
 
     found: Counter[str] = Counter()
     for each in runs:
-        keys = dict.fromkeys(key for record in read_records(each.out) for key in record)
-        found.update([key for key in keys if "/" in key and not key.startswith("health/")])
-    knn = Counter({key: count for key, count in found.items() if key.startswith("knn/top1@")})
-    return next((key for key, _ in (knn or found).most_common(1)), "")
+        keys = [key for record in read_records(each.out) for key in record if "/" in key]
+        found.update([*dict.fromkeys(keys)])
+    return found
 
 
 def read_result(each: Run, metric: str) -> Result:
@@ -303,8 +321,12 @@ def report(sweep: Config, out: Path, runs: Sequence[Run]) -> dict[str, Any]:
     for result in results:
         groups.setdefault(result.row, []).append(result)
     if not any(result.curve for result in results):
-        name = metric or "an evaluator"
-        raise ValueError(f"No run in {out} has a score of {name} yet. Does the recipe have `evals`?")
+        have = sorted(_scores(runs))
+        there = f"{registry.suggest(metric, have)} There is: {', '.join(have)}."
+        raise ValueError(
+            f"No run in {out} has a score of {metric or 'an evaluator'} yet."
+            f"{there if have else ' Does the recipe have `evals`?'}"
+        )
     table = table_of(groups, less_is_better=lower_is_better(metric.rpartition("/")[2]))
     write_text(out / "table.md", markdown(table))
     text = io.StringIO()

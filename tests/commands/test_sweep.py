@@ -162,6 +162,14 @@ def test_another_metric_can_be_tabulated(sweep, tmp_path):
     assert "3.000" in (out / "table.csv").read_text()
 
 
+def test_a_metric_that_no_run_can_have_is_refused_before_the_first_run(sweep, tmp_path, capsys):
+    assert sweep("recipe: tiny.yaml\nmetric: kn/top1@1\nrows: {a: []}", "--dry-run") == 2
+    assert "row 'a' has no evals.kn. Did you mean 'knn'?" in capsys.readouterr().err
+    records(tmp_path / "runs/study/a", [0.1, 0.2])
+    assert sweep("recipe: tiny.yaml\nmetric: knn/top1@2\nrows: {a: []}", "--table") == 2
+    assert "Did you mean 'knn/top1@1'? There is: health/feature_rank, knn/top1@1." in capsys.readouterr().err
+
+
 def test_of_errors_the_smallest_comes_first(sweep, tmp_path):
     for row, error in (("slow", 2.5), ("fast", 1.5)):
         out = tmp_path / "runs" / "study" / row
