@@ -136,7 +136,8 @@ def encode(
     with frozen(backbone), torch.inference_mode():
         for loaded in loader:
             if loaded.errors:
-                raise ValueError(f"{loaded.errors[0]} dinokit.extract() goes on without such images.")
+                text = loaded.errors[0].rstrip(".")
+                raise ValueError(f"{text}. dinokit.extract() goes on without such images.")
             rows: dict[str, list[Any]] = {name: [None] * len(loaded.labels) for name in names}
             for pixels, places in loaded.groups:
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -207,6 +208,8 @@ def train(
         ValueError, LookupError: for wrong settings or images.
         KeyboardInterrupt: after Ctrl-C, when all is saved.
     """
+    if callable(callbacks):
+        raise ValueError("callbacks is one function: give a list of them, as callbacks=[FUNCTION].")
     words, given = [str(recipe)] if recipe else [], None
     values = dict(settings or {})
     if data is not None and (section := _section(data)) is not None:

@@ -169,7 +169,24 @@ def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") ->
                 for key, each in sections.items()
             }
             given[item.name] = new if many else new[""]
-    return module.evaluate(module.Config(**given), backbone)
+    scores = module.evaluate(module.Config(**given), backbone)
+    return _numbers(name, scores) if "." in name else scores  # of another package
+
+
+def _numbers(name: str, scores: Any) -> dict[str, float]:
+    """The scores of an evaluator of another package as floats; tensors of one number too."""
+    if not isinstance(scores, Mapping):
+        raise ValueError(
+            f"{name}: evaluate(cfg, backbone) must return a dict of numbers by name, not "
+            f"{'nothing' if scores is None else f'a {type(scores).__name__}'}."
+        )
+    result = {}
+    for key, value in scores.items():
+        try:
+            result[str(key)] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name}: the score '{key}' must be one number, and is {value!r:.80}.") from None
+    return result
 
 
 @dataclass

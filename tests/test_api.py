@@ -224,6 +224,8 @@ def test_train_takes_a_dataset_and_functions_and_is_stopped_and_resumed_by_them(
     assert max(step for step, _ in seen) <= 4
     assert len(list((run / "checkpoints").iterdir())) >= 1
     again: list[int] = []
+    with pytest.raises(ValueError, match=r"callbacks=\[FUNCTION\]"):
+        dinokit.train(images, "laptop", TINY, out=run, callbacks=note)
     dinokit.train(images, "laptop", TINY, out=run, callbacks=[lambda step, values, _: again.append(step)])
     assert again[0] >= 3
     assert again[-1] == 6

@@ -114,8 +114,8 @@ class Command:
         if not self.words:
             raise ValueError(f"Which {meaning}?{listed}")
         raise ValueError(
-            f"'{self.words[1]}' is not of the form key=value, and the {meaning} was given already: "
-            f"'{self.words[0]}'."
+            f"'{self.words[1]}' is not of the form key=value, without spaces, and '{self.words[0]}' is the "
+            f"{meaning} already."
         )
 
     def no_words(self, hint: str = "") -> None:

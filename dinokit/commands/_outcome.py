@@ -64,7 +64,8 @@ def exit_status(error: BaseException) -> int:
 
 def error_text(error: BaseException) -> str:
     """The message of an error; one that was not written for users has its type and place as well."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    first = isinstance(error, KeyError | SyntaxError) and error.args  # str() quotes it, or adds a place
+    text = str(error.args[0] if first else error)
     if place := foreign_place(error):
         return f"{type(error).__name__}: {text} ({place}; --traceback shows more)"
     return text
@@ -72,6 +73,8 @@ def error_text(error: BaseException) -> str:
 
 def foreign_place(error: BaseException) -> str:
     """The last line of the user's own code that an error came through; "" if there is none."""
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
+        return f"{error.filename}, line {error.lineno}"
     libraries = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         above = set(Path(frame.filename).resolve().parents)

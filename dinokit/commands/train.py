@@ -156,7 +156,8 @@ def recipe_and_speed(command: Command, given: "ImageSource | None" = None) -> tu
                 f"{minutes[0]} is for a run without a recipe; {command.words[0]} has optim.steps. "
                 f"Leave one of the two out."
             )
-        word = command.one_word("recipe, or data.path=FOLDER to have one chosen", registry.recipe_names())
+        needed = "recipe" if command.words else "recipe, or data.path=FOLDER to have one chosen"
+        word = command.one_word(needed, registry.recipe_names())
         return load_recipe(word, settings, evaluation.architecture), 0.0
     out = values.get("run.out") or f"runs/{Path(values.get('data.path', 'images')).resolve().stem}"
     most = _minutes(minutes[-1].partition("=")[2]) if minutes else 0.0

@@ -221,6 +221,11 @@ def _check_losses(recipe: Recipe) -> None:
         available = ", ".join(registry.names("losses"))
         raise ValueError(f"losses is empty, so there is nothing to learn from. There is: {available}.")
     configs = {name: registry.read_config("losses", name) for name in recipe.losses}
+    for name, values in recipe.losses.items():
+        if "weight" not in values:
+            raise ValueError(
+                f"losses.{name}: its Config needs the field `weight: float = 1.0`, its factor in the sum."
+            )
     masked = [name for name, cls in configs.items() if "masks" in getattr(cls, "uses", ())]
     _check_masks(recipe, masked)
     _check_gram(recipe)

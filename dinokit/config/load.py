@@ -31,6 +31,7 @@ from dinokit.config.recipe import (
 from dinokit.config.students import of_student, shares, take_student
 from dinokit.config.values import (
     first_line,
+    forget_reset,
     join_key,
     key_list,
     read_yaml,
@@ -59,7 +60,7 @@ def load_recipe(
     """Read a recipe and apply `key=value` overrides.
 
     An override that changes the `name` of a section starts that section from the defaults of the new entry;
-    null removes a section, and {} sets it to its defaults.
+    null removes a section, and {} sets it to its defaults; later overrides add to what is left.
 
     Args:
         recipe: a path or a name in configs/. The recipe.yaml of a run sets run.out to the run's folder, also
@@ -85,6 +86,7 @@ def load_recipe(
     if run_dir is not None and "out" in run and Path(run["out"]).resolve() != run_dir.resolve():
         values["run"] = {**run, "out": str(run_dir)}
     changes = _with_module_names(parse_overrides(overrides), values)
+    forget_reset(values, overrides)
     _forget_old_weights(values.get("backbone"), changes.get("backbone"))
     student = take_student(values, changes, path, _merge)
     _merge(values, changes, "")
@@ -166,7 +168,8 @@ def read_data_section(text: str, path: str | Path) -> dict[str, Any]:
 def _complete(values: dict[str, Any], read_architecture: ReadArchitecture | None) -> Recipe:
     for key in ("backbone", "data"):
         if isinstance(given := values.get(key), str):
-            inside = "path" if key == "data" else "name"
+            known = given in registry.names("data.sources") or _is_module("data.sources", given)
+            inside = "path" if key == "data" and not known else "name"
             raise ValueError(f"{key}={given}: it is a section. Give {key}.{inside}={given}")
     values = {**values, **{key: values.get(key) or {} for key in ("backbone", "losses", "data", "evals")}}
     recipe = Recipe(**validated(Recipe, values, ""))
@@ -386,9 +389,12 @@ def _refuse_path(kind: str, name: str, values: Mapping[str, Any], prefix: str) -
 
 def _eval_section(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     prefix = f"evals.{name}"
-    if not isinstance(values, Mapping) or not isinstance(values.get("every"), int) or values["every"] < 1:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix}={values}: it is a section. Give {prefix}.every={values}")
+    rest = {key: value for key, value in values.items() if key != "every"}
+    checked = section_values("eval", name, rest, prefix, ["every"])
+    if not isinstance(every := values.get("every"), int) or every < 1:
         raise ValueError(
             f"{prefix}.every must be given: the number of steps between two evaluations, 1 or more."
         )
-    rest = {key: value for key, value in values.items() if key != "every"}
-    return {"every": values["every"], **section_values("eval", name, rest, prefix)}
+    return {"every": every, **checked}

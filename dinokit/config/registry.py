@@ -26,6 +26,12 @@ from typing import Any
 ENTRY = re.compile(r"^(build = |def (build|evaluate|run)\()", re.MULTILINE)
 # What the names of recipes begin with that train no backbone.
 KINDS = ("eval_", "curate_", "head_", "align_", "instruct_")
+# What objects of a registry must have, which training and evaluation use; of other packages they may not.
+_SOURCE = ("__len__", "__getitem__", "name", "classes")
+ATTRIBUTES = {
+    "models": ("width", "patch", "channels", "blocks"),
+    **dict.fromkeys(("data.sources", "data.dense", "data.objects"), _SOURCE),
+}
 _trusted: set[str] = set()  # packages that a recipe or command of the user names, or that trust() does
 
 
@@ -177,10 +183,22 @@ def find(kind: str, name: str) -> ModuleType:
 
 
 def build(kind: str, section: Mapping[str, Any]) -> Any:
-    """Build the object of a recipe's section: `name` is the entry, the other keys are its Config."""
+    """Build the object of a recipe's section: `name` is the entry, the other keys are its Config.
+
+    Raises:
+        LookupError: if there is no such entry.
+        ValueError: if what it builds lacks an attribute in ATTRIBUTES.
+    """
     values = dict(section)
-    module = find(kind, values.pop("name"))
-    return module.build(module.Config(**values))
+    name = values.pop("name")
+    module = find(kind, name)
+    made = module.build(module.Config(**values))
+    if missing := [each for each in ATTRIBUTES.get(kind, ()) if not hasattr(made, each)]:
+        raise ValueError(
+            f"{name} builds a {type(made).__name__} without {', '.join(missing)}: an entry of '{kind}' has "
+            f"{', '.join(ATTRIBUTES[kind])}."
+        )
+    return made
 
 
 def recipe_names(kind: str = "") -> list[str]:
@@ -211,9 +229,12 @@ def find_yaml(what: str, text: str, have: list[str], folder: Traversable) -> Pat
         return Path(str(folder / f"{text}.yaml"))
     if Path(text).is_file():
         return Path(text)
+    if (Path(text) / "recipe.yaml").is_file():
+        raise LookupError(f"{text} is the folder of a run. Its {what} is {Path(text) / 'recipe.yaml'}.")
     if text.endswith((".yaml", ".yml")) or "/" in text:
+        near = suggest(Path(text).name, [path.name for path in Path(text).parent.glob("*.y*ml")])
         raise LookupError(
-            f"There is no {what} file '{text}' (looked from {Path.cwd()}). You can copy one from "
+            f"There is no {what} file '{text}' (looked from {Path.cwd()}).{near} You can copy one from "
             f"{folder}: {', '.join(have)}."
         )
     raise LookupError(
@@ -228,18 +249,29 @@ def read_config(kind: str, name: str) -> type[Any]:
     A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the
     file's imports of the standard library, of this module, of dinokit.eval and of modules called `_config`
     (base classes of settings, which import nothing heavy), its plain constants, Config and the enums and
-    dataclasses that Config names are executed here.
+    dataclasses that Config names are executed here. A module of another package whose Config needs more, such
+    as a base class of that package, is imported.
 
     Raises:
-        LookupError: if there is no such file, or it defines no Config.
+        LookupError: if there is no such file, or it defines no Config, or not the function of its registry.
     """
     path = locate(kind, name)
-    return _config_in(path, path.read_text(encoding="utf-8"), kind, name)
+    try:
+        return _config_in(path, path.read_text(encoding="utf-8"), kind, name)
+    except NameError:
+        if "." not in name:
+            raise
+        config: type[Any] = import_module(name).Config
+        return config
 
 
 @lru_cache(maxsize=256)
 def _config_in(path: Path, text: str, kind: str, name: str) -> type[Any]:
     tree = ast.parse(text, str(path))
+    if "." in name and not {_function(kind), "*"} & _defined(tree):
+        raise LookupError(
+            f"'{name}' is no entry of the registry '{kind}': {path} defines no function `{_function(kind)}`."
+        )
     used = _used_by_config(tree)
     tree.body = [
         node
@@ -253,6 +285,23 @@ def _config_in(path: Path, text: str, kind: str, name: str) -> type[Any]:
     if not hasattr(module, "Config"):
         raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
     return module.Config
+
+
+def _function(kind: str) -> str:
+    return "evaluate" if kind == "eval" else "build"
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """The names that a file defines or imports at its top level; '*' for all of another module."""
+    defined: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            defined |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return defined
 
 
 def _used_by_config(tree: ast.Module) -> set[str]:
@@ -328,9 +377,21 @@ def locate(kind: str, name: str) -> Path:
         path = _folder(kind) / f"{name.replace('-', '_')}.py"
         if path.is_file() and (_is_entry(path) or "\nclass Config" in path.read_text(encoding="utf-8")):
             return path
-    have = names(kind)
+    have, own = names(kind), _own_modules(kind, name)
+    near = f" Did you mean {' or '.join(own)}?" if own else suggest(name, have)
     raise LookupError(
-        f"'{name}' is not in the registry '{kind}', which has: {', '.join(have)}.{suggest(name, have)} "
-        f"To add it, write {name.rpartition('.')[2]}.py there, or name a module of a package in this folder, "
-        f"or of an installed one, in full: my_package.my_module."
+        f"'{name}' is not in the registry '{kind}', which has: {', '.join(have)}.{near} "
+        f"A module of a package in this folder, or of an installed one, is named in full: "
+        f"my_package.my_module."
+    )
+
+
+def _own_modules(kind: str, name: str) -> list[str]:
+    """Modules in the working folder that are called `name`, as spread for my_package.spread, or are in it."""
+    last = re.split(r"[./]", name.removesuffix(".py"))[-1]
+    entry = re.compile(rf"^(def )?{_function(kind)}( = |\()", re.MULTILINE)
+    return sorted(
+        f"'{path.parent.name}.{path.stem}'"
+        for path in Path.cwd().glob("*/[!_]*.py")
+        if last in (path.stem, path.parent.name) and entry.search(path.read_text(encoding="utf-8"))
     )

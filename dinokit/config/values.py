@@ -245,12 +245,37 @@ def _unknown_keys(cls: type[Any], values: object, prefix: str, extra_keys: Seque
     for key in values:
         if key not in known:
             inside = f" in '{prefix}'" if prefix else ""
-            near = registry.suggest(str(key), [*extra_keys, *known])
-            have = ", ".join(filter(None, [*extra_keys, key_list(cls)]))
+            near = _in_section(cls, str(key)) or registry.suggest(str(key), [*extra_keys, *known])
+            more = [each for each in extra_keys if each not in known]
+            have = ", ".join(filter(None, [*more, key_list(cls)]))
             raise ValueError(
                 f"{join_key(prefix, str(key))}: there is no key '{key}'{inside}.{near} "
                 f"There is: {have or 'nothing to set'}."
             )
+
+
+def _in_section(cls: type[Any], key: str) -> str:
+    """Did you mean the key of this name in a section?"""
+    for name, kind in get_type_hints(cls).items():
+        if isinstance(kind, type) and is_dataclass(kind) and key in {item.name for item in fields(kind)}:
+            return f" Did you mean '{name}.{key}'?"
+    return ""
+
+
+def forget_reset(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Remove from `values` what an override resets, by null or {}, before a later one sets a key in it.
+
+    Without this `losses=null losses.dino.weight=1` would keep the other losses of a recipe.
+    """
+    pairs = [text.partition("=")[::2] for text in overrides]
+    for i, (key, value) in enumerate(pairs):
+        if value.strip() in ("null", "{}") and any(other.startswith(f"{key}.") for other, _ in pairs[i:]):
+            *outer, last = key.split(".")
+            section: Any = values
+            for each in outer:
+                section = section.get(each) if isinstance(section, dict) else None
+            if isinstance(section, dict):
+                section.pop(last, None)
 
 
 def key_list(cls: type[Any]) -> str:

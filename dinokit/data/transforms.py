@@ -340,6 +340,8 @@ def to_tensor(image: ImageLike) -> Tensor:
     Raises:
         ValueError: for an array of another shape or type.
     """
+    if issubclass(type(image), Tensor):  # of a source of another package: (C, H, W) would be (H, W, C)
+        raise ValueError("an image must be a Pillow image or an array (H, W, C), not a tensor.")
     array = np.array(image, order="C")  # a copy, because torch needs writable memory
     if isinstance(image, Image.Image) and array.ndim == 2:
         array = array[..., None]

@@ -27,7 +27,7 @@ from torch import Tensor
 from dinokit.data.loader import image_loader
 from dinokit.data.sampler import RangeSampler
 from dinokit.data.sources import ImageLike, ImageSource, images_stamp
-from dinokit.data.transforms import CenterCrop, Transform
+from dinokit.data.transforms import CenterCrop, Transform, to_tensor
 from dinokit.features.tokens import AllPatches, Pooling, device_of, frozen, normalised
 from dinokit.models import Backbone
 from dinokit.runtime.distributed import all_reduce_max, all_reduce_sum, rank, world_size
@@ -228,7 +228,8 @@ def check_finite(x: Tensor, precision: torch.dtype | None, what: str = "images")
 
 def _first_reason(source: ImageSource) -> str:
     try:
-        source[0]
+        image, _ = source[0]
+        to_tensor(image)
     except (OSError, ValueError) as error:
         return f": {str(error).rstrip('.')}"
     return ""

@@ -5,7 +5,7 @@ An entry defines `Config`, a dataclass with at least `weight`, and
     build(cfg: Config, prototypes: Mapping[HeadName, int]) -> nn.Module
 
 `prototypes` is the number of prototypes of each head; a loss that does not need it may define `build(cfg)`.
-The module has `weight: float` and `forward(views: Views) -> Tensor` of shape (). It may have a method
+The module has `forward(views: Views) -> Tensor` of shape (), before the weight. It may have a method
 `end_of_step()`, which the trainer calls in every process after each optimiser step: there it updates its
 statistics.
 
@@ -26,9 +26,9 @@ M masked patches, P width of the projection.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,12 @@ from dinokit.losses import chunked
 from dinokit.models.head import LazyLogits
 
 HeadName = Literal["cls", "patch"]  # the head of the class token, or that of the patches
+# Fields of Views that are computed only in steps with a loss that declares this in `uses`.
+DECLARED = {
+    "masks": ("student_patch", "teacher_patch", "mask_weight"),
+    "projection": ("student_projection",),
+    "gram": ("student_patches", "gram_patches"),
+}
 
 
 @dataclass
@@ -57,10 +63,10 @@ class Views:
     teacher_temp: float
     whole_logits: bool = False  # compute losses from all logits at once, as the papers write them
     seed: int = 0  # of this step, the same in all processes: for random draws that they share
-    # (G+L, B, P) of the class token by `heads.projector`, global crops first; empty if no loss reads it
+    # (G+L, B, P) of the class token by `heads.projector`, global crops first
     student_projection: Tensor = field(default_factory=lambda: torch.empty(0))
     # All patches of the global crops after the final norm, (G*B, N, D), of the student and of the Gram
-    # teacher, on the student's grid; empty if no loss reads them.
+    # teacher, on the student's grid.
     student_patches: Tensor = field(default_factory=lambda: torch.empty(0))
     gram_patches: Tensor = field(default_factory=lambda: torch.empty(0))
     # What the DINO loss compared with, for train/health.py: slices (G*B, k) of the targets, once it ran.
@@ -68,6 +74,26 @@ class Views:
     # Heads whose targets some loss of this step balances: they share the collectives of one computation.
     balanced: Sequence[HeadName] = ("cls", "patch")
     _balanced_targets: dict[HeadName, chunked.SlicedTargets] = field(default_factory=dict)
+
+    def keep(self, read: Collection[str]) -> None:
+        """Remove the fields that no loss of this step declares: an empty tensor would make a loss NaN."""
+        for use in DECLARED.keys() - set(read):
+            for name in DECLARED[use]:
+                delattr(self, name)
+
+    if not TYPE_CHECKING:  # else mypy would take every name for a field
+
+        def __getattr__(self, name: str) -> NoReturn:
+            use = next((use for use, names in DECLARED.items() if name in names), "")
+            if use:
+                raise AttributeError(
+                    f"no loss of this step declares that it reads views.{name}. If yours does, add to its "
+                    f"Config: uses: ClassVar[frozenset[str]] = frozenset({{'heads', '{use}'}})."
+                )
+            have = [item.name for item in fields(self) if not item.name.startswith("_")]
+            raise AttributeError(
+                f"views has no '{name}'.{registry.suggest(name, have)} It has: {', '.join(have)}."
+            )
 
     def teacher(self, head: HeadName) -> LazyLogits:
         """The teacher's logits of a head."""
@@ -106,6 +132,11 @@ def _build(name: str, values: Mapping[str, Any], prototypes: Mapping[HeadName, i
     cfg = module.Config(**values)
     takes_prototypes = len(inspect.signature(module.build).parameters) > 1
     loss: nn.Module = module.build(cfg, prototypes) if takes_prototypes else module.build(cfg)
+    if learnt := [each for each, parameter in loss.named_parameters() if parameter.requires_grad]:
+        raise ValueError(
+            f"losses.{name} has parameters, such as {learnt[0]}, and only the backbone and its heads are "
+            f"trained: a loss may have buffers."
+        )
     return loss
 
 

@@ -105,13 +105,20 @@ def build(section: Mapping[str, Any]) -> Backbone:
 
     Raises:
         LookupError: if there is no such file.
-        TypeError: if the file builds something else.
+        ValueError: if the file builds something else, or shares parameters between modules.
     """
     backbone = registry.build("models", section)
     if not isinstance(backbone, Backbone):
         kind = type(backbone).__name__
-        raise TypeError(
+        raise ValueError(
             f"backbone.name={section['name']} builds a {kind}, which is no Backbone. Let it inherit from "
             f"the base class: `from dinokit.models import Backbone` and `class {kind}(Backbone):`."
         )
+    first: dict[int, str] = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:  # neither checkpoints nor rates by depth allow it
+            raise ValueError(
+                f"backbone.name={section['name']} has one parameter under two names, "
+                f"{first[id(parameter)]} and {name}: register each module once."
+            )
     return backbone

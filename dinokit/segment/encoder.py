@@ -121,6 +121,11 @@ class Items:
             self._kept.move_to_end(index)
             return self._kept[index]
         image, objects = self.source[index]
+        if not isinstance(objects, Objects):  # of a source of another package
+            raise ValueError(
+                f"{self.source.name(index)} comes with a {type(objects).__name__}, not with Objects: "
+                f"dinokit.data.objects.objects_of_ids(map) makes them from a map of numbers, one an object."
+            )
         canvas, frame = self.encoder.canvas(image)
         item = Item(canvas, frame, objects, self.encoder)
         self._kept[index] = item

@@ -112,7 +112,7 @@ def warning(recipe: Recipe, source: ImageSource, device: torch.device) -> list[s
             f"This run needs about {needed:.1f} GiB of memory, and {free:.1f} GiB are free on {device.type}."
         )
         lines.append(advice(recipe))
-    if recipe.optim.batch > images:
+    if recipe.optim.batch > images > 0:  # without any, the loader says so
         lines.append(
             f"optim.batch={recipe.optim.batch} is more than the {images} images: a step sees some of them "
             f"twice, and they then count as different images. Take optim.batch={max(images // 4, 1)} or less."
@@ -129,7 +129,13 @@ def _about_images(recipe: Recipe, source: ImageSource) -> list[str]:
     names |= {"grey"} if colours else set()
     names |= {"exact duplicates"} if repeated else set()
     found = findings(result, small=recipe.crops.globals.size // 2)
-    return [printable(each.text) for each in found if each.name in names]
+    lines = [printable(each.text) for each in found if each.name in names]
+    if max(result.mean, default=0) > 1 >= max(recipe.crops.mean):
+        lines.append(
+            f"The images have a mean of {max(result.mean):g}, and crops.mean is for numbers in [0, 1]: give "
+            f"uint8, or divide by 255; or set crops.mean and crops.std for these numbers."
+        )
+    return lines
 
 
 def out_of_memory(recipe: Recipe, device: torch.device, error: BaseException) -> str:

@@ -184,9 +184,13 @@ def build_backbone(recipe: Recipe) -> Backbone:
             f"{len(crops.mean)} channels: give one number a channel."
         )
     if recipe.masks is not None and not hasattr(backbone, "mask_token"):
-        raise ValueError(
-            "`masks` are given, but the backbone has no mask token: set backbone.mask_token=true."
+        way = (
+            "set backbone.mask_token=true"
+            if "mask_token" in recipe.architecture
+            else "its code would need a parameter `mask_token` in the place of hidden patches. To train "
+            "without masks: masks=null losses.ibot=null heads.patch=null"
         )
+        raise ValueError(f"`masks` are given, but the backbone has no mask token: {way}.")
     sizes = {"globals.size": crops.globals, "locals.size": crops.locals}
     asked = {name: group.size for name, group in sizes.items() if group.count}
     asked |= {"gram_size": crops.gram_size}

@@ -18,7 +18,7 @@ from dinokit.config.load import Crops, Recipe
 from dinokit.data.augment import Photometric
 from dinokit.losses import build_losses
 from dinokit.losses.chunked import GPU_CHUNK
-from dinokit.models import Backbone
+from dinokit.models import Backbone, Tokens
 from dinokit.train.networks import (
     Network,
     block_masks,
@@ -129,10 +129,26 @@ def activation_memory(recipe: Recipe, images: int) -> tuple[int, float]:
 
 
 def tokens_per_crop(backbone: Backbone, size: int) -> int:
-    """Tokens of a crop of `size` pixels a side, registers too, from a backbone on the meta device."""
+    """Tokens of a crop of `size` pixels a side, registers too, from a backbone on the meta device.
+
+    Raises:
+        ValueError: if it does not give Tokens of the shapes that its width and patch say.
+    """
     crop = torch.empty(1, backbone.channels, size, size, device="meta")
     with torch.no_grad():
         tokens = backbone.eval()([crop], [None])[0]
+    if not isinstance(tokens, Tokens):
+        raise ValueError(
+            f"{type(backbone).__name__}.forward() gives a {type(tokens).__name__} for a group of crops: it "
+            f"must give dinokit.models.Tokens."
+        )
+    wanted = {"cls": (1, backbone.width), "patches": (1, (size // backbone.patch) ** 2, backbone.width)}
+    for name, shape in wanted.items():
+        if (given := tuple(getattr(tokens, name).shape)) != shape:
+            raise ValueError(
+                f"{type(backbone).__name__}.forward() gives {name} of the shape {given} for a crop of {size} "
+                f"pixels, and width={backbone.width} and patch={backbone.patch} say {shape}."
+            )
     return 1 + tokens.registers.shape[1] + tokens.patches.shape[1]
 
 

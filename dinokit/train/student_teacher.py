@@ -11,7 +11,6 @@ K  prototypes      M  patches that are compared: the masked ones, or all (compar
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -155,8 +154,9 @@ class StudentTeacher(nn.Module):
             if "projection" in read:
                 projection = self.student.get_submodule("projector")(cls.float())
                 views.student_projection = projection.unflatten(0, (-1, batch.images))
+            views.keep(read)
             chosen = dict(zip(self.loss_names, self.losses, strict=True))
-            losses = {name: chosen[name](views) for name in active}
+            losses = {name: _one_number(name, chosen[name](views)) for name in active}
             if self.learns_teacher_heads and "heads" in read:
                 losses |= self._teacher_head_losses(views, active, teacher, teacher_cls, teacher_patch)
             if self.has_signals:
@@ -249,12 +249,10 @@ class StudentTeacher(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses with the teacher as its own student; those that do not depend on heads are left out."""
         images = views.teacher_cls.rows.shape[1]
-        own = replace(  # with the same teacher, and its balanced targets
-            views,
-            student_cls=cls.by_crop(images),
-            student_feature=teacher.cls[0].unflatten(0, (-1, images)),
-            student_patch=patch,
-        )
+        own = copy.copy(views)  # with the same teacher, and its balanced targets
+        own.student_cls = cls.by_crop(images)
+        own.student_feature = teacher.cls[0].unflatten(0, (-1, images))
+        own.student_patch = patch
         guides = dict(zip(self.loss_names, self.guide_losses, strict=True))
         losses = {GUIDE + name: guides[name](own) for name in active if "projection" not in self.uses[name]}
         return {name: value for name, value in losses.items() if value.requires_grad}
@@ -271,6 +269,17 @@ def resize_patches(patches: Tensor, seen: Sequence[int], wanted: Sequence[int], 
     maps = patches.float().transpose(1, 2).unflatten(2, old)
     maps = functional.interpolate(maps, size=new, mode="bicubic", align_corners=False, antialias=False)
     return maps.flatten(2).transpose(1, 2)
+
+
+def _one_number(name: str, value: object) -> Tensor:
+    """The value of a loss, if it is a tensor (); more numbers would multiply the gradients of all losses."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    kind = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise ValueError(
+        f"losses.{name} gives {kind}: its forward(views) must return one number as a tensor of shape (), "
+        f"such as a mean over the images."
+    )
 
 
 def _refuse_another_teacher(

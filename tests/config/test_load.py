@@ -106,6 +106,29 @@ def test_braces_empty_a_section_and_leave_its_defaults(base):
         load_recipe(base, ["losses={}"])
 
 
+@pytest.mark.parametrize("reset", ["null", "{}"])
+def test_a_key_after_a_reset_adds_to_nothing(base, reset):
+    base.write_text(
+        BASE.replace("koleo: {weight: 0.1}", "koleo: {weight: 9}").replace("images: 0.5", "images: 1")
+    )
+    alone = ["losses.ibot=null", "losses.koleo=null", "losses.dino.weight=2", "masks=null"]
+    short = [f"losses={reset}", "losses.dino.weight=2", "masks=null"]
+    assert load_recipe(base, short).losses == load_recipe(base, alone).losses
+    assert load_recipe(base, [f"masks={reset}", "masks.patches=[0.2, 0.3]"]).masks.images == 0.5
+    assert load_recipe(base, ["evals.knn.k=[3]", "evals=null"]).evals == {}  # the last one counts
+    koleo = load_recipe(base, [f"losses.koleo={reset}", "losses.koleo.distributed=true"]).losses["koleo"]
+    assert koleo["weight"] == 0.1
+
+
+def test_the_folder_of_a_run_and_a_name_nearly_right_are_answered_with_the_file(base, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    with pytest.raises(LookupError, match=r"Did you mean 'mine\.yaml'\?"):
+        load_recipe("mine.yml")
+    base.rename(base.parent / "recipe.yaml")
+    with pytest.raises(LookupError, match=r"is the folder of a run\. Its recipe is .*recipe\.yaml"):
+        load_recipe(str(base.parent))
+
+
 def test_a_loss_can_be_added_on_the_command_line(base):
     assert load_recipe(base, ["losses.koleo.weight=0.5"]).losses["koleo"]["weight"] == 0.5
     base.write_text(BASE.replace("  koleo: {weight: 0.1}\n", ""))
@@ -302,7 +325,7 @@ def test_a_name_that_no_file_has_is_answered_with_what_there_is(base, override):
 
 
 def test_the_error_suggests_the_nearest_name_and_how_to_add_one(base):
-    expected = r"which has: .*\bscenes\b.*\. Did you mean 'folder'\? To add it, write fodler.py there"
+    expected = r"which has: .*\bscenes\b.*\. Did you mean 'folder'\? A module of a package .* my_package"
     with pytest.raises(LookupError, match=expected):
         load_recipe(base, ["data.name=fodler"])
 

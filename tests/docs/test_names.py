@@ -146,6 +146,7 @@ def test_keys_of_a_recipe_in_the_text_exist(page):
         "data.videos",
         "data.pairs",
         "data.clips",
+        "data.captions",
         "data.talks",
     }
     python = {"backbone.input", "backbone.licence", "backbone.bfloat16"}  # attributes and methods

@@ -51,6 +51,20 @@ def test_an_image_reaches_the_canvas_as_it_is(source, backbone):
     assert item.features.shape == (48, 4, 4)
 
 
+def test_a_source_that_gives_maps_in_place_of_objects_is_refused_with_the_function_that_makes_them(
+    source, backbone, monkeypatch
+):
+    image, objects = source[0]
+    ids = objects.mask(0).astype(np.uint8)
+    monkeypatch.setattr(type(source), "__getitem__", lambda self, index: (image, ids))
+    with pytest.raises(
+        ValueError, match=r"a ndarray, not with Objects: dinokit\.data\.objects\.objects_of_ids"
+    ):
+        Items(source, Encoder(backbone, 32), 1.0)[0]
+    monkeypatch.setattr(type(source), "__getitem__", lambda self, index: (image, objects_of_ids(ids)))
+    assert (Items(source, Encoder(backbone, 32), 1.0)[0].objects.mask(0) == objects.mask(0)).all()
+
+
 @pytest.mark.gpu
 def test_features_of_a_gpu_are_those_of_the_cpu(source, backbone):
     canvas = Items(source, Encoder(backbone, 32), 1.0)[1].canvas

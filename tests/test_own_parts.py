@@ -1,0 +1,152 @@
+"""Mistakes in a loss, backbone, source or evaluator of one's own: each is named before it can do harm."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinokit.__main__ import main
+from dinokit.losses import DECLARED
+
+PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text(encoding="utf-8")
+ARRAY = "rng.integers(0, 100, (40, 40, 3), dtype=np.uint8) + np.uint8(100 * label), label"
+TOKENS = "[Tokens(cls=x.mean(dim=1), registers=x[:, :0], patches=x) for x in rows]"
+VALUE = "-views.student_feature.float().var(dim=1).mean()"
+SCORES = '{"distance": float((means[0] - means[1]).norm())}'
+# The file, what is written in place of what, and what is answered.
+MISTAKES = {
+    "a number for each image": (
+        "spread", VALUE, "views.student_feature.var(dim=-1)",
+        "losses.my_package.spread gives a tensor (2, 4): its forward(views) must return one number",
+    ),
+    "a float": ("spread", VALUE, "0.5", "losses.my_package.spread gives a float"),
+    "no value": ("spread", f"return {VALUE}", "pass", "losses.my_package.spread gives a NoneType"),
+    "a field that is not there": (
+        "spread", "student_feature", "student_features",
+        "views has no 'student_features'. Did you mean 'student_feature'?",
+    ),
+    "a field that is not declared": (
+        "spread", "student_feature", "student_patches", "frozenset({'heads', 'gram'}). (",
+    ),
+    "a parameter": (
+        "spread", "self.weight = cfg.weight", "self.scale = nn.Linear(1, 1)",
+        "losses.my_package.spread has parameters, such as scale.weight",
+    ),
+    "no weight": (
+        "spread", "    weight: float", "    factor: float",
+        "losses.my_package.spread: its Config needs the field `weight: float = 1.0`",
+    ),
+    "no function": ("spread", "build = Spread", "", "'my_package.spread' is no entry of the registry "),
+    "no Python": ("spread", "build = Spread", "build = (", "SyntaxError: '(' was never closed ("),
+    "no blocks": ("conv", "blocks", "layers_", "my_package.conv builds a Conv without blocks"),
+    "two names of a module": (
+        "conv", "        self.blocks =", "        self.again = self.stem\n        self.blocks =",
+        "one parameter under two names, stem.weight and again.weight",
+    ),
+    "a patch too few": (
+        "conv", "patches=x)", "patches=x[:, 1:])",
+        "Conv.forward() gives patches of the shape (1, 15, 8) for a crop of 32 pixels",
+    ),
+    "no tokens": ("conv", TOKENS, "rows", "Conv.forward() gives a Tensor for a group of crops"),
+    "no name": ("noise", "def name", "def title", "my_package.noise builds a Noise without name"),
+    "numbers of 64 bits": ("noise", ARRAY, "rng.random((40, 40, 3)), label", "float32 in [0, 1], not"),
+    "a tensor": (
+        "noise", ARRAY, "__import__('torch').zeros(3, 40, 40), label", "an array (H, W, C), not a tensor",
+    ),
+    "no scores": ("separation", f"return {SCORES}", "pass", "must return a dict of numbers by name"),
+    "a list": ("separation", SCORES, '{"both": [0.1, 0.2]}', "the score 'both' must be one number"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with the files of docs/extend.md."""
+    for name, text in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "my_package/__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_package"]:
+        del sys.modules[name]
+
+
+def change(folder, file, old, new):
+    path = folder / f"my_package/{file}.py"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def train(*words):
+    return main(["train", "my_recipe.yaml", "run.out=run", "run.device=cpu", "run.precision=fp32", *words])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_file_of_ones_own_is_named(mistake, folder, capsys):
+    file, old, new, answer = MISTAKES[mistake]
+    change(folder, file, old, new)
+    few = ["losses.my_package.spread={}", "evals=null"] if file in ("spread", "conv") else []
+    assert train(*few) != 0
+    shown = capsys.readouterr().err
+    assert answer in shown
+    assert "unexpected error" not in shown
+    assert not (folder / "run/teacher.safetensors").exists()
+
+
+def test_numbers_beyond_one_are_named_and_a_score_may_be_a_tensor(folder, capsys):
+    change(folder, "noise", ARRAY, "rng.integers(0, 255, (40, 40, 3)).astype(np.float32), label")
+    change(folder, "separation", "float((means[0] - means[1]).norm())", "(means[0] - means[1]).norm()")
+    assert train() == 0
+    shown = capsys.readouterr()
+    assert "and crops.mean is for numbers in [0, 1]: give uint8, or divide by 255" in shown.err
+    assert "my_package.separation after step 4: distance " in shown.out
+
+
+def test_a_config_may_inherit_from_a_class_of_its_package(folder):
+    (folder / "my_package/base.py").write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass\nclass Base:\n    weight: float = 0.25\n"
+    )
+    change(
+        folder,
+        "spread",
+        "\n\n@dataclass\nclass Config:",
+        "\nfrom my_package.base import Base\n\n\n@dataclass\nclass Config(Base):",
+    )
+    change(folder, "spread", "    weight: float = 0.5  #", "    other: int = 1  #")
+    assert train("evals=null", "losses.my_package.spread={other: 2}") == 0
+    assert "my_package.spread:\n    weight: 0.5\n    other: 2" in (folder / "run/recipe.yaml").read_text()
+
+
+def test_the_page_names_what_a_loss_can_read():
+    for name in [
+        "student_feature",
+        "student_cls",
+        "teacher_cls",
+        *(name for names in DECLARED.values() for name in names),
+    ]:
+        assert f"`{name}`" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["losses.spread.weight=1"], "Did you mean 'my_package.spread'?"),
+        (["losses.my_package/spread.weight=1"], "Did you mean 'my_package.spread'?"),
+        (["losses.my_package.weight=1"], "'my_package.conv' or 'my_package.noise' or 'my_package.spread'?"),
+        (["evals.separation.every=2"], "Did you mean 'my_package.separation'?"),
+        (["losses.my_package.separation.weight=1"], "separation.py defines no function `build`"),
+        (["evals.my_package.spread.every=2"], "spread.py defines no function `evaluate`"),
+        (["evals.my_package.separation.evry=2"], "Did you mean 'every'?"),
+        (["evals.my_package.separation=3"], "Give evals.my_package.separation.every=3"),
+        (["data=my_package.noise"], "Give data.name=my_package.noise"),
+        (["lr=1"], "Did you mean 'optim.lr'?"),
+        (["optim.lr", "=", "1"], "'optim.lr' is not of the form key=value, without spaces, and "),
+        (["losses.ibot={}", "heads.patch={}", "masks={}"], "its code would need a parameter `mask_token`"),
+    ],
+)  # fmt: skip
+def test_a_slip_on_the_command_line_is_answered_with_what_was_meant(words, answer, folder, capsys):
+    assert train(*words) == 2
+    assert answer in capsys.readouterr().err
