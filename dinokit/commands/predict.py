@@ -3,7 +3,8 @@
 head is what `dinokit eval linear` or `dinokit eval logreg` saved in the run's folder, or in its out=FOLDER.
 labelled.path=FOLDER in its place, one sub-folder a class, lets the k nearest labelled images vote. Images are
 files and folders, or data.path, data.name and what that takes. The columns are file, label and probability;
-an image that cannot be read has neither of the last two. Without out=FILE.csv the table is printed.
+an image that cannot be read has neither of the last two. Without out=FILE.csv the table is printed, and with
+--json it is the list "labels" of the object.
 
 dinokit predict weights=runs/photos head=runs/photos/linear NEW out=labels.csv
 dinokit predict weights=runs/photos labelled.path=LABELLED k=10 a.jpg b.jpg
@@ -20,7 +21,7 @@ from dinokit.commands import Command, image_files, key_lines
 from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least
 from dinokit.config.values import with_source
-from dinokit.runtime.files import atomic, file_cell, printable, text_cell
+from dinokit.runtime.files import atomic, check_target, file_cell, printable, text_cell
 
 if TYPE_CHECKING:
     from dinokit.prediction import Prediction
@@ -57,6 +58,8 @@ def run(command: Command) -> dict[str, Any]:
     cfg = Config(**checked_values(Config, values))
     if bool(command.words) == bool(cfg.data):
         raise ValueError("Which images? Give files or folders, or data.path, and not both.")
+    if cfg.out:
+        check_target(cfg.out)
     from dinokit.data.sources.memory import as_source
     from dinokit.prediction import predict
     from dinokit.runtime.device import pick_device
@@ -80,7 +83,17 @@ def run(command: Command) -> dict[str, Any]:
     some = f", {unreadable} of them cannot be read" if unreadable else ""
     where = f": {cfg.out}" if cfg.out else ""
     print(f"{len(rows)} images{some}{where}", file=sys.stderr)
-    return {"images": len(rows), "unreadable": unreadable, "out": cfg.out}
+    result: dict[str, Any] = {"images": len(rows), "unreadable": unreadable, "out": cfg.out}
+    if not cfg.out:
+        result["labels"] = [
+            {
+                "file": row.file,
+                "label": row.label or None,
+                "probability": row.probability if row.label else None,
+            }
+            for row in rows
+        ]
+    return result
 
 
 def _write(rows: "Sequence[Prediction]", file: IO[str]) -> None:

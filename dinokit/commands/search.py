@@ -20,6 +20,7 @@ from dinokit.commands import Command, image_files, key_lines
 from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least
 from dinokit.config.values import with_source
+from dinokit.runtime.files import check_target
 
 if TYPE_CHECKING:
     from dinokit.data.sources import ImageLike
@@ -36,7 +37,7 @@ class Config:
     # with align: the images to find
     data: dict[str, Any] | None = field(default=None, metadata={"registry": "data.sources"})
     k: int = 12  # images found for each image or text
-    out: str = ""  # the picture; empty: nearest.png, or nearest_2.png, ... if that exists
+    out: str = ""  # the picture, a .png; empty: nearest.png, or nearest_2.png, ... if that exists
     device: str = "auto"  # cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 
     def __post_init__(self) -> None:
@@ -48,6 +49,11 @@ class Config:
                 "Give index=FOLDER, which dinokit extract or dinokit curate wrote, and images; or align=RUN, "
                 "data.path=FOLDER and texts."
             )
+        if self.out and Path(self.out).suffix.lower() != ".png":
+            raise ValueError(
+                f"out={self.out}: out is the picture, a .png. The table is printed; --json prints it as an "
+                f"object."
+            )
 
 
 def run(command: Command) -> dict[str, Any]:
@@ -58,6 +64,8 @@ def run(command: Command) -> dict[str, Any]:
     if not command.words:
         kind, example = ("text", '"a red disc"') if cfg.align else ("image", "index=FOLDER photo.jpg")
         raise ValueError(f"Which {kind}? Give one or several: dinokit search ... {example}")
+    if cfg.out:
+        check_target(cfg.out)
     return _by_text(cfg, command.words) if cfg.align else _by_image(cfg, command.words)
 
 

@@ -65,6 +65,25 @@ class ImageSet:
                 f"{label}: there are {len(self.source)} images, but {len(self.embeddings)} embeddings in "
                 f"{embeddings}. They must be of the same images in the same order."
             )
+        self._check_order(embeddings)
+
+    def _check_order(self, embeddings: str) -> None:
+        """Refuse given embeddings whose names are those of the images in another order."""
+        if self.source is None or self._names is None:
+            return
+        for number in range(len(self.source)):
+            image, name = self.source.name(number), self._names[number]
+            if _file_name(image) == _file_name(name):
+                continue
+            if any(
+                _file_name(self.source.name(other)) == _file_name(name) for other in range(len(self.source))
+            ):
+                raise ValueError(
+                    f"{self.label}: the embeddings in {embeddings} are in another order than the images: "
+                    f"number {number} is '{name}' there, and the image is '{image}'. Give the images as they "
+                    f"were given to `dinokit extract`, with the same name and path."
+                )
+            return  # other names for what may be the same images
 
     def __len__(self) -> int:
         images = self.source if self.source is not None else self.embeddings
@@ -92,6 +111,11 @@ class ImageSet:
         images = images_stamp(self.source) if self.source is not None else None
         status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self._files]
         return {"section": self.section, "images": len(self), "stamp": images, "files": status}
+
+
+def _file_name(name: str) -> str:
+    """The file name in the name of an image, which may have folders or a tar file before it."""
+    return name.rsplit("/", 1)[-1].rsplit(": ", 1)[-1]
 
 
 def _read_embeddings(
@@ -238,7 +262,7 @@ class ImageSearch:
             cfg = Index(**{key: value for key, value in settings.items() if key in vars(Index())})
             self._images = np.load(embedded / "rows.npy")
         elif not (path / "store.json").is_file():
-            raise LookupError(
+            raise FileNotFoundError(
                 f"index={path} has no features: give the folder that `dinokit extract` or `dinokit curate` "
                 f"wrote, its out=."
             )
@@ -253,26 +277,35 @@ class ImageSearch:
 
     @property
     def weights(self) -> str:
-        """Where the weights were that made the embeddings."""
+        """Where the weights were that made the embeddings.
+
+        Raises:
+            ValueError: if the store does not say it, as one made by a backbone in memory.
+        """
+        if not self.store.about.get("weights"):
+            raise ValueError(
+                f"{self.store.out} does not say where the weights are that made it, as they were in memory: "
+                f"give weights=FILE_OR_RUN (in Python model=)."
+            )
         return str(self.store.about["weights"])
 
     def embed(self, backbone: Backbone, images: Any) -> np.ndarray:
         """(q, D) unit rows of images, as as_source() takes them, with the same transform as the index.
 
         Raises:
-            LookupError: if a file does not exist.
+            FileNotFoundError: if a file does not exist.
             ValueError: if the index was made with other weights, or a file cannot be read.
         """
         about = self.store.about
         if fingerprint(backbone) != about["fingerprint"]:
             raise ValueError(
-                f"These are not the weights that made the index, which were {self.weights}: their features "
-                f"cannot be compared."
+                f"These are not the weights that made the index, which were "
+                f"{about.get('weights') or 'in memory'}: their features cannot be compared."
             )
         listed = images if isinstance(images, list | tuple) else [images]
         missing = [str(each) for each in listed if isinstance(each, str | Path) and not Path(each).exists()]
         if missing:
-            raise LookupError(f"There is no image {', '.join(missing)}.")
+            raise FileNotFoundError(f"There is no image {', '.join(missing)}.")
         source = as_source(images, backbone.channels)
         for number in range(len(source)):
             source[number]  # raises the reader's error if it cannot be read
@@ -300,11 +333,14 @@ class ImageSearch:
 
     def picture(self, number: int) -> ImageLike | None:
         """An image that was found, or None if it can no longer be read."""
+        section = self.store.about.get("data")
+        if not section:
+            return None  # the images were in the memory of another program
         if self._source is None:
-            registry.check_from_file(self.store.about["data"], self.store.out, "another store")
+            registry.check_from_file(section, self.store.out, "another store")
         try:
             if self._source is None:
-                self._source = registry.build("data.sources", self.store.about["data"])
+                self._source = registry.build("data.sources", section)
             image = self._rows[number] if self._images is None else self._images[number]
             return self._source[int(image)][0]
         except (OSError, ValueError, IndexError, LookupError):

@@ -106,8 +106,7 @@ def open_regular(path: str | Path) -> BufferedReader:
         raise OSError(f"{str(path)!r} has a NUL, which no file name has: the list that names it is damaged.")
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-        raise OSError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file.")
+        raise OSError(f"{path} is {_kind(mode)}, not a file.")
     return Path(path).open("rb")
 
 
@@ -115,6 +114,33 @@ def read_regular(path: str | Path) -> bytes:
     """The content of a file. Raises as open_regular()."""
     with open_regular(path) as file:
         return file.read()
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse a path where no file can be: a folder, a device, a FIFO, or a stream such as /dev/stdout.
+
+    A command asks before its work, which would be lost. atomic() asks too: root may replace a device.
+
+    Raises:
+        OSError: with the path, what is there, and what to give.
+    """
+    path = Path(path)
+    places = [str(path.parent.resolve() / path.name), str(path.readlink()) if path.is_symlink() else ""]
+    if any(place.startswith("/proc/") for place in places):
+        kind = "a stream"
+    elif path.exists() and not path.is_file():
+        kind = _kind(path.stat().st_mode)
+    else:
+        above = next((each for each in path.absolute().parents if each.exists()), path)
+        if not above.is_file():
+            return
+        raise OSError(f"{path} cannot be written: {above} is a file, not a folder.")
+    raise OSError(f"{path} is {kind}, and a file is to be written there: give the name of a file.")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def open_own(path: Path, mode: Literal["a", "r+"]) -> IO[str]:
@@ -179,8 +205,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     Raises:
         DiskFullError: as fits().
+        OSError: as check_target().
     """
     path = Path(path)
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     long = len(os.fsencode(path.name)) > 100  # a name with more than 255 bytes would be refused
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest() if long else path.name

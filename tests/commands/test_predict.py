@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,15 @@ def test_files_are_labelled_in_their_order_and_unreadable_ones_are_left_empty(we
     assert "3 images, 1 of them cannot be read" in shown.err
     found = dinokit.predict(weights, files, labelled=labelled / "train", k=3)
     assert [row.label for row in found] == [row["label"] for row in rows]
+    assert main(["predict", *settings, *files, "--json", "--quiet"]) == 0
+    labels = json.loads(capsys.readouterr().out)["labels"]
+    assert [row["label"] for row in labels] == [row["label"] or None for row in rows]
+    assert [row["file"] for row in labels] == files
+    assert labels[1]["probability"] is None
+    assert (
+        main(["predict", *settings, *files, f"out={labelled}"]) == 3
+    )  # before the work, which would be lost
+    assert "is a folder, and a file is to be written there" in capsys.readouterr().err
 
 
 def test_a_head_of_other_weights_or_none_is_refused(weights, labelled, tmp_path, capsys):

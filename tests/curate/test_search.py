@@ -9,8 +9,10 @@ from PIL import Image
 
 from dinokit.__main__ import main
 from dinokit.config import registry
-from dinokit.curate.image_sets import ImageSearch, contact_sheet
-from dinokit.weights import save_backbone
+from dinokit.curate.image_sets import ImageSearch, ImageSet, contact_sheet
+from dinokit.data.sources.folder import Config, build
+from dinokit.features import extract_to
+from dinokit.weights import load_backbone, save_backbone
 
 
 def run_search(capsys, *words):
@@ -86,15 +88,33 @@ def test_with_separate_weights_for_duplicates_their_index_is_searched(
     assert opened.store["cls"].shape[1] == 16
 
 
+def test_features_of_a_backbone_in_memory_are_searched_with_its_weights(photos, weights, capsys):
+    store = extract_to(
+        photos / "features", load_backbone(weights), build(Config(str(photos / "pool"), channels=3))
+    )
+    assert "weights" not in store.about
+    words = f"index={store.out}", "k=1", f"out={photos / 'found.png'}", photos / "pool" / "07.png"
+    status, _, error = run_search(capsys, *words)
+    assert (status, "does not say where the weights are that made it" in error) == (2, True)
+    status, output, error = run_search(capsys, f"weights={weights}", *words)
+    assert status == 0, error
+    assert output.splitlines()[2].split(maxsplit=2)[2] == str(photos / "pool/07.png")
+
+
 def test_errors_name_the_cause(photos, weights, curate, capsys, tmp_path_factory):
+    (photos / "folder.png").mkdir()
     curate(f"weights={weights}", f"pool.path={photos / 'pool'}", f"out={photos / 'out'}", "seed=1")
     broken, photo = photos / "pool" / "broken.jpg", photos / "pool" / "07.png"
     status, _, error = run_search(capsys, f"index={photos / 'out'}", broken)
     assert (status, "broken.jpg cannot be read" in error) == (3, True)
     status, _, error = run_search(capsys, f"index={photos / 'out'}", photo, photos / "none.jpg")
-    assert (status, f"There is no image {photos / 'none.jpg'}." in error) == (2, True)
+    assert (status, f"There is no image {photos / 'none.jpg'}." in error) == (3, True)
     status, _, error = run_search(capsys, f"index={tmp_path_factory.mktemp('empty')}", photo)
-    assert (status, "has no features: give the folder that" in error) == (2, True)
+    assert (status, "has no features: give the folder that" in error) == (3, True)
+    status, _, error = run_search(capsys, f"index={photos / 'out'}", photo, "out=found.csv")
+    assert (status, "out is the picture, a .png" in error) == (2, True)
+    status, _, error = run_search(capsys, f"index={photos / 'out'}", photo, f"out={photos / 'folder.png'}")
+    assert (status, "folder.png is a folder" in error) == (3, True)
     section = {"name": "vit", "size": 32, "width": 24, "depth": 1, "heads": 2, "patch": 8}
     torch.manual_seed(5)
     save_backbone(photos / "other.safetensors", registry.build("models", section), section)
@@ -102,3 +122,24 @@ def test_errors_name_the_cause(photos, weights, curate, capsys, tmp_path_factory
         capsys, f"index={photos / 'out'}", f"weights={photos / 'other.safetensors'}", photo
     )
     assert (status, "not the weights that made the index" in error) == (2, True)
+
+
+def test_embeddings_in_another_order_than_the_images_are_refused(photos, weights, tmp_path):
+    files = sorted((photos / "seeds").iterdir())
+    lists = {}
+    for order in (1, -1):
+        lists[order] = tmp_path / f"list{order}.txt"
+        lists[order].write_text("".join(f"{file}\n" for file in files[::order]))
+        section = {"name": "manifest", "path": str(lists[order])}
+        extract_to(
+            tmp_path / f"features{order}", load_backbone(weights), registry.build("data.sources", section)
+        )
+    section = {"name": "folder", "path": str(photos / "seeds")}
+    assert len(ImageSet("pool", section, str(tmp_path / "features1"), "cls")) == len(files) > 1
+    with pytest.raises(
+        ValueError, match=r"in another order than the images: number 0 is '.*" + files[-1].name
+    ):
+        ImageSet("pool", section, str(tmp_path / "features-1"), "cls")
+    names = tmp_path / "features-1" / "names.txt"
+    names.write_text("".join(f"row {number}\n" for number in range(len(files))))  # nothing can be said
+    ImageSet("pool", section, str(tmp_path / "features-1"), "cls")

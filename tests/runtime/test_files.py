@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dinokit.runtime import files
-from dinokit.runtime.files import aside, atomic, fits, full_disk, write_text
+from dinokit.runtime.files import aside, atomic, check_target, fits, full_disk, write_text
 
 
 def fail_in_the_middle(path):
@@ -40,6 +40,27 @@ def test_a_folder_that_failed_leaves_the_old_one_and_nothing_else(tmp_path):
         fail_with_a_folder_half_written(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_a_folder_a_fifo_and_a_stream_are_never_replaced_by_a_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    (tmp_path / "file").touch()
+    for name, why in {
+        "folder": "folder is a folder, and a file is to be written there",
+        "fifo": "fifo is a FIFO",
+        "stdout": "stdout is a stream",
+        "file/below.csv": "file is a file, not a folder",
+    }.items():
+        with pytest.raises(OSError, match=why):
+            write_text(tmp_path / name, "new")
+    assert (tmp_path / "stdout").is_symlink()
+    assert (tmp_path / "fifo").is_fifo()
+    with pytest.raises(OSError, match="/dev/null is a device"):
+        check_target("/dev/null")
+    with pytest.raises(OSError, match="/dev/fd/1 is a stream"):
+        check_target("/dev/fd/1")
 
 
 def test_a_folder_takes_its_place_beside_what_others_put_there(tmp_path):
