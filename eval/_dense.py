@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.config import registry
-from dinokit.data.dense import DenseSource
+from dinokit.data.dense import CheckedMaps, DenseSource
 from dinokit.data.dense_transforms import (
     BORDERS,
     pad_image,
@@ -101,6 +101,8 @@ def open_dense(
     keys = {item.name for item in fields(registry.find("data.dense", section["name"]).Config)}
     section = {**section, **{key: value for key, value in settings.items() if key in keys}}
     source: DenseSource = registry.build("data.dense", section)
+    if "." in section["name"]:
+        source = CheckedMaps(source)
     if bool(source.classes) != (target == "mask"):
         have, needed = ("classes", "depths") if source.classes else ("depths", "classes")
         raise ValueError(f"{split}.name={section['name']} gives maps of {have}; this evaluates {needed}.")

@@ -120,6 +120,69 @@ def test_a_config_may_inherit_from_a_class_of_its_package(folder):
     assert "my_package.spread:\n    weight: 0.5\n    other: 2" in (folder / "run/recipe.yaml").read_text()
 
 
+HALVES = """
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Config:
+    split: str = "train"
+
+
+class Halves:
+    classes = ("dark", "light")
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([index, len(self.cfg.split)])
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:, 8 * (1 + index % 3) :] = 1
+        image = rng.integers(0, 40, (32, 32, 3), dtype=np.uint8) + 200 * mask[..., None]
+        return image, mask
+
+    def name(self, index):
+        return f"half {index}"
+
+
+build = Halves
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("mask", '"mIoU": 1.0'),
+        ("mask[:24]", "half 0: the map has 32 x 24 pixels, its image 32 x 32"),
+        (
+            "255 * mask",
+            "half 0: the map has 255, and the classes are 0 to 1; -1 is for pixels that do not count",
+        ),
+        ("image", "half 0: a map is (h, w), and this has the shape (32, 32, 3)"),
+    ],
+)
+def test_maps_of_ones_own_are_checked_as_those_of_files(given, answer, folder, capsys):
+    (folder / "my_package/halves.py").write_text(
+        HALVES.replace("return image, mask", f"return image, {given}")
+    )
+    words = ["backbone.name=raw_patches", "backbone.size=32", "backbone.patch=4", "method=knn", "resize=32"]
+    data = [
+        f"{split}.{key}"
+        for split in ("train", "test")
+        for key in ("name=my_package.halves", f"split={split}")
+    ]
+    status = main(["eval", "segmentation", *words, *data, "workers=0", "device=cpu", "precision=fp32"])
+    shown = capsys.readouterr()
+    assert answer in shown.out + shown.err
+    assert status == (0 if given == "mask" else 3)
+
+
 def test_the_page_names_what_a_loss_can_read():
     for name in [
         "student_feature",
@@ -128,6 +191,12 @@ def test_the_page_names_what_a_loss_can_read():
         *(name for names in DECLARED.values() for name in names),
     ]:
         assert f"`{name}`" in PAGE
+
+
+def test_a_source_without_images_is_named(folder, capsys):
+    change(folder, "noise", "return self.cfg.count", "return 0")
+    assert train("evals=null") == 3
+    assert capsys.readouterr().err == "dinokit: data.name=my_package.noise gives no images.\n"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit import evaluation
 from dinokit.commands import RECIPE_KEYS, Command, FailedError, key_lines
-from dinokit.commands._outcome import MEMORY, exit_status
+from dinokit.commands._outcome import DATA, MEMORY, exit_status
 from dinokit.config import registry
 from dinokit.config.load import Recipe, load_recipe, read_mapping, student_shares
 from dinokit.config.students import check_keep, ranks_of
@@ -246,6 +246,9 @@ def pretrain(
     from dinokit.train.run_dir import with_precision
 
     source: ImageSource = registry.build("data.sources", recipe.data) if given is None else given
+    if not len(source):
+        place = f" data.path={recipe.data['path']}" if recipe.data.get("path") else ""
+        raise FailedError(f"data.name={recipe.data['name']}{place} gives no images.", DATA)
     draw, device = partial(_draw, recipe, source), pick_device(recipe.run.device)
     plan = None
     first = students.first if students else 0

@@ -153,6 +153,43 @@ def check_size(image: ImageLike, target: np.ndarray, name: str) -> None:
 
 
 @dataclass
+class CheckedMaps:
+    """A dense source of another package: its maps are checked as those of files are."""
+
+    source: Any
+
+    def __post_init__(self) -> None:
+        self.classes: Sequence[str] = self.source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[ImageLike, np.ndarray]:
+        image, target = self.source[index]
+        target, name = np.asarray(target), self.name(index)
+        if target.ndim != 2:
+            raise ValueError(f"{name}: a map is (h, w), and this has the shape {target.shape}.")
+        check_size(image, target, name)
+        if not self.classes:
+            return image, target.astype(np.float32)
+        if wrong := sorted({*np.unique(target).tolist()} - {IGNORE, *range(len(self.classes))}):
+            raise ValueError(
+                f"{name}: the map has {', '.join(map(str, wrong[:8]))}, and the classes are 0 to "
+                f"{len(self.classes) - 1}; {IGNORE} is for pixels that do not count."
+            )
+        return image, target.astype(np.int16)
+
+    def name(self, index: int) -> str:
+        """As that of the source."""
+        return str(self.source.name(index))
+
+    def __getattr__(self, key: str) -> Any:
+        if key == "source":  # while it is unpickled
+            raise AttributeError(key)
+        return getattr(self.source, key)  # what a source may have, such as file()
+
+
+@dataclass
 class DenseFiles:
     """A dense source of image files and map files, by their names below two folders."""
 

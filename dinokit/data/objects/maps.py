@@ -12,7 +12,7 @@ import numpy as np
 from dinokit.config import registry
 from dinokit.config.registry import check_at_least
 from dinokit.data.decode import ImageLike
-from dinokit.data.dense import DenseSource
+from dinokit.data.dense import CheckedMaps, DenseSource
 from dinokit.data.objects import Objects, ndimage
 from dinokit.data.objects.rle import Rle, encode
 
@@ -46,6 +46,8 @@ class MapObjects:
         given = {"target": "mask", "split": cfg.split, "channels": cfg.channels}
         section = {**cfg.maps, **{key: value for key, value in given.items() if key in keys}}
         self._source: DenseSource = registry.build("data.dense", section)
+        if "." in section["name"]:
+            self._source = CheckedMaps(self._source)
         self.classes: Sequence[str] = self._source.classes
         self._taken = [i for i, name in enumerate(self.classes) if name not in cfg.leave_out]
         self._min_area = cfg.min_area

@@ -102,7 +102,8 @@ def export(
     if kind not in WRITERS:
         raise ValueError(
             f"A `vit`, `dinov3`, `timm_vit` or `timm_convnext` can be exported, and this backbone is a "
-            f"{kind}{f' ({backbone.frozen_only})' if backbone.frozen_only else ''}."
+            f"{kind}{f' ({backbone.frozen_only})' if backbone.frozen_only else ''}. In Python "
+            f"torch.onnx.export takes a module that calls it and returns tensors: docs/extend.md."
         )
     if to not in WRITERS[kind]:
         formats = " and ".join(f"to={word}" for word in WRITERS[kind])
