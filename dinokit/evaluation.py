@@ -6,6 +6,7 @@ that need torch import it themselves.
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +190,21 @@ def _numbers(name: str, scores: Any) -> dict[str, float]:
     return result
 
 
+def _by_section(overrides: Mapping[str, Any], listed: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides in which my_package.counting.size=32 is a key of the section my_package.counting."""
+    result = deepcopy(dict(overrides))
+    for label in listed:
+        *outer, last = label.split(".")
+        section: Any = result
+        for each in outer:
+            section = section.get(each) if isinstance(section, dict) else None
+        if outer and isinstance(section, dict) and last in section:
+            result[label] = section.pop(last)
+            if not result[outer[0]]:
+                del result[outer[0]]
+    return result
+
+
 @dataclass
 class EvalJob:
     """One evaluation of a list."""
@@ -213,6 +229,7 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[EvalJob]:
     """
     path = registry.find_recipe(recipe, "eval")
     listed = read_mapping(path)
+    overrides = _by_section(overrides, listed)
     everywhere = listed.pop("all", None) or {}
     typed = {key: value for key, value in overrides.items() if key not in listed}
     changes = {label: overrides[label] for label in listed if label in overrides}

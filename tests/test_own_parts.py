@@ -1,5 +1,6 @@
 """Mistakes in a loss, backbone, source or evaluator of one's own: each is named before it can do harm."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -183,6 +184,21 @@ def test_maps_of_ones_own_are_checked_as_those_of_files(given, answer, folder, c
     assert status == (0 if given == "mask" else 3)
 
 
+def test_a_list_of_evaluators_has_sections_of_ones_own(folder, capsys):
+    (folder / "list.yaml").write_text(
+        "all: {test: {name: my_package.noise, split: test}}\nmy_package.separation: {}\n"
+        "again: {eval: my_package.separation, size: 16}\n"
+    )
+    words = ["eval", "all", "recipe=list.yaml", "backbone.name=my_package.conv", "device=cpu"]
+    assert main([*words, "my_package.separation.size=40"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["about"]["settings"]["size"] for line in lines] == [40, 16]
+    assert main([*words, "my_package.separation=null"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert main([*words, "my_package.counting.size=40"]) == 2
+    assert "reads a key 'my_package'" in capsys.readouterr().err
+
+
 def test_the_page_names_what_a_loss_can_read():
     for name in [
         "student_feature",
@@ -210,6 +226,7 @@ def test_a_source_without_images_is_named(folder, capsys):
         (["evals.my_package.spread.every=2"], "spread.py defines no function `evaluate`"),
         (["evals.my_package.separation.evry=2"], "Did you mean 'every'?"),
         (["evals.my_package.separation=3"], "Give evals.my_package.separation.every=3"),
+        (["losses.my_package/spread.py.weight=1"], "Did you mean 'my_package.spread'?"),
         (["data=my_package.noise"], "Give data.name=my_package.noise"),
         (["lr=1"], "Did you mean 'optim.lr'?"),
         (["optim.lr", "=", "1"], "'optim.lr' is not of the form key=value, without spaces, and "),

@@ -475,3 +475,10 @@ def test_the_command_refuses_what_a_picture_does_not_use(tiny_run, monkeypatch, 
     monkeypatch.chdir(tiny_run)
     assert main(["viz", "weights=run", "device=cpu", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_place_that_is_not_there_is_named_with_what_is(tiny_run, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_run)
+    assert main(["viz", "pca", "weights=gone", "phots"]) == 3
+    assert "path='phots': there is no such file or folder" in (shown := capsys.readouterr().err)
+    assert "Did you mean 'photos'?" in shown

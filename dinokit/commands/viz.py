@@ -92,6 +92,7 @@ def run(command: Command) -> dict[str, Any]:
         raise ValueError(f"Which picture?{none} There is: {', '.join(PICTURES)}.")
     cfg = Config(**checked_values(Config, {**given, "picture": kind}))
     from dinokit import viz
+    from dinokit.data.files import existing
     from dinokit.runtime.files import unused
 
     if kind == "crops":
@@ -99,6 +100,8 @@ def run(command: Command) -> dict[str, Any]:
             raise ValueError(f"viz crops draws images of the run itself, not {places[0]}.")
         frames, fps = [_crops(cfg)], 0.0
     else:
+        for place in places:
+            existing(place)
         backbone = evaluation.load_evaluated(cfg.weights, None, cfg.device)
         images = _images(kind, places, cfg, backbone.channels)
         if cfg.fps and not images.fps:

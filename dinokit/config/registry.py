@@ -229,8 +229,10 @@ def find_yaml(what: str, text: str, have: list[str], folder: Traversable) -> Pat
         return Path(str(folder / f"{text}.yaml"))
     if Path(text).is_file():
         return Path(text)
-    if (Path(text) / "recipe.yaml").is_file():
-        raise LookupError(f"{text} is the folder of a run. Its {what} is {Path(text) / 'recipe.yaml'}.")
+    if Path(text).is_dir():
+        inside = Path(text) / "recipe.yaml"
+        way = f"The {what} of a run is {inside}" if inside.is_file() else f"Images are data.path={text}"
+        raise LookupError(f"{text} is a folder, not a {what}. {way}.")
     if text.endswith((".yaml", ".yml")) or "/" in text:
         near = suggest(Path(text).name, [path.name for path in Path(text).parent.glob("*.y*ml")])
         raise LookupError(
@@ -261,8 +263,7 @@ def read_config(kind: str, name: str) -> type[Any]:
     except NameError:
         if "." not in name:
             raise
-        config: type[Any] = import_module(name).Config
-        return config
+        return import_module(name).Config
 
 
 @lru_cache(maxsize=256)
@@ -365,7 +366,8 @@ def locate(kind: str, name: str) -> Path:
         try:
             spec = find_spec(name)
         except ModuleNotFoundError as error:
-            raise LookupError(f"'{name}' (for the registry '{kind}') cannot be imported: {error}.") from None
+            text = f"'{name}' (for the registry '{kind}') cannot be imported: {error}."
+            raise LookupError(f"{text}{_own_modules(kind, name)}") from None
         if spec is not None and spec.origin and Path(spec.origin).is_file():
             return Path(spec.origin)
         package, _, module = name.rpartition(".")
@@ -377,21 +379,22 @@ def locate(kind: str, name: str) -> Path:
         path = _folder(kind) / f"{name.replace('-', '_')}.py"
         if path.is_file() and (_is_entry(path) or "\nclass Config" in path.read_text(encoding="utf-8")):
             return path
-    have, own = names(kind), _own_modules(kind, name)
-    near = f" Did you mean {' or '.join(own)}?" if own else suggest(name, have)
+    have = names(kind)
     raise LookupError(
-        f"'{name}' is not in the registry '{kind}', which has: {', '.join(have)}.{near} "
+        f"'{name}' is not in the registry '{kind}', which has: {', '.join(have)}."
+        f"{_own_modules(kind, name) or suggest(name, have)} "
         f"A module of a package in this folder, or of an installed one, is named in full: "
         f"my_package.my_module."
     )
 
 
-def _own_modules(kind: str, name: str) -> list[str]:
-    """Modules in the working folder that are called `name`, as spread for my_package.spread, or are in it."""
+def _own_modules(kind: str, name: str) -> str:
+    """Did you mean a module in the working folder: my_package.spread for spread, any for my_package?"""
     last = re.split(r"[./]", name.removesuffix(".py"))[-1]
     entry = re.compile(rf"^(def )?{_function(kind)}( = |\()", re.MULTILINE)
-    return sorted(
+    found = sorted(
         f"'{path.parent.name}.{path.stem}'"
         for path in Path.cwd().glob("*/[!_]*.py")
         if last in (path.stem, path.parent.name) and entry.search(path.read_text(encoding="utf-8"))
     )
+    return f" Did you mean {' or '.join(found)}?" if found else ""

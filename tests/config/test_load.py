@@ -125,8 +125,11 @@ def test_the_folder_of_a_run_and_a_name_nearly_right_are_answered_with_the_file(
     with pytest.raises(LookupError, match=r"Did you mean 'mine\.yaml'\?"):
         load_recipe("mine.yml")
     base.rename(base.parent / "recipe.yaml")
-    with pytest.raises(LookupError, match=r"is the folder of a run\. Its recipe is .*recipe\.yaml"):
+    with pytest.raises(LookupError, match=r"not a recipe\. The recipe of a run is .*recipe\.yaml"):
         load_recipe(str(base.parent))
+    (base.parent / "photos").mkdir()
+    with pytest.raises(LookupError, match=r"photos is a folder, not a recipe\. Images are data\.path=photos"):
+        load_recipe("photos")
 
 
 def test_a_loss_can_be_added_on_the_command_line(base):
