@@ -11,7 +11,6 @@ import faulthandler
 import fcntl
 import hashlib
 import json
-import math
 import os
 import socket
 import sys
@@ -21,6 +20,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from itertools import count, repeat
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -43,11 +43,12 @@ from dinokit.runtime.signals import Stopped
 
 FAILED = "failed"  # key in the store: the rank of the process that failed first
 LATER = 60.0  # seconds by which the wait for others outlasts the watchdog, which shows where one hangs
+DAY = 86_400.0  # seconds that a process may be suspended if no other one waits for it
 GRACE = 5.0  # seconds that a process has to exit by itself after another one failed
 PATIENCE = 2.0  # seconds to wait for the cause of a lost connection
 LOST = "onnection", "gloo", "NCCL", "Timed out"  # words of errors that follow from another process's exit
 SELF_EXPLAINING = ValueError, LookupError, OSError, KeyboardInterrupt  # errors that need no traceback
-BEFORE = 0.5  # seconds before the exit at which the reason is printed
+TICK = 0.5  # seconds that a watchdog counts at a time
 LOCK = ".lock"  # in a folder that a command writes
 LEASE = 120.0  # seconds; a file server releases the locks of a lost machine after about 90 (NFS 4)
 LOCKED = errno.EACCES, errno.EAGAIN  # errors of a lock that another process has
@@ -83,7 +84,7 @@ def process_group(device: torch.device, minutes: float) -> "Iterator[Watchdog]":
     watcher = threading.Thread(target=_exit_after_a_failure, args=(store.clone(), leaving), daemon=True)
     watcher.start()
     try:
-        with Watchdog(minutes) as watchdog:
+        with Watchdog(minutes, LATER / 2) as watchdog:
             yield watchdog
         _leave_together(leaving, watcher)
     except Stopped:
@@ -222,51 +223,50 @@ def _appears(path: Path) -> bool:
 class Watchdog:
     """For the length of a block, a process must call reset() often enough, or it exits.
 
-    The stack traces are printed without Python's lock, which a process may hold while it hangs; the sentence
-    in front of them needs the lock, and is missing then.
+    A thread counts its own ticks, and time in which the process is suspended, as by Ctrl-Z, is one tick. The
+    thread needs Python's lock. A process that hangs and holds it is ended by a clock without one, which goes
+    on while the process is suspended: so it ends a process that was suspended for longer, too.
 
     Args:
         minutes: that a process may make no progress: `run.timeout_minutes`.
+        more: seconds after that, when the clock ends the process.
     """
 
-    def __init__(self, minutes: float) -> None:
-        self.minutes, self.deadline = minutes, math.inf
+    def __init__(self, minutes: float, more: float = DAY) -> None:
+        self.minutes, self.more = minutes, more
+        self.ticks: Iterator[int] = repeat(0)  # since the last reset()
         self.closed = threading.Event()
-        self.reporter = threading.Thread(target=self._report, daemon=True)
+        self.counter = threading.Thread(target=self._count, daemon=True)
 
     def __enter__(self) -> Self:
-        self.reporter.start()
+        self.counter.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pause()
         self.closed.set()
-        self.reporter.join()
+        self.counter.join()
 
     def reset(self) -> None:
         """There was progress: from now on the process has `minutes` again."""
-        self.deadline = time.monotonic() + self._patience
-        faulthandler.dump_traceback_later(self.minutes * 60, exit=True, file=_stderr())
+        self.ticks = count(1)
+        faulthandler.dump_traceback_later(self.minutes * 60 + self.more, exit=True, file=_stderr())
 
     def pause(self) -> None:
         """Wait for no progress until the next reset()."""
-        self.deadline = math.inf
+        self.ticks = repeat(0)
         faulthandler.cancel_dump_traceback_later()
 
-    @property
-    def _patience(self) -> float:
-        return self.minutes * 60 - BEFORE
-
-    def _report(self) -> None:
-        # Never wait longer than the patience: reset() may set a deadline while this thread sleeps.
-        while not self.closed.wait(min(self._patience, max(self.deadline - time.monotonic(), 0.01))):
-            if time.monotonic() >= self.deadline:
+    def _count(self) -> None:
+        while not self.closed.wait(TICK):
+            if next(self.ticks) * TICK >= self.minutes * 60:
                 _stderr().write(
                     f"process {launch().rank} made no step for run.timeout_minutes={self.minutes:g}, and "
                     f"exits. If it is only slow, give it more minutes. It is here, thread by thread:\n"
                 )
                 _stderr().flush()
-                return
+                faulthandler.dump_traceback(_stderr())
+                os._exit(1)
 
 
 def _stderr() -> IO[str]:

@@ -127,7 +127,6 @@ def test_a_hang_is_broken_by_the_process_that_hangs_which_shows_where(recipe_fil
         2, "hang_in_one", str(recipe_file), [*overrides, "run.timeout_minutes=0.25"], status=(1, 2)
     )
     assert output.startswith("process 1 made no step for run.timeout_minutes=0.25, and exits.")
-    assert "Timeout (0:00:15)!" in output
     assert "in sleep_for_ever" in output
 
 
