@@ -170,8 +170,22 @@ def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") ->
                 for key, each in sections.items()
             }
             given[item.name] = new if many else new[""]
+    if "." not in name:
+        return module.evaluate(module.Config(**given), backbone)
+    before, mode = _versions(backbone), backbone.training  # of another package
     scores = module.evaluate(module.Config(**given), backbone)
-    return _numbers(name, scores) if "." in name else scores  # of another package
+    backbone.train(mode)
+    if _versions(backbone) != before:  # in a training it is the moving average, and would stay changed
+        raise ValueError(
+            f"{name} changed the weights of the backbone that it evaluates. Let it tune a copy: "
+            f"copy.deepcopy(backbone)."
+        )
+    return _numbers(name, scores)
+
+
+def _versions(backbone: "Backbone") -> list[int]:
+    """How often each parameter was changed in its place; 0 if that is not counted."""
+    return [0 if each.is_inference() else each._version for each in backbone.parameters()]
 
 
 def _numbers(name: str, scores: Any) -> dict[str, float]:

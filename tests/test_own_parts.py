@@ -30,6 +30,10 @@ MISTAKES = {
     "a field that is not declared": (
         "spread", "student_feature", "student_patches", "frozenset({'heads', 'gram'}). (",
     ),
+    "a use that is not there": (
+        "spread", "    weight: float = 0.5", "    uses = frozenset({'patches'})\n    weight: float = 0.5",
+        "losses.my_package.spread: `uses` has 'patches', and it may have gram, heads, masks, projection.",
+    ),
     "a parameter": (
         "spread", "self.weight = cfg.weight", "self.scale = nn.Linear(1, 1)",
         "losses.my_package.spread has parameters, such as scale.weight",
@@ -54,6 +58,12 @@ MISTAKES = {
     "numbers of 64 bits": ("noise", ARRAY, "rng.random((40, 40, 3)), label", "float32 in [0, 1], not"),
     "a tensor": (
         "noise", ARRAY, "__import__('torch').zeros(3, 40, 40), label", "an array (H, W, C), not a tensor",
+    ),
+    "no image": ("noise", ARRAY, "None, label", "12 of 12 images cannot be read. "),
+    "a change of the backbone": (
+        "separation", f"return {SCORES}",
+        f"backbone.stem.weight.requires_grad_(False).zero_(); backbone.train(); return {SCORES}",
+        "my_package.separation changed the weights of the backbone that it evaluates",
     ),
     "no scores": ("separation", f"return {SCORES}", "pass", "must return a dict of numbers by name"),
     "a list": ("separation", SCORES, '{"both": [0.1, 0.2]}', "the score 'both' must be one number"),

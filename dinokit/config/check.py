@@ -72,6 +72,9 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+USES = {"heads", "masks", "projection", "gram"}  # what a loss may declare that it reads
+
+
 def check(recipe: Recipe) -> None:
     """Check all settings of a recipe.
 
@@ -225,6 +228,11 @@ def _check_losses(recipe: Recipe) -> None:
         if "weight" not in values:
             raise ValueError(
                 f"losses.{name}: its Config needs the field `weight: float = 1.0`, its factor in the sum."
+            )
+    for name, cls in configs.items():
+        if unknown := sorted(set(getattr(cls, "uses", ())) - USES):
+            raise ValueError(
+                f"losses.{name}: `uses` has {unknown[0]!r}, and it may have {', '.join(sorted(USES))}."
             )
     masked = [name for name, cls in configs.items() if "masks" in getattr(cls, "uses", ())]
     _check_masks(recipe, masked)

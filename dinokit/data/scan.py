@@ -60,6 +60,8 @@ class Scan:
         try:
             _read_header(source, index, self)
             picture, label = source[index]
+            if picture is None:  # of a source of another package
+                raise ValueError("it is None, not an image")
         except UNREADABLE as error:
             self.unreadable.append(str(error) if name in str(error) else f"{name}: {error}")
             return None
