@@ -32,7 +32,7 @@ from dinokit.curate.image_sets import ImageSearch
 from dinokit.data.decode import SUFFIXES as IMAGE_SUFFIXES
 from dinokit.data.loader import image_loader
 from dinokit.data.sampler import RangeSampler
-from dinokit.data.sources import ImageSource
+from dinokit.data.sources import ImageSource, sizes_hash
 from dinokit.data.sources.memory import as_source
 from dinokit.data.transforms import Preprocessing
 from dinokit.features import Extraction, ExtractSpec, Store, device_of, frozen, normalised, open_store
@@ -179,7 +179,7 @@ def extract(
     source = as_source(images, backbone.channels)
     names = (tokens,) if isinstance(tokens, str) else tuple(tokens)
     about: dict[str, Any] = {"weights": "" if isinstance(model, Backbone) else str(model)}
-    about |= {"data": _section(images), "precision": precision}
+    about |= {"data": _section(images), "precision": precision, "sizes": sizes_hash(source)}
     with folder_lock(Path(out), ""):
         spec = ExtractSpec(names, layers, fit, size, dtype=dtype)
         work = Extraction(Path(out), backbone, source, spec, about)

@@ -94,12 +94,26 @@ def check(command: Command) -> Config:
         values["data"] = with_source(values["data"])
     config = Config(**checked_values(Config, values))
     parse_part(config.part)
+    _refuse_inside(config)
     for token in config.tokens:
         if token not in TOKENS:
             raise ValueError(
                 f"tokens: no '{token}'.{registry.suggest(token, TOKENS)} There is: {', '.join(TOKENS)}."
             )
     return config
+
+
+def _refuse_inside(config: Config) -> None:
+    """Refuse features inside the folder of the images: on resume their .npy files would be images."""
+    section = config.data or {}
+    if config.format != "npy" or section.get("name") != "folder" or "path" not in section:
+        return
+    out, images = (Path(each).expanduser().resolve() for each in (config.out, str(section["path"])))
+    if out.is_relative_to(images):
+        raise ValueError(
+            f"out={config.out} is inside data.path={section['path']}, where .npy files are images. "
+            f"Choose an out beside it."
+        )
 
 
 def describe(words: Sequence[str]) -> str:
@@ -147,14 +161,16 @@ def _begin(config: Config) -> tuple[int, int]:
         ValueError, LookupError: for wrong settings, or if the folder holds other features.
     """
     from dinokit.features.store import missing_shards, shard_range
+    from dinokit.runtime.device import pick_device
     from dinokit.runtime.distributed import launch
 
+    pick_device(config.device)  # one that does not exist is refused before there is a folder
     world = launch().world
     if config.processes > 1 and world > 1:
         raise ValueError(
             f"processes={config.processes}, but a launcher started {world} processes already: leave out one."
         )
-    extraction = _make(config, "cpu", clean=world == 1 and not config.part)
+    extraction = _make(config, "cpu", clean=world == 1 and not config.part, first=True)
     images, size = len(extraction.source), extraction.about["shard"]
     lost = sum(len(shard_range(n, size, images)) for n in missing_shards(extraction.out, extraction.about))
     return images, images - lost
@@ -191,7 +207,8 @@ def _end(config: Config) -> dict[str, Any]:
     return {"images": about["images"], "unreadable": len(names), **shapes}
 
 
-def _make(config: Config, device: "str | torch.device", clean: bool) -> "Extraction":
+def _make(config: Config, device: "str | torch.device", clean: bool, first: bool = False) -> "Extraction":
+    from dinokit.data.sources import sizes_hash
     from dinokit.features import Extraction, ExtractSpec
     from dinokit.weights import load_backbone
 
@@ -205,6 +222,8 @@ def _make(config: Config, device: "str | torch.device", clean: bool) -> "Extract
         config.format, config.shard,
     )  # fmt: skip
     metadata = {"weights": config.weights, "data": section, "precision": config.precision}
+    if first:  # once in a command: it asks the file system for every file
+        metadata["sizes"] = sizes_hash(source)
     return Extraction(Path(config.out), backbone, source, spec, metadata, clean)
 
 

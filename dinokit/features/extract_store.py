@@ -20,7 +20,7 @@ from torch import Tensor
 import dinokit
 from dinokit.data.loader import ImageBatch, image_loader
 from dinokit.data.sampler import RangeSampler
-from dinokit.data.sources import ImageSource
+from dinokit.data.sources import ImageSource, sizes_hash
 from dinokit.data.transforms import FitTransform
 from dinokit.features.store import (
     FORMAT,
@@ -42,6 +42,12 @@ from dinokit.models import Backbone, Tokens
 from dinokit.runtime.files import DiskFullError
 
 OnProgress = Callable[[int, Sequence[str]], None]  # number of new images, and what is wrong with some of them
+
+
+class SettingError(ValueError):
+    """A setting that does not fit the backbone or the images."""
+
+    exit_status = 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def extract_to(
     spec = spec or ExtractSpec()
     if spec.files != "npy":
         raise ValueError("extract_to() opens the store, and Parquet is for other readers: files=npy.")
-    Extraction(Path(out), backbone, source, spec).run(**run)
+    Extraction(Path(out), backbone, source, spec, {"sizes": sizes_hash(source)}).run(**run)
     return open_store(out)
 
 
@@ -253,22 +259,22 @@ def select_blocks(layers: str | Sequence[int], backbone: Backbone) -> list[int]:
     """The indices of the blocks that 'last', 'lastN', or a list of indices means, in the order of depth.
 
     Raises:
-        ValueError: if there are no such blocks, or the backbone gives its last block only.
+        SettingError: if there are no such blocks, or the backbone gives its last block only.
     """
     depth = len(backbone.blocks)
     if isinstance(layers, str):
         count = layers.removeprefix("last") or "1"
         if not layers.startswith("last") or not count.isdecimal() or int(count) < 1:
-            raise ValueError(
+            raise SettingError(
                 f"layers={layers}: give last, last4 (or another number), or a list such as [2,5]."
             )
         blocks = list(range(depth - int(count), depth)) if count != "1" else [max(depth - 1, 0)]
     else:
         blocks = sorted(set(layers))
     if blocks and not 0 <= blocks[0] <= blocks[-1] <= max(depth - 1, 0):
-        raise ValueError(f"layers={layers}: the backbone has {depth} blocks, numbered from 0.")
+        raise SettingError(f"layers={layers}: the backbone has {depth} blocks, numbered from 0.")
     if not blocks or (blocks != [max(depth - 1, 0)] and not backbone.has_layers):
-        raise ValueError(f"layers={layers}: {type(backbone).__name__} gives its last block only.")
+        raise SettingError(f"layers={layers}: {type(backbone).__name__} gives its last block only.")
     return blocks
 
 
@@ -276,21 +282,21 @@ def select_fit(spec: ExtractSpec, backbone: Backbone) -> FitTransform:
     """The transform of images.
 
     Raises:
-        ValueError: if a size does not fit the patch, or a token is unknown.
+        SettingError: if a size does not fit the patch, or a token is unknown.
     """
     unknown = [token for token in spec.tokens if token not in TOKENS]
     if unknown or not spec.tokens:
-        raise ValueError(f"tokens={','.join(spec.tokens)}: there is {', '.join(TOKENS)}.")
+        raise SettingError(f"tokens={','.join(spec.tokens)}: there is {', '.join(TOKENS)}.")
     size = spec.size or (backbone.input.size if spec.fit == "crop" else 0)
     fit = FitTransform(spec.fit, size, spec.resize or round(size * 256 / 224), backbone.patch)
     if fit.how == "crop" and (fit.size < 1 or fit.size % fit.patch):
         nearest = max(round(fit.size / fit.patch), 1) * fit.patch
-        raise ValueError(
+        raise SettingError(
             f"size={fit.size} is not a multiple of the backbone's patch, {fit.patch} pixels; the nearest is "
             f"{nearest}. fit=pad and fit=resize take any size."
         )
     if fit.how == "crop" and fit.resize < fit.size:
-        raise ValueError(
+        raise SettingError(
             f"resize={fit.resize} leaves no crop of size={fit.size}: it must be at least as large."
         )
     return fit
@@ -321,7 +327,7 @@ def row_shapes(
     """Shape and dtype of the row of an image, for each token; of one patch, if the grids differ.
 
     Raises:
-        ValueError: if the backbone has no such tokens.
+        SettingError: if the backbone has no such tokens.
     """
     side = fit.size if fit.how == "crop" else fit.patch
     blank = torch.zeros(1, backbone.channels, side, side, device=device_of(backbone))
@@ -331,7 +337,7 @@ def row_shapes(
     for token in spec.tokens:
         row = tuple(token_rows(token, tokens).shape[1:])
         if 0 in row or (token == "mean" and not tokens[0].patches.shape[1]):
-            raise ValueError(f"tokens={token}: this backbone has none.")
+            raise SettingError(f"tokens={token}: this backbone has none.")
         shapes[token] = (row[1:] if spec.varies(token) else row, np.dtype(spec.dtype))
     return shapes
 

@@ -37,7 +37,8 @@ TOKENS = ("cls", "mean", "patch", "registers")
 RECORD = np.dtype([("valid", "?"), ("label", "<i4"), ("rows", "<i4"), ("columns", "<i4")])
 MAX_IMAGES, SHARD_BYTES = 4096, 256 << 20  # of a shard; a killed run computes at most one shard again
 OPEN = 64  # memory-mapped shards of an array that stay open
-UNCHECKED = ("weights", "data", "dinokit")  # keys of store.json that may change: paths and the version
+# Keys of store.json that may change: paths and the version. `sizes` is compared where both have it.
+UNCHECKED = ("weights", "data", "dinokit", "sizes")
 
 
 def shard_path(out: Path, token: str, number: int) -> Path:
@@ -109,7 +110,7 @@ class Column:
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
         """A row (a view of the file), or the rows of a slice, an index array or a mask (a copy)."""
         if isinstance(index, int | np.integer):
-            place = range(len(self))[int(index)]
+            place = _place(int(index), len(self))
             return self._shard(place // self.size)[place % self.size]
         indices = np.arange(len(self))[index]
         rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
@@ -139,9 +140,16 @@ class PatchColumn:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """The patches of one image, row by row over its grid; an unreadable image has none."""
-        number, place = divmod(range(len(self))[int(index)], self._images.size)
+        number, place = divmod(_place(int(index), len(self)), self._images.size)
         ends = self._ends(number)
         return self._flat._shard(number)[ends[place - 1] if place else 0 : ends[place]]
+
+
+def _place(index: int, images: int) -> int:
+    """The number of an image; a negative index counts from the end."""
+    if not -images <= index < images:
+        raise IndexError(f"There is no image {index}: the store has {images}, numbered from 0.")
+    return index % images
 
 
 class Store:
@@ -315,16 +323,39 @@ def prepare_folder(out: Path, about: dict[str, Any], names: Iterable[str], clean
 
 
 def _compare(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    if all(old.get(key) == new.get(key) for key in {*old, *new}.difference(UNCHECKED)):
+        if None not in (old.get("sizes"), new.get("sizes")) and old["sizes"] != new["sizes"]:
+            raise ValueError(
+                f"out={out} was made from other images of the same names: their files have other sizes now. "
+                f"Choose another out."
+            )
+        return
+    before, now = _shown(old), _shown(new)
     changed = [
-        f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and key not in UNCHECKED
+        f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
     ]
-    if changed:
-        raise ValueError(
-            f"out={out} contains features of other settings: {'; '.join(changed)}. Choose another out, or "
-            f"give the old settings to resume."
-        )
+    raise ValueError(
+        f"out={out} contains features of other settings: {'; '.join(changed) or 'tokens of other shapes'}. "
+        f"Choose another out, or give the old settings to resume."
+    )
+
+
+def _shown(about: dict[str, Any]) -> dict[str, str]:
+    """The values of store.json by what they are called in an error, without what follows from others."""
+    shown = {}
+    for key, value in about.items():
+        if key == "tokens" and isinstance(value, dict):
+            shown["tokens"] = ",".join(value)
+            shown["dtype"] = ",".join({str(e.get("dtype")): 0 for e in value.values() if isinstance(e, dict)})
+        elif key == "transform" and isinstance(value, dict):
+            shown |= {name: json.dumps(each) for name, each in value.items()}
+        elif key == "fingerprint":
+            shown["weights"] = f"{about.get('weights') or 'in memory'} ({str(value)[:8]})"
+        elif key not in (*UNCHECKED, "width", "patch"):
+            shown[key] = json.dumps(value)
+    return shown
 
 
 def _compare_names(out: Path, new: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinokit.__main__ import main
 from dinokit.features.store import prepare_folder
@@ -191,6 +192,23 @@ def test_a_wrong_setting_is_refused_without_importing_torch(change, answer):
     )  # fmt: skip
     assert result.returncode == 2
     assert answer in result.stderr
+
+
+def test_a_setting_that_cannot_be_met_is_wrong_usage_and_leaves_no_folder(vit_file, photos, tmp_path, capsys):
+    folder, out = photos(2), tmp_path / "out"
+    for setting, answer in {
+        "layers=last9": "the backbone has 3 blocks",
+        "size=33": "size=33 is not a multiple of the backbone's patch",
+        "device=cuda:99": "There is no device cuda:99 here",
+        f"out={folder / 'features'}": "is inside data.path=",
+    }.items():
+        if setting.startswith("device") and torch.cuda.is_available():
+            continue
+        words = [f"weights={vit_file}", f"data.path={folder}", f"out={out}", "workers=0", setting]
+        assert main(["extract", *words]) == 2
+        assert answer in capsys.readouterr().err
+        assert not out.exists()
+        assert not (folder / "features").exists()
 
 
 def test_an_empty_folder_is_refused(vit_file, tmp_path, capsys):

@@ -123,14 +123,24 @@ def test_other_settings_other_weights_and_other_images_are_refused(vit, photos, 
     path, out = photos(5), tmp_path / "out"
     extract_to(out, vit, folder(path), ExtractSpec())
     extract_to(out, vit, folder(path), ExtractSpec())  # the same again is no mistake
-    with pytest.raises(ValueError, match=r"other settings: tokens was .*Choose another out"):
+    with pytest.raises(ValueError, match=r"other settings: tokens was cls, now cls,mean\. Choose"):
         extract_to(out, vit, folder(path), ExtractSpec(("cls", "mean")))
+    with pytest.raises(ValueError, match=r"other settings: dtype was float16, now float32\. Choose"):
+        extract_to(out, vit, folder(path), ExtractSpec(dtype="float32"))
     with torch.no_grad():
         vit.norm.weight += 1
-    with pytest.raises(ValueError, match="fingerprint was"):
+    with pytest.raises(
+        ValueError, match=r"settings: weights was in memory \(\w{8}\), now in memory \(\w{8}\)\. Choose"
+    ):
         extract_to(out, vit, folder(path), ExtractSpec())
     with torch.no_grad():
         vit.norm.weight -= 1
+    whole = (path / "0002.png").read_bytes()
+    (path / "0002.png").write_bytes((path / "0003.png").read_bytes())  # another image under the same name
+    with pytest.raises(ValueError, match="other images of the same names: their files have other sizes"):
+        extract_to(out, vit, folder(path), ExtractSpec())
+    (path / "0002.png").write_bytes(whole)  # the same image at another time
+    extract_to(out, vit, folder(path), ExtractSpec())
     (path / "0002.png").rename(path / "0002b.png")
     with pytest.raises(ValueError, match=r"other images: number 2 was '.*0002.png', now '.*0002b.png'"):
         extract_to(out, vit, folder(path), ExtractSpec())
@@ -225,3 +235,14 @@ def test_a_growing_array_is_a_plain_npy_file(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), rows)
     np.save(tmp_path / "y.npy", rows)
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
+
+
+def test_an_image_that_is_not_there_is_an_error_with_the_number_of_images(vit, photos, tmp_path):
+    store = extract_to(
+        tmp_path / "out", vit, folder(photos(3)), ExtractSpec(("cls", "patch"), fit="resize", size=32)
+    )
+    for token in ("cls", "patch"):
+        assert (store[token][-1] == store[token][2]).all()
+        for wrong in (3, -4):
+            with pytest.raises(IndexError, match=f"no image {wrong}: the store has 3, numbered from 0"):
+                store[token][wrong]

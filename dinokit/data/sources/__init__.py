@@ -136,6 +136,15 @@ def image_states(source: Any, images: Sequence[int]) -> tuple[list[int], list[in
     return sizes, times
 
 
+def sizes_hash(source: Any) -> str | None:
+    """A hash of the bytes of each image, which changes with nearly every change of one; None if unknown.
+
+    Times and places are not in it: copied or moved images have the same one.
+    """
+    sizes = image_states(source, range(len(source)))[0]
+    return blake2b(repr(sizes).encode(), digest_size=16).hexdigest() if any(sizes) else None
+
+
 def content_hash(source: Any, index: int) -> str:
     """A hash of the stored content of an image; "" if it has none, or cannot be read."""
     return _digest_of(source, index, _content)
