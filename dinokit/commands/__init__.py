@@ -309,7 +309,12 @@ def _meaning(item: "Field[Any]", comment: str) -> str:
     if "registry" in item.metadata:
         have = ", ".join(registry.names(item.metadata["registry"]))
         inside = f"{item.name}.NAME" if "many" in item.metadata else item.name
-        options = (f"a section: {inside}.path=..., {inside}.name= one of {have}, and its keys",)
+        listed = {"models": "backbones", "eval": "evaluators"}.get(item.metadata["registry"])
+        listed = listed or item.metadata["registry"].rpartition(".")[2]
+        options = (
+            f"a section: {inside}.path=..., {inside}.name= one of {have}, and its keys "
+            f"(dinokit list {listed} NAME)",
+        )
         return ". ".join(filter(None, [options[0], comment]))
     conditions = [registry.condition_text(*pair) for pair in item.metadata.get("only_if", {}).items()]
     when = f"only {' and '.join(conditions)}" if conditions else ""

@@ -221,7 +221,7 @@ def _make(config: Config, device: "str | torch.device", clean: bool, first: bool
         tuple(config.tokens), config.layers, config.fit, config.size, config.resize, config.dtype,
         config.format, config.shard,
     )  # fmt: skip
-    metadata = {"weights": config.weights, "data": section, "precision": config.precision}
+    metadata: dict[str, Any] = {"weights": config.weights, "data": section, "precision": config.precision}
     if first:  # once in a command: it asks the file system for every file
         metadata["sizes"] = sizes_hash(source)
     return Extraction(Path(config.out), backbone, source, spec, metadata, clean)

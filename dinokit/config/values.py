@@ -17,7 +17,7 @@ from dinokit.config import registry
 
 DEEPEST = 100  # levels of YAML
 SOURCE_OF_SUFFIX = {
-    ".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest", ".tsv": "manifest"
+    ".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest"
 }  # fmt: skip
 DEFAULT_SOURCE = {
     "data.dense": "folders", "data.videos": "davis", "data.objects": "sa1b", "data.captions": "folder",

@@ -276,8 +276,11 @@ def nothing_found(path: Path, expected: Iterable[str], others: Counter[str]) -> 
     if not others:
         return ValueError(f"path='{path}' has no file at all; searched for {', '.join(expected)}.")
     found = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(6))
-    readers = sorted({SOURCE_OF_SUFFIX[suffix] for suffix in others if suffix in SOURCE_OF_SUFFIX})
+    names = {SOURCE_OF_SUFFIX.get(suffix, "hf" if suffix == ".arrow" else "") for suffix in others}
+    readers = sorted(names - {"", "manifest"})
     hint = f" To read those, set name={' or '.join(readers)} in the same section." if readers else ""
+    if "manifest" in names:
+        hint += " If one of them is a list of images, give its own path."
     return ValueError(f"path='{path}' has no {', '.join(expected)}; it has: {found}.{hint}")
 
 

@@ -237,8 +237,15 @@ def released_backbone(
     file = None if weights is None or str(weights) in TRAINED_ON else weights
     if file is not None or pretrained:
         file = file or fetch(model.url)
-        fill(backbone, file, tolerate=["mask_token", "local_cls_norm.*"])
-        backbone.input = replace(read(file, values=False)[1].input, size=backbone.input.size)
+        stored = read(file, values=False)[1]
+        no_bias = isinstance(backbone, dinov3.DINOv3) and stored.section.get("qkv_bias") == "none"
+        missing = ["blocks.*.attn.qkv.bias*"] if no_bias else []  # timm's files leave out biases of zero
+        fill(backbone, file, tolerate=["mask_token", "local_cls_norm.*", *missing])
+        if no_bias:
+            for name, parameter in backbone.named_parameters():
+                if name.endswith("attn.qkv.bias"):
+                    torch.nn.init.zeros_(parameter)
+        backbone.input = replace(stored.input, size=backbone.input.size)
     return backbone
 
 

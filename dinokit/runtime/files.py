@@ -100,11 +100,14 @@ def open_regular(path: str | Path) -> BufferedReader:
     """Open a file to read. A FIFO or a device, which may block or never end, is refused, also behind a link.
 
     Raises:
-        OSError: if it is none, or cannot be opened; the message names it.
+        OSError: if it is none, or cannot be opened; the message names it. FileNotFoundError if it is missing.
     """
     if "\0" in str(path):
         raise OSError(f"{str(path)!r} has a NUL, which no file name has: the list that names it is damaged.")
-    mode = Path(path).stat().st_mode
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} cannot be read: there is no such file.") from None
     if not stat.S_ISREG(mode):
         raise OSError(f"{path} is {_kind(mode)}, not a file.")
     return Path(path).open("rb")

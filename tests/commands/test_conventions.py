@@ -4,6 +4,7 @@ import errno
 import inspect
 import json
 import operator
+import re
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,23 @@ def test_lists_are_wrapped_on_a_terminal_and_whole_in_a_pipe(capsys, monkeypatch
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines)) <= most
         assert f"{name} {text}" in " ".join(" ".join(lines).split())
+
+
+def test_a_list_with_a_name_has_its_keys_with_their_defaults(capsys):
+    assert main(["list", "sources", "tar"]) == 0
+    shown = capsys.readouterr().out
+    assert "keys of tar:" in shown
+    assert re.search(r"^    test_share = 0\.1 +\S", shown, re.MULTILINE)
+    assert main(["list", "losses", "koleo", "--json", "--quiet"]) == 0
+    keys = json.loads(capsys.readouterr().out)["koleo"]
+    assert {key.partition(" = ")[0] for key in keys} >= {"weight", "group"}
+    assert main(["list", "sources", "tarr"]) == 2
+    assert "Did you mean 'tar'" in capsys.readouterr().err
+    assert main(["list", "recipes", "laptop"]) == 2
+    assert "dinokit show laptop has the keys of laptop" in capsys.readouterr().err
+    assert main(["list", "sources", "tar", "hf"]) == 2
+    assert main(["help", "extract"]) == 0
+    assert "dinokit list sources NAME" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -5,7 +5,9 @@ from runpy import run_path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 import dinokit
 from dinokit.hub import RELEASED
@@ -43,6 +45,20 @@ def test_without_a_file_it_says_where_to_put_one_and_downloads_nothing(tmp_path,
     assert dinokit.create_model("dinov3_vits16", pretrained=True).input.mean == (0.485, 0.456, 0.406)
     with pytest.raises(TypeError, match="takes no interpolate_offset; it takes img_size, in_chans"):
         hubconf.dinov3_vits16(pretrained=False, interpolate_offset=0.1)
+
+
+def test_a_file_of_timm_which_leaves_out_biases_of_zero_is_read(tmp_path, monkeypatch):
+    size = {"embed_dim": 64, "depth": 2, "num_heads": 1}
+    torch.manual_seed(2)
+    theirs = timm.create_model("vit_small_patch16_dinov3", num_classes=0, init_values=1.0, **size).eval()
+    save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
+    assert not any("qkv.bias" in name for name in theirs.state_dict())
+    ours = {"width": 64, "depth": 2, "heads": 1, "patch": 16}
+    monkeypatch.setitem(dinov3.SIZES, "vits16", ours)
+    loaded = hubconf.dinov3_vits16(weights=tmp_path / "timm.safetensors").eval()
+    x = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(loaded(x), theirs.forward_features(x)[:, 0], rtol=1e-4, atol=1e-5)
+    assert set(loaded.state_dict()) == set(dinov3.DINOv3(dinov3.Config(**ours)).state_dict())
 
 
 def test_the_methods_are_those_of_dinov3(model):

@@ -350,3 +350,9 @@ def test_a_pipeline_of_diffusers_is_refused(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="a diffusion model"):
         load_backbone(tmp_path / "a.safetensors")
+
+
+def test_the_name_of_a_released_model_is_no_file_and_its_list_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LookupError, match=r"released model.*`dinokit models dinov2_vits14` prints"):
+        load_backbone("dinov2_vits14")

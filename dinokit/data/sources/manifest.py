@@ -43,7 +43,7 @@ def build(cfg: Config) -> ImageSource:
     """
     path = existing(cfg.path)
     if path.is_dir() or path.suffix.lower() not in (".txt", ".csv"):
-        raise wrong_kind(path, "a list of image files, .txt or .csv,")
+        raise wrong_kind(path, "a list of image files (.txt or .csv)")
     names: Strings
     if path.suffix.lower() == ".txt":
         names, labels, splits = Lines.of(path), Categorical(), Categorical()

@@ -159,7 +159,15 @@ def test_a_file_in_place_of_a_folder_is_sent_to_its_reader(tmp_path: Path, name:
     (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match=f"set name={reader}"):
         opened(tmp_path / name)
-    with pytest.raises(ValueError, match=f"1 {Path(name).suffix}.*set name={reader}"):
+    hint = "give its own path" if reader == "manifest" else f"set name={reader}"  # a list is no folder
+    with pytest.raises(ValueError, match=f"1 {Path(name).suffix}.*{hint}"):
+        opened(tmp_path)
+
+
+def test_a_folder_that_the_library_datasets_wrote_is_sent_to_its_reader(tmp_path: Path) -> None:
+    for name in ("data-00000-of-00001.arrow", "state.json"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=r"1 \.arrow.*set name=hf in the same section\."):
         opened(tmp_path)
 
 
