@@ -30,6 +30,13 @@ def test_a_grid_has_its_pictures_on_white():
     assert (tile(sheet, 1, 1, 4) == 255).all()
 
 
+def test_a_picture_of_another_shape_is_fitted_into_its_place():
+    wide, first = np.full((2, 8, 3), 20, np.uint8), np.full((4, 4, 3), 10, np.uint8)
+    place = tile(viz.grid([[first, wide]]), 0, 1, 4)
+    assert (place[1:2] == 20).all()  # 8 x 2 pixels become 4 x 1, in the middle
+    assert (np.delete(place, 1, axis=0) == 255).all()
+
+
 def colours(features, foreground=False):
     return viz.Basis.fit(features).colours(features, foreground)
 

@@ -30,7 +30,10 @@ INK = "#010203"  # of axes and labels; becomes currentColor
 
 
 def grid(rows: Sequence[Sequence[Picture]]) -> Picture:
-    """Rows of pictures of one size (h, w, 3) on white; shorter rows end in white."""
+    """Rows of pictures on white, as large as the first (h, w, 3); shorter rows end in white.
+
+    A picture of another size is scaled to fit, with its shape kept, into the middle of its place.
+    """
     height, width, _ = rows[0][0].shape
     across = max(len(row) for row in rows)
     shape = len(rows) * (height + GAP) + GAP, across * (width + GAP) + GAP, 3
@@ -38,7 +41,12 @@ def grid(rows: Sequence[Sequence[Picture]]) -> Picture:
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             top, left = GAP + i * (height + GAP), GAP + j * (width + GAP)
-            sheet[top : top + height, left : left + width] = picture
+            scale = min(height / picture.shape[0], width / picture.shape[1])
+            h, w = (max(round(side * scale), 1) for side in picture.shape[:2])
+            top, left = top + (height - h) // 2, left + (width - w) // 2
+            if (h, w) != picture.shape[:2]:
+                picture = np.asarray(Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST))
+            sheet[top : top + h, left : left + w] = picture
     return sheet
 
 
