@@ -24,7 +24,7 @@ LIMITS = """\
 - The features follow the training images: on images of another kind they may distinguish little. Evaluate
   them on your own labelled images before you rely on them.
 - They were learnt without labels, and nobody has examined them for bias, safety or medical use.
-- Images must be prepared as below: the same size, mean and deviation as in training."""
+- Images must be prepared as above: the same size, mean and deviation as in training."""
 
 
 def card(to: str, repo: str, backbone: "Backbone", about: Mapping[str, Any], lines: list[dict[str, Any]],

@@ -27,6 +27,7 @@ from dinokit.config import registry
 from dinokit.config.load import checked_values, parse_overrides
 from dinokit.config.registry import check_at_least, suggest
 from dinokit.config.values import with_source
+from dinokit.runtime.files import CHECKSUMS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,6 +80,12 @@ def export(cfg: Config, given: "Backbone | None" = None) -> Iterator[str]:
     if out.is_dir() if file else out.is_file():
         have, new = ("folder", "file") if file else ("file", "folder")
         raise ValueError(f"out={out} is a {have}, but to={cfg.to} writes a {new}: give another out.")
+    names = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
+    if names and not names & {CHECKSUMS, "model.safetensors"}:
+        raise ValueError(
+            f"out={out} has files that no export wrote, such as {min(names)}, and files of the same names, as "
+            f"README.md, would be replaced. Choose another out."
+        )
     if cfg.push:
         _card.check_push(cfg.push)
     from dinokit.runtime.launch import locked, refuse_locked

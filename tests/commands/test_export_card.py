@@ -64,6 +64,19 @@ def test_a_card_without_licence_or_recipe_says_so(drawn, tmp_path):
     assert not (dinokit.export(vit, "timm", tmp_path / "a.safetensors")[-1]).startswith("Model card")
 
 
+def test_a_folder_with_files_of_somebody_else_is_refused_and_an_older_export_replaced(run, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("about my photos")
+    assert main(["export", f"weights={run}", "to=timm", f"out={mine}"]) == 2
+    assert "has files that no export wrote, such as README.md" in capsys.readouterr().err
+    assert [path.name for path in mine.iterdir()] == ["README.md"]
+    assert (mine / "README.md").read_text() == "about my photos"
+    (mine / "README.md").rename(mine / ".hidden")
+    for _ in range(2):
+        assert main(["export", f"weights={run}", "to=timm", f"out={mine}"]) == 0
+
+
 def test_an_upload_that_cannot_succeed_is_refused_before_anything_is_written(
     run, tmp_path, capsys, monkeypatch
 ):
