@@ -83,8 +83,8 @@ def export(cfg: Config, given: "Backbone | None" = None) -> Iterator[str]:
     names = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
     if names and not names & {CHECKSUMS, "model.safetensors"}:
         raise ValueError(
-            f"out={out} has files that no export wrote, such as {min(names)}, and files of the same names, as "
-            f"README.md, would be replaced. Choose another out."
+            f"out={out} has files that no export wrote, such as {min(names)}, and those of the same "
+            f"names, as README.md, would be replaced. Choose another out."
         )
     if cfg.push:
         _card.check_push(cfg.push)
