@@ -41,6 +41,7 @@ EXTRAS = {  # packages, the command that installs them (in the clone), and what 
     "tifffile": ("tifffile", "pip install '.[tiff]'", "TIFF with many bands"),
     "pillow_heif": ("pillow-heif", "pip install '.[heic]'", "HEIC photos of phones"),
     "av": ("av", "pip install '.[video]'", "videos"),
+    "gradio": ("gradio", "pip install '.[page]'", "dinokit click"),
     "tensorboard": ("tensorboard", "pip install '.[track]'", "run.log=[tensorboard]"),
 }
 ALSO = {"faiss": "faiss-gpu"}  # another distribution of the same package

@@ -52,6 +52,7 @@ NOT_RUN = {
     "ask": "it needs the model; tests/language/test_answerer.py",
     "train-head": "minutes; tests/segment/test_predictor.py",
     "segment": "it needs the head; tests/segment/test_predictor.py",
+    "click": "it needs the head and a browser; tests/segment/test_click.py",
     "completion": "tests/commands/test_conventions.py",
 }
 PRELUDE = """
