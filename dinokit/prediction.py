@@ -13,6 +13,7 @@ from dinokit.features import Features, Pooling, device_of, extract
 from dinokit.heads.classifier import load_classifier
 from dinokit.models import Backbone
 from dinokit.runtime.device import DTYPES, pick_precision
+from dinokit.runtime.log import info
 
 TEMP = 0.07  # of the votes, as in the evaluator knn
 
@@ -74,6 +75,8 @@ def predict(
         probabilities = classifier.probabilities(features.x)
     else:
         has_label = bank.y >= 0
+        if without := int((~has_label).sum()):
+            info(f"{without} of {len(bank.y)} labelled images have no label and do not vote.")
         probabilities = vote(features.x, bank.x[has_label], bank.y[has_label], k, TEMP, len(classes))
     yield from _named(source, features, probabilities, classes)
 

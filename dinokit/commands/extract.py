@@ -86,7 +86,7 @@ def run(command: Command) -> dict[str, Any]:
 
 def check(command: Command) -> Config:
     """Read and check the settings without importing torch."""
-    command.no_words(" The weights are given as weights=FILE_OR_RUN.")
+    command.no_words(" Images are given as data.path=PATH, weights as weights=FILE_OR_RUN.")
     values = parse_overrides(command.settings)
     if isinstance(values.get("tokens"), str):
         values["tokens"] = values["tokens"].split(",")

@@ -125,6 +125,18 @@ def test_files_are_labelled_in_their_order_and_unreadable_ones_are_left_empty(we
     assert "is a folder, and a file is to be written there" in capsys.readouterr().err
 
 
+def test_an_image_without_a_label_in_a_list_is_counted_and_does_not_vote(weights, labelled, capsys):
+    files = [labelled / "train" / kind / "0.png" for kind in CLASSES]
+    rows = [f"{file},{kind}" for file, kind in zip(files, CLASSES, strict=True)]
+    asked = labelled / "test" / CLASSES[0] / "20.png"
+    (labelled / "list.csv").write_text("\n".join(["path,label", *rows, f"{asked},"]))  # the same, unlabelled
+    words = [f"weights={weights}", f"labelled.path={labelled / 'list.csv'}", "k=1", "workers=0"]
+    assert main(["predict", *words, str(asked)]) == 0
+    shown = capsys.readouterr()
+    assert "1 of 4 labelled images have no label and do not vote." in shown.err
+    assert rows_of(shown.out)[0]["label"] in CLASSES
+
+
 def test_a_head_of_other_weights_or_none_is_refused(weights, labelled, tmp_path, capsys):
     other = dinokit.create_model("pixels", size=32, grid=4)
     save_backbone(tmp_path / "b.safetensors", other, {"name": "pixels", "channels": 3, "size": 32, "grid": 4})
