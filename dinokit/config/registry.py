@@ -229,7 +229,7 @@ def find_yaml(what: str, text: str, have: list[str], folder: Traversable) -> Pat
         return Path(str(folder / f"{text}.yaml"))
     if Path(text).is_file():
         return Path(text)
-    if Path(text).is_dir():
+    if what == "recipe" and Path(text).is_dir():
         inside = Path(text) / "recipe.yaml"
         way = f"The {what} of a run is {inside}" if inside.is_file() else f"Images are data.path={text}"
         raise LookupError(f"{text} is a folder, not a {what}. {way}.")
@@ -395,6 +395,6 @@ def _own_modules(kind: str, name: str) -> str:
     found = sorted(
         f"'{path.parent.name}.{path.stem}'"
         for path in Path.cwd().glob("*/[!_]*.py")
-        if last in (path.stem, path.parent.name) and entry.search(path.read_text(encoding="utf-8"))
+        if last in (path.stem, path.parent.name) and entry.search(path.read_text("utf-8", "replace"))
     )
     return f" Did you mean {' or '.join(found)}?" if found else ""

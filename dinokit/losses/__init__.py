@@ -40,6 +40,7 @@ from dinokit.models.head import LazyLogits
 HeadName = Literal["cls", "patch"]  # the head of the class token, or that of the patches
 # Fields of Views that are computed only in steps with a loss that declares this in `uses`.
 DECLARED = {
+    "heads": ("student_cls", "teacher_cls"),
     "masks": ("student_patch", "teacher_patch", "mask_weight"),
     "projection": ("student_projection",),
     "gram": ("student_patches", "gram_patches"),
@@ -87,8 +88,8 @@ class Views:
             use = next((use for use, names in DECLARED.items() if name in names), "")
             if use:
                 raise AttributeError(
-                    f"no loss of this step declares that it reads views.{name}. If yours does, add to its "
-                    f"Config: uses: ClassVar[frozenset[str]] = frozenset({{'heads', '{use}'}})."
+                    f"no loss of this step declares that it reads views.{name}. If yours does, its Config "
+                    f"has uses: ClassVar[frozenset[str]] = frozenset({{...}}) with '{use}' in it."
                 )
             have = [item.name for item in fields(self) if not item.name.startswith("_")]
             raise AttributeError(
