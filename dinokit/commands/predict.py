@@ -89,7 +89,7 @@ def run(command: Command) -> dict[str, Any]:
             {
                 "file": row.file,
                 "label": row.label or None,
-                "probability": row.probability if row.label else None,
+                "probability": round(row.probability, 6) if row.label else None,
             }
             for row in rows
         ]
