@@ -136,8 +136,7 @@ def encode(
     with frozen(backbone), torch.inference_mode():
         for loaded in loader:
             if loaded.errors:
-                text = loaded.errors[0].rstrip(".")
-                raise ValueError(f"{text}. dinokit.extract() goes on without such images.")
+                raise ValueError(f"{loaded.errors[0]} (dinokit.extract() goes on without such images)")
             rows: dict[str, list[Any]] = {name: [None] * len(loaded.labels) for name in names}
             for pixels, places in loaded.groups:
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):

@@ -26,17 +26,15 @@ from dinokit.features.store import (
     FORMAT,
     RECORD,
     TOKENS,
-    Append,
     Store,
     missing_shards,
-    npy_shard,
     open_store,
-    prepare_folder,
     shard_count,
     shard_range,
     shard_size,
 )
 from dinokit.features.store_parquet import parquet_shard
+from dinokit.features.store_write import Append, npy_shard, prepare_folder
 from dinokit.features.tokens import block_tokens, device_of, fingerprint, frozen, normalised
 from dinokit.models import Backbone, Tokens
 from dinokit.runtime.files import DiskFullError

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dinokit.features.store import RECORD, Append, patch_counts
+from dinokit.features.store import RECORD, patch_counts
+from dinokit.features.store_write import Append
 from dinokit.runtime.files import atomic
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dinokit.config.registry import suggest
-from dinokit.hub import RELEASED
 from dinokit.runtime.files import check_folder, read_regular
 
 NAME = "teacher.safetensors"  # of the weights in the folder of a run
@@ -77,12 +76,11 @@ def locate(source: str | Path) -> Path:
         raise LookupError(f"There is no file {path}, and no folder {path.parent} (looked from {Path.cwd()}).")
     weights = _weights_in(path.parent)
     hint = f" Weights in its folder: {', '.join(weights[:10])}." if weights else ""
-    if str(path) in RELEASED:
-        hint = (
-            f" It is the name of a released model: give the path of its file, whose address "
+    if str(source).startswith(("dino_", "dinov2_", "dinov3_")) and path.suffix == "":
+        hint += (
+            f" If you mean a released model: give the path of its file, whose address "
             f"`dinokit models {path}` prints."
         )
-        raise LookupError(f"There is no file {path}.{hint}")
     similar = suggest(path.name, sorted(p.name for p in path.parent.iterdir()))
     raise LookupError(f"There is no file {path}.{similar}{hint}")
 

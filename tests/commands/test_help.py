@@ -32,6 +32,10 @@ class Config:
 
 class Other:
     plain: int = 4  # of another class
+
+
+def evaluate(cfg, backbone):
+    return {}
 """
 
 

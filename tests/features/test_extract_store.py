@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dinokit.__main__ import main
-from dinokit.features.store import prepare_folder
+from dinokit.features.store_write import prepare_folder
 
 # A shell's background jobs are born ignoring Ctrl-C.
 COMMAND = """

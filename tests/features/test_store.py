@@ -11,7 +11,8 @@ from dinokit.config import registry
 from dinokit.data.transforms import center_crop, resize, to_tensor
 from dinokit.features import Extraction, ExtractSpec, extract_to, normalised, open_store
 from dinokit.features.extract_store import select_blocks
-from dinokit.features.store import growing_array, shard_size
+from dinokit.features.store import shard_size
+from dinokit.features.store_write import growing_array
 
 
 def folder(path):
