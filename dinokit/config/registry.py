@@ -7,11 +7,12 @@ other packages can add entries without registering them.
 """
 
 import ast
+import builtins
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, field
+from dataclasses import Field, field, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
@@ -252,27 +253,31 @@ def read_config(kind: str, name: str) -> type[Any]:
     file's imports of the standard library, of this module, of dinokit.eval and of modules called `_config`
     (base classes of settings, which import nothing heavy), its plain constants, Config and the enums and
     dataclasses that Config names are executed here. A module of another package whose Config needs more, such
-    as a base class of that package, is imported.
+    as a base class or a function of that package, is imported.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config, or not the function of its registry.
     """
     path = locate(kind, name)
-    try:
-        return _config_in(path, path.read_text(encoding="utf-8"), kind, name)
-    except NameError:
-        if "." not in name:
-            raise
-        return import_module(name).Config
+    text = path.read_text(encoding="utf-8")
+    if "." not in name:
+        return _config_in(path, text, kind, name)
+    if _defines(kind).search(text):
+        with suppress(NameError, LookupError):
+            return _config_in(path, text, kind, name)
+    module = import_module(name)
+    if not hasattr(module, _function(kind)):
+        raise LookupError(
+            f"'{name}' is no entry of the registry '{kind}': {path} defines no function `{_function(kind)}`."
+        )
+    if not is_dataclass(getattr(module, "Config", None)):
+        raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
+    return module.Config
 
 
 @lru_cache(maxsize=256)
 def _config_in(path: Path, text: str, kind: str, name: str) -> type[Any]:
     tree = ast.parse(text, str(path))
-    if "." in name and not {_function(kind), "*"} & _defined(tree):
-        raise LookupError(
-            f"'{name}' is no entry of the registry '{kind}': {path} defines no function `{_function(kind)}`."
-        )
     used = _used_by_config(tree)
     tree.body = [
         node
@@ -285,24 +290,28 @@ def _config_in(path: Path, text: str, kind: str, name: str) -> type[Any]:
     exec(compile(tree, str(path), "exec"), module.__dict__)
     if not hasattr(module, "Config"):
         raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
+    if "." in name:
+        _refuse_absent_names(tree, module)
     return module.Config
+
+
+def _refuse_absent_names(tree: ast.Module, module: ModuleType) -> None:
+    """NameError for a name in a class that the module lacks; a method would raise it when it is called."""
+    words = [n for node in tree.body if isinstance(node, ast.ClassDef) for n in ast.walk(node)]
+    read = {n.id for n in words if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    own = {n.id for n in words if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    own |= {n.arg for n in words if isinstance(n, ast.arg)}
+    if absent := read - own - vars(module).keys() - vars(builtins).keys():
+        raise NameError(f"{module.__file__}: {', '.join(sorted(absent))}")
 
 
 def _function(kind: str) -> str:
     return "evaluate" if kind == "eval" else "build"
 
 
-def _defined(tree: ast.Module) -> set[str]:
-    """The names that a file defines or imports at its top level; '*' for all of another module."""
-    defined: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            defined |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign):
-            defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return defined
+def _defines(kind: str) -> re.Pattern[str]:
+    """What a file has that defines the function of its registry in the plain way."""
+    return re.compile(rf"^(def )?{_function(kind)}( = |\()", re.MULTILINE)
 
 
 def _used_by_config(tree: ast.Module) -> set[str]:
@@ -391,7 +400,7 @@ def locate(kind: str, name: str) -> Path:
 def _own_modules(kind: str, name: str) -> str:
     """Did you mean a module in the working folder: my_package.spread for spread, any for my_package?"""
     last = re.split(r"[./]", name.removesuffix(".py"))[-1]
-    entry = re.compile(rf"^(def )?{_function(kind)}( = |\()", re.MULTILINE)
+    entry = _defines(kind)
     found = sorted(
         f"'{path.parent.name}.{path.stem}'"
         for path in Path.cwd().glob("*/[!_]*.py")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinokit import losses
 from dinokit.config import registry
-from dinokit.config.load import load_recipe
+from dinokit.config.load import load_recipe, section_values
 from dinokit.losses import Views
 
 FUNCTIONS = {
@@ -231,3 +231,40 @@ def test_a_file_without_a_config_is_named(package):
     (package / "nothing.py").write_text("build = dict\n")
     with pytest.raises(LookupError, match=r"nothing\.py defines no dataclass `Config`"):
         registry.read_config("losses", "elsewhere.nothing")
+
+
+HERE = "from dataclasses import dataclass\n\n\n@dataclass\nclass Config:\n    weight: float = 0.25\n"
+METHOD = f"{HERE}\n    def __post_init__(self):\n        check(self.weight)\n"
+FUNCTION = "\n\ndef build(cfg):\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"from elsewhere.base import Config as Base\n\n\nclass Config(Base):\n    pass\n{FUNCTION}",
+        f"from elsewhere.base import Config\n{FUNCTION}",
+        f"from elsewhere.base import check\n{METHOD}{FUNCTION}",
+        f"def check(weight):\n    assert weight > 0\n\n\n{METHOD}{FUNCTION}",
+        f"from __future__ import annotations\nfrom elsewhere.base import Kind\n"
+        f"{HERE}    kind: Kind | None = None\n{FUNCTION}",
+        f"from typing import Any\n{HERE}\n\nbuild: Any = print\n",
+        f"{HERE}\n\ntry:\n    from elsewhere.missing import build\nexcept ImportError:\n"
+        f"    from elsewhere.base import check as build\n",
+        "from elsewhere.base import *\n",
+    ],
+    ids=["no decorator", "imported", "method", "own function", "annotation", "typed", "in a block", "star"],
+)  # fmt: skip
+def test_config_and_function_of_another_package_are_those_that_python_finds(text, package):
+    (package / "base.py").write_text(
+        f"from enum import Enum\n{HERE}{FUNCTION}\n\ndef check(weight):\n    assert weight > 0\n\n\n"
+        f"class Kind(Enum):\n    a = 1\n"
+    )
+    (package / "loss.py").write_text(text)
+    assert section_values("losses", "elsewhere.loss", {}, "losses.elsewhere.loss")["weight"] == 0.25
+
+
+def test_a_file_with_a_plain_config_is_not_imported(package):
+    (package / "loss.py").write_text(f"import elsewhere.missing\n{METHOD.replace('check', 'abs')}{FUNCTION}")
+    assert section_values("losses", "elsewhere.loss", {"weight": 2}, "losses.elsewhere.loss") == {
+        "weight": 2.0
+    }
