@@ -209,13 +209,15 @@ def _by_section(overrides: Mapping[str, Any], listed: Mapping[str, Any]) -> dict
     result = deepcopy(dict(overrides))
     for label in listed:
         *outer, last = label.split(".")
-        section: Any = result
+        sections: list[dict[str, Any]] = [result]
         for each in outer:
-            section = section.get(each) if isinstance(section, dict) else None
-        if outer and isinstance(section, dict) and last in section:
-            result[label] = section.pop(last)
-            if not result[outer[0]]:
-                del result[outer[0]]
+            inner = sections[-1].get(each)
+            sections.append(inner if isinstance(inner, dict) else {})
+        if outer and last in sections[-1]:
+            result[label] = sections[-1].pop(last)
+            for above, each in reversed([*zip(sections, outer, strict=False)]):
+                if not above[each]:
+                    del above[each]
     return result
 
 

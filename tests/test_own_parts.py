@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,6 +108,26 @@ def test_a_mistake_in_a_file_of_ones_own_is_named(mistake, folder, capsys):
     assert not (folder / "run/teacher.safetensors").exists()
 
 
+def test_logits_that_a_loss_does_not_declare_are_named(folder, capsys):
+    change(folder, "spread", "    weight: float = 0.5", "    uses = frozenset()\n    weight: float = 0.5")
+    change(folder, "spread", VALUE, "views.student_cls.logits().float().mean()")
+    (folder / "my_recipe.yaml").write_text((folder / "my_recipe.yaml").read_text().replace("dino: {}, ", ""))
+    assert train("evals=null") != 0
+    assert "that it reads views.student_cls. If yours does, its Config has uses: " in capsys.readouterr().err
+
+
+def test_a_loss_may_change_a_copy_of_the_views_and_print_them(folder):
+    change(folder, "spread", VALUE, f"{VALUE.replace('views', 'replace(views, seed=len(repr(views)))')}")
+    change(folder, "spread", "import dataclass", "import dataclass, replace")
+    assert train("evals=null") == 0
+
+
+def test_a_backbone_with_two_names_of_a_module_is_evaluated(folder):
+    change(folder, "conv", "        self.blocks =", "        self.again = self.stem\n        self.blocks =")
+    data = ["test.name=my_package.noise", "test.split=test"]
+    assert main(["eval", "my_package.separation", "backbone.name=my_package.conv", "device=cpu", *data]) == 0
+
+
 def test_numbers_beyond_one_are_named_and_a_score_may_be_a_tensor(folder, capsys):
     change(folder, "noise", ARRAY, "rng.integers(0, 255, (40, 40, 3)).astype(np.float32), label")
     change(folder, "separation", "float((means[0] - means[1]).norm())", "(means[0] - means[1]).norm()")
@@ -197,13 +218,16 @@ def test_maps_of_ones_own_are_checked_as_those_of_files(given, answer, folder, c
 def test_a_list_of_evaluators_has_sections_of_ones_own(folder, capsys):
     (folder / "list.yaml").write_text(
         "all: {test: {name: my_package.noise, split: test}}\nmy_package.separation: {}\n"
-        "again: {eval: my_package.separation, size: 16}\n"
+        "again: {eval: my_package.separation, size: 16}\nmy_package.inner.separation: {}\n"
     )
+    (folder / "my_package/inner").mkdir()
+    (folder / "my_package/inner/__init__.py").touch()
+    shutil.copy(folder / "my_package/separation.py", folder / "my_package/inner")
     words = ["eval", "all", "recipe=list.yaml", "backbone.name=my_package.conv", "device=cpu"]
-    assert main([*words, "my_package.separation.size=40"]) == 0
+    assert main([*words, "my_package.separation.size=40", "my_package.inner.separation.size=24"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["about"]["settings"]["size"] for line in lines] == [40, 16]
-    assert main([*words, "my_package.separation=null"]) == 0
+    assert [line["about"]["settings"]["size"] for line in lines] == [40, 16, 24]
+    assert main([*words, "my_package.separation=null", "my_package.inner.separation=null"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     assert main([*words, "my_package.counting.size=40"]) == 2
     assert "reads a key 'my_package'" in capsys.readouterr().err

@@ -181,7 +181,7 @@ def _refuse_another_recipe(each: Run) -> None:
 
 def _refuse_another_metric(metric: str, each: Run) -> None:
     """Refuse a score of an evaluator that the recipe does not have, before hours of training."""
-    evaluator, have = metric.rpartition("/")[0], [*each.recipe.evals, "health"]
+    evaluator, have = metric.partition("/")[0] if "/" in metric else "", [*each.recipe.evals, "health"]
     if evaluator and evaluator not in have:
         raise ValueError(
             f"metric={metric}: row '{each.row}' has no evals.{evaluator}.{registry.suggest(evaluator, have)} "

@@ -47,6 +47,23 @@ DECLARED = {
 }
 
 
+@dataclass(repr=False)
+class NotDeclared:
+    """In Views, in the place of what no loss of this step declares: an empty tensor would make a loss NaN."""
+
+    name: str  # of the field
+    use: str  # key in DECLARED
+
+    def __getattr__(self, key: str) -> NoReturn:
+        if key.startswith("__"):  # of copies, and of what asks whether this is a tensor
+            raise AttributeError(key)
+        needed = "'heads' and 'masks'" if self.use == "masks" else f"'{self.use}'"
+        raise AttributeError(
+            f"no loss of this step declares that it reads views.{self.name}. If yours does, its Config "
+            f"has uses: ClassVar[frozenset[str]] = frozenset({{...}}) with {needed} in it."
+        )
+
+
 @dataclass
 class Views:
     """The outputs of student and teacher for one batch, which the losses compare.
@@ -77,20 +94,15 @@ class Views:
     _balanced_targets: dict[HeadName, chunked.SlicedTargets] = field(default_factory=dict)
 
     def keep(self, read: Collection[str]) -> None:
-        """Remove the fields that no loss of this step declares: an empty tensor would make a loss NaN."""
-        for use in DECLARED.keys() - set(read):
+        """Replace the fields that no loss of this step declares. Logits of patches need the heads too."""
+        absent = DECLARED.keys() - set(read)
+        for use in absent | ({"masks"} if "heads" in absent else set()):
             for name in DECLARED[use]:
-                delattr(self, name)
+                setattr(self, name, NotDeclared(name, use))
 
     if not TYPE_CHECKING:  # else mypy would take every name for a field
 
         def __getattr__(self, name: str) -> NoReturn:
-            use = next((use for use, names in DECLARED.items() if name in names), "")
-            if use:
-                raise AttributeError(
-                    f"no loss of this step declares that it reads views.{name}. If yours does, its Config "
-                    f"has uses: ClassVar[frozenset[str]] = frozenset({{...}}) with '{use}' in it."
-                )
             have = [item.name for item in fields(self) if not item.name.startswith("_")]
             raise AttributeError(
                 f"views has no '{name}'.{registry.suggest(name, have)} It has: {', '.join(have)}."
@@ -136,7 +148,7 @@ def _build(name: str, values: Mapping[str, Any], prototypes: Mapping[HeadName, i
     if learnt := [each for each, parameter in loss.named_parameters() if parameter.requires_grad]:
         raise ValueError(
             f"losses.{name} has parameters, such as {learnt[0]}, and only the backbone and its heads are "
-            f"trained: a loss may have buffers."
+            f"trained: a loss may have buffers. Give a fixed network requires_grad_(False)."
         )
     return loss
 

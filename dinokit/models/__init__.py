@@ -105,7 +105,7 @@ def build(section: Mapping[str, Any]) -> Backbone:
 
     Raises:
         LookupError: if there is no such file.
-        ValueError: if the file builds something else, or shares parameters between modules.
+        ValueError: if the file builds something else.
     """
     backbone = registry.build("models", section)
     if not isinstance(backbone, Backbone):
@@ -114,11 +114,4 @@ def build(section: Mapping[str, Any]) -> Backbone:
             f"backbone.name={section['name']} builds a {kind}, which is no Backbone. Let it inherit from "
             f"the base class: `from dinokit.models import Backbone` and `class {kind}(Backbone):`."
         )
-    first: dict[int, str] = {}
-    for name, parameter in backbone.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:  # neither checkpoints nor rates by depth allow it
-            raise ValueError(
-                f"backbone.name={section['name']} has one parameter under two names, "
-                f"{first[id(parameter)]} and {name}: register each module once."
-            )
     return backbone

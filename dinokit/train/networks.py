@@ -169,8 +169,8 @@ def build_backbone(recipe: Recipe) -> Backbone:
     """The backbone of a recipe, checked against the crops that it will see.
 
     Raises:
-        ValueError: if a crop's side is no multiple of the patch, the channels do not match, or masks find no
-            token.
+        ValueError: if a crop's side is no multiple of the patch, the channels do not match, masks find no
+            token, or a parameter has two names.
     """
     crops = recipe.crops
     backbone = models.build(recipe.architecture)
@@ -178,6 +178,13 @@ def build_backbone(recipe: Recipe) -> Backbone:
         raise ValueError(
             f"backbone.name={recipe.architecture['name']} cannot be trained: {backbone.frozen_only}."
         )
+    first: dict[int, str] = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:  # neither checkpoints nor rates by depth allow it
+            raise ValueError(
+                f"backbone.name={recipe.architecture['name']} has one parameter under two names, "
+                f"{first[id(parameter)]} and {name}. To train it, register each module once."
+            )
     if backbone.channels != len(crops.mean):
         raise ValueError(
             f"backbone.channels={backbone.channels}, but crops.mean and crops.std are given for "

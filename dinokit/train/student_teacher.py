@@ -11,6 +11,7 @@ K  prototypes      M  patches that are compared: the masked ones, or all (compar
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -249,10 +250,12 @@ class StudentTeacher(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses with the teacher as its own student; those that do not depend on heads are left out."""
         images = views.teacher_cls.rows.shape[1]
-        own = copy.copy(views)  # with the same teacher, and its balanced targets
-        own.student_cls = cls.by_crop(images)
-        own.student_feature = teacher.cls[0].unflatten(0, (-1, images))
-        own.student_patch = patch
+        own = replace(  # with the same teacher, and its balanced targets
+            views,
+            student_cls=cls.by_crop(images),
+            student_feature=teacher.cls[0].unflatten(0, (-1, images)),
+            student_patch=patch,
+        )
         guides = dict(zip(self.loss_names, self.guide_losses, strict=True))
         losses = {GUIDE + name: guides[name](own) for name in active if "projection" not in self.uses[name]}
         return {name: value for name, value in losses.items() if value.requires_grad}
