@@ -34,6 +34,7 @@ MEANINGS = {  # of signals, in short; docs/training.md says more
     "health/feature_rank": "directions in which class tokens vary; near 1: they have collapsed",
     "health/shuffled_patches": "share of features that shuffled patches change; below 0.01: no shapes",
     "health/brightness_share": "share of features that is brightness; near 1: little else is learnt",
+    "health/common_share": "share of features that all images have in common; near 1: cosines are all alike",
 }
 
 

@@ -149,7 +149,8 @@ class Probe:
             shuffled_patches: share of the class token's variance between images that shuffling the patches of
             each image moves; 1 if the class token of the shuffled image has nothing to do with it.
             feature_rank: effective_rank(). brightness_share: share of the variance that a cubic function of
-            the image's brightness explains.
+            the image's brightness explains. common_share: share of the class token that all images have in
+            common, the square of their mean's length: near 1, cosines hardly tell images apart.
         """
         size = backbone.input.size
         if self.crops.shape[-1] != size:
@@ -172,6 +173,7 @@ class Probe:
             "shuffled_patches": float((a - b).square().sum() / 2 / spread),
             "feature_rank": float(effective_rank(a)),
             "brightness_share": float((powers.T @ a.cpu().double()).square().sum() / spread),
+            "common_share": float(a.mean(dim=0).square().sum()),
         }
 
     def _read(self, size: int) -> Tensor:

@@ -181,7 +181,12 @@ def test_the_probe_tells_a_bag_of_patches_from_a_network_that_sees_places(genera
     backbone.forward = lambda crops, masks: [
         Tokens(c := torch.stack([crops[0].flatten(1).mean(1), torch.ones(len(crops[0]))], 1), c[:, :0], c)
     ]
-    assert Probe(Pictures(grey))(backbone)["brightness_share"] > 0.95
+    probed = Probe(Pictures(grey))(backbone)
+    assert probed["brightness_share"] > 0.95
+    lights = [3 * n / 255 for n in range(40) if n != 3]  # the mean cosine of all pairs, by a loop
+    units = [(x / math.hypot(x, 1), 1 / math.hypot(x, 1)) for x in lights]
+    cosines = [sum(p * q for p, q in zip(u, v, strict=True)) for u in units for v in units]
+    assert probed["common_share"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
 
 
 RUN = """
@@ -398,5 +403,11 @@ def test_an_evaluated_run_is_probed_beside_its_evaluators(tmp_path):
         "evals.knn={every: 2, k: [1], resize: 32, workers: 0}",
     ]))  # fmt: skip
     keys = [sorted(record) for record in read_records(tmp_path / "out")]
-    assert ["health/brightness_share", "health/feature_rank", "health/shuffled_patches", "step"] in keys
+    assert [
+        "health/brightness_share",
+        "health/common_share",
+        "health/feature_rank",
+        "health/shuffled_patches",
+        "step",
+    ] in keys
     assert len(source) == 8
