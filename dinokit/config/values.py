@@ -269,13 +269,13 @@ def forget_reset(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """
     pairs = [text.partition("=")[::2] for text in overrides]
     for i, (key, value) in enumerate(pairs):
-        if value.strip() in ("null", "{}") and any(other.startswith(f"{key}.") for other, _ in pairs[i:]):
-            *outer, last = key.split(".")
+        if any(other.startswith(f"{key}.") for other, _ in pairs[i:]) and _read(value) in (None, {}):
             section: Any = values
-            for each in outer:
-                section = section.get(each) if isinstance(section, dict) else None
+            while isinstance(section, dict) and key not in section and "." in key:
+                first, _, key = key.partition(".")  # a name of a module has dots and stays whole
+                section = section.get(first)
             if isinstance(section, dict):
-                section.pop(last, None)
+                section.pop(key, None)
 
 
 def key_list(cls: type[Any]) -> str:

@@ -106,7 +106,7 @@ def test_braces_empty_a_section_and_leave_its_defaults(base):
         load_recipe(base, ["losses={}"])
 
 
-@pytest.mark.parametrize("reset", ["null", "{}"])
+@pytest.mark.parametrize("reset", ["null", "{}", "~"])
 def test_a_key_after_a_reset_adds_to_nothing(base, reset):
     base.write_text(
         BASE.replace("koleo: {weight: 0.1}", "koleo: {weight: 9}").replace("images: 0.5", "images: 1")

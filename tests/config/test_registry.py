@@ -213,6 +213,11 @@ def test_a_loss_of_another_package_is_checked_completed_and_built(elsewhere):
         load_recipe(elsewhere)
 
 
+def test_a_key_after_a_reset_of_a_loss_of_another_package_adds_to_its_defaults(elsewhere):
+    changes = ["losses.elsewhere.length=null", "losses.elsewhere.length.weight=3"]
+    assert load_recipe(elsewhere, changes).losses["elsewhere.length"] == {"weight": 3.0, "power": "two"}
+
+
 def test_a_module_that_a_package_does_not_have_is_answered_with_one_that_it_has(elsewhere):
     with pytest.raises(LookupError, match=r"no 'lenght' in elsewhere, .*Did you mean 'length'\?"):
         load_recipe(elsewhere, ["losses.elsewhere.lenght.weight=1"])
