@@ -191,8 +191,7 @@ def build(kind: str, section: Mapping[str, Any]) -> Any:
         ValueError: if what it builds lacks an attribute in ATTRIBUTES.
     """
     values = dict(section)
-    name = values.pop("name")
-    module = find(kind, name)
+    module = find(kind, name := values.pop("name"))
     made = module.build(module.Config(**values))
     if missing := [each for each in ATTRIBUTES.get(kind, ()) if not hasattr(made, each)]:
         raise ValueError(
@@ -252,27 +251,25 @@ def read_config(kind: str, name: str) -> type[Any]:
     A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the
     file's imports of the standard library, of this module, of dinokit.eval and of modules called `_config`
     (base classes of settings, which import nothing heavy), its plain constants, Config and the enums and
-    dataclasses that Config names are executed here. A module of another package whose Config needs more, such
-    as a base class or a function of that package, is imported.
+    dataclasses that Config names are executed here. A module of another package that needs more is imported.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config, or not the function of its registry.
     """
-    path = locate(kind, name)
-    text = path.read_text(encoding="utf-8")
+    text = (path := locate(kind, name)).read_text(encoding="utf-8")
     if "." not in name:
         return _config_in(path, text, kind, name)
-    if _defines(kind).search(text):
-        with suppress(NameError, LookupError):
+    with suppress(NameError, LookupError):
+        if _defines(kind).search(text):
             return _config_in(path, text, kind, name)
     module = import_module(name)
     if not hasattr(module, _function(kind)):
         raise LookupError(
             f"'{name}' is no entry of the registry '{kind}': {path} defines no function `{_function(kind)}`."
         )
-    if not is_dataclass(getattr(module, "Config", None)):
-        raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
-    return module.Config
+    if is_dataclass(getattr(module, "Config", None)):
+        return module.Config
+    raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
 
 
 @lru_cache(maxsize=256)
@@ -290,19 +287,13 @@ def _config_in(path: Path, text: str, kind: str, name: str) -> type[Any]:
     exec(compile(tree, str(path), "exec"), module.__dict__)
     if not hasattr(module, "Config"):
         raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
-    if "." in name:
-        _refuse_absent_names(tree, module)
-    return module.Config
-
-
-def _refuse_absent_names(tree: ast.Module, module: ModuleType) -> None:
-    """NameError for a name in a class that the module lacks; a method would raise it when it is called."""
     words = [n for node in tree.body if isinstance(node, ast.ClassDef) for n in ast.walk(node)]
     read = {n.id for n in words if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     own = {n.id for n in words if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     own |= {n.arg for n in words if isinstance(n, ast.arg)}
-    if absent := read - own - vars(module).keys() - vars(builtins).keys():
-        raise NameError(f"{module.__file__}: {', '.join(sorted(absent))}")
+    if "." in name and read - own - vars(module).keys() - vars(builtins).keys():
+        raise NameError(f"a method of Config in {path} reads what is not executed here")
+    return module.Config
 
 
 def _function(kind: str) -> str:
