@@ -218,11 +218,11 @@ def test_a_prompt_on_the_command_line_writes_a_mask(trained, tmp_path, capsys):
         "box=[2,2,40,40]",
         f"mask={out}",
         "several=true",
-        f"out={out}",
+        f"out={tmp_path / 'corrected.png'}",
     ]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["masks"] == 3
-    assert (tmp_path / "mask_3.png").is_file()
+    assert (tmp_path / "corrected_3.png").is_file()
 
 
 def test_strokes_are_lines_or_a_picture(trained, tmp_path, capsys):

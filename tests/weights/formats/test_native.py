@@ -26,6 +26,7 @@ class Config:
     channels: int = 3
     grid: tuple[int, int] = (4, 4)
 class Toy(Backbone):
+    width, patch, blocks = 2, 4, ()
     def __init__(self, cfg):
         super().__init__()
         self.layer = nn.Linear(2, 2)
@@ -151,7 +152,7 @@ def test_a_file_of_weights_decides_neither_what_is_imported_nor_what_is_read(
     words = {
         "eval": ["eval", "drift", f"weights={file}", "device=cpu"],
         "train": ["train", str(tmp_path / "r.yaml")],
-        "extract": ["extract", f"weights={file}", f"data.path={tmp_path}", f"out={tmp_path / 'out'}"],
+        "extract": ["extract", f"weights={file}", f"data.path={package}", f"out={tmp_path / 'out'}"],
     }
     if command in words:
         assert main(words[command]) in (2, 3)
