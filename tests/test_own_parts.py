@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dinokit.__main__ import main
+from dinokit.config.check import USES
 from dinokit.losses import DECLARED
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -231,6 +232,10 @@ def test_a_list_of_evaluators_has_sections_of_ones_own(folder, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
     assert main([*words, "my_package.counting.size=40"]) == 2
     assert "reads a key 'my_package'" in capsys.readouterr().err
+
+
+def test_recipes_know_every_use_that_a_loss_can_declare():
+    assert set(DECLARED) == USES  # checks of recipes import no torch, so the names stand twice
 
 
 def test_the_page_names_what_a_loss_can_read():
