@@ -68,6 +68,11 @@ def run(command: Command) -> dict[str, Any]:
             raise ValueError(f"{text}: scaling sets {key} itself. Leave it out; steps=N is for the steps.")
     recipe = load_recipe(name, settings, evaluation.architecture)
     accumulation(recipe, world)
+    if not hasattr(os, "sched_setaffinity"):  # macOS has none
+        raise ValueError(
+            f"scaling gives each process a core of its own, and Python on {sys.platform} cannot do that. "
+            "Run it on Linux."
+        )
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < world:
         raise ValueError(

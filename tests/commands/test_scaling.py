@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections import Counter
 
 import pytest
@@ -29,6 +30,7 @@ class Watched(scenes.Scenes):
 def build(cfg):
     return Watched(scenes.Config(size=64))
 """
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # macOS has no such call
 SMALL = [
     "backbone.width=24", "backbone.depth=1", "heads.cls.hidden=16", "heads.cls.bottleneck=8",
     "optim.batch=8", "run.precision=fp32",
@@ -36,7 +38,7 @@ SMALL = [
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores that a process can be bound to")
 def test_one_process_then_two_apart_then_two_together_share_the_same_batch(tmp_path, monkeypatch, capsys):
     (tmp_path / "watched").mkdir()
     (tmp_path / "watched/__init__.py").touch()
@@ -48,7 +50,7 @@ def test_one_process_then_two_apart_then_two_together_share_the_same_batch(tmp_p
     assert main(["scaling", *watched, "steps=6", "--rounds", "1"]) == 0
 
     reads = Counter(tuple(map(int, line.split())) for line in (tmp_path / "reads").read_text().splitlines())
-    first, second = sorted(os.sched_getaffinity(0))[:2]
+    first, second = CORES[:2]
     steps = [
         (1, first, 6 * 4), (1, first, 6 * 8), (1, second, 6 * 4),  # apart, alone, apart
         (2, first, 6 * 4), (2, second, 6 * 4),  # together
@@ -79,6 +81,13 @@ def test_speeds_of_runs_side_by_side_are_summed_after_the_warm_up(tmp_path):
 def test_a_batch_that_cannot_be_divided_is_refused_before_training(capsys):
     assert main(["scaling", "scenes_cpu", "optim.batch=31", "processes=2"]) == 2
     assert "optim.batch=31 images cannot be divided evenly over 2 processes" in capsys.readouterr().err
+
+
+def test_a_system_that_binds_no_process_to_a_core_is_named_before_training(monkeypatch, capsys):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    assert main(["scaling", "scenes_cpu"]) == 2
+    assert f"Python on {sys.platform} cannot do that. Run it on Linux." in capsys.readouterr().err
 
 
 def test_short_keys_are_read_and_those_that_scaling_sets_are_refused(capsys):
