@@ -5,6 +5,8 @@
 ARG TORCH=2.14.1-cuda13.0-cudnn9-runtime
 FROM pytorch/pytorch:${TORCH}
 COPY . /opt/dinokit
+# torch is in the image's own Python, which Ubuntu marks as its own: without this, pip refuses to install beside it.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN pip install --no-cache-dir '/opt/dinokit[cpu]' && dinokit --version
 WORKDIR /runs
 ENTRYPOINT ["dinokit"]
