@@ -231,6 +231,31 @@ def class_ids(codes: np.ndarray, words: Sequence[str]) -> tuple[list[str], np.nd
     return classes, np.array([*labels, -1], np.int32)[codes]  # the last entry is for a code of -1
 
 
+def whole_labels(numbers: np.ndarray, column: str, where: str) -> np.ndarray:
+    """Labels that are stored as floats, as classes: 2.0 is the class 2, and NaN is no label.
+
+    Args:
+        numbers: (n,) floats, by row.
+        column: that they are in, for messages.
+        where: the data set, for messages.
+
+    Returns:
+        (n,) int64, -1 without a label.
+
+    Raises:
+        ValueError: for one that is not whole, such as an age or a rating: each would be a class of its own.
+    """
+    numbers = np.where(np.isnan(numbers), -1.0, numbers)
+    wrong = np.flatnonzero((numbers != np.floor(numbers)) | (np.abs(numbers) > 2**53))
+    if len(wrong):
+        raise ValueError(
+            f"Column '{column}' of {where} has {len(wrong)} label(s) that are not whole numbers. The first "
+            f"is {numbers[wrong[0]]:g}, in row {wrong[0]} (the first row is 0). Labels are classes, as whole "
+            f"numbers or words: set label=COLUMN for another column, or label= to leave the labels out."
+        )
+    return numbers.astype(np.int64)
+
+
 def select_classes(
     classes: Sequence[str], labels: np.ndarray, names: Sequence[str], where: str
 ) -> tuple[list[str], np.ndarray]:

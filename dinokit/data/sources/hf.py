@@ -17,7 +17,7 @@ import numpy as np
 from dinokit.config.registry import suggest
 from dinokit.data.decode import ImageLike, as_image, decode
 from dinokit.data.files import stamp_of
-from dinokit.data.sources import choose_split, class_ids
+from dinokit.data.sources import choose_split, class_ids, whole_labels
 
 INSTALL = "pip install datasets"
 
@@ -125,6 +125,8 @@ class HuggingFace:
         values = [value for part in self._parts for value in part[column]]
         if names := getattr(feature, "names", None):
             return list(names), np.array([-1 if value is None else int(value) for value in values], np.int32)
+        if str(getattr(feature, "dtype", "")).startswith("float"):
+            values = whole_labels(np.array(values, np.float64), column, self.cfg.path).tolist()
         words = ["" if value is None else str(value) for value in values]
         union = list(dict.fromkeys(words))
         number = {word: code for code, word in enumerate(union)}

@@ -4,6 +4,7 @@ It is for dinokit's functions in Python, which take such images in place of a pa
 name them. A run that was trained on them records `data.name=memory`.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,8 +79,10 @@ def as_source(images: Any, channels: int = 3) -> ImageSource:
         images = [images]
     if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")) or isinstance(images, Mapping):
         raise ValueError(f"Images are {KINDS}; this is a {type(images).__name__}.")
-    made: Any = Memory(images, channels)  # its classes are found when they are first asked for
-    return made
+    made = Memory(images, channels)  # its classes are found when they are first asked for
+    made.check_first_label()
+    found: Any = made
+    return found
 
 
 def _from_section(section: dict[str, Any], channels: int) -> ImageSource:
@@ -126,18 +129,51 @@ class Memory:
         for key in LABELS:
             found = getattr(self.items, key, None)
             if found is not None and len(found) == len(self.items):
-                yield from map(_label, found)
+                for index, label in enumerate(found):
+                    yield self._label(label, index)
                 return
         if len(self.items) and _split(self.items[0])[1] is not None:
             for index in range(len(self.items)):
-                yield _label(_split(self.items[index])[1])
+                yield self._label(_split(self.items[index])[1], index)
+
+    def check_first_label(self) -> None:
+        """Refuse labels that are not classes before images are read: there, an error is of one image.
+
+        Raises:
+            ValueError: if the first one is a number that is not whole.
+        """
+        label = None
+        with suppress(Exception):  # the error of an item is reported where it is read as an image
+            label = _split(self.items[0])[1]
+        self._label(label, 0)
+
+    def _label(self, label: Any, index: int) -> int:
+        """A class number; -1 for what is none, such as a box, a missing label or NaN.
+
+        Raises:
+            ValueError: for a number that is not whole; it names the item.
+        """
+        if isinstance(label, str | bytes) or np.ndim(label):
+            return -1
+        try:
+            number = float(label)
+        except (TypeError, ValueError):  # None, an image, an object
+            return -1
+        if math.isnan(number):
+            return -1
+        if not number.is_integer():
+            raise ValueError(
+                f"{self.name(index)} has the label {number:g}. Labels are classes, as whole numbers, with -1 "
+                f"for none: give these, or the images without labels, such as [item[0] for item in data]."
+            )
+        return int(label)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[ImageLike, int]:
         image, label = _split(self.items[index])
-        return as_image(image, self.channels, self.name(index)), _label(label)
+        return as_image(image, self.channels, self.name(index)), self._label(label, index)
 
     def name(self, index: int) -> str:
         """The path of an image if that was given, else what it is in, with its number from 0."""
@@ -157,11 +193,3 @@ def _split(item: Any) -> tuple[Any, Any]:
     if isinstance(item, tuple | list):
         return item[0], item[1] if len(item) > 1 else None
     return item, None
-
-
-def _label(label: Any) -> int:
-    """A class number; -1 for what is none, such as a box or a missing label."""
-    with suppress(TypeError, ValueError):
-        if np.ndim(label) == 0 and label == int(label):
-            return int(label)
-    return -1

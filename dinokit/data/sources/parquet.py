@@ -24,7 +24,7 @@ import numpy as np
 from dinokit.config.registry import suggest
 from dinokit.data.decode import ImageLike, decode
 from dinokit.data.files import shards, stamp_of, wrong_kind
-from dinokit.data.sources import choose_split, class_ids, select_classes, splits_of_files
+from dinokit.data.sources import choose_split, class_ids, select_classes, splits_of_files, whole_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -220,7 +220,7 @@ def read_columns(path: Path, image: str, label: str, split: str) -> Columns:
         [group.num_rows for group in groups],
         sum(group.column(number).total_uncompressed_size for group in groups for number in leaves),
         classes,
-        _label_codes(table.column(label), classes, path) if label in names else None,
+        _label_codes(table.column(label), label, classes, path) if label in names else None,
         _word_codes(table.column(split)) if split in names else None,
     )
 
@@ -353,14 +353,16 @@ def _at(values: object, *keys: str | bytes) -> object:
     return values
 
 
-def _label_codes(column: "pa.ChunkedArray", classes: list[str] | None, path: Path) -> Coded:
+def _label_codes(column: "pa.ChunkedArray", name: str, classes: list[str] | None, path: Path) -> Coded:
     types = _arrow("pyarrow.types")
-    # Tools whose integers cannot be missing write 3.0 for label 3; without class names, 3.0 is a name.
-    if not types.is_integer(column.type) and not (classes and types.is_floating(column.type)):
-        return _word_codes(column)
     try:
-        values = column.cast("int64").fill_null(-1).to_numpy()  # -1 is in no unsigned type
-    except ValueError as error:
+        if types.is_floating(column.type):  # tools whose integers cannot be missing write 3.0 for label 3
+            values = whole_labels(column.cast("float64").to_numpy(), name, str(path))
+        elif types.is_integer(column.type):
+            values = column.cast("int64").fill_null(-1).to_numpy()  # -1 is in no unsigned type
+        else:
+            return _word_codes(column)
+    except _arrow("pyarrow").ArrowInvalid as error:
         raise ValueError(
             f"{path} has labels that no int64 holds: {error}. Write -1 or null for no label."
         ) from None

@@ -93,6 +93,19 @@ def test_what_is_wrong_with_a_data_set_is_named(saved, tmp_path, monkeypatch):
         build("hf", path=str(tmp_path / "nothing"))
 
 
+def test_floats_are_labels_if_they_are_whole(tmp_path):
+    for name, values in {"whole": [10.0, 9.0, None], "ages": [1.0, 0.5, 2.0]}.items():
+        features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("float32")})
+        rows = {"picture": [{"bytes": png(i), "path": None} for i in range(3)], "label": values}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / name))
+    source = build("hf", path=str(tmp_path / "whole"))
+    assert source.classes == ["9", "10"]
+    assert [source[i][1] for i in range(3)] == [1, 0, -1]
+    with pytest.raises(ValueError, match=r"Column 'label' of .*ages has 1 .* 0\.5, in row 1 .*label=COLUMN"):
+        build("hf", path=str(tmp_path / "ages"))
+    assert build("hf", path=str(tmp_path / "ages"), label="").classes == []
+
+
 def idx(path, array):
     """A file in the format of MNIST: two zeros, the type 8 (uint8), the dimensions."""
     head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
@@ -194,6 +207,44 @@ def test_a_dataset_of_torch_is_a_source():
     assert [source[i][1] for i in range(4)] == [0, 1, 2, 0]
     assert same(source, 2, png(2))
     assert source.name(2) == "Pairs 2"
+
+
+PICTURE = np.zeros((4, 4, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("given", "label"),
+    [
+        (2.0, 2), (np.float32(1), 1), (torch.tensor(3.0), 3), (np.int64(2), 2), (True, 1), (-1, -1),
+        (float("nan"), -1), (None, -1), ("cat", -1), (torch.zeros(4), -1), ([0.5, 0.5], -1),
+    ],
+)  # fmt: skip
+def test_a_label_in_memory_is_a_whole_number_or_none(given, label):
+    assert as_source([(PICTURE, given)])[0][1] == label
+    assert as_source([{"image": PICTURE, "label": given}])[0][1] == label
+
+
+@pytest.mark.parametrize("wrong", [0.7, np.float32(1.5), torch.tensor(0.5), float("inf")])
+def test_a_label_in_memory_that_is_not_whole_is_refused_before_images_are_read(wrong):
+    with pytest.raises(ValueError, match=rf"list 0 has the label {float(wrong):g}\. .*item\[0\] for item"):
+        as_source([(PICTURE, wrong)])
+    later = as_source([(PICTURE, 1.0), (PICTURE, wrong)])
+    for read in (lambda: later[1], lambda: later.classes):
+        with pytest.raises(ValueError, match="list 1 has the label"):
+            read()
+
+
+def test_a_first_item_that_cannot_be_read_is_an_unreadable_image_and_no_more():
+    class Damaged(Pairs):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError("damaged")
+            return super().__getitem__(index)
+
+    source = as_source(Damaged())
+    assert source[1][1] == 1
+    with pytest.raises(OSError, match="damaged"):
+        source[0]
 
 
 def test_a_path_a_picture_an_array_and_a_tensor_are_the_same_image(tmp_path):

@@ -74,6 +74,26 @@ def test_labels_may_be_whole_numbers_of_any_type(
     assert numbers(opened(path)) == [(0, 2), (1, 0), (2, -1), (3, 1)]
 
 
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("names", [["zebra", "ant", "emu"], None])
+def test_floats_that_are_whole_are_labels_and_others_are_refused(
+    tmp_path: Path, paint: Paint, numbers: Numbers, kind: str, names: list[str] | None
+) -> None:
+    meta = hugging_face(names) if names else None
+    images = [paint(n) for n in range(6)]
+    whole = pa.array([2.0, 0.0, None, float("nan"), 1.0, -1.0], kind)
+    path = write(tmp_path / "x.parquet", {"image": images, "label": whole}, meta)
+    assert numbers(opened(path)) == [(0, 2), (1, 0), (2, -1), (3, -1), (4, 1), (5, -1)]
+    assert list(opened(path).classes) == (names or ["0", "1", "2"])
+    for wrong in (0.75, float("inf")):
+        ages = pa.array([2.0, None, wrong, 1.0, 1.5, 0.0], kind)
+        path = write(tmp_path / "y.parquet", {"image": images, "label": ages}, meta)
+        said = rf"Column 'label' of .*y\.parquet has 2 .*not whole.* {wrong:g}, in row 2 .*label=COLUMN"
+        with pytest.raises(ValueError, match=said):
+            opened(path)
+        assert numbers(opened(path, label="")) == [(n, -1) for n in range(6)]
+
+
 def test_a_label_beyond_all_reason_is_refused_with_the_file(tmp_path: Path, paint: Paint) -> None:
     path = write(tmp_path / "x.parquet", {"image": [paint(0)], "label": pa.array([2**64 - 1], "uint64")})
     with pytest.raises(ValueError, match=r"x\.parquet has labels that no int64 holds: .*1844674407370955"):
@@ -199,9 +219,6 @@ def test_labels_that_a_tool_wrote_with_a_point_are_numbers_where_names_are(
     source = opened(write(tmp_path / "x.parquet", columns, hugging_face(["zebra", "ant"])))
     assert list(source.classes) == ["zebra", "ant"]
     assert numbers(source) == [(0, 1), (1, 0), (2, -1), (3, 1)]
-    columns["label"] = [1.0, 0.5, None, 1.0]
-    with pytest.raises(ValueError, match=r"x\.parquet has labels that no int64 holds: .*0\.5"):
-        opened(write(tmp_path / "x.parquet", columns, hugging_face(["zebra", "ant"])))
 
 
 def test_files_that_name_other_classes_are_not_mixed(tmp_path: Path, paint: Paint) -> None:
