@@ -44,6 +44,18 @@ MISTAKES = {
         "spread", "    weight: float", "    factor: float",
         "losses.my_package.spread: its Config needs the field `weight: float = 1.0`",
     ),
+    "a weight below 0": (
+        "spread", "weight: float = 0.5", "weight: float = -0.5",
+        "losses.my_package.spread.weight=-0.5: it must be 0 or more",
+    ),
+    "a weight below 0 in a list": (
+        "spread", "weight: float = 0.5", "weight: tuple[float, ...] = (1.0, -0.1)",
+        "losses.my_package.spread.weight=(1.0, -0.1): it must be 0 or more",
+    ),
+    "a weight that is a list": (
+        "spread", "weight: float = 0.5", "weight: tuple[float, ...] = (1.0, 0.1)",
+        "losses.my_package.spread.weight=(1.0, 0.1): it is one number over the whole run",
+    ),
     "no function": ("spread", "build = Spread", "", "'my_package.spread' is no entry of the registry "),
     "no Python": ("spread", "build = Spread", "build = (", "SyntaxError: '(' was never closed ("),
     "no blocks": ("conv", "blocks", "layers_", "my_package.conv builds a Conv without blocks"),

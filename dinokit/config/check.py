@@ -15,6 +15,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "heads.*.bottleneck": (1, inf),
     "heads.*.layers": (1, inf),
     "heads.*.output": (1, inf),
+    "losses.*.weight": (0, inf),
+    "losses.*.local_weight": (0, inf),
+    "losses.*.ramp": (0, inf),
     "teacher.momentum": (0, 1),
     "teacher.temp": (1e-3, inf),
     "teacher.temp_warmup": (0, inf),
@@ -90,15 +93,18 @@ def check(recipe: Recipe) -> None:
 
 def range_of(key: str) -> tuple[float, float] | None:
     """The range in RANGES of a key such as 'crops.globals.size'; None if there is none."""
-    names = key.split(".")
-    return RANGES.get(key) or (RANGES.get(f"{names[0]}.*.{names[2]}") if len(names) == 3 else None)
+    names = key.split(".")  # a loss of another package has dots in its name
+    return RANGES.get(key) or (RANGES.get(f"{names[0]}.*.{names[-1]}") if len(names) > 2 else None)
 
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a dataclass with its value, also of the dataclasses inside it: ('optim.lr', 0.004)."""
+    """Every key of a dataclass with its value, of dataclasses inside it and of losses: ('optim.lr', 4e-3)."""
     for item in fields(section):
         value = getattr(section, item.name)
-        if is_dataclass(value):
+        if item.name == "losses":
+            for name, values in value.items():
+                yield from ((f"losses.{name}.{key}", each) for key, each in values.items())
+        elif is_dataclass(value):
             yield from settings_of(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
@@ -107,7 +113,7 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _check_ranges(recipe: Recipe) -> None:
     for key, value in settings_of(recipe):
         low, high = range_of(key) or (-inf, inf)
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = value if isinstance(value, tuple | list) else (value,)
         if range_of(key) and any(not low <= number <= high or number == inf for number in numbers):
             allowed = (
                 f"{low:g} or more{', and finite' * (inf in numbers)}"
@@ -228,6 +234,11 @@ def _check_losses(recipe: Recipe) -> None:
         if "weight" not in values:
             raise ValueError(
                 f"losses.{name}: its Config needs the field `weight: float = 1.0`, its factor in the sum."
+            )
+        if not isinstance(weight := values["weight"], int | float):
+            raise ValueError(
+                f"losses.{name}.weight={weight}: it is one number over the whole run, its factor in the sum. "
+                f"losses.{name}.phase=[START, END] is the part of the run in which the loss counts."
             )
     for name, cls in configs.items():
         if unknown := sorted(set(getattr(cls, "uses", ())) - USES):

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinokit.config.registry import check_at_least
 from dinokit.losses import Views
 from dinokit.runtime.distributed import all_gather_rows
 
@@ -31,7 +30,6 @@ class Config:
     distributed: bool = False  # the rate of the images of all processes; else of those of this one
 
     def __post_init__(self) -> None:
-        check_at_least(self, weight=0)
         if not 0 < self.eps < inf:
             raise ValueError(f"losses.coding_rate.eps={self.eps:g} must be above 0, such as 0.05.")
 

@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dinokit.config.registry import check_at_least
 from dinokit.losses import Views
 
 EPS = 1e-6  # the smallest norm of a crop's features, and product of norms
@@ -28,9 +27,6 @@ class Config:
     weight: float = 1.0
     phase: tuple[float, float] = (0.0, 1.0)  # of the run
     ramp: int = 0  # steps over which the weight rises from 0, by half a cosine
-
-    def __post_init__(self) -> None:
-        check_at_least(self, weight=0, ramp=0)
 
 
 def kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:

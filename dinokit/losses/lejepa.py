@@ -28,7 +28,7 @@ class Config:
     distributed: bool = False  # SIGReg of the images of all processes; else of those of this one
 
     def __post_init__(self) -> None:
-        check_at_least(self, weight=0, directions=1)
+        check_at_least(self, directions=1)
         if not 0 <= self.spread <= 1:
             raise ValueError(f"losses.lejepa.spread={self.spread:g}: it must be from 0 to 1, such as 0.05.")
 

@@ -32,7 +32,7 @@ class Config:
     distributed: bool = False  # test the images of all processes together; else those of this one
 
     def __post_init__(self) -> None:
-        check_at_least(self, weight=0, directions=1)
+        check_at_least(self, directions=1)
 
 
 def sigreg(x: Tensor, directions: Tensor, distributed: bool = False) -> Tensor:
