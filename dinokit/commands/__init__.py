@@ -127,6 +127,11 @@ class Command:
         if self.words:
             raise ValueError(f"'{self.words[0]}' is not of the form key=value.{hint}")
 
+    def show(self, result: Mapping[str, Any]) -> None:
+        """Print a result as a line of JSON; not with --json, which prints what the command returns."""
+        if "--json" not in self.flags:
+            print(json.dumps(result), flush=True)
+
 
 def parse(name: str, argv: Sequence[str], options: Sequence[str]) -> Command:
     """Parse the command line of the command `name`.

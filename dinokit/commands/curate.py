@@ -12,7 +12,6 @@ dinokit curate curate_small weights=runs/photos pool.path=POOL balance.images=10
 dinokit curate curate_small pool.embeddings=vectors.npy seeds.mine.embeddings=mine.npy out=curated
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
@@ -43,7 +42,7 @@ def run(command: Command) -> dict[str, Any]:
         out = Path(cfg.out)
         figures = {"manifest": str(out / "manifest.csv"), "report": str(out / "report.html")}
     result = {"out": cfg.out, **figures}
-    print(json.dumps(result))
+    command.show(result)
     return result
 
 

@@ -16,10 +16,9 @@ dinokit eval knn backbone.name=pixels train.path=LABELLED/train test.path=LABELL
 dinokit eval all recipe=eval_scenes weights=runs/demo knn.k=[5,20]
 """
 
-import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -70,7 +69,7 @@ def run(command: Command) -> dict[str, Any]:
     from dinokit.runtime.signals import stop_signals
 
     with process_group(pick_device(device), PATIENCE), stop_signals(between_items=True):
-        return _evaluate_all(jobs, recipe, own, device, folder, cache)
+        return _evaluate_all(jobs, recipe, own, device, folder, cache, command.show)
 
 
 def check(command: Command) -> tuple[list[EvalJob], str, dict[str, Any], bool]:
@@ -125,6 +124,7 @@ def _evaluate_all(
     device: str,
     folder: Path | None,
     cache: bool,
+    show: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
     """Run the jobs one after another and print their lines; a list that is stopped resumes after the last."""
     weights, section = own["weights"], own["backbone"]
@@ -157,7 +157,7 @@ def _evaluate_all(
             line = lines[job.label]
             if text := sentence(job.name, job.values, line, backbone.channels, world_size()):
                 print(text)
-            print(json.dumps(lines[job.label]))
+            show(lines[job.label])
     if failed:
         raise FailedError(
             f"{len(failed)} of {len(jobs)} evaluators failed: {', '.join(failed)}.",

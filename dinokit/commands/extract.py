@@ -80,7 +80,7 @@ def run(command: Command) -> dict[str, Any]:
         with screen.progress:
             _compute(config, screen)
         result = {"out": config.out, **_end(config), **screen.speed()}
-        print(json.dumps(result))
+        command.show(result)
         return result
 
 

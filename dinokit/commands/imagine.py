@@ -11,7 +11,6 @@ dinokit imagine decode imagined photo.png out=kept.png
 dinokit imagine eval imagined
 """
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,7 +83,7 @@ def run(command: Command) -> dict[str, Any]:
         raise ValueError(f"Which folder? dinokit imagine {action} DIR: the out= of dinokit imagine train.")
     else:
         result = {"draw": _draw, "decode": _decode, "eval": _eval}[action](cfg, rest[0], rest[1:])
-    print(json.dumps(result))
+    command.show(result)
     return result
 
 

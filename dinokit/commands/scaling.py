@@ -95,7 +95,7 @@ def run(command: Command) -> dict[str, Any]:
     medians = {"one": one, "apart": apart, "several": several}
     ratios = {"ratio": ratio, "ceiling": ceiling, "reached": reached}
     result = {"recipe": name, "processes": world, **medians, **ratios}
-    print(json.dumps(result))
+    command.show(result)
     return result
 
 

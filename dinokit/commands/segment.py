@@ -129,7 +129,7 @@ def run(command: Command) -> dict[str, Any]:
 
         predictor = Predictor.load(cfg.weights, cfg.head, cfg.device)
         result = (_everything if cfg.everything else _one)(cfg, predictor, targets)
-    print(json.dumps(result))
+    command.show(result)
     return result
 
 

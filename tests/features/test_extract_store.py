@@ -216,3 +216,38 @@ def test_an_empty_folder_is_refused(vit_file, tmp_path, capsys):
     assert main(words(vit_file, tmp_path / "none", tmp_path / "out")) == 3
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_json_is_printed_once_and_the_rest_on_standard_error(vit_file, photos, tmp_path, capsys):
+    given = words(vit_file, photos(9), tmp_path / "out")
+    assert main([*given, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1
+    assert json.loads(shown.out)["images"] == 9
+    assert "9 images, out=" in shown.err
+    assert [line for line in shown.err.splitlines() if line.startswith("{")] == []
+    assert main(given) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 9
+
+
+def test_an_evaluation_prints_its_scores_once_too(vit_file, tmp_path, capsys):
+    sources = [
+        f"{part}.{key}"
+        for part in ("train", "test")
+        for key in ("name=scenes", f"split={part}", "count=12", "test_count=12")
+    ]
+    given = [
+        "eval",
+        "knn",
+        f"weights={vit_file}",
+        *sources,
+        "k=1",
+        "workers=0",
+        f"out={tmp_path}",
+        "device=cpu",
+    ]
+    assert main([*given, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1
+    assert "top1" in shown.out
+    assert [line for line in shown.err.splitlines() if line.startswith("{")] == []
