@@ -1,7 +1,8 @@
 """Steps whose losses or gradients are not finite: which were skipped, and what made them so.
 
 A step that is skipped changes no weights (dinokit/train/step.py). A few in a row are counted, and recorded
-with the names of their images; more end the run. replay() repeats one and says which images made it so.
+with the names of their images; more end the run, and so do all of a short run. replay() repeats one and says
+which images made it so.
 """
 
 import math
@@ -49,6 +50,7 @@ class SkippedSteps:
     def __init__(self, recipe: Recipe, scaler: torch.amp.GradScaler) -> None:
         self.recipe, self.scaler = recipe, scaler
         self.total = self.in_a_row = 0
+        self.overflows = 0  # of fp16, since this process began
         self.scale = 1.0  # of fp16's gradients, after their last overflow
         self.last = ""  # what happened in the last one
 
@@ -72,7 +74,7 @@ class SkippedSteps:
             known = _losses_and_gradients(names, self.recipe)
             wrong = [name for name in known if not math.isfinite(named[name])]
             if self.scaler.is_enabled() and all(name.startswith(GRADIENT) for name in wrong):
-                self.scale = self.scaler.get_scale()
+                self.scale, self.overflows = self.scaler.get_scale(), self.overflows + 1
                 continue
             found[number] = wrong
             self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
@@ -81,10 +83,10 @@ class SkippedSteps:
                 break
         return found
 
-    @property
-    def too_many(self) -> bool:
-        """Whether the run must end."""
-        return self.in_a_row > self.recipe.run.max_skipped or self.scale < MIN_SCALE
+    def end_run(self, step: int) -> bool:
+        """Whether the run must end after `step` steps: too many were skipped, or all until the last."""
+        too_many = self.in_a_row > self.recipe.run.max_skipped or self.scale < MIN_SCALE
+        return too_many or step == self.recipe.optim.steps == self.total + self.overflows
 
     def message(self, last: Path | None) -> str:
         """Why the run ends, and what to try; `last` is its newest checkpoint."""
@@ -93,7 +95,15 @@ class SkippedSteps:
                 f"In fp16 every recent step overflowed: the loss scale fell to {self.scale:g}. "
                 f"Set run.precision=bf16 or fp32, in a new run.out."
             )
+        if self.overflows and self.total + self.overflows == self.recipe.optim.steps:
+            return (
+                f"In fp16 gradients overflowed in {self.overflows} of {self.recipe.optim.steps} steps and no "
+                f"step was taken, so nothing was learnt. The loss scale, now {self.scale:g}, falls with each "
+                f"overflow: give more optim.steps, or run.precision=bf16 or fp32, in a new run.out."
+            )
         skipped = f"; {self.in_a_row} steps in a row were skipped" if self.in_a_row > 1 else ""
+        if self.total == self.recipe.optim.steps:
+            skipped = f"; all steps of the run ({self.total}) were skipped, so nothing was learnt"
         good = f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
         return (
             f"{self.last}{skipped}, and run.max_skipped={self.recipe.run.max_skipped}. {good} metrics.jsonl "

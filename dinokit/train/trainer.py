@@ -74,7 +74,7 @@ def train(
 
     Raises:
         ValueError: before the first step, if recipe, folder and source do not fit together.
-        TrainingError: if losses or gradients are not finite in more than run.max_skipped steps in a row.
+        TrainingError: if losses or gradients are not finite in all steps, or run.max_skipped + 1 in a row.
         TooManyUnreadableError: if too many images cannot be read.
         OSError: if a checkpoint cannot be written.
         Stopped: after Ctrl-C or a termination signal, when all is saved; not if that was the last step. After
@@ -218,7 +218,7 @@ class Trainer:
                 f"step {number} was skipped, since these are not finite: {', '.join(wrong)}. To see why: "
                 f"dinokit train {self.out}/recipe.yaml replay={number}"
             )
-        if self.skipped.too_many:
+        if self.skipped.end_run(step):
             self.checkpoints.finish()
             raise TrainingError(self.skipped.message(checkpoint.last_good(self.checkpoints.folder)))
         first = step - len(losses) + 1

@@ -13,6 +13,7 @@ from dinokit.config.load import load_recipe
 from dinokit.runtime.signals import Stopped
 from dinokit.train import trainer
 from dinokit.train.checkpoint import newest
+from dinokit.train.not_finite import GRADIENT, SkippedSteps
 from dinokit.train.step import SKIPPED, Step
 from dinokit.train.trainer import TrainingError
 
@@ -154,6 +155,35 @@ def test_too_many_in_a_row_end_the_program_with_status_4_and_the_way_out(arrays,
     assert "No checkpoint was written yet." in error  # none is written among skipped steps
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "skipped" in line] == [1, 2, 3]
+
+
+def test_a_run_that_took_no_step_has_not_finished(arrays, tmp_path, capsys):
+    """Each batch has the bad image, and all steps are fewer than may be skipped in a row."""
+    arrays("a")
+    given = [f"run.out={tmp_path / 'a'}", "optim.batch=12", "optim.steps=3", "optim.warmup=0"]
+    assert main(["train", str(tmp_path / "tiny.yaml"), *given]) == 4
+    shown = capsys.readouterr()
+    assert (
+        "'dino' became nan in step 3; all steps of the run (3) were skipped, so nothing was learnt"
+        in shown.err
+    )
+    assert "finished" not in shown.out + (tmp_path / "a/run.log").read_text()
+    assert not (tmp_path / "a/teacher.safetensors").exists()
+
+
+def test_overflows_of_fp16_are_no_fault_unless_no_step_was_taken(tiny):
+    recipe = tiny("a", "optim.steps=3", "optim.warmup=0", "optim.batch=4")
+    names = [*recipe.losses, f"{GRADIENT}backbone", SKIPPED]
+    taken, overflow = [[1.0] * (len(names) - 2) + last for last in ([1.0, 0.0], [math.inf, 1.0])]
+    for rows, ends in (([overflow] * 3, True), ([overflow, taken, overflow], False)):
+        counted = SkippedSteps(recipe, torch.amp.GradScaler("cpu", init_scale=1024.0))
+        for step, row in enumerate(rows, 1):
+            assert not counted.end_run(step - 1)
+            assert counted.add(torch.tensor([row]), names, step) == {}
+        assert counted.end_run(3) == ends
+    with_all = SkippedSteps(recipe, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    with_all.add(torch.tensor([overflow] * 3), names, 3)
+    assert "overflowed in 3 of 3 steps and no step was taken" in with_all.message(None)
 
 
 def test_zero_allows_none(arrays):
