@@ -53,10 +53,11 @@ def sinkhorn_knopp(
 ) -> list[SlicedTargets]:
     """sinkhorn.sinkhorn_knopp() for the teacher's logits of several heads, with one collective for all.
 
-    Not on logarithms: exp(logits / temperature) is computed once, its columns divided by their largest entry,
-    which the first normalisation cancels; then its rows, whose divisors are where the iteration starts. So
-    every row and every column has a 1 and nothing larger, and no sum overflows or vanishes. The iterations
-    then only compute a factor for each row and each column.
+    Not on logarithms: mass = exp(logits / temperature) is computed once, and the iterations only change a
+    factor for each row and each column; the targets are mass * row * column. So that no sum overflows or
+    vanishes, mass is divided by the largest entry of each column, then of each row: the largest entry of
+    every row and column is then 1. The divisors of the columns have no effect, because the first
+    normalisation is of columns; those of the rows are the first factors of the rows.
 
     Args:
         heads: for each the (..., w) rows of the teacher; there may be no rows on some processes.
@@ -71,7 +72,7 @@ def sinkhorn_knopp(
     ]
     peaks = _reduce_together(all_reduce_max, [torch.cat([_column_max(z) for z in head]) for head in logits])
     rows = [_exp_below_peaks_(head, peak).exp() for head, peak in zip(logits, peaks, strict=True)]
-    masses, columns = logits, peaks
+    masses, columns = logits, peaks  # the line above has overwritten the logits with mass
     for _ in range(iterations):
         sums = [torch.cat([row @ part for part in mass]) for row, mass in zip(rows, masses, strict=True)]
         # Any common factor cancels in the rows; this one keeps the numbers near 1 over many iterations.
@@ -139,16 +140,17 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, prototypes, pairs, weight, norm, *targets = ctx.saved_tensors
-        log_share = (pairs.sum(dim=1)[:, None] * weight).log() - norm  # (S, b)
-        pulls = (pairs.T[:, :, None] * weight)[..., None]  # (T, S, b, 1)
+        # Gradient of logits z[s, b]: the sum over t of pairs[s, t] * weight[b] * (p[s, b] - targets[t, b]).
+        log_share = (pairs.sum(dim=1)[:, None] * weight).log() - norm  # (S, b): z + log_share gives p's part
+        weights = (pairs.T[:, :, None] * weight)[..., None]  # (T, S, b, 1)
         lazy, flat, scale = LazyLogits(rows, prototypes), rows.flatten(0, 1), grad / ctx.temperature
         grad_rows = torch.zeros_like(flat, dtype=torch.float32)
         grad_prototypes = torch.empty_like(prototypes)
         for part, target in _slices_of(targets):
             z = lazy.logits(part).float().div_(ctx.temperature)
             z.add_(log_share[..., None]).exp_()
-            for crop, pull in zip(target, pulls, strict=True):
-                z.addcmul_(crop, pull, value=-1)
+            for crop, factor in zip(target, weights, strict=True):
+                z.addcmul_(crop, factor, value=-1)
             g = z.mul_(scale).flatten(0, 1).to(rows.dtype)  # (S * b, k), of the logits before the temperature
             grad_rows += g @ prototypes[part]
             torch.mm(g.T, flat, out=grad_prototypes[part])

@@ -61,7 +61,7 @@ class CodingRateLoss(nn.Module):
         self.weight, self.eps, self.distributed = cfg.weight, cfg.eps, cfg.distributed
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         crops = views.student_feature  # (G, B, D)
         if self.distributed:
             crops = all_gather_rows(crops.transpose(0, 1).contiguous()).transpose(0, 1)  # (G, world * B, D)

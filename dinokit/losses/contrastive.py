@@ -2,7 +2,7 @@
 
 van den Oord et al. 2018 (arXiv 1807.03748); SimCLR (arXiv 2002.05709) for projector and temperature. It needs
 no teacher and no prototypes, so it learns from few images and small batches, where the targets of DINO are
-still noise: alone, or as the opening of a run (`phase`) before DINO and iBOT take over (docs/training.md).
+still noise: alone, or in the first part of a run (`phase`), before DINO and iBOT (docs/training.md).
 
     S  crops: global ones first, then local    G  global crops    B  images    P  width of the projection
 """
@@ -59,7 +59,7 @@ class ContrastiveLoss(nn.Module):
         self.weight, self.temperature, self.distributed = cfg.weight, cfg.temperature, cfg.distributed
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         return info_nce(
             views.student_projection, len(views.student_feature), self.temperature, self.distributed
         )

@@ -29,7 +29,7 @@ class Config:
 
 
 def dino(student: Tensor, teacher: Tensor, temperature: float, local_weight: float = 1.0) -> Tensor:
-    """Mean cross-entropy over images and all pairs of a student crop and another teacher crop. Returns ().
+    """Mean cross-entropy over images and pairs of a student crop and a different teacher crop. Returns ().
 
     Crop t of the teacher is crop t of the student; a crop is never compared with itself.
 
@@ -40,14 +40,15 @@ def dino(student: Tensor, teacher: Tensor, temperature: float, local_weight: flo
         local_weight: of pairs with a local crop.
     """
     log_p = (student.float() / temperature).log_softmax(dim=-1)
-    entropy = -torch.einsum("tbk,sbk->st", teacher, log_p) / student.shape[1]  # (S, T)
-    return (entropy * pair_weights(len(student), len(teacher), entropy.device, local_weight)).sum()
+    cross_entropy = -torch.einsum("tbk,sbk->st", teacher, log_p) / student.shape[1]  # (S, T)
+    pairs = pair_weights(len(student), len(teacher), student.device, local_weight)
+    return (cross_entropy * pairs).sum()
 
 
 def pair_weights(students: int, teachers: int, device: torch.device, local_weight: float = 1.0) -> Tensor:
     """The weight of each pair of crops in the mean, (S, T): 0 for a crop and itself."""
     others = 1 - torch.eye(students, teachers, device=device)
-    weights = others / (others.numel() - min(others.shape))
+    weights = others / (others.numel() - min(others.shape))  # over the number of pairs
     if local_weight != 1:
         weights[teachers:] *= local_weight
     return weights
@@ -64,7 +65,7 @@ class DINOLoss(nn.Module):
         self.targets = Centering(prototypes["cls"], cfg.center_momentum) if centering else Sinkhorn("cls")
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         if not views.whole_logits:
             return self._in_slices(views)
         teacher = self.targets(views.teacher_cls.logits(), views.teacher_temp)  # (T, B, K)

@@ -1,7 +1,7 @@
 """Gram anchoring: the student's patches keep the similarities that an earlier network gives them.
 
 Siméoni et al. 2025 (DINOv3, arXiv 2508.10104): late in long runs patch features lose their locality, and this
-loss holds it. Only similarities are compared: features may turn and change as long as those stay.
+loss keeps it. Only similarities are compared: features may change as long as those stay.
 
     b  global crops      N  patches of a crop      D  width
 """
@@ -25,8 +25,8 @@ class Config:
     phase: tuple[float, float] = (0.0, 1.0)  # of the run
     ramp: int = 0  # steps over which the weight rises from 0, by half a cosine
     level: Literal["image", "batch"] = "image"  # batch: similarities between patches of all crops
-    # Negative similarities counted as 0. both: of student and teacher. teacher: of the teacher alone, which
-    # the released code does where it means pairs: those of the teacher, and there those of the student.
+    # Which negative similarities count as 0. both: the student's and the teacher's. teacher: the teacher's,
+    # as the released code does. pairs: the teacher's, and the student's where both are negative.
     clamp: Literal["none", "both", "teacher", "pairs"] = "none"
     # How it is computed: N x N similarities, or D x D products; auto takes the smaller of both.
     form: Literal["auto", "patches", "channels"] = "auto"
@@ -84,7 +84,7 @@ class GramLoss(nn.Module):
         self.weight, self.clamp, self.form, self.level = cfg.weight, cfg.clamp, cfg.form, cfg.level
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         student, teacher = views.student_patches, views.gram_patches
         if self.level == "batch":
             student, teacher = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]

@@ -29,7 +29,7 @@ class Config:
 
 
 def ibot(student: Tensor, teacher: Tensor, weight: Tensor, crops: int, temperature: float) -> Tensor:
-    """Cross-entropy of masked patches: the mean in each crop, summed, over the number of crops. Returns ().
+    """Cross-entropy of masked patches: the sum of each crop's mean, over the number of crops. Returns ().
 
     Args:
         student: (M, K) logits of the masked patches, or of all.
@@ -39,8 +39,8 @@ def ibot(student: Tensor, teacher: Tensor, weight: Tensor, crops: int, temperatu
         temperature: of the student.
     """
     log_p = (student.float() / temperature).log_softmax(dim=-1)
-    entropy = -(teacher * log_p).sum(dim=-1)  # (M,)
-    return (entropy * weight).sum() / crops
+    cross_entropy = -(teacher * log_p).sum(dim=-1)  # (M,)
+    return (cross_entropy * weight).sum() / crops
 
 
 class IBOTLoss(nn.Module):
@@ -53,7 +53,7 @@ class IBOTLoss(nn.Module):
         self.targets = Centering(prototypes["patch"], cfg.center_momentum) if centering else Sinkhorn("patch")
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         crops = views.teacher_cls.rows.shape[:2].numel()
         if not views.whole_logits:
             return self._in_slices(views, crops)

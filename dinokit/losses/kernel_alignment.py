@@ -1,8 +1,8 @@
 """Kernel alignment: the student's patches have the same structure as an earlier network's, up to a scale.
 
 PaKA (patch-level kernel alignment, arXiv 2509.05606): one minus the linear CKA (Kornblith et al. 2019, arXiv
-1905.00414) of the patches of a crop. As losses/gram.py it compares similarities alone, so features may turn;
-but they are centred first and their scale is free, so what all patches share does not count.
+1905.00414) of the patches of a crop. As losses/gram.py it compares similarities alone, so a rotation of the
+features does not count; nor do their scale and what all patches have in common.
 
 PaKA compares local crops with the teacher's view of the same region, through heads of their own. Here are
 its loss and the global crops: the student's, masked as it saw them, and those of the teacher of losses.gram.
@@ -58,7 +58,7 @@ class KernelAlignmentLoss(nn.Module):
         self.weight = cfg.weight
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         return kernel_alignment(views.student_patches, views.gram_patches)
 
 

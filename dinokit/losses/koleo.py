@@ -73,7 +73,7 @@ class KoLeoLoss(nn.Module):
         self.distributed, self.group = cfg.distributed, cfg.group
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         # One term for each global crop: two crops of one image should be close, so they are not compared.
         return torch.stack(
             [koleo(x, self.eps, self.distributed, self.group) for x in views.student_feature]

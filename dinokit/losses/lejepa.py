@@ -52,7 +52,7 @@ class LeJEPALoss(nn.Module):
         self.directions, self.distributed = cfg.directions, cfg.distributed
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         z = views.student_projection.float()
         directions = random_directions(z.shape[-1], self.directions, views.seed, z.device)
         spread = sigreg(z, directions, self.distributed)

@@ -77,7 +77,7 @@ class SIGRegLoss(nn.Module):
         self.weight, self.directions, self.distributed = cfg.weight, cfg.directions, cfg.distributed
 
     def forward(self, views: Views) -> Tensor:
-        """()."""
+        """The loss of a batch, ()."""
         x = views.student_feature
         return sigreg(
             x, random_directions(x.shape[-1], self.directions, views.seed, x.device), self.distributed
