@@ -50,23 +50,19 @@ class GramTeacher:
 
     # A run or file of the backbone's architecture. Empty: the teacher itself, the moving average.
     weights: str = ""
-    # Steps done after which it becomes a copy of the moving average: the first, how often, how many times.
-    refresh_from: int = 0
-    refresh_every: int = 0  # steps; 0: never
-    refreshes: int = 3
+    refresh_from: int = 0  # after this many steps it becomes a copy of the moving average, for the first time
+    refresh_every: int = 0  # steps between two such copies; 0: none is made
+    refreshes: int = 3  # copies in all
 
 
 @dataclass
 class Teacher:
     momentum: tuple[float, float] = (0.992, 1.0)  # of the moving average of the student
-    temp: tuple[float, float] = (
-        0.04,
-        0.07,
-    )  # of the softmax: linear over temp_warmup steps, then constant
+    temp: tuple[float, float] = (0.04, 0.07)  # of the softmax: linear over temp_warmup steps, then constant
     temp_warmup: int = 0  # steps
     temp_every: int = 1  # steps between two changes of the temperature; DINO: an epoch
     frozen: str = ""  # weights or run of a frozen teacher; the moving average is then kept beside it
-    # A run whose moving average student and teacher begin as, heads included: the next stage of training.
+    # A run: student and teacher begin with its moving average, heads included, as the next stage of training.
     start: str = ""
     gram: GramTeacher | None = None  # for losses.gram
 
@@ -130,10 +126,8 @@ class Masks:
     """Block masks over the student's global crops (BEiT, arXiv 2106.08254; iBOT, arXiv 2111.07832)."""
 
     images: float = 0.5  # share of global crops that get a mask
-    patches: tuple[float, float] = (
-        0.1,
-        0.5,
-    )  # share of patches in such a crop, spread evenly over the batch
+    # Share of patches in such a crop, spread evenly over the batch.
+    patches: tuple[float, float] = (0.1, 0.5)
 
 
 @dataclass
@@ -170,9 +164,8 @@ class Run:
     """Where and how to run; only `seed`, `precision` and `accumulate` change what is learnt."""
 
     out: str = ""  # the run's folder; empty: runs/NAME-OF-THE-RECIPE
-    resume: Literal["auto", "must", "never"] = (
-        "auto"  # must: with a checkpoint; never: anew, over old records
-    )
+    # must: only with a checkpoint; never: begin anew, and overwrite the old records
+    resume: Literal["auto", "must", "never"] = "auto"
     images: Literal["same", "changed"] = "same"  # changed: resume once although the images are others
     seed: int = 0
     device: str = "auto"  # auto: cuda, else mps, else cpu

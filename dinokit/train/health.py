@@ -5,8 +5,8 @@ does not predict of them. CE near ln K can mean uniform targets (H near ln K) or
 
 A direction of the head's features grows only if two crops of an image agree in it more than the ratio of the
 temperatures, rho* = teacher_temp / student_temp. Near uniform outputs both softmaxes are linear: the best
-that the student can answer to targets d / teacher_temp is rho * d / teacher_temp, that is a gain of
-rho / rho*, which the teacher then takes over. Above 1 the direction grows, below 1 it vanishes.
+prediction of targets d / teacher_temp is rho * d / teacher_temp, so the direction is multiplied by rho / rho*
+each time the teacher follows the student. Above 1 it grows, below 1 it vanishes.
 
 G  global crops      B  images on this process      D  width      K  prototypes
 """
@@ -24,6 +24,7 @@ from dinokit.data.batch import stack
 from dinokit.data.decode import UNREADABLE
 from dinokit.data.sources import ImageSource
 from dinokit.data.transforms import center_crop
+from dinokit.features.tokens import device_of, normalised
 from dinokit.losses import Views
 from dinokit.models import Backbone
 
@@ -34,24 +35,23 @@ PROBED_AT_ONCE = 32
 
 # When a verdict is given.
 LEAST_STEPS = 50  # before, and during the warm-up of the rate, signals are those of the initial weights
-RECENT = 5  # records of steps that are averaged: one batch of 32 images knows rho to 0.1 at best
-BAR = 1.15  # in simulations rows with a spread of 0.2 grow from 1.15 * rho* on, not from rho*
+RECENT = 5  # records of steps that are averaged: from one batch of 32 images rho is known to 0.1 at best
+GROWTH = 1.15  # in simulations rows with a spread of 0.2 grow from 1.15 * rho* on, not from rho*
 NEAR_LN_K = 0.97  # of ln K: the demo that learnt nothing in its DINO term ended at 0.99
 ONE_PROTOTYPE = 1.5  # of K in use: between one and two
-LEAST_SPREAD = (
-    0.05  # of head rows of length 1: 0.2 to 1 where outputs differ, 0.03 and less where all are alike
-)
+# Of head rows of length 1: 0.2 to 1 where outputs differ, at most 0.03 where all are alike.
+LEAST_SPREAD = 0.05
 LEAST_RANK = 1.2  # rows on a line have 1, untrained networks 1.5 to 2
 # Share of the class token's variance that brightness explains: 0.5 to 0.85 in untrained networks, 0.03 to
 # 0.41 in runs on satellite images, CIFAR-10 and scenes whose accuracy rose.
 BRIGHT = 0.6
 BRIGHT_AGREES = 0.5  # less, and crops of an image differ in brightness more than images do
-PATCH_ORDER = 0.01  # share of variance: networks that knew no shapes had 0.3 %
-PATCH_ORDER_STEPS = 500  # before, positions (first of rms 0.02) cannot have grown
-NEAR_H = 0.1  # of ln K, which is left to learn as KL
+PATCH_ORDER = 0.01  # share of variance: networks that did not depend on shapes had 0.3 %
+PATCH_ORDER_STEPS = 500  # before, positions (at first of rms 0.02) cannot have grown
+LEAST_KL = 0.1  # of ln K: with less the student predicts the targets
 FLAT_SCORE, FLAT_LOSS = 0.005, 0.02  # accuracy; share of ln K, or of the loss where there is no K
 DROP = 0.02  # of the k-NN accuracy: more than the noise of 1,000 test images
-EPOCHS = 10  # fewer passes over the images do not wear them out
+EPOCHS = 10  # passes over the images; with fewer their number does not limit a run
 
 
 @torch.no_grad()
@@ -160,14 +160,14 @@ class Probe:
         order = torch.stack([torch.randperm(count, generator=generator) for _ in self.crops])
         whole, shuffled, brightness = [], [], []
         for crops, places in zip(self.crops.split(PROBED_AT_ONCE), order.split(PROBED_AT_ONCE), strict=True):
-            x = _normalised(crops, backbone)
+            x = normalised(backbone, crops.to(device_of(backbone)))
             brightness.append(x.flatten(1).mean(dim=1))
             whole.append(_class_tokens(backbone, x))
             shuffled.append(_class_tokens(backbone, shuffle_patches(x, backbone.patch, places)))
         a, b, light = torch.cat(whole), torch.cat(shuffled), torch.cat(brightness)
         spread = (a - a.mean(dim=0)).square().sum().clamp_min(torch.finfo().tiny)
         light = (light - light.mean()) / light.std(correction=0).clamp_min(torch.finfo().tiny)
-        # Powers, because features lie on a curve where brightness is all that they know.
+        # Powers, because features that depend on brightness alone lie on a curve, not on a line.
         powers = torch.linalg.qr(torch.stack([light**n for n in range(4)], dim=1).cpu().double())[0][:, 1:]
         return {
             "shuffled_patches": float((a - b).square().sum() / 2 / spread),
@@ -192,16 +192,6 @@ def shuffle_patches(x: Tensor, patch: int, order: Tensor) -> Tensor:
     columns = F.unfold(x, patch, stride=patch)  # (b, C * patch * patch, N)
     columns = columns.gather(2, order.to(x.device)[:, None].expand_as(columns))
     return F.fold(columns, x.shape[-2:], patch, stride=patch)
-
-
-def _normalised(crops: Tensor, backbone: Backbone) -> Tensor:
-    device = next(backbone.parameters()).device
-    mean, std = (
-        torch.tensor(values, device=device).view(1, -1, 1, 1)
-        for values in (backbone.input.mean, backbone.input.std)
-    )
-    x = crops.to(device)
-    return ((x.float() / 255 if x.dtype == torch.uint8 else x) - mean) / std
 
 
 def _class_tokens(backbone: Backbone, x: Tensor) -> Tensor:
@@ -265,7 +255,7 @@ class History:
 
     def noisy(self) -> bool:
         """Whether two crops of an image agree too little for features to grow."""
-        return self.recent("crop_agreement") < BAR * self.recent("crop_agreement_needed")
+        return self.recent("crop_agreement") < GROWTH * self.recent("crop_agreement_needed")
 
     def probed(self, name: str) -> float:
         """A signal of the last evaluation after the start."""
@@ -373,7 +363,7 @@ def _nothing_left(h: History, _: int) -> Verdict | None:
     kl, entropy, half = h.recent("kl"), h.recent("target_entropy"), h.step // 2
     early = [score for step, score in h.scores if step <= half]
     late = [score for step, score in h.scores if step > half]
-    if not (kl < NEAR_H * h.log_k and early and late and h.fall(half) <= 1):
+    if not (kl < LEAST_KL * h.log_k and early and late and h.fall(half) <= 1):
         return None
     if max(late) > max(early) + FLAT_SCORE:
         return None

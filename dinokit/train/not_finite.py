@@ -230,7 +230,7 @@ def _look_at_images(
     temp, active = step.schedules.teacher_temp(batch.step), step.schedules.active_losses(batch.step)
     groups = []
     for i, part in enumerate(batch.split(batch.images // size)):
-        with torch.autocast(step.device.type, step.dtype, enabled=step.dtype is not None):
+        with step.autocast():
             losses: dict[str, Any] = step.replica(step.augment(part), temp, active)
         wrong = [name for name, value in losses.items() if not _finite(value)]
         if wrong:
