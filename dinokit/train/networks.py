@@ -34,7 +34,7 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = build_backbone(recipe)
         self.dino_head = build_head(self.backbone.width, recipe.heads.cls)
-        self.shared = recipe.heads.patch is None
+        self.one_head = recipe.heads.patch is None
         if recipe.heads.patch is not None:
             self.ibot_head = build_head(self.backbone.width, recipe.heads.patch)
 
@@ -44,7 +44,7 @@ class Network(nn.Module):
 
     def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
         """Of class tokens (C, D) and patches (M, D), by the patches' own head or the same."""
-        return head_logits(self.dino_head, None if self.shared else self.ibot_head, cls, patches)
+        return head_logits(self.dino_head, None if self.one_head else self.ibot_head, cls, patches)
 
 
 class TeacherHeads(nn.Module):
@@ -53,13 +53,13 @@ class TeacherHeads(nn.Module):
     def __init__(self, width: int, recipe: Recipe) -> None:
         super().__init__()
         self.dino_head = build_head(width, recipe.heads.cls)
-        self.shared = recipe.heads.patch is None
+        self.one_head = recipe.heads.patch is None
         if recipe.heads.patch is not None:
             self.ibot_head = build_head(width, recipe.heads.patch)
 
     def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
         """Of class tokens (C, D) and patches (M, D)."""
-        return head_logits(self.dino_head, None if self.shared else self.ibot_head, cls, patches)
+        return head_logits(self.dino_head, None if self.one_head else self.ibot_head, cls, patches)
 
 
 class GramTeacher(nn.Module):
@@ -114,7 +114,7 @@ class FrozenTeacher:
         assert self.heads is not None
         self._move_to(cls.device)
         head = self.heads.dino_head
-        patch_head = head if self.heads.shared else self.heads.ibot_head
+        patch_head = head if self.heads.one_head else self.heads.ibot_head
         one, two = head.last_layer(cls.dtype), patch_head.last_layer(patches.dtype)
         return LazyLogits(cls, one), LazyLogits(patches, two)
 
@@ -265,7 +265,7 @@ def _check_crops(recipe: Recipe, backbone: Backbone) -> None:
 def _check_heads(recipe: Recipe, network: Network) -> None:
     """The student's logits are compared with the teacher's, prototype by prototype."""
     theirs: dict[str, nn.Module] = {"cls": network.dino_head}
-    if not network.shared:
+    if not network.one_head:
         theirs["patch"] = network.ibot_head
     ours = {name: head for name, head in asdict(recipe.heads).items() if head is not None}
     if set(ours) != set(theirs):

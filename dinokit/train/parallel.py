@@ -157,9 +157,8 @@ def shard(model: StudentTeacher, mesh: DeviceMesh, policy: MixedPrecisionPolicy)
     for network in (model.student, model.ema, *gram):
         for block in network.backbone.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        guide = (
-            [*network.get_submodule("guide").children()] if hasattr(network, "guide") else []
-        )  # called one by one
+        # The heads in `guide` are called one by one, not by it.
+        guide = [*network.get_submodule("guide").children()] if hasattr(network, "guide") else []
         for child in [*guide, *network.children()]:
             # Tokens, positions, prototypes stay in float32: small, or of unit length, where bf16 is coarse.
             fully_shard(child, mesh=mesh, mp_policy=float32)
@@ -215,7 +214,7 @@ def _mixed_precision(recipe: Recipe, device: torch.device) -> MixedPrecisionPoli
 def _all_used(student: Network, recipe: Recipe) -> bool:
     """Whether every parameter is known to be used by some loss."""
     token = recipe.masks is not None or not hasattr(student.backbone, "mask_token")
-    heads = "dino" in recipe.losses and ("ibot" in recipe.losses or student.shared)
+    heads = "dino" in recipe.losses and ("ibot" in recipe.losses or student.one_head)
     norms = recipe.crops.locals.count > 0 or not hasattr(student.backbone, "local_cls_norm")
     always = all(tuple(values.get("phase", (0, 1))) == (0, 1) for values in recipe.losses.values())
     return token and heads and norms and always

@@ -58,7 +58,7 @@ class Step:
         self.schedules = Schedules(recipe)
         self.dtype = DTYPES[recipe.run.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.shared = SharedTeacher(self) if group() is not None else None  # of several students
+        self.shared_teacher = SharedTeacher(self) if group() is not None else None  # of several students
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Train on a batch.
@@ -80,17 +80,17 @@ class Step:
         if optim.head_freeze == "gradient" and step < optim.head_frozen:
             drop_prototype_gradients(self.optimizer)
         set_rates(self.optimizer, schedules.rates(step), schedules.weight_decay(step))
-        # If this is 1, the fused AdamW changes nothing. In fp16 the scaler sets it by the same rule.
+        # If this is 1, the fused AdamW changes nothing. In fp16 the scaler sets it, by the same rule.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # Also after a skipped step: it then moves towards the student of before.
+        # Also after a skipped step: the teacher then moves towards the unchanged student.
         self.model.update_teacher(schedules.momentum(step))
         self.model.refresh_gram_teacher(step + 1)
         end_of_step(self.model.losses)  # statistics, such as centres
         end_of_step(self.model.guide_losses)
         for x, before in zip(self._statistics(), statistics, strict=True):
-            x.copy_(torch.where(skipped > 0, before, x))
+            x.copy_(torch.where(skipped > 0, before, x))  # a skipped step leaves them as they were
         return {**losses, **signals, **{f"grad_{name}": n for name, n in norms.items()}, SKIPPED: skipped}
 
     def backward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -101,7 +101,7 @@ class Step:
         signals: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(batch.split(n)):
             if n > 1 and self.device.type == "cuda" and not micro_batch.global_crops.is_cuda:
-                micro_batch = micro_batch.pin_memory()  # its tensors are new; copying others would wait
+                micro_batch = micro_batch.pin_memory()  # split() made new ones; copying these would wait
             inputs = self.augment(micro_batch)
             with gradient_sync(self.replica, last=i == n - 1):
                 with self.autocast():
@@ -109,7 +109,8 @@ class Step:
                 del inputs  # the backward pass reads copies in half precision
                 total = sum(self._weight(name, batch.step) * value for name, value in losses.items())
                 total = self.scaler.scale(total / n)
-                # 1, but NaN of a loss that is not finite: then all gradients are, and in all processes.
+                # The factor is 1, but NaN for a loss that is not finite: all gradients of all processes
+                # are then NaN.
                 total.backward(1 + 0 * total.detach())
             for name, value in losses.items():
                 means[name] = means.get(name, 0) + value.detach() / n
@@ -152,14 +153,14 @@ class Step:
     def loader(self, source: ImageSource, start: int, stop: int) -> Iterable[Batch]:
         """This process's batches of the steps from `start` to `stop` - 1. Raises as training_loader().
 
-        Of several students they are slices, which `shared` turns into batches.
+        Of several students they are slices, which `shared_teacher` turns into batches.
         """
         return training_loader(
             source, self.recipe.crops, block_masks(self.recipe, self.model.student.backbone),
             seed=self.recipe.run.seed, start_step=start, steps=stop, batch=self.recipe.optim.batch,
             rank=rank(), world=world_size(), accumulation=self.accumulation,
             workers=self.recipe.run.workers, pin=self.device.type == "cuda",
-            places=self.shared.places if self.shared else (),
+            places=self.shared_teacher.places if self.shared_teacher else (),
         )  # fmt: skip
 
     def _statistics(self) -> list[Tensor]:

@@ -38,7 +38,8 @@ from dinokit.train.networks import (
 )
 
 GUIDE = "guide_"  # before the names of the losses that fresh heads of a frozen teacher learn by
-NO_LOGITS = LazyLogits(torch.empty(0, 1), torch.empty(0, 1))  # where no loss reads any
+NO_PATCHES = torch.empty(0, 1)  # where no loss of a step reads any
+NO_LOGITS = LazyLogits(torch.empty(0, 1), torch.empty(0, 1))
 NOT_AVERAGED = ("guide.", "projector.")  # children of the student that its moving average lacks
 
 
@@ -116,23 +117,24 @@ class StudentTeacher(nn.Module):
         """
         active = self.loss_names if active is None else active
         read = frozenset().union(*(self.uses[name] for name in active))
-        crops, masks = [batch.global_crops], [batch.masks if "masks" in read else None]
-        if len(batch.local_crops):
-            crops, masks = [*crops, batch.local_crops], [*masks, None]
         places, weight = self._compared_patches(batch, "masks" in read)
         teacher_cls = teacher_patch = student_cls = student_patch = NO_LOGITS
-
-        # Without weights of its own the Gram teacher is the teacher, whose pass serves both.
-        shared = "gram" in read and not hasattr(self, "gram_teacher")
-        if "heads" in read or shared:
+        # The teacher sees the global crops without masks; it is the Gram teacher too, if that has no weights.
+        teaches_gram = "gram" in read and not hasattr(self, "gram_teacher")
+        if "heads" in read or teaches_gram:
             with torch.no_grad():
-                teacher, gram = self._teacher_tokens(batch, places, shared)
+                teacher, gram_patches = self._teacher_tokens(batch, places, teaches_gram)
         if "heads" in read:
             with torch.set_grad_enabled(self.learns_teacher_heads and torch.is_grad_enabled()):
                 teacher_cls, teacher_patch = self._teacher_logits(batch, teacher)
-        student, whole = self._read(self.student, crops, masks, places, "gram" in read)
-        if not shared:
-            gram = self._gram_patches(batch) if "gram" in read else NO_LOGITS.rows
+        if not teaches_gram:
+            gram_patches = self._gram_patches(batch) if "gram" in read else NO_PATCHES
+
+        # The student sees the global crops, with masks if a loss reads masked patches, and the local crops.
+        crops, masks = [batch.global_crops], [batch.masks if "masks" in read else None]
+        if len(batch.local_crops):
+            crops, masks = [*crops, batch.local_crops], [*masks, None]
+        student, student_patches = self._read(self.student, crops, masks, places, "gram" in read)
         cls = torch.cat(student.cls)
         if "heads" in read:
             student_cls, student_patch = self.student.logits(cls, student.patches)
@@ -149,8 +151,8 @@ class StudentTeacher(nn.Module):
                 whole_logits=self.whole_logits,
                 seed=hash_key(self.seed, batch.step),
                 balanced=self._balanced_heads(active),
-                student_patches=whole,
-                gram_patches=gram,
+                student_patches=student_patches,
+                gram_patches=gram_patches,
             )
             if "projection" in read:
                 projection = self.student.get_submodule("projector")(cls.float())
@@ -165,15 +167,15 @@ class StudentTeacher(nn.Module):
         return losses
 
     def _teacher_tokens(self, batch: Batch, places: Tensor, all_patches: bool) -> tuple[TokenReads, Tensor]:
-        """As _read() of the teacher; or what a teacher that several students share has computed."""
+        """As _read() of the teacher; or from the batch, where several students share a teacher."""
         if batch.teacher_cls is None:
             return self._read(self.teacher, [batch.global_crops], [None], places, all_patches)
         patches = batch.teacher_patches
         rows = batch.teacher_cls[:0] if patches is None else patches.flatten(0, 1).index_select(0, places)
-        return TokenReads([batch.teacher_cls], rows), NO_LOGITS.rows
+        return TokenReads([batch.teacher_cls], rows), NO_PATCHES
 
     def _teacher_logits(self, batch: Batch, teacher: TokenReads) -> tuple[LazyLogits, LazyLogits]:
-        """Of the teacher's tokens, by fresh heads or by its own, of which a shared teacher did a part."""
+        """Of the teacher's tokens, by fresh heads or by its own, which a shared teacher has run in part."""
         heads: Any = getattr(self.student, "guide", self.teacher)
         if batch.teacher_cls is not None and not self.learns_teacher_heads:
             return heads.logits_of_shared(teacher.cls[0], teacher.patches)
@@ -185,7 +187,7 @@ class StudentTeacher(nn.Module):
     ) -> tuple[TokenReads, Tensor]:  # fmt: skip
         """A network's tokens at `places`, and, if asked, all patches of the global crops (G*B, N, D)."""
         if not all_patches:
-            return network.read(crops, masks, places), NO_LOGITS.rows
+            return network.read(crops, masks, places), NO_PATCHES
         everywhere, shape = self._all_places(crops[0])
         tokens = network.read(crops, masks, everywhere)
         compared = tokens.patches.index_select(0, places)

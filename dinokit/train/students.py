@@ -156,7 +156,7 @@ def common_step(everyone: Mapping[str, tuple[list[int], bool]], folder: Path) ->
 
 
 class SharedTeacher:
-    """Computes what the teacher says about a batch once for all students; see the top of this file.
+    """Runs the teacher on a batch once for all students; see the top of this file.
 
     Args:
         step: of this process's student, whose model, photometric augmentation and settings are used.

@@ -106,7 +106,7 @@ class Trainer:
         recipe, self.step = build_step(recipe, device, saved)
         self.recipe, self.out, self.source = recipe, out, source
         self.images = broadcast(image_fingerprint(source) if rank() == 0 else None)
-        self.changed_images: list[str] = []  # facts about images that are others than at the checkpoint
+        self.changed_images: list[str] = []  # facts about the images that changed since the checkpoint
         self.evaluators, self.watchdog, self.draw, self.callbacks = evaluators, watchdog, draw, callbacks
         self.start = saved.step if saved else 0
         self.loader = self.step.loader(source, self.start, recipe.optim.steps)
@@ -121,9 +121,9 @@ class Trainer:
         if saved is not None:
             self.resume(saved)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.run.keep, recipe.run.keep_every)
-        if saved is not None and self.step.shared is not None:
+        if saved is not None and self.step.shared_teacher is not None:
             self.checkpoints.remove_after(self.start)  # other students lack them
-        label, settings = out.name if self.step.shared else "", unresolved(asdict(recipe))
+        label, settings = out.name if self.step.shared_teacher else "", unresolved(asdict(recipe))
         self.log = RunLog(out, recipe.optim.steps, self.start, recipe.run.log, settings, label)
         self.pending: list[dict[str, Tensor]] = []  # losses of steps that were not logged yet
         self.new_unreadable: dict[str, str] = {}
@@ -131,53 +131,54 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the last step, or until the run is stopped. Raises as train()."""
-        run, steps = self.recipe.run, self.recipe.optim.steps
-        with stop_signals() as stop, self.log, self.checkpoints:
-            self.stop = stop
+        with stop_signals() as self.stop, self.log, self.checkpoints:
             self.log_start()
             at_start = self.due_at_start()
             self.evaluate(self.start, at_start)
-            evaluated = at_start or self.log.evaluated or self.start == steps
+            evaluated = at_start or self.log.evaluated or self.start == self.recipe.optim.steps
             if evaluated and not self.log.has_verdict:  # a killed run may have missed it
                 self.log_verdict(self.start)
             for batch in self.batches():
                 self.pending.append(self.step(batch))
-                step = batch.step + 1  # steps that are complete
-                last = step == steps
-                stopping = stop.on_any_process() and not last
-                save = step % run.checkpoint_every == 0 or last or stopping
-                due = [e for e in self.evaluators if step % e.every == 0 or last]
-                if step % run.log_every == 0 or save or due or self.losses_change_at(step):
-                    losses = self.fetch_losses(step)  # one wait for the device
-                    self.log_losses(self.without_skipped(losses, step), step)
-                    # If more steps are skipped, the good checkpoints are those from before.
-                    save = save and (not self.skipped_by_anyone() or last or stopping)
-                if save:
-                    self.save_checkpoint(step)
-                if due and not stopping:
-                    self.evaluate(step, due)
-                    stopping = stop.on_any_process() and not last
-                    if stopping and not save:
-                        self.save_checkpoint(step)
-                if due or last:
-                    self.log_verdict(step)
-                if stopping:
-                    self.checkpoints.finish()
-                    self.log.info(f"stopped after step {step}; the same command resumes from here")
-                    raise Stopped
+                self.after_step(batch.step + 1)
             self.checkpoints.finish()
             for line in first_and_last_scores(self.out):
                 self.log.info(line)
             self.log.info(f"finished: {self.out / 'teacher.safetensors'}")
 
+    def after_step(self, step: int) -> None:
+        """Log, save and evaluate, as far as each is due after `step` steps. Raises as train()."""
+        run, last = self.recipe.run, step == self.recipe.optim.steps
+        stopping = self.stop.on_any_process() and not last
+        save = step % run.checkpoint_every == 0 or last or stopping
+        due = [e for e in self.evaluators if step % e.every == 0 or last]
+        if step % run.log_every == 0 or save or due or self.losses_change_at(step):
+            losses = self.fetch_losses(step)  # one wait for the device
+            self.log_losses(self.without_skipped(losses, step), step)
+            # After a skipped step none is saved: if more follow, the checkpoint from before is the good one.
+            save = save and (not self.skipped_by_anyone() or last or stopping)
+        if save:
+            self.save_checkpoint(step)
+        if due and not stopping:
+            self.evaluate(step, due)
+            stopping = self.stop.on_any_process() and not last
+            if stopping and not save:
+                self.save_checkpoint(step)
+        if due or last:
+            self.log_verdict(step)
+        if stopping:
+            self.checkpoints.finish()
+            self.log.info(f"stopped after step {step}; the same command resumes from here")
+            raise Stopped
+
     def skipped_by_anyone(self) -> bool:
         """Whether the last step was skipped; of several students, by any of them."""
-        if self.step.shared is None:
+        if self.step.shared_teacher is None:
             return self.skipped.in_a_row > 0
-        return self.step.shared.is_any(self.skipped.in_a_row)
+        return self.step.shared_teacher.is_any(self.skipped.in_a_row)
 
     def losses_change_at(self, step: int) -> bool:
-        """Whether other losses count from this step on: rows of `pending` have the same names."""
+        """Whether other losses count from this step on; all rows of `pending` must have the same names."""
         schedules = self.step.schedules
         return schedules.active_losses(step - 1) != schedules.active_losses(step)
 
@@ -192,7 +193,7 @@ class Trainer:
             if batch is None:
                 return
             self.checkpoints.raise_failure()
-            batch = self.step.shared(batch) if self.step.shared else batch
+            batch = self.step.shared_teacher(batch) if self.step.shared_teacher else batch
             self.new_unreadable |= batch.unreadable
             yield batch
 
@@ -200,7 +201,7 @@ class Trainer:
         """Losses and gradient norms (steps, names) since the last call, means over all processes."""
         names = list(self.pending[0])
         table = torch.stack([torch.stack([row[name].float() for name in names]) for row in self.pending])
-        # Whether any process met unreadable images travels along: names are no tensors, and they are rare.
+        # With the number of new unreadable images: their names, which are no tensors, are seldom needed.
         count = table.new_full((1,), len(self.new_unreadable))
         sums = all_reduce_sum(torch.cat([table.flatten(), count])).cpu()
         if sums[-1]:
@@ -287,9 +288,8 @@ class Trainer:
         """At the start all evaluators; after a resumption those that were interrupted at this step."""
         finished = broadcast(self.log.evaluated)
         everyone = self.start in (0, self.recipe.optim.steps)
-        return [
-            e for e in self.evaluators if (everyone or self.start % e.every == 0) and e.name not in finished
-        ]
+        due = [e for e in self.evaluators if everyone or self.start % e.every == 0]
+        return [e for e in due if e.name not in finished]
 
     def evaluate(self, step: int, evaluators: Sequence[Evaluator]) -> None:
         """Evaluate the teacher after `step` steps, and record the scores."""
@@ -319,9 +319,9 @@ class Trainer:
 
         No student begins a checkpoint before all have written the last one, so that they can resume together.
         """
-        if self.step.shared is not None:
+        if self.step.shared_teacher is not None:
             self.checkpoints.finish()
-            self.step.shared.wait()
+            self.step.shared_teacher.wait()
         backbone = unsharded_backbone(self.recipe, self.step.model.ema.backbone)
         if rank() == 0:
             # The checkpoint comes last: a run that is killed in between repeats the last steps, and this.
