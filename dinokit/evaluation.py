@@ -116,9 +116,9 @@ def load_evaluated(weights: str | None, section: Mapping[str, Any] | None, devic
     """The backbone to evaluate.
 
     Args:
-        weights: a file or a run; or None, and then:
-        section: the section `backbone` of one with the weights that its code gives it, seed 0, or that the
-            section names.
+        weights: a file or a run; or None.
+        section: without `weights`, a section `backbone`; its weights are those that it names, or else the
+            initial ones with seed 0.
         device: as run.device.
 
     Raises:
@@ -161,15 +161,16 @@ def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") ->
     """The scores of a backbone by evaluator `name`, on images with as many channels as it takes."""
     module = registry.find("eval", name)
     given = dict(values)
+
+    def with_channels(section: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**section, "channels": backbone.channels} if "channels" in section else section
+
     for item in fields(module.Config):
-        if "registry" in item.metadata and given.get(item.name):
-            section, many = given[item.name], "many" in item.metadata
-            sections = section if many else {"": section}
-            new = {
-                key: {**each, "channels": backbone.channels} if "channels" in each else each
-                for key, each in sections.items()
-            }
-            given[item.name] = new if many else new[""]
+        if "registry" in item.metadata and (section := given.get(item.name)):
+            if "many" in item.metadata:  # a section for each of several names
+                given[item.name] = {key: with_channels(each) for key, each in section.items()}
+            else:
+                given[item.name] = with_channels(section)
     if "." not in name:
         return module.evaluate(module.Config(**given), backbone)
     before, mode = _versions(backbone), backbone.training  # of another package
@@ -184,7 +185,7 @@ def run_evaluator(name: str, values: Mapping[str, Any], backbone: "Backbone") ->
 
 
 def _versions(backbone: "Backbone") -> list[int]:
-    """How often each parameter was changed in its place; 0 if that is not counted."""
+    """How often each parameter was changed in place, as torch counts it; 0 where it does not."""
     return [0 if each.is_inference() else each._version for each in backbone.parameters()]
 
 
@@ -205,7 +206,7 @@ def _numbers(name: str, scores: Any) -> dict[str, float]:
 
 
 def _by_section(overrides: Mapping[str, Any], listed: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides in which my_package.counting.size=32 is a key of the section my_package.counting."""
+    """Overrides in which {my_package: {counting: KEYS}} is {my_package.counting: KEYS}, if that is listed."""
     result = deepcopy(dict(overrides))
     for label in listed:
         *outer, last = label.split(".")
@@ -244,38 +245,48 @@ def read_list(recipe: str, overrides: Mapping[str, Any]) -> list[EvalJob]:
         ValueError, LookupError: for an unknown recipe, evaluator, key or value.
     """
     path = registry.find_recipe(recipe, "eval")
-    listed = read_mapping(path)
-    overrides = _by_section(overrides, listed)
-    everywhere = listed.pop("all", None) or {}
-    typed = {key: value for key, value in overrides.items() if key not in listed}
-    changes = {label: overrides[label] for label in listed if label in overrides}
-    for label, section in (*listed.items(), *changes.items()):
+    sections = read_mapping(path)
+    overrides = _by_section(overrides, sections)
+    common = sections.pop("all", None) or {}
+    common_overrides = {key: value for key, value in overrides.items() if key not in sections}
+    changes = {label: overrides[label] for label in sections if label in overrides}
+    for label, section in (*sections.items(), *changes.items()):
         if not isinstance(section, Mapping | None):
             raise ValueError(f"{label}={section}: it is a section, as in {label}.KEY={section}.")
-    listed = {label: section or {} for label, section in listed.items()}
     jobs: list[EvalJob] = []
     read: set[str] = set()
-    for label, section in listed.items():
-        changed = changes.get(label, {})
-        if label in changes and not changed:  # null or {}
-            if changed is None:
-                continue
+    for label, section in sections.items():
+        section, changed = section or {}, changes.get(label, {})
+        if changed is None:  # null removes the evaluation
+            continue
+        if label in changes and not changed:  # {} resets it
             section = {key: value for key, value in section.items() if key == "eval"}
-        own = merge_settings(section, changed)
-        name = str(own.pop("eval", label))
-        config = registry.read_config("eval", name)
-        known = {f.name for f in fields(config)}
-        below, above = ({k: v for k, v in keys.items() if k in known} for keys in (everywhere, typed))
-        values = merge_settings(merge_settings(merge_settings(below, section), above), changed)
-        values.pop("eval", None)
-        asked = changed.keys() if changed or above else section.keys()
-        left_out = keys_without_effect(config, values, label).keys() - asked
-        values = {key: value for key, value in values.items() if key not in left_out}
-        read |= (below.keys() | above.keys()) & values.keys()
-        jobs.append(EvalJob(label, name, section_values("eval", name, values, label)))
-    for key in sorted((everywhere.keys() | typed.keys()) - read):
+        job, keys = _job(label, section, changed, common, common_overrides)
+        jobs.append(job)
+        read |= keys
+    for key in sorted((common.keys() | common_overrides.keys()) - read):
         raise ValueError(
-            f"No evaluator of {path.name} reads a key '{key}'.{registry.suggest(key, list(listed))} "
-            f"It lists: {', '.join(listed)}."
+            f"No evaluator of {path.name} reads a key '{key}'.{registry.suggest(key, list(sections))} "
+            f"It lists: {', '.join(sections)}."
         )
     return jobs
+
+
+def _job(
+    label: str, section: Mapping[str, Any], changed: Mapping[str, Any], common: Mapping[str, Any],
+    common_overrides: Mapping[str, Any],
+) -> tuple[EvalJob, set[str]]:  # fmt: skip
+    """An evaluation of a list, and the common keys that it reads; `changed` has overrides of `section`."""
+    name = str(merge_settings(section, changed).get("eval", label))
+    config = registry.read_config("eval", name)
+    known = {f.name for f in fields(config)}
+    below, above = ({k: v for k, v in keys.items() if k in known} for keys in (common, common_overrides))
+    values = below
+    for later in (section, above, changed):  # each replaces what stands before it
+        values = merge_settings(values, later)
+    values.pop("eval", None)
+    asked = changed.keys() if changed or above else section.keys()
+    left_out = keys_without_effect(config, values, label).keys() - asked
+    values = {key: value for key, value in values.items() if key not in left_out}
+    job = EvalJob(label, name, section_values("eval", name, values, label))
+    return job, (below.keys() | above.keys()) & values.keys()

@@ -49,8 +49,7 @@ __all__ = [
 # Texts with ${...} by their key and the value they gave: what is written keeps them unresolved.
 _unresolved: dict[tuple[str, str], str] = {}
 
-# From weights (a file or run) to the section `backbone` of their model.
-ReadArchitecture = Callable[[str], Mapping[str, Any]]
+ReadArchitecture = Callable[[str], Mapping[str, Any]]  # from weights to the section `backbone` of their model
 
 
 def load_recipe(
@@ -118,11 +117,12 @@ def _with_module_names(changes: Mapping[str, Any], values: Mapping[str, Any]) ->
 
 
 def _joined(kind: str, section: Mapping[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
+    """{my_package: {spread: VALUE}} as {my_package.spread: VALUE}, if that is a module or in `known`."""
     result: dict[str, Any] = {}
     for key, value in section.items():
         name = f"{prefix}{key}"
         inner = {}
-        if name not in known and not ("." in name and _is_module(kind, name)) and isinstance(value, Mapping):
+        if name not in known and not _is_module(kind, name) and isinstance(value, Mapping):
             inner = _joined(kind, value, known, f"{name}.")
         found = [each for each in inner if each in known or _is_module(kind, each)]
         if inner and not found and all(isinstance(each, Mapping) for each in inner.values()):
