@@ -106,15 +106,15 @@ def _replay(recipe: Recipe, number: str) -> dict[str, Any]:
 
 def _dry_run(recipe: Recipe) -> dict[str, Any]:
     from dinokit.runtime.device import pick_device
-    from dinokit.train import fit
+    from dinokit.train import resources
     from dinokit.train.run_dir import with_precision
 
     source: ImageSource = registry.build("data.sources", recipe.data)
     device = pick_device(recipe.run.device)
     recipe = with_precision(recipe, device)
-    warnings = fit.warning(recipe, source, device)
+    warnings = resources.warning(recipe, source, device)
     print("A few steps are timed; nothing is written.", file=sys.stderr)
-    lines = fit.dry_run(recipe, source, device)
+    lines = resources.dry_run(recipe, source, device)
     for key, value in lines.items():
         print(f"{key}: {value}")
     print("\n".join(warnings))
@@ -241,7 +241,7 @@ def pretrain(
     """
     from dinokit.runtime.device import pick_device
     from dinokit.runtime.distributed import launch
-    from dinokit.train import fit, trainer
+    from dinokit.train import resources, trainer
     from dinokit.train.checkpoint import last_good
     from dinokit.train.run_dir import with_precision
 
@@ -254,15 +254,15 @@ def pretrain(
     first = students.first if students else 0
     if launch().rank == first and not last_good(Path(recipe.run.out) / "checkpoints"):
         resolved = with_precision(recipe, device)
-        plan = fit.planned(resolved, device, seconds)
-        for line in fit.warning(resolved, source, device):
+        plan = resources.planned(resolved, device, seconds)
+        for line in resources.warning(resolved, source, device):
             print(line, file=sys.stderr)
     try:
         trainer.train(recipe, source, _evaluators(recipe, source), draw, callbacks, plan, students)
     except (RuntimeError, MemoryError) as error:
         if exit_status(error) != MEMORY:
             raise
-        failed = FailedError(fit.out_of_memory(recipe, device, error), MEMORY)
+        failed = FailedError(resources.out_of_memory(recipe, device, error), MEMORY)
         for note in getattr(error, "__notes__", ()):
             failed.add_note(note)
         raise failed from error
@@ -276,10 +276,10 @@ def _draw(recipe: Recipe, source: "ImageSource", backbone: "Backbone") -> "dict[
 
 
 def write_report(recipe: Recipe, first: int = 0) -> None:
-    """Write the report of a finished run, unless run.report=false. A failure is printed, and is no error.
+    """Write the report of a finished run, unless run.report=false. The process `first` does it.
 
-    `first` is the process that does it.
-    Nor is a stop signal: the run is complete, and a job that ended by it would be started again for nothing.
+    A failure is printed, and is no error. A stop signal is none either: the run is complete, and a job that
+    ended by the signal would be started again for nothing.
     """
     from dinokit.runtime.distributed import launch
     from dinokit.runtime.signals import STOP_SIGNALS

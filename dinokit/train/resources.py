@@ -1,4 +1,4 @@
-"""Whether a run fits the memory of its device, and what makes it smaller: estimates."""
+"""What a run needs of its machine (memory, time, disk), and what makes it need less: estimates."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ LEAST_SAVING = 0.05  # GiB, below which a change is not worth naming
 CHANGES = 3  # named at most
 TRIED = 6_000  # student tokens in a step of a dry run, at most
 SECONDS = 2.0  # in which images are looked at before a training
-REPEATED = 0.02  # share of exact duplicates in a sample that is worth a line
-SAVED = 0.8  # of what is in memory: a checkpoint has no gradients
+REPEATED = 0.02  # share of exact duplicates in a sample from which on they are named
+SAVED = 0.8  # share of a run's memory that a checkpoint has: all but the gradients
 MEMINFO = Path("/proc/meminfo")  # of Linux
 
 
@@ -103,7 +103,7 @@ def advice(recipe: Recipe) -> str:
 def warning(recipe: Recipe, source: ImageSource, device: torch.device) -> list[str]:
     """Lines about a run that does not fit: its memory, a batch larger than the data, and a sample of images.
 
-    It takes SECONDS and the reading of an image at most. Empty if all fits.
+    It takes at most SECONDS and the time to read one image. Empty if all fits.
     """
     lines, images = [], len(source)
     needed, free = memory_needed(recipe), memory_available(device)

@@ -21,7 +21,7 @@ from dinokit.models import Input
 from dinokit.models.attention import unavailable_reason
 from dinokit.runtime.device import memory_share, peak_memory, pick_device, pick_precision
 from dinokit.train.choose import choose, measure
-from dinokit.train.fit import memory_available
+from dinokit.train.resources import memory_available
 from dinokit.train.step import Step
 from dinokit.train.student_teacher import StudentTeacher
 from dinokit.weights import save_backbone

@@ -32,7 +32,7 @@ PATIENCE = 300  # seconds for a life
 PRELOAD = (
     "torch._dynamo", "torch._refs", "torch.distributed.checkpoint", "timm", "safetensors.torch",
     "dinokit.train.trainer", "dinokit.models.vit", "dinokit.features", "dinokit.evaluation", "dinokit.report",
-    "dinokit.train.fit", "dinokit.train.health", "dinokit.eval.knn", "dinokit.eval.linear",
+    "dinokit.train.resources", "dinokit.train.health", "dinokit.eval.knn", "dinokit.eval.linear",
     "dinokit.weights.formats.native", "dinokit.curate.pipeline", "dinokit.prediction",
     "dinokit.commands.train", "dinokit.data.sources.folder", "dinokit.segment.training",
 )  # fmt: skip

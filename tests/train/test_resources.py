@@ -15,7 +15,7 @@ import torch
 
 from dinokit.config import registry
 from dinokit.config.load import load_recipe
-from dinokit.train import fit
+from dinokit.train import resources
 from dinokit.train.plan import activation_memory, state_memory
 from dinokit.train.run_dir import open_run
 
@@ -62,21 +62,21 @@ SPOILED = {
 
 @pytest.mark.parametrize("text", SPOILED)
 def test_a_sample_of_the_images_is_looked_at_before_the_first_step(tiny, text):
-    (line,) = fit.warning(tiny("run"), Photos(20, SPOILED[text]), CPU)
+    (line,) = resources.warning(tiny("run"), Photos(20, SPOILED[text]), CPU)
     assert text in line
 
 
 def test_what_a_training_can_live_with_is_not_said(tiny):
     recipe = tiny("run", "crops.saturation=0", "crops.hue=0", "crops.gray=0")
-    assert fit.warning(recipe, Photos(20, SPOILED["All images are grey"]), CPU) == []
+    assert resources.warning(recipe, Photos(20, SPOILED["All images are grey"]), CPU) == []
     two_of_many = Photos(1000, lambda i, x: np.zeros_like(x) if i < 6 else x)
-    assert fit.warning(recipe, two_of_many, CPU) == []
+    assert resources.warning(recipe, two_of_many, CPU) == []
 
 
 def test_the_look_ends_when_its_time_is_over(tiny, monkeypatch):
-    monkeypatch.setattr(fit, "SECONDS", 0.1)
+    monkeypatch.setattr(resources, "SECONDS", 0.1)
     source = Photos(10_000, seconds=0.03)
-    fit.warning(tiny("run"), source, CPU)
+    resources.warning(tiny("run"), source, CPU)
     assert 1 <= source.read <= 5
 
 
@@ -85,24 +85,24 @@ def test_cached_files_count_as_free_memory(tmp_path, monkeypatch):
     page.write_text(
         "MemTotal: 8388608 kB\nMemFree: 1048576 kB\nMemAvailable: 3145728 kB\nCached: 2097152 kB\n"
     )
-    monkeypatch.setattr(fit, "MEMINFO", page)
-    assert fit.memory_available(CPU) == 3.0
+    monkeypatch.setattr(resources, "MEMINFO", page)
+    assert resources.memory_available(CPU) == 3.0
     page.unlink()
-    assert fit.memory_available(CPU) == float("inf")
+    assert resources.memory_available(CPU) == float("inf")
 
 
 def test_what_is_needed_is_state_and_the_activations_of_the_images_at_once():
     recipe = large("backbone.depth=2")
     parts = replace(recipe, run=replace(recipe.run, accumulate=4))
-    saved = fit.memory_needed(recipe) - fit.memory_needed(parts)
+    saved = resources.memory_needed(recipe) - resources.memory_needed(parts)
     assert saved == pytest.approx(activation_memory(recipe, 64)[1] - activation_memory(recipe, 16)[1])
     # a block of ViT-L has 12.6 million parameters
-    assert fit.memory_needed(recipe) > state_memory(recipe) > 5 * 4 * 25e6 / 2**30
+    assert resources.memory_needed(recipe) > state_memory(recipe) > 5 * 4 * 25e6 / 2**30
 
 
 @pytest.mark.slow
 def test_three_changes_are_named_the_largest_saving_first():
-    found = fit.savings(large())
+    found = resources.savings(large())
     assert len(found) == 3
     assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True)
     keys = [text.split("=")[0] for text, _ in found]
@@ -111,36 +111,36 @@ def test_three_changes_are_named_the_largest_saving_first():
     for text, saved in found:  # each is a setting that dinokit reads, and saves what it says
         setting = text.split(" ")[0]
         changed = load_recipe("dinov2_vitl14", ["data.path=x", "optim.batch=64", setting])
-        assert fit.memory_needed(large()) - fit.memory_needed(changed) == pytest.approx(saved)
+        assert resources.memory_needed(large()) - resources.memory_needed(changed) == pytest.approx(saved)
 
 
 @pytest.mark.slow
 def test_a_run_that_fits_gives_no_warning_and_one_that_does_not_says_what_helps(tiny, monkeypatch):
     recipe = tiny("run")
-    monkeypatch.setattr(fit, "memory_available", lambda device: inf)
-    assert fit.warning(recipe, Photos(10), CPU) == []
-    (line,) = fit.warning(recipe, Photos(3), CPU)
+    monkeypatch.setattr(resources, "memory_available", lambda device: inf)
+    assert resources.warning(recipe, Photos(10), CPU) == []
+    (line,) = resources.warning(recipe, Photos(3), CPU)
     assert line.startswith("optim.batch=4 is more than the 3 images")
-    monkeypatch.setattr(fit, "memory_available", lambda device: 8.0)
-    first, second = fit.warning(large(), Photos(10_000), CPU)
+    monkeypatch.setattr(resources, "memory_available", lambda device: 8.0)
+    first, second = resources.warning(large(), Photos(10_000), CPU)
     assert "8.0 GiB are free on cpu" in first
     assert second.startswith("What helps, one at a time:\n  run.")
 
 
 def test_the_plan_of_a_run_is_kept_when_it_resumes(tiny, tmp_path):
     recipe = tiny("run")
-    plan = fit.planned(recipe, CPU, 0.5)
-    assert plan == {"device": "cpu", "memory_gib": fit.memory_needed(recipe), "seconds_per_step": 0.5}
+    plan = resources.planned(recipe, CPU, 0.5)
+    assert plan == {"device": "cpu", "memory_gib": resources.memory_needed(recipe), "seconds_per_step": 0.5}
     out = open_run(recipe, plan=plan)
     open_run(recipe, plan={**plan, "seconds_per_step": 9.0})
     assert json.loads((out / "plan.json").read_text()) == plan
-    assert "seconds_per_step" not in fit.planned(recipe, CPU, 0.0)
+    assert "seconds_per_step" not in resources.planned(recipe, CPU, 0.0)
 
 
 def test_a_dry_run_tells_what_the_run_will_be_and_writes_nothing(tiny, tmp_path):
     recipe = tiny("run")
     before = sorted(tmp_path.rglob("*"))
-    lines = fit.dry_run(recipe, registry.build("data.sources", recipe.data), CPU)
+    lines = resources.dry_run(recipe, registry.build("data.sources", recipe.data), CPU)
     assert lines["images"] == "10, each seen 2.4 times"  # 6 steps of 4
     assert lines["the run"] == "6 steps, 24 images"
     assert {"parameters", "memory", "learning rate", "time", "device", "disk"} <= set(lines)
