@@ -124,10 +124,11 @@ def _round(places: TrainDataset, colour: Photometric, step: int) -> dict[str, fl
     numbers = [(step * places.batch + i) % len(places.source) for i in range(places.batch)]
     rngs = [generator(places.seed, step, place, CROPS) for place in range(places.batch)]
     marks = [time.perf_counter()]
-    pictures = [places.read_image(i, rng) for i, rng in zip(numbers, rngs, strict=True)]
+    multi_crop = places.multi_crops[places.variant(step)]
+    pictures = [places.read_image(i, multi_crop, rng) for i, rng in zip(numbers, rngs, strict=True)]
     marks.append(time.perf_counter())
     for image, boxes in pictures:
-        places.multi_crop(image, boxes)
+        multi_crop(image, boxes)
     marks.append(time.perf_counter())
     batch = collate([places[step, place] for place in range(places.batch)])
     marks.append(time.perf_counter())

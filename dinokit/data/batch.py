@@ -177,7 +177,6 @@ class TrainDataset(Dataset[Sample]):
             )
         self.source, self.crops, self.seed, self.batch = source, crops, seed, batch
         self.multi_crops = [MultiCrop(variant) for variant in crops.variants]
-        self.multi_crop = self.multi_crops[0]  # of the step that is made
         self.masks: list[BlockMasks | None] = [None] * len(self.multi_crops)
         if masks is not None:
             patch = crops.globals.size // masks.grid[0]  # pixels
@@ -186,8 +185,8 @@ class TrainDataset(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         step, place = key
-        self.multi_crop = self.multi_crops[self.variant(step)]
-        (global_crops, local_crops, gram_crops), unreadable = self._crops(step, place)
+        variant = self.variant(step)
+        (global_crops, local_crops, gram_crops), unreadable = self._crops(self.multi_crops[variant], *key)
         rng = generator(self.seed, step, place, COLOUR)
         return Sample(
             step=step,
@@ -195,25 +194,27 @@ class TrainDataset(Dataset[Sample]):
             local_crops=local_crops,
             global_colour=self._colour(self.crops.globals, rng),
             local_colour=self._colour(self.crops.locals, rng),
-            masks=self._masks(step, place),
+            masks=self._masks(self.masks[variant], *key),
             unreadable=unreadable,
             gram_crops=gram_crops,
         )
 
     def variant(self, step: int) -> int:
-        """Which of crops.variants a step has: a function of (seed, step), also after a resume."""
+        """The number of the entry of crops.variants that a step has: a function of (seed, step)."""
         shares = np.cumsum([entry[0] for entry in self.crops.mixed] or [1.0])
         drawn = generator(self.seed, step, 0, SIZES).random() if self.crops.mixed else 0.0
         return int(np.searchsorted(shares, drawn * shares[-1], side="right"))
 
-    def _crops(self, step: int, place: int) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, str]]:
+    def _crops(
+        self, multi_crop: MultiCrop, step: int, place: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, str]]:
         unreadable: dict[str, str] = {}
         for index in candidates(len(self.source), self.seed, step, place, self.batch):
             try:
                 rng = generator(self.seed, step, place, CROPS)
-                image, boxes = self.read_image(index, rng)
-                gram = self.multi_crop.gram(image, boxes) if self.multi_crop.cfg.gram_size else None
-                return (*self.multi_crop(image, boxes), gram), unreadable
+                image, boxes = self.read_image(index, multi_crop, rng)
+                gram = multi_crop.gram(image, boxes) if multi_crop.cfg.gram_size else None
+                return (*multi_crop(image, boxes), gram), unreadable
             except UNREADABLE as error:
                 name = self.source.name(index)
                 unreadable[name] = str(error).removeprefix(f"{name} cannot be read: ") or type(error).__name__
@@ -222,16 +223,18 @@ class TrainDataset(Dataset[Sample]):
             f"{', '.join(list(unreadable)[-3:])}: {list(unreadable.values())[-1]}"
         )
 
-    def read_image(self, index: int, rng: np.random.Generator) -> tuple[ImageLike, CropBoxes]:
+    def read_image(
+        self, index: int, multi_crop: MultiCrop, rng: np.random.Generator
+    ) -> tuple[ImageLike, CropBoxes]:
         """A decoded image, and the boxes of its crops."""
         if self.crops.decode == "reduced":
             source: Any = self.source
             limit = getattr(source, "max_pixels", MAX_PIXELS)
             orient: Any = getattr(source, "orient", "exif")
             data, name = source.stored(index), source.name(index)
-            return decode_reduced(data, name, self.multi_crop, rng, limit, orient)
+            return decode_reduced(data, name, multi_crop, rng, limit, orient)
         image, _ = self.source[index]
-        return image, self.multi_crop.draw(*size_of(image), rng)
+        return image, multi_crop.draw(*size_of(image), rng)
 
     def _colour(self, group: CropGroup, rng: np.random.Generator) -> Tensor:
         rows = np.zeros((group.count, augment.COLUMNS), dtype=np.float32)
@@ -239,8 +242,7 @@ class TrainDataset(Dataset[Sample]):
             rows[crop] = augment.draw(self.crops, group, crop, rng)
         return torch.from_numpy(rows)
 
-    def _masks(self, step: int, place: int) -> Tensor | None:
-        masks = self.masks[self.variant(step)]
+    def _masks(self, masks: BlockMasks | None, step: int, place: int) -> Tensor | None:
         if masks is None:
             return None
         total = self.crops.globals.count * self.batch
