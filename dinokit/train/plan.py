@@ -1,9 +1,6 @@
 """Plans a recipe by arithmetic, without running it: its size, its memory, and what a cluster would need.
 
 `dinokit show` prints the plan; `run.parallel=auto` chooses by the same estimate of memory.
-
-P  parameters of the student      W  processes, one a GPU      s  processes that a tensor is sharded over
-n  nodes                          g  GPUs of a node
 """
 
 import math
@@ -62,7 +59,7 @@ class Cluster:
 
     @property
     def world(self) -> int:
-        """W."""
+        """Processes, one for each GPU."""
         return self.nodes * self.gpus
 
 
@@ -153,9 +150,9 @@ def tokens_per_crop(backbone: Backbone, size: int) -> int:
 
 
 def _logit_bytes(recipe: Recipe, backbone: Backbone, images: int) -> int:
-    """The teacher's logits stay, in float32, and the student's too if `run.logits` is whole.
+    """Bytes of logits: the teacher's stay, in float32, and the student's too if `run.logits` is whole.
 
-    One loss at a time needs its student's logits, or those of a chunk, in 32 and in 16 bits besides.
+    Besides, one loss at a time needs its student's logits, or those of a chunk, in 32 and in 16 bits.
     """
     views, whole = recipe.crops.globals.count, recipe.run.logits == "whole"
     heads = [(recipe.heads.cls, images * views, images * (views + recipe.crops.locals.count))]
@@ -183,7 +180,7 @@ def fits_unsharded(parameters: int, activations: float, memory: float) -> bool:
 def parallel_mode(
     recipe: Recipe, parameters: int, activations: float, c: Cluster
 ) -> tuple[Literal["none", "ddp", "fsdp"], int]:
-    """What run.parallel means if the backward pass needs `activations` GiB, and s; as in parallel.py."""
+    """The mode if the backward pass needs `activations` GiB, and over how many processes it shards."""
     mode, world = recipe.run.parallel, c.world
     if world == 1:
         return "none", 1
@@ -196,9 +193,9 @@ def parallel_mode(
     return mode, c.gpus if c.nodes > 1 and c.gpus > 1 else world
 
 
-def sharded_numel(parameters: Iterable[Tensor], s: int) -> int:
-    """Numbers of these that the fullest of s processes has: each is sharded along its first dimension."""
-    return sum(math.ceil(p.shape[0] / s) * math.prod(p.shape[1:]) for p in parameters)
+def sharded_numel(parameters: Iterable[Tensor], shards: int) -> int:
+    """The most numbers that one of `shards` processes has: a tensor is sharded along its first dimension."""
+    return sum(math.ceil(p.shape[0] / shards) * math.prod(p.shape[1:]) for p in parameters)
 
 
 def gathered_bytes(student: Network, half: bool) -> int:
@@ -225,7 +222,7 @@ def bytes_sent(
     from each, an all-reduce twice that.
     """
     total = sum(p.numel() for p in student.parameters())
-    mode, s = parallel_mode(recipe, total, activations, c)
+    mode, shards = parallel_mode(recipe, total, activations, c)
     half = recipe.run.precision in ("auto", "bf16", "fp16")
     prototypes = recipe.heads.cls.prototypes + (recipe.heads.patch or recipe.heads.cls).prototypes
     sinkhorn = 2 * micro_batches * COLLECTIVES * prototypes * 4
@@ -234,7 +231,7 @@ def bytes_sent(
         return inside * (2 * total * 4 + sinkhorn), across * (2 * total * 4 + sinkhorn)
     # The student's weights forward and again backward, the teacher's forward; then gradients in float32.
     weights = micro_batches * (3 * gathered_bytes(student, half) + total * 4)
-    if s == c.gpus:
+    if shards == c.gpus:
         return inside * (weights + sinkhorn), across * (2 * total * 4 + sinkhorn)
     return inside * weights, across * c.gpus * weights  # nodes of one GPU each: all is sent between nodes
 
@@ -252,16 +249,20 @@ def cluster_estimate(recipe: Recipe, student: Network, c: Cluster, activations: 
         ValueError: if the recipe cannot run so.
     """
     total = sum(p.numel() for p in student.parameters())
-    mode, s = parallel_mode(recipe, total, activations, c)
+    mode, shards = parallel_mode(recipe, total, activations, c)
     micro_batches = accumulation(recipe, c.world)
     half = recipe.run.precision in ("auto", "bf16", "fp16")
-    state = sharded_numel(student.parameters(), s) * STATE_BYTES / GIB
+    state = sharded_numel(student.parameters(), shards) * STATE_BYTES / GIB
     extra = gathered_at_once(student, half) / GIB if mode == "fsdp" else 0.0
     need = state + extra + activations
     images = recipe.optim.batch // c.world
     inside, across = bytes_sent(recipe, student, c, micro_batches, activations)
     seconds = inside / (c.gpu_gbyte * 1e9) + across / (c.node_gbit * 1e9 / 8)
-    layout = {"fsdp": f"every tensor sharded over {s} GPUs", "ddp": "all on every GPU", "none": "one process"}
+    layout = {
+        "fsdp": f"every tensor sharded over {shards} GPUs",
+        "ddp": "all on every GPU",
+        "none": "one process",
+    }
     lines = {
         "parallel": f"{c.nodes} nodes of {c.gpus} GPUs, {mode}: {layout[mode]}; {images} images a GPU in a "
         f"step, in {_micro_batches(micro_batches)}",
