@@ -81,9 +81,9 @@ def _leave_signals_to_parent(_: int) -> None:
     The parent handles them, and still needs batches to stop in order. A SIGTERM from the parent ends the
     worker: Python sends it to each child at exit, and then waits for it.
 
-    Nor does a worker print. Ctrl-C may interrupt the parent while it receives a tensor; the thread in the
-    worker that sends it then has a broken connection, which it would show by sys.excepthook. Nothing else in
-    a worker uses that: errors of a dataset are sent to the parent.
+    A worker does not print either. Ctrl-C may interrupt the parent while it receives a tensor; the thread of
+    the worker that sends it then has a broken connection, which it would show by sys.excepthook. Nothing else
+    in a worker uses that: errors of a dataset are sent to the parent.
     """
     sys.excepthook = lambda *_: None
     for name in {"SIGINT", "SIGUSR1", "SIGUSR2"} & signal.Signals.__members__.keys():  # Windows has the first

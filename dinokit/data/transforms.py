@@ -27,7 +27,7 @@ ATTEMPTS = 10  # random boxes tried before the centre of the image is taken
 # filter then passes only frequencies below half of those that libjpeg keeps, where both decodings agree; with
 # a factor of 1 the error is two to four times as large.
 LEAST_RESIZE = 2.0
-THIN = 16  # longer sides, in shorter ones: before it is resized, an image is cut to this
+THIN = 16  # longer side over shorter side, at most: an image is cut to this before it is resized
 _STREAM = 7  # of random numbers for evaluation; training uses 0 to 2
 
 Transform = Callable[[ImageLike, int, int], Tensor]  # (image, its index, draw) -> (C, height, width)

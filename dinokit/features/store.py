@@ -208,7 +208,7 @@ class Store:
         """The names one by one.
 
         Raises:
-            ValueError: behind the last one, if they are not as many as the images.
+            ValueError: after the last one, if there are not as many as images.
         """
         path, count = self.out / "names.txt", 0
         with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:

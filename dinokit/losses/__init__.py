@@ -49,7 +49,7 @@ DECLARED = {
 
 @dataclass(repr=False)
 class NotDeclared:
-    """In Views, in the place of what no loss of this step declares: an empty tensor would make a loss NaN."""
+    """In Views, for a field that no loss of this step declares: an empty tensor would make a loss NaN."""
 
     name: str  # of the field
     use: str  # key in DECLARED

@@ -2,8 +2,8 @@
 
 Yu et al. 2020 (MCR2, arXiv 2006.08558): the rate that codes rows with a mean squared error of eps, which
 they write eps^2, is 1/2 logdet(I + D / (B eps) Z'Z). Wu et al. 2025 (SimDINO, arXiv 2502.10385) maximise it
-where DINO has prototypes, centre and temperatures, on the normalised output of a head; here it is of class
-tokens of the backbone, in KoLeo's place. KoLeo sees the nearest neighbour of a row, and the rate all of them.
+in place of DINO's prototypes, centre and temperatures, on the normalised output of a head. Here it replaces
+KoLeo, on class tokens of the backbone. KoLeo depends on the nearest neighbour of a row, the rate on all rows.
 
     B  images      D  width
 """

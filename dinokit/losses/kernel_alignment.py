@@ -43,7 +43,9 @@ def kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     for x in (student, teacher):
         x = x if x.dtype == torch.float64 else x.float()
         x = x - x.mean(dim=1, keepdim=True)
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)  # products of four stay far from rounding
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(
+            min=EPS
+        )  # so products of four neither overflow nor vanish
         kernels.append((x @ x.mT).flatten(1))  # (b, N * N)
     ours, theirs = kernels
     norms = ours.norm(dim=1) * theirs.norm(dim=1)

@@ -51,7 +51,7 @@ class Backbone(nn.Module):
     patch: int  # pixels: every side of a crop is a multiple of it
     channels: int
     blocks: nn.ModuleList  # in the order of depth
-    input: Input  # set by whoever made the backbone for a purpose
+    input: Input  # set where a backbone is built for a run, or loaded
     frozen_only: str = ""  # why it cannot be trained, as half a sentence; empty if it can
     licence: str = ""  # of the weights, where the file that they come from names one: exports carry it
 

@@ -169,8 +169,8 @@ def _feed_forward(block: Block, x: Tensor) -> Tensor:
 
 
 def _forward_rows(block: Block, x: Tensor, batch: PackedBatch, read: Tensor) -> Tensor:
-    # All rows are keys and values. The rest is for few rows, so stochastic depth multiplies by zero here: to
-    # leave rows out, their number would have to come from the GPU first.
+    # All rows are keys and values; the rest is computed for the rows `read`. Stochastic depth multiplies by
+    # zero here: to leave rows out, the CPU would have to wait for their number.
     def drop(branch: Tensor) -> Tensor:
         dropping = block.drop_path
         return branch * dropping.factors(batch, x.device)[read] if dropping.active else branch

@@ -56,8 +56,8 @@ class PrototypeHead(nn.Module):
         layers: linear layers before the prototypes.
         norm_last_layer: keep the length of every prototype at 1.
         standardize: give each feature the mean 0 and the deviation 1 over the rows, before the MLP. After a
-            contrast all class tokens have most of their length in common; without it the head begins with
-            nearly one output for every image, and its targets with nothing to tell (docs/small_data.md).
+            contrast the class tokens of all images are nearly alike. Without this the head begins with nearly
+            one output for every image, and its targets do not tell images apart (docs/small_data.md).
     """
 
     def __init__(

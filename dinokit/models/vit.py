@@ -108,7 +108,7 @@ class ConvStem(nn.Module):
         ValueError: if the patch is no power of two, or the width cannot be halved so often.
     """
 
-    GROUPS = 8  # of channels that are normalised together: no statistics of a batch, so small crops are alike
+    GROUPS = 8  # of channels that are normalised together, in each image apart: other crops do not matter
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()

@@ -205,18 +205,18 @@ def newest(folder: Path) -> SavedCheckpoint | None:
 
 
 def latest(folder: Path) -> SavedCheckpoint | None:
-    """newest() as process 0 sees it, in every process."""
+    """newest(), read by process 0 and sent to every process."""
     return broadcast(newest(folder) if rank() == 0 else None)
 
 
 def before(folder: Path, step: int) -> SavedCheckpoint | None:
-    """The newest checkpoint of fewer than `step` steps, in every process. Raises as newest()."""
+    """The newest checkpoint of fewer than `step` steps, as latest(). Raises as newest()."""
     earlier = (saved for saved in _found(folder) if saved.step < step)
     return broadcast(next(earlier, None) if rank() == 0 else None)
 
 
 def last_good(folder: Path) -> Path | None:
-    """The newest checkpoint, for a message; a damaged one is none."""
+    """The path of the newest checkpoint, for a message; None if there is none, or if it is damaged."""
     try:
         found = newest(folder)
     except ValueError:
@@ -228,7 +228,7 @@ def to_resume(out: Path, resume: str) -> SavedCheckpoint | None:
     """The checkpoint that the run in folder `out` resumes from, in every process; None to begin at step 0.
 
     Raises:
-        ValueError: if there is none with resume=must; or with resume=auto, where there was one.
+        ValueError: if there is none: with resume=must; and with resume=auto, if the run had one before.
     """
     saved = None if resume == "never" else latest(out / "checkpoints")
     lost = saved is None and resume == "auto" and (out / ONCE).exists()

@@ -201,7 +201,7 @@ def _class_tokens(backbone: Backbone, x: Tensor) -> Tensor:
 class Verdict(NamedTuple):
     """What is wrong with a run."""
 
-    name: str  # noise, one prototype, rank collapse, shortcut, nothing left, data-bound
+    name: str  # noise, one output, one prototype, rank collapse, shortcut, nothing left, data-bound
     text: str  # a sentence with the reason, and a remedy
 
 
@@ -216,17 +216,7 @@ def diagnose(records: Sequence[Mapping[str, Any]], recipe: Recipe, images: int) 
     history = History(records, recipe)
     if history.step < max(LEAST_STEPS, recipe.optim.warmup):
         return None
-    checks = (
-        _one_prototype,
-        _brightness,
-        _rank,
-        _one_output,
-        _noise,
-        _patch_order,
-        _data_bound,
-        _nothing_left,
-    )
-    verdicts = (check(history, images) for check in checks)
+    verdicts = (check(history, images) for check in CHECKS)
     return next((verdict for verdict in verdicts if verdict), None)
 
 
@@ -373,3 +363,7 @@ def _nothing_left(h: History, _: int) -> Verdict | None:
         f"nor k-NN accuracy improved since step {half}. Make the task harder: smaller crops.globals.scale "
         f"and crops.locals.scale, more colour jitter, more prototypes, a lower teacher.temp.",
     )
+
+
+# In this order: the first that finds something gives the verdict.
+CHECKS = (_one_prototype, _brightness, _rank, _one_output, _noise, _patch_order, _data_bound, _nothing_left)

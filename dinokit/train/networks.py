@@ -180,7 +180,7 @@ def build_backbone(recipe: Recipe) -> Backbone:
         )
     first: dict[int, str] = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:  # neither checkpoints nor rates by depth allow it
+        if first.setdefault(id(parameter), name) != name:  # checkpoints and rates by depth need one name
             raise ValueError(
                 f"backbone.name={recipe.architecture['name']} has one parameter under two names, "
                 f"{first[id(parameter)]} and {name}. To train it, register each module once."

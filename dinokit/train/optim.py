@@ -68,7 +68,7 @@ def clip_gradients(student: Network, cfg: Optim) -> dict[str, Tensor]:
 
 
 def drop_prototype_gradients(optimizer: AdamW) -> None:
-    """Leave the prototypes out of the next step: DINO's way of freezing, which spares Adam's moments."""
+    """Leave the prototypes out of the next step: DINO's way of freezing, which keeps Adam's moments too."""
     for group in optimizer.param_groups:
         if group["role"] == "prototypes":
             for p in group["params"]:
@@ -89,7 +89,7 @@ def _scaled(student: Network, cfg: Optim) -> Iterator[tuple[str, Tensor, float]]
 
 
 def _layer_scales(backbone: Backbone, decay: float) -> dict[int, float]:
-    """By id of the parameter: block i of n has decay ** (n - i), what stands before them one power more."""
+    """By id of the parameter: decay ** (n - i) in block i of n, decay ** (n + 1) before, 1 after them."""
     depth = len(backbone.blocks)
     scales = {
         id(p): decay ** (depth - i) for i, block in enumerate(backbone.blocks) for p in block.parameters()

@@ -53,7 +53,7 @@ def init_weights(recipe: Recipe, model: StudentTeacher, resumes: bool) -> Recipe
     if resumes:
         return _with_fingerprint(recipe, recorded)
     fill(student, source, tolerate=["mask_token"])
-    ema.licence = student.licence or ema.licence  # what is trained from weights stands under their licence
+    ema.licence = student.licence or ema.licence  # of the weights: it holds for what is trained from them
     ema.load_state_dict(student.state_dict())
     filled = fingerprint(student)
     expected = recipe.backbone.get("fingerprint") or recorded

@@ -129,7 +129,7 @@ def run_facts(recipe: Recipe, source: ImageSource) -> dict[str, Any]:
 
 
 def image_facts(source: ImageSource) -> dict[str, Any]:
-    """What must also stay the same of the images when a run resumes."""
+    """Facts about the images that must also stay the same when a run resumes."""
     n = len(source)
     names = [source.name(i * n // NAMES) for i in range(min(NAMES, n))]
     return {
@@ -158,7 +158,7 @@ def image_fingerprint(source: ImageSource) -> dict[str, Any]:
 def changed_images(
     recipe: Recipe, images: Mapping[str, Any], before: Mapping[str, Any], place: Path
 ) -> list[str]:
-    """Names of the facts about images that are others than before, as far as a run may resume with them.
+    """Names of the facts about images that changed since a checkpoint, if a run may resume with them.
 
     Args:
         recipe: of the run.

@@ -132,8 +132,8 @@ def resume_together(out: Path, saved: SavedCheckpoint | None) -> SavedCheckpoint
 def common_step(everyone: Mapping[str, tuple[list[int], bool]], folder: Path) -> int:
     """The newest step that all students have saved; 0: none has saved any, or all begin anew.
 
-    Processes are killed at any time, so some students may have a checkpoint that others lack. Only the first
-    may be missing altogether, in the folder of a run that began: a job was killed while it was written.
+    A job may be killed at any time, so some students may have a checkpoint that others lack. A student whose
+    run began may have none at all only if the others have a single one: the job was killed at the first.
 
     Args:
         everyone: by name of the student, the steps of its checkpoints, and whether its folder is of a run.

@@ -345,7 +345,7 @@ class Trainer:
         """Restore model, optimiser and counts from a checkpoint.
 
         Raises:
-            ValueError: if the images are others, or the checkpoint is damaged or of another model.
+            ValueError: if the images changed, or the checkpoint is damaged or of another model.
         """
         before = saved.values.get("images", self.images)
         self.changed_images = changed_images(self.recipe, self.images, before, saved.path)
