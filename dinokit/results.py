@@ -306,7 +306,7 @@ def _weights_of(line: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> 
 
 
 def _fingerprint_of(line: Mapping[str, Any]) -> str | None:
-    """Of the weights; older lines call it weights_hash."""
+    """The fingerprint of the weights; older lines call it weights_hash."""
     about = line["about"]
     return about.get("fingerprint") or about.get("weights_hash")
 

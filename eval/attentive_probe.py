@@ -163,7 +163,7 @@ def _loss(head: AttentiveHead, count: int, images: int, x: Tensor, y: Tensor, _:
 
 @torch.no_grad()
 def _logits(head: AttentiveHead, x: Tensor, count: int, batch: int) -> Tensor:
-    """Of rows of patches (n, N * D): (n, C)."""
+    """Logits of rows of patches (n, N * D): (n, C)."""
     return torch.cat([head(rows.unflatten(1, (count, -1))) for rows in x.split(batch)])
 
 

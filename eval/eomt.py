@@ -206,7 +206,7 @@ def learning_rates(head: EoMT, decay: float) -> Rates:
 
 
 def class_shares(found: Segments, height: int, width: int, patch: int) -> Tensor:
-    """Of each pixel the sum over queries of their classes' shares, where their masks are: (b, C, H, W)."""
+    """For each pixel the sum over queries of their classes' shares, where their masks are: (b, C, H, W)."""
     left, right, top, bottom = padding(height, width, patch)
     size = (height + top + bottom, width + left + right)
     masks = F.interpolate(found.masks, size, mode="bilinear", align_corners=False).sigmoid()

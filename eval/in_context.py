@@ -95,7 +95,7 @@ def evaluate(cfg: Config, backbone: Backbone) -> dict[str, float]:
 
 
 def episode_row(cfg: Config, items: Items, segment: Segment, number: int, samples: Sampler) -> list[float]:
-    """Of one episode: class, intersection and union of the class and of the rest, swap (NaN without)."""
+    """Numbers of an episode: class, intersection and union of class and of the rest, swap (NaN without)."""
     episode = draw_episode(items, cfg.shots, cfg.min_area, cfg.seed, number, stored=True)
     query, encoder = episode.query, items.encoder
     truth = labels_of(query, episode.label).to(encoder.device)

@@ -178,7 +178,7 @@ class Task:
         return lambda labels, images: table[images]
 
     def scores(self, classify: Callable[[Tensor], Tensor], test: Features, y: Tensor) -> dict[str, float]:
-        """Of a classifier, from features (N, W) to logits (N, C), on all test sets."""
+        """Scores of a classifier, from features (N, W) to logits (N, C), on all test sets."""
         logits = classify(test.x)
         if self.multi_label:
             return {"mAP": mean_average_precision(logits, y)}

@@ -158,7 +158,7 @@ def questions(cfg: Config, items: Items, index: int, rng: np.random.Generator) -
 
 
 def image_scores(found: Tensor, truth: Tensor, min_area: int) -> list[list[float]]:
-    """Of each answer (M, H, W) bool: intersection, union, 1 with a target, 1 if empty, exchanges, good ones.
+    """For each answer (M, H, W) bool: intersection, union, 1 with a target, 1 if empty, exchanges, good ones.
 
     An answer is exchanged for each answer about other objects; it is good if it is nearer to those.
     """

@@ -68,7 +68,7 @@ def wait(device: torch.device) -> None:
 
 
 def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of each column."""
+    """The median of each column."""
     return {name: median(row[name] for row in rows) for name in rows[0]}
 
 

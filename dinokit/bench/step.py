@@ -203,7 +203,7 @@ class Form:
             self.log(values)
 
     def report(self) -> StepReport:
-        """Of the rounds so far."""
+        """The report of the rounds so far."""
         if self.log is not None:
             self.log.end()
         peak = peak_memory(self.device)

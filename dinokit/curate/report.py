@@ -161,7 +161,7 @@ def _funnel(status: np.ndarray, selected: np.ndarray, data: ReportData) -> list[
 def _cluster_sizes(
     status: np.ndarray, cluster: np.ndarray, selected: np.ndarray
 ) -> Iterator[tuple[str, int, float, list[float]]]:
-    """Of the embedded images, the clean pool and the training set: name, images, entropy, bars.
+    """Rows for the embedded images, the clean pool and the training set: name, images, entropy, bars.
 
     With many clusters, each bar is the mean of several sizes.
     """

@@ -81,12 +81,12 @@ class Scan:
 
     @property
     def mean(self) -> list[float]:
-        """Of each channel, in [0, 1]."""
+        """The mean of each channel, in [0, 1]."""
         return np.mean(self._moments, axis=0)[0].round(3).tolist() if self._moments else []
 
     @property
     def std(self) -> list[float]:
-        """Of each channel, in [0, 1]."""
+        """The deviation of each channel, in [0, 1]."""
         if not self._moments:
             return []
         mean, square = np.mean(self._moments, axis=0)

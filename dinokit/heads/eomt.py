@@ -153,7 +153,7 @@ class EoMT(nn.Module):
         return (rope.table(rope.coordinates(*grid), tokens - grid[0] * grid[1]),)
 
     def _segments(self, x: Tensor, grid: tuple[int, int]) -> Segments:
-        """Of all tokens (b, T, D), queries first and patches last."""
+        """The segments of all tokens (b, T, D), queries first and patches last."""
         x = self.backbone.norm(x)  # type: ignore[operator]
         queries, patches = x[:, : len(self.queries)], x[:, -grid[0] * grid[1] :]
         maps = self.enlarge(patches.transpose(1, 2).unflatten(2, grid))

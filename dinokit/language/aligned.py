@@ -197,7 +197,7 @@ class Aligned(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the head."""
+        """The device of the head."""
         return self.head.inside.weight.device
 
     def tokens(self, images: Any) -> Tensor:

@@ -166,7 +166,7 @@ def _slices_of(targets: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _logsumexp_(z: Tensor) -> Tensor:
-    """Of the last dimension. Overwrites z: another tensor of its size would not stay in a CPU's cache."""
+    """Over the last dimension. Overwrites z: another tensor of its size would not stay in a CPU's cache."""
     peak = z.amax(dim=-1, keepdim=True)
     return z.sub_(peak).exp_().sum(dim=-1).log_().add_(peak[..., 0])
 

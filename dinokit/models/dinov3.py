@@ -129,7 +129,7 @@ class Rope(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the angles: that of the periods, but never half precision."""
+        """The dtype of the angles: that of the periods, but never half precision."""
         return torch.promote_types(self.periods.dtype, torch.float32)
 
     @property

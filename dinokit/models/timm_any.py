@@ -127,7 +127,7 @@ class TimmAny(Backbone):
         return Tokens(cls, prefix, patches)
 
     def _pooled(self, rows: Any, grid: tuple[int, int]) -> Tokens:
-        """Of a model without prefix tokens: a map (b, D, h, w), or a row for each place (b, h w, D).
+        """Tokens of a model without prefix ones: from a map (b, D, h, w), or rows of places (b, h w, D).
 
         The class token is the mean of the patches where the model's own pooling changes their width, as in
         MobileNets, whose last convolution comes after it.
@@ -154,7 +154,7 @@ class TimmAny(Backbone):
         return Tokens(cls, patches[:, :0], patches)
 
     def _tokens_of_map(self, found: Any, grid: tuple[int, int]) -> Tokens:
-        """Of a map (b, D, h, w), or of a map and prefix tokens (b, P, D)."""
+        """Tokens from a map (b, D, h, w), or from a map and prefix tokens (b, P, D)."""
         maps, prefix = found if self.prefix else (found, None)
         patches = F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
         prefix = patches[:, :0] if prefix is None else prefix

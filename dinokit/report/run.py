@@ -40,7 +40,7 @@ class Run:
         return list(found), list(found.values())
 
     def seconds(self) -> float:
-        """Of all steps together, without evaluations; 0: not known."""
+        """Seconds of all steps together, without evaluations; 0: not known."""
         steps, speeds = self.curve("images_per_second")
         lengths = (end - begin for begin, end in pairwise([0, *steps]))
         known = (n / speed for n, speed in zip(lengths, speeds, strict=True) if speed > 0)

@@ -286,7 +286,7 @@ def check_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Of the content of a file, as 64 hexadecimal digits."""
+    """The SHA-256 of the content of a file, as 64 hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

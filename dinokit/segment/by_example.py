@@ -55,7 +55,7 @@ class ByExample:
 
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """Channels of the images."""
         return int(self.network.channels)
 
     @classmethod

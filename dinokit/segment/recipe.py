@@ -69,7 +69,7 @@ class Unified:
 
     @property
     def odds(self) -> dict[str, float]:
-        """Of each kind of prompt."""
+        """The odds of each kind of prompt."""
         return {kind: getattr(self, kind) for kind in ("point", "box", "stroke", "mask", "region", "text")}
 
 

@@ -207,7 +207,7 @@ def _check_settings(settings: Any, tensors: int) -> None:
 
 
 def _mean_and_std(folder: str | Path) -> tuple[list[float], list[float]]:
-    """Of the three channels, by the file that transformers reads first; without one, those of ImageNet."""
+    """Those of the three channels, in the file that transformers reads first; without one, ImageNet's."""
     settings = _settings(folder, "processor_config.json").get("image_processor")
     settings = _settings(folder, "preprocessor_config.json") if settings is None else settings
     with _named(folder):

@@ -43,7 +43,7 @@ class Network(nn.Module):
         return self.backbone.read(crops, masks, patches)
 
     def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
-        """Of class tokens (C, D) and patches (M, D), by the patches' own head or the same."""
+        """Logits of class tokens (C, D) and patches (M, D), by the patches' own head or the same."""
         return head_logits(self.dino_head, None if self.one_head else self.ibot_head, cls, patches)
 
 
@@ -58,7 +58,7 @@ class TeacherHeads(nn.Module):
             self.ibot_head = build_head(width, recipe.heads.patch)
 
     def logits(self, cls: Tensor, patches: Tensor) -> tuple[LazyLogits, LazyLogits]:
-        """Of class tokens (C, D) and patches (M, D)."""
+        """Logits of class tokens (C, D) and patches (M, D)."""
         return head_logits(self.dino_head, None if self.one_head else self.ibot_head, cls, patches)
 
 
@@ -157,7 +157,7 @@ def read_network(run: Path, latest: checkpoint.SavedCheckpoint) -> Network:
 def head_logits(
     head: nn.Module, patch_head: nn.Module | None, cls: Tensor, patches: Tensor
 ) -> tuple[LazyLogits, LazyLogits]:
-    """Of class tokens (C, D) and patches (M, D), by two heads, or in one pass by the first."""
+    """Logits of class tokens (C, D) and patches (M, D), by two heads, or in one pass by the first."""
     if patch_head is not None:
         return head(cls), patch_head(patches)
     both: LazyLogits = head(torch.cat([cls, patches]))

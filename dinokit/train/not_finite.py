@@ -239,7 +239,7 @@ def _look_at_images(
 
 
 def _losses_and_gradients(names: Iterable[str], recipe: Recipe) -> list[str]:
-    """Of the names of a step's values; the others are signals. Losses come first."""
+    """The names of a step's losses and gradients, losses first; its other values are signals."""
     names = [*names]
     losses = [name for name in names if name.removeprefix(GUIDE) in recipe.losses]
     return losses + [name for name in names if name.startswith(GRADIENT)]

@@ -175,7 +175,7 @@ class StudentTeacher(nn.Module):
         return TokenReads([batch.teacher_cls], rows), NO_PATCHES
 
     def _teacher_logits(self, batch: Batch, teacher: TokenReads) -> tuple[LazyLogits, LazyLogits]:
-        """Of the teacher's tokens, by fresh heads or by its own, which a shared teacher has run in part."""
+        """Logits of the teacher's tokens, by fresh heads or its own, which a shared teacher runs in part."""
         heads: Any = getattr(self.student, "guide", self.teacher)
         if batch.teacher_cls is not None and not self.learns_teacher_heads:
             return heads.logits_of_shared(teacher.cls[0], teacher.patches)

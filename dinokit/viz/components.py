@@ -53,7 +53,7 @@ class Components:
         return cls(mean, axes, low, high)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """Of rows (n, D): (n, count)."""
+        """The coordinates of rows (n, D): (n, count)."""
         return (x - self.mean) @ self.axes
 
     def shares(self, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Captioned:
         return self.cfg.count
 
     def fingerprint(self) -> str:
-        """Of the settings, of which all talks are a function."""
+        """A hash of the settings, of which all talks are a function."""
         settings = asdict(self.cfg)
         if not settings["truth"]:
             del settings["truth"]  # runs that began before there was this key go on

@@ -48,7 +48,7 @@ class Captions:
         return len(self.source) * self.cfg.each
 
     def fingerprint(self) -> str:
-        """Of the settings and of all captions; pixels are not compared."""
+        """A hash of the settings and of all captions; pixels are not compared."""
         numbers = range(len(self.source))
         said = [(self.source.name(number), self._captions(number)) for number in numbers]
         return digest([self.cfg.requests, self.cfg.each, said])

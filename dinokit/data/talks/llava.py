@@ -124,7 +124,7 @@ class Llava:
         return len(self.records)
 
     def fingerprint(self) -> str:
-        """Of the records, and of the sizes of their images and videos; pixels are not compared."""
+        """A hash of the records, and of the sizes of their images and videos; pixels are not compared."""
         named = {name for record in self.records for name in (*record.images, record.video)} - {""}
         places = [self._root / name for name in sorted(named)]
         files = [
