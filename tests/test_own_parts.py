@@ -266,6 +266,10 @@ def test_a_source_without_images_is_named(folder, capsys):
     [
         (["losses.spread.weight=1"], "Did you mean 'my_package.spread'?"),
         (["losses.my_package/spread.weight=1"], "Did you mean 'my_package.spread'?"),
+        (["losses.mine.x.phase=[0,0.5]"], "No module named 'mine'. It would be the file mine/x.py in "),
+        (["evals.mine.x.every=2"], "'mine.x' (for the registry 'eval') cannot be imported"),
+        (["losses.my_package.spread.phase=[0,1]"], "add the field `phase: tuple[float, float] = (0.0, 1.0)`"),
+        (["losses.my_package.spread.ramp=3"], "add the field `ramp: int = 0` to the Config of my_package"),
         (["losses.my_package.weight=1"], "'my_package.conv' or 'my_package.noise' or 'my_package.spread'?"),
         (["evals.separation.every=2"], "Did you mean 'my_package.separation'?"),
         (["losses.my_package.separation.weight=1"], "separation.py defines no function `build`"),

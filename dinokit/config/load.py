@@ -32,6 +32,7 @@ from dinokit.config.students import of_student, shares, take_student
 from dinokit.config.values import (
     first_line,
     forget_reset,
+    in_force,
     join_key,
     key_list,
     read_yaml,
@@ -111,8 +112,7 @@ def _with_module_names(changes: Mapping[str, Any], values: Mapping[str, Any]) ->
     result = dict(changes)
     for section, kind in (("losses", "losses"), ("evals", "eval")):
         if isinstance(given := result.get(section), Mapping):
-            known = {*registry.names(kind), *(values.get(section) or {})}
-            result[section] = _joined(kind, given, known)
+            result[section] = _joined(kind, given, {*registry.names(kind), *(values.get(section) or {})})
     return result
 
 
@@ -125,9 +125,9 @@ def _joined(kind: str, section: Mapping[str, Any], known: set[str], prefix: str 
         if name not in known and not _is_module(kind, name) and isinstance(value, Mapping):
             inner = _joined(kind, value, known, f"{name}.")
         found = [each for each in inner if each in known or _is_module(kind, each)]
-        if inner and not found and all(isinstance(each, Mapping) for each in inner.values()):
-            found = registry.modules(name)  # inner names one that is not there
-        result |= inner if found else {name: value}
+        # Without keys of its own, `name` is a package: inner names a module that is not there.
+        package = bool(inner) and all(isinstance(each, Mapping) for each in inner.values())
+        result |= inner if found or package else {name: value}
     return result
 
 
@@ -271,7 +271,7 @@ def _source(item: "Field[Any]", section: Any, prefix: str) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """['a.b=1', ...] as a nested dict; values are YAML.
+    """['a.b=1', ...] as a nested dict; values are YAML. A section that is reset has only later keys.
 
     Raises:
         ValueError: if one has no '='.
@@ -285,7 +285,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 f"link to it with another name."
             )
     try:
-        result: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        result: Any = OmegaConf.to_container(OmegaConf.from_dotlist(in_force(overrides)))
     except Exception as error:  # errors of the YAML reader have no common base class in OmegaConf
         raise ValueError(
             f"These overrides cannot be read: {' '.join(overrides)}: {first_line(error)}"

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinokit.config import registry
 
 DEEPEST = 100  # levels of YAML
+LOSS_FIELDS = {"phase": "phase: tuple[float, float] = (0.0, 1.0)", "ramp": "ramp: int = 0"}
 SOURCE_OF_SUFFIX = {
     ".parquet": "parquet", ".tar": "tar", ".txt": "manifest", ".csv": "manifest"
 }  # fmt: skip
@@ -245,13 +246,21 @@ def _unknown_keys(cls: type[Any], values: object, prefix: str, extra_keys: Seque
     for key in values:
         if key not in known:
             inside = f" in '{prefix}'" if prefix else ""
-            near = _in_section(cls, str(key)) or registry.suggest(str(key), [*extra_keys, *known])
+            near = _in_section(cls, str(key)) or _optional(prefix, str(key))
+            near = near or registry.suggest(str(key), [*extra_keys, *known])
             more = [each for each in extra_keys if each not in known]
             have = ", ".join(filter(None, [*more, key_list(cls)]))
             raise ValueError(
                 f"{join_key(prefix, str(key))}: there is no key '{key}'{inside}.{near} "
                 f"There is: {have or 'nothing to set'}."
             )
+
+
+def _optional(prefix: str, key: str) -> str:
+    """How a loss of another package gets a key that it may have (docs/extend.md)."""
+    if key not in LOSS_FIELDS or not prefix.startswith("losses.") or prefix.count(".") < 2:
+        return ""
+    return f" For it, add the field `{LOSS_FIELDS[key]}` to the Config of {prefix.partition('.')[2]}."
 
 
 def _in_section(cls: type[Any], key: str) -> str:
@@ -262,20 +271,32 @@ def _in_section(cls: type[Any], key: str) -> str:
     return ""
 
 
-def forget_reset(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Remove from `values` what an override resets, by null or {}, before a later one sets a key in it.
+def _reset_by(override: str) -> str:
+    """The key that an override sets to null or {}; empty if it sets a value."""
+    key, _, value = override.partition("=")
+    return key if value.replace(" ", "").lower() in ("", "~", "null", "{}") else ""
 
-    Without this `losses=null losses.dino.weight=1` would keep the other losses of a recipe.
-    """
-    pairs = [text.partition("=")[::2] for text in overrides]
-    for i, (key, value) in enumerate(pairs):
-        if any(other.startswith(f"{key}.") for other, _ in pairs[i:]) and _read(value) in (None, {}):
-            section: Any = values
-            while isinstance(section, dict) and key not in section and "." in key:
-                first, _, key = key.partition(".")  # a name of a module has dots and stays whole
-                section = section.get(first)
-            if isinstance(section, dict):
-                section.pop(key, None)
+
+def in_force(overrides: Sequence[str]) -> list[str]:
+    """`overrides` without those of keys in a section that a later one resets."""
+    left: list[str] = []
+    for text in overrides:
+        if key := _reset_by(text):
+            left = [each for each in left if not each.startswith(f"{key}.")]
+        left.append(text)
+    return left
+
+
+def forget_reset(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Empty in `values` what an override resets: `losses=null losses.dino.weight=1` keeps no other loss."""
+    for path in filter(None, map(_reset_by, overrides)):
+        key = path
+        section: Any = values
+        while isinstance(section, dict) and key not in section and "." in key:
+            first, _, key = key.partition(".")  # a name of a module has dots and stays whole
+            section = section.get(first)
+        if isinstance(section, dict) and key in section:
+            section[key] = None
 
 
 def key_list(cls: type[Any]) -> str:

@@ -120,6 +120,27 @@ def test_a_key_after_a_reset_adds_to_nothing(base, reset):
     assert koleo["weight"] == 0.1
 
 
+@pytest.mark.parametrize("reset", ["null", "{}", "~", "{ }", ""])
+def test_the_later_of_a_key_and_a_reset_of_its_section_counts(base, reset):
+    again = [
+        f"losses={reset}",
+        "losses.dino.weight=3",
+        f"losses={reset}",
+        "losses.koleo.weight=2",
+        "masks=null",
+    ]
+    assert load_recipe(base, again).losses.keys() == {"koleo"}
+    assert load_recipe(base, ["losses.koleo.weight=2", "losses.koleo={}"]).losses["koleo"]["weight"] == 0.1
+    assert (
+        load_recipe(base, ["losses.koleo.weight=2", "losses={dino: {weight: 3}}"]).losses["koleo"]
+        == (
+            load_recipe(base, ["losses.koleo.weight=2"]).losses["koleo"]  # values add to a section
+        )
+    )
+    assert parse_overrides(["a.b=1", f"a={reset}"])["a"] in (None, {})
+    assert parse_overrides(["a.b=1", "ab.c=2", f"a={reset}", "a.d=3"]) == {"a": {"d": 3}, "ab": {"c": 2}}
+
+
 def test_the_folder_of_a_run_and_a_name_nearly_right_are_answered_with_the_file(base, monkeypatch):
     monkeypatch.chdir(base.parent)
     with pytest.raises(LookupError, match=r"Did you mean 'mine\.yaml'\?"):
