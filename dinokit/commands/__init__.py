@@ -233,7 +233,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def key_lines(kind: str, name: str, without: Collection[str] = ()) -> list[str]:
-    """Lines for each key of a registry entry but those in `without`. The file is not imported.
+    """Lines for each key of a registry entry but those in `without`. A file of dinokit is not imported.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config.

@@ -7,7 +7,6 @@ other packages can add entries without registering them.
 """
 
 import ast
-import builtins
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -246,22 +245,18 @@ def find_yaml(what: str, text: str, have: list[str], folder: Traversable) -> Pat
 
 
 def read_config(kind: str, name: str) -> type[Any]:
-    """The Config of a file, made without running the file.
+    """The Config of a file: that of a module of another package, which is imported, or one of dinokit's.
 
-    A recipe is checked before anything heavy is imported, so that a typo is answered at once. So only the
-    file's imports of the standard library, of this module, of dinokit.eval and of modules called `_config`
-    (base classes of settings, which import nothing heavy), its plain constants, Config and the enums and
-    dataclasses that Config names are executed here. A module of another package that needs more is imported.
+    A recipe is checked before anything heavy is imported, so that a typo is answered at once: a file of
+    dinokit is not imported for its Config.
 
     Raises:
         LookupError: if there is no such file, or it defines no Config, or not the function of its registry.
+        Exception: whatever the import of a module of another package raises.
     """
-    text = (path := locate(kind, name)).read_text(encoding="utf-8")
+    path = locate(kind, name)
     if "." not in name:
-        return _config_in(path, text, kind, name)
-    with suppress(NameError, LookupError):
-        if _defines(kind).search(text):
-            return _config_in(path, text, kind, name)
+        return _config_in(path, f"{__name__}.{kind}.{name}")
     module = import_module(name)
     if not hasattr(module, _function(kind)):
         raise LookupError(
@@ -273,36 +268,31 @@ def read_config(kind: str, name: str) -> type[Any]:
 
 
 @lru_cache(maxsize=256)
-def _config_in(path: Path, text: str, kind: str, name: str) -> type[Any]:
-    tree = ast.parse(text, str(path))
+def _config_in(path: Path, as_module: str) -> type[Any]:
+    """The Config of a file of dinokit, in a module that has only what is light in the file.
+
+    These are its imports of the standard library, of this module, of dinokit.eval and of modules called
+    `_config` (base classes of settings), its constants, Config, and the enums and dataclasses that it names.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     used = _used_by_config(tree)
     tree.body = [
         node
         for node in tree.body
         if _is_plain(node) and (not isinstance(node, ast.ClassDef) or node.name in used)
     ]
-    module = ModuleType(f"dinokit.config.registry.{kind}.{name}")
+    module = ModuleType(as_module)
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look their module up by name
+    sys.modules[as_module] = module  # dataclasses look their module up by name
     exec(compile(tree, str(path), "exec"), module.__dict__)
     if not hasattr(module, "Config"):
-        raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use '{name}'.")
-    words = [n for node in tree.body if isinstance(node, ast.ClassDef) for n in ast.walk(node)]
-    read = {n.id for n in words if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    own = {n.id for n in words if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    own |= {n.arg for n in words if isinstance(n, ast.arg)}
-    if "." in name and read - own - vars(module).keys() - vars(builtins).keys():
-        raise NameError(f"a method of Config in {path} reads what is not executed here")
-    return module.Config
+        raise LookupError(f"{path} defines no dataclass `Config`, so a recipe cannot use it.")
+    config: type[Any] = module.Config
+    return config
 
 
 def _function(kind: str) -> str:
     return "evaluate" if kind == "eval" else "build"
-
-
-def _defines(kind: str) -> re.Pattern[str]:
-    """What a file has that defines the function of its registry in the plain way."""
-    return re.compile(rf"^(def )?{_function(kind)}( = |\()", re.MULTILINE)
 
 
 def _used_by_config(tree: ast.Module) -> set[str]:
@@ -366,8 +356,13 @@ def locate(kind: str, name: str) -> Path:
         try:
             spec = find_spec(name)
         except ModuleNotFoundError as error:
-            text = f"'{name}' (for the registry '{kind}') cannot be imported: {error}."
-            raise LookupError(f"{text}{_own_modules(kind, name)}") from None
+            near = _own_modules(kind, name) or (
+                f" It would be the file {name.replace('.', '/')}.py in {Path.cwd()}, or a module of an "
+                f"installed package."
+            )
+            raise LookupError(
+                f"'{name}' (for the registry '{kind}') cannot be imported: {error}.{near}"
+            ) from None
         if spec is not None and spec.origin and Path(spec.origin).is_file():
             return Path(spec.origin)
         package, _, module = name.rpartition(".")
@@ -391,7 +386,7 @@ def locate(kind: str, name: str) -> Path:
 def _own_modules(kind: str, name: str) -> str:
     """Did you mean a module in the working folder: my_package.spread for spread, any for my_package?"""
     last = re.split(r"[./]", name.removesuffix(".py"))[-1]
-    entry = _defines(kind)
+    entry = re.compile(rf"^(def )?{_function(kind)}( = |\()", re.MULTILINE)
     found = sorted(
         f"'{path.parent.name}.{path.stem}'"
         for path in Path.cwd().glob("*/[!_]*.py")

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from dinokit.config.registry import only_if
 
-raise RuntimeError("this file must not be run")
-
 
 @dataclass
 class Config:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dinokit import losses
+from dinokit.__main__ import main
 from dinokit.config import registry
 from dinokit.config.load import load_recipe, section_values
 from dinokit.losses import Views
@@ -268,8 +269,9 @@ def test_config_and_function_of_another_package_are_those_that_python_finds(text
     assert section_values("losses", "elsewhere.loss", {}, "losses.elsewhere.loss")["weight"] == 0.25
 
 
-def test_a_file_with_a_plain_config_is_not_imported(package):
-    (package / "loss.py").write_text(f"import elsewhere.missing\n{METHOD.replace('check', 'abs')}{FUNCTION}")
-    assert section_values("losses", "elsewhere.loss", {"weight": 2}, "losses.elsewhere.loss") == {
-        "weight": 2.0
-    }
+def test_a_file_of_another_package_that_cannot_be_imported_is_named_with_its_line(package, capsys):
+    (package / "loss.py").write_text(f"{HERE}{FUNCTION}\nimport elsewhere.missing\n")
+    assert main(["show", "scenes_cpu", "losses.elsewhere.loss.weight=2"]) == 1
+    said = capsys.readouterr().err
+    assert "ModuleNotFoundError: No module named 'elsewhere.missing'" in said
+    assert f"{package / 'loss.py'}, line 12" in said
