@@ -127,6 +127,32 @@ def test_a_model_of_transformers_gives_the_same(values, tmp_path):
     check_transformers(tmp_path, **{**TRANSFORMERS, **values})
 
 
+@pytest.mark.parametrize(
+    ("given", "side", "why"),
+    [
+        ({}, 224, "224 pixels, as image_size in config.json says"),
+        ({"image_size": 160}, 160, "160 pixels, as image_size in config.json says"),
+        ({"image_size": [160, 160]}, 160, "160 pixels, as image_size in config.json says"),
+        ({"image_size": None}, 224, "224 pixels, to which DINOv3's image processor of transformers resizes"),
+        ({"image_size": [160, 320]}, 224, "224 pixels, to which DINOv3's image processor"),
+        ({"image_size": [[1], 2]}, 224, "224 pixels, to which DINOv3's image processor"),
+    ],
+)
+def test_without_a_file_about_images_their_size_is_that_of_the_config_or_of_transformers(
+    given, side, why, tmp_path
+):
+    transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**TRANSFORMERS)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **given}))
+    _, stored = read(tmp_path)
+    assert (stored.input.size, stored.section["size"]) == (side, side)
+    assert [note for note in stored.notes if "preprocessor_config.json" in note and why in note]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 96, "width": 96}}))
+    _, stored = read(tmp_path)
+    assert stored.input.size == 96
+    assert not [note for note in stored.notes if "preprocessor_config.json" in note]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_the_released_shapes_are_those_of_both_libraries(name, tmp_path):

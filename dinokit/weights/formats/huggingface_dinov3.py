@@ -33,6 +33,7 @@ BLOCK = {
 }  # fmt: skip
 MLP = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}
 GATED = {"mlp.gate_proj": "mlp.w1", "mlp.up_proj": "mlp.w2", "mlp.down_proj": "mlp.w3"}
+SIZE = 224  # pixels to which DINOv3ViTImageProcessor resizes if nothing says otherwise
 ACTIVATION = {True: "silu", False: "gelu"}  # of a gated feed-forward net, and of another
 
 
@@ -54,7 +55,7 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
     tensors |= {name: named[name] for name in rest if name not in ignored}
     _merge(tensors)
     kind = ", ".join(file.config.get("architectures") or ["DINOv3ViTModel"])
-    shown = file.processor
+    shown, (size, why) = file.processor, _size(file)
     stored = stored_dinov3(
         f"Hugging Face, {kind}",
         tensors,
@@ -62,11 +63,24 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
         count_groups(ignored) + file.other_keys,
         shown.get("image_mean"),
         shown.get("image_std"),
-        crop_size(shown),
+        size,
         _base(file),
     )
+    stored.notes += [why] if why else []
     stored.section["norm_eps"] = file.config.get("layer_norm_eps", 1e-5)
     return stored
+
+
+def _size(file: Checkpoint) -> tuple[int, str]:
+    """The side in pixels of the images of the model; and why, if no preprocessor_config.json says it."""
+    if side := crop_size(file.processor):
+        return side, ""
+    given = file.config.get("image_size")
+    side, *others = given if isinstance(given, list) and given else [given]
+    why = "as image_size in config.json says"
+    if type(side) is not int or side < 1 or others not in ([], [side]):
+        side, why = SIZE, "to which DINOv3's image processor of transformers resizes"
+    return side, f"No preprocessor_config.json says the size of images: {side} pixels, {why}."
 
 
 def _base(file: Checkpoint) -> float:
