@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 
+from dinokit.data.transforms import center_crop
 from dinokit.models import Input
 from dinokit.models.pixels import Config as PixelsConfig
 from dinokit.models.pixels import Pixels
@@ -82,6 +84,24 @@ def test_transformers_opens_the_exported_folder(architecture, drawn, tmp_path):
     assert shown.pixel_values.shape == (1, 3, 56, 56)
     want = (0.2 - torch.tensor(vit.input.mean)) / torch.tensor(vit.input.std)
     torch.testing.assert_close(shown.pixel_values[0, :, 5, 5], want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width", "earlier"), [(96, 128, 0), (96, 143, 1), (143, 96, 1)])
+def test_the_image_processor_of_the_folder_makes_the_pixels_of_dinokit(
+    height, width, earlier, drawn, tmp_path
+):
+    """Where half a pixel is to be rounded, it cuts a row or column earlier than torchvision's CenterCrop."""
+    vit = drawn()
+    vit.input = Input(56, (0.0,) * 3, (1.0,) * 3)
+    write(vit, "hf", tmp_path / "out")
+    small = np.random.default_rng(0).integers(0, 255, (12, 12, 3), np.uint8)
+    picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    theirs = torch.as_tensor(processor(picture, return_tensors="pt").pixel_values[0]) * 255
+    ours = center_crop(picture, 64, 56).float()
+    down, right = (earlier, 0) if height > width else (0, earlier)
+    ours, theirs = ours[:, : 56 - down, : 56 - right], theirs[:, down:, right:]
+    assert (ours - theirs).abs().max() < 2.5  # with torchvision 0, with Pillow 2
 
 
 def test_the_official_layout_is_a_flat_dict_that_torch_reads_without_code(drawn, tmp_path):
