@@ -73,9 +73,10 @@ def read(file: Checkpoint, heads: int | None) -> StoredBackbone | None:
 
 def _size(file: Checkpoint) -> tuple[int, str]:
     """The side in pixels of the images of the model; and why, if no preprocessor_config.json says it."""
-    if side := crop_size(file.processor):
-        return side, ""
-    given = file.config.get("image_size")
+    if known := crop_size(file.processor):
+        return known, ""
+    given: Any = file.config.get("image_size")
+    side: Any
     side, *others = given if isinstance(given, list) and given else [given]
     why = "as image_size in config.json says"
     if type(side) is not int or side < 1 or others not in ([], [side]):
