@@ -47,6 +47,7 @@ LEAST_RANK = 1.2  # rows on a line have 1, untrained networks 1.5 to 2
 BRIGHT = 0.6
 BRIGHT_AGREES = 0.5  # less, and crops of an image differ in brightness more than images do
 PATCH_ORDER = 0.01  # share of variance: networks that did not depend on shapes had 0.3 %
+ALIKE = 0.98  # mean cosine of two images: 0.99 cost k-NN two to five points in runs on photographs
 PATCH_ORDER_STEPS = 500  # before, positions (at first of rms 0.02) cannot have grown
 LEAST_KL = 0.1  # of ln K: with less the student predicts the targets
 FLAT_SCORE, FLAT_LOSS = 0.005, 0.02  # accuracy; share of ln K, or of the loss where there is no K
@@ -201,7 +202,7 @@ def _class_tokens(backbone: Backbone, x: Tensor) -> Tensor:
 class Verdict(NamedTuple):
     """What is wrong with a run."""
 
-    name: str  # noise, one output, one prototype, rank collapse, shortcut, nothing left, data-bound
+    name: str  # noise, one output, one prototype, rank collapse, shortcut, nothing left, data-bound, alike
     text: str  # a sentence with the reason, and a remedy
 
 
@@ -365,5 +366,19 @@ def _nothing_left(h: History, _: int) -> Verdict | None:
     )
 
 
+def _alike(h: History, _: int) -> Verdict | None:
+    share = h.probed("common_share")
+    if not (share > ALIKE and h.step >= 0.9 * h.recipe.optim.steps) or "koleo" in h.recipe.losses:
+        return None
+    return Verdict(
+        "alike",
+        f"the class tokens of two images have a mean cosine of {share:.3f}, so k-NN, retrieval and search by "
+        f"cosines see little of what was learnt. Add losses.koleo.weight=0.1 to a new run, or subtract the "
+        f"mean of all features.",
+    )
+
+
 # In this order: the first that finds something gives the verdict.
-CHECKS = (_one_prototype, _brightness, _rank, _one_output, _noise, _patch_order, _data_bound, _nothing_left)
+CHECKS = (
+    _one_prototype, _brightness, _rank, _one_output, _noise, _patch_order, _data_bound, _nothing_left, _alike
+)  # fmt: skip

@@ -366,11 +366,17 @@ def test_few_passes_over_the_images_are_not_data_bound(recipe):
 
 def test_a_run_without_a_dino_loss_is_diagnosed_by_its_features(recipe):
     contrast = recipe(
-        "losses.dino=null", "losses.koleo=null", "losses.contrastive.weight=1.0", "heads.projector={}"
-    )
+        "losses.dino=null", "losses.koleo=null", "losses.contrastive.weight=1.0", "heads.projector={}",
+        "optim.steps=1000",
+    )  # fmt: skip
     features = {k: v for k, v in HEALTHY.items() if "feature" in k or "brightness" in k or "/" in k}
     signals = {"contrastive": lambda t: 2 - t, **features}
     assert diagnose(series(1000, **signals), contrast, 1000) is None
+    alike = series(1000, **{**signals, "health/common_share": 0.99})
+    assert diagnose(alike, contrast, 1000).name == "alike"
+    assert diagnose(alike, recipe("losses.koleo.weight=0.1"), 1000) is None  # it spreads them
+    assert diagnose(alike[: len(alike) // 2], contrast, 1000) is None  # the features of a young network
+    assert diagnose(series(1000, **{**signals, "health/common_share": 0.9}), contrast, 1000) is None
     collapsed = diagnose(series(1000, **{**signals, "health/feature_rank": 1.01}), contrast, 1000)
     assert collapsed.name == "rank collapse"
     bound = {**signals, "knn/top1@20": lambda t: 0.6 - 0.2 * abs(t - 0.4)}
@@ -411,3 +417,14 @@ def test_an_evaluated_run_is_probed_beside_its_evaluators(tmp_path):
         "step",
     ] in keys
     assert len(source) == 8
+
+
+def test_a_contrast_without_koleo_leaves_class_tokens_alike(run):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3)).repeat(12, 1).repeat(12, 2)
+    verdict, records, log = run(
+        pixels, "losses.dino=null", "losses.koleo=null", "losses.contrastive.weight=1.0",
+        "heads.projector={hidden: 32, output: 16, layers: 2}", "crops.mean=[-1,-1,-1]",
+        "crops.brightness=0.8", "optim.lr=1e-3",
+    )  # fmt: skip
+    assert verdict == "alike", records[-3:]
+    assert "Add losses.koleo.weight=0.1" in log
